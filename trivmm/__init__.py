@@ -1,0 +1,1 @@
+"""A virtual machine monitor for Linux/KVM on trio."""

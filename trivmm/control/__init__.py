@@ -1,0 +1,1 @@
+"""The HTTP control surface and its client."""

@@ -1,0 +1,121 @@
+"""The one list of waits: every deadline has a name, a default and a sentence that says what its expiry does.
+
+Anything that waits for a guest, a peer, a thread, a device or the kernel does it inside a deadline of this table::
+
+    with deadlines.enter("activation", lambda: f"device {name}: still activating"):
+        await device.activate(...)
+
+On expiry the block raises :class:`~trivmm.errors.DeadlineError` (or the class that the table names) with the
+name, the limit and the diagnosis, which is evaluated *at expiry*. ``VmConfig.deadlines`` holds a VM's limits.
+trio is imported only when a deadline is entered, so that light tools may read the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+import attrs
+
+from trivmm.errors import ConfigError, DeadlineError, PauseTimeout
+
+__all__ = ["TABLE", "Deadline", "Deadlines"]
+
+
+@attrs.frozen
+class Deadline:
+    """A row of the table. ``default_s`` in seconds; ``expiry`` is what happens, in words."""
+
+    name: str
+    default_s: float
+    expiry: str
+    error: type[DeadlineError] = DeadlineError
+
+
+_ROWS: Final = (
+    Deadline("activation", 5.0, "the device is set NEEDS_RESET, its barrier opens, the VM goes on"),
+    Deadline("pause", 1.0, "every vCPU is resumed, the VM runs again", PauseTimeout),
+    Deadline("vcpu_stop", 2.0, "the vCPU is named in the log; a process-level error, never a silent hang"),
+    Deadline("device_stop", 2.0, "the worker is named in the log; the VM cannot commit a migration while it exists"),
+    Deadline("connect", 10.0, "the migration fails, the source runs"),
+    Deadline("accept", 60.0, "receiving fails, nothing was created"),
+    Deadline("handshake", 10.0, "the migration fails, the source runs"),
+    Deadline("quiesce", 5.0, "in-flight device work did not end; the switchover is undone, the source runs"),
+    Deadline("stall", 30.0, "no byte of progress: the migration fails, the source runs"),
+    Deadline("migration", 3600.0, "strategy cancel: the source runs; strategy ignore: switch over anyway"),
+    Deadline("downtime", 0.3, "the switchover is undone and precopy goes on; after 5 attempts the strategy decides"),
+    Deadline("commit", 10.0, "in doubt: the VM stays paused, an operator decides"),
+    Deadline("rollback", 5.0, "undoing a switchover took too long; named in the log, a process-level error"),
+    Deadline(
+        "drain",
+        1.0,
+        "serial output that its sink does not take stays in the ring and is part of the saved state",
+    ),
+    Deadline("lock", 2.0, "a register lock was held too long: a bug, reported with the lock's name"),
+    Deadline("api_read", 10.0, "the connection is closed"),
+    Deadline("api_write", 10.0, "the connection is closed"),
+    Deadline("api_idle", 600.0, "the idle connection is closed"),
+    Deadline("shutdown_grace", 5.0, "what still runs is named, the process leaves by os._exit"),
+)
+
+TABLE: Final[dict[str, Deadline]] = {row.name: row for row in _ROWS}
+
+
+def _limit(name: str) -> float:
+    return attrs.field(default=TABLE[name].default_s, validator=_positive)
+
+
+def _positive(instance: object, attribute: attrs.Attribute[float], value: float) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e9:
+        raise ConfigError(f"deadlines.{attribute.name}", value, "not a time", "give seconds, more than 0")
+
+
+@attrs.frozen
+class Deadlines:
+    """A VM's limits, in seconds; one field and one method (``with deadlines.enter("pause", why)``) per row."""
+
+    activation: float = _limit("activation")
+    pause: float = _limit("pause")
+    vcpu_stop: float = _limit("vcpu_stop")
+    device_stop: float = _limit("device_stop")
+    connect: float = _limit("connect")
+    accept: float = _limit("accept")
+    handshake: float = _limit("handshake")
+    quiesce: float = _limit("quiesce")
+    stall: float = _limit("stall")
+    migration: float = _limit("migration")
+    downtime: float = _limit("downtime")
+    commit: float = _limit("commit")
+    rollback: float = _limit("rollback")
+    drain: float = _limit("drain")
+    lock: float = _limit("lock")
+    api_read: float = _limit("api_read")
+    api_write: float = _limit("api_write")
+    api_idle: float = _limit("api_idle")
+    shutdown_grace: float = _limit("shutdown_grace")
+
+    @contextmanager
+    def enter(
+        self,
+        name: str,
+        diagnosis: Callable[[], str] | str,
+        *,
+        at_most_s: float | None = None,
+        shield: bool = False,
+    ) -> Iterator[None]:
+        """Bound a block by the deadline ``name``, or by ``at_most_s`` seconds where that is less.
+
+        :raises DeadlineError: (or the row's own class) on expiry, chained from ``trio.TooSlowError``.
+        """
+        import trio
+
+        row = TABLE[name]
+        limit_s: float = getattr(self, name)
+        if at_most_s is not None:
+            limit_s = max(0.0, min(limit_s, at_most_s))
+        with trio.move_on_after(limit_s, shield=shield) as scope:
+            yield
+        if scope.cancelled_caught:
+            said = diagnosis if isinstance(diagnosis, str) else diagnosis()
+            raise row.error(name, limit_s, said)

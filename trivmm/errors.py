@@ -1,0 +1,160 @@
+"""Every error that TriVMM raises on purpose.
+
+Three families, by whose fault it is: :class:`ConfigError` (the user can mend it: field, value, remedy),
+:class:`DeadlineError` (something did not happen in time: name, limit, diagnosis) and the rest of
+:class:`TrivmmError` (a state, a peer, a guest). Nothing here imports trio: light tools use it too.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CommitRefused",
+    "ConfigError",
+    "DeadlineError",
+    "GuestCrash",
+    "GuestMemoryError",
+    "HypervisorError",
+    "IllegalTransition",
+    "MigrationCancelled",
+    "MigrationError",
+    "MigrationInDoubt",
+    "NotSupported",
+    "PauseTimeout",
+    "ProtocolError",
+    "TrivmmError",
+    "VmMigrating",
+    "VmNotCreated",
+    "WrongState",
+]
+
+
+class TrivmmError(Exception):
+    """Base of all errors raised on purpose. ``str()`` is one line: what happened, to what, what can be done."""
+
+
+class ConfigError(TrivmmError):
+    """A mistake in what the user asked for.
+
+    :ivar field: the option or key at fault, as the user spells it (``memory.size``, ``--disk path``).
+    :ivar value: what was given.
+    :ivar problem: what is wrong with it.
+    :ivar remedy: what the user can do.
+    """
+
+    def __init__(self, field: str, value: object, problem: str, remedy: str) -> None:
+        self.field = field
+        self.value = value
+        self.problem = problem
+        self.remedy = remedy
+        super().__init__(f"{field} = {value!r}: {problem}; {remedy}")
+
+
+class NotSupported(ConfigError):
+    """Asked for something that exists in the contract but not (yet) here; says so by name."""
+
+
+class HypervisorError(TrivmmError):
+    """A hypervisor call failed. ``call`` names it (``KVM_CREATE_VM``), ``errno`` is the kernel's answer or None."""
+
+    def __init__(self, call: str, problem: str, remedy: str = "", errno: int | None = None) -> None:
+        self.call = call
+        self.errno = errno
+        super().__init__(f"{call}: {problem}" + (f"; {remedy}" if remedy else ""))
+
+
+class GuestMemoryError(TrivmmError):
+    """An access outside guest RAM. ``gpa`` and ``length`` in bytes."""
+
+    def __init__(self, gpa: int, length: int, what: str = "access") -> None:
+        self.gpa = gpa
+        self.length = length
+        super().__init__(f"{what} of {length} bytes at guest physical {gpa:#x} is not inside one RAM region")
+
+
+class GuestCrash(TrivmmError):
+    """The guest cannot go on: triple fault or hypervisor internal error.
+
+    :ivar vcpu: index of the vCPU.
+    :ivar reason: ``triple fault``, ``KVM internal error (emulation)``, …
+    :ivar details: registers and instruction bytes, several lines.
+    """
+
+    def __init__(self, vcpu: int, reason: str, details: str) -> None:
+        self.vcpu = vcpu
+        self.reason = reason
+        self.details = details
+        super().__init__(f"vcpu{vcpu}: {reason}: {details.splitlines()[0] if details else 'no registers'}")
+
+
+class IllegalTransition(TrivmmError):
+    """A step that a transition table does not have. ``thing`` is whose table; both states are carried."""
+
+    def __init__(self, thing: str, source: object, target: object) -> None:
+        self.thing = thing
+        self.source = source
+        self.target = target
+        super().__init__(f"{thing}: no step from {source} to {target}")
+
+
+class WrongState(TrivmmError):
+    """The VM is not in a state that allows the operation."""
+
+    def __init__(self, operation: str, state: str, allowed: str) -> None:
+        self.operation = operation
+        self.state = state
+        self.allowed = allowed
+        super().__init__(f"{operation}: the VM is {state}; it must be {allowed}")
+
+
+class VmNotCreated(TrivmmError):
+    """There is no VM."""
+
+    def __init__(self) -> None:
+        super().__init__("VM is not created; create it first (vm.create, or --kernel on the command line)")
+
+
+class VmMigrating(TrivmmError):
+    """The VM is owned by a migration; it can be read but not changed."""
+
+    def __init__(self, operation: str) -> None:
+        self.operation = operation
+        super().__init__(f"{operation}: the VM is migrating; wait for the end, or cancel the migration")
+
+
+class DeadlineError(TrivmmError):
+    """A named deadline expired.
+
+    :ivar name: its name in ``trivmm.deadlines``.
+    :ivar limit_s: the limit in seconds.
+    :ivar diagnosis: who or what did not answer.
+    """
+
+    def __init__(self, name: str, limit_s: float, diagnosis: str) -> None:
+        self.name = name
+        self.limit_s = limit_s
+        self.diagnosis = diagnosis
+        super().__init__(f"deadline {name} ({limit_s:g} s) expired: {diagnosis}")
+
+
+class PauseTimeout(DeadlineError):
+    """Not every vCPU stopped in time. The pause was rolled back: the VM runs."""
+
+
+class MigrationError(TrivmmError):
+    """A migration failed before its commit: the source runs."""
+
+
+class MigrationCancelled(MigrationError):
+    """A migration was cancelled before its commit: the source runs."""
+
+
+class ProtocolError(MigrationError):
+    """The peer sent something that the migration protocol does not allow."""
+
+
+class CommitRefused(MigrationError):
+    """The destination answered REFUSED after COMMIT: it never ran the VM, the source runs again."""
+
+
+class MigrationInDoubt(TrivmmError):
+    """The link died between COMMIT and RUNNING and nobody answered: the VM stays paused, an operator decides."""

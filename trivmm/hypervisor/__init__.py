@@ -1,0 +1,1 @@
+"""What runs guest code: one small protocol (`base`), and the back ends that implement it."""

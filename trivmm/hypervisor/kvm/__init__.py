@@ -1,0 +1,1 @@
+"""The KVM back end: /dev/kvm through cffi."""

@@ -1,0 +1,1 @@
+"""The board: guest memory, memory map, loaders, PCI, serial, RTC and the other fixed devices."""

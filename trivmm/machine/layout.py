@@ -1,0 +1,38 @@
+"""The x86 memory map, Cloud Hypervisor's: where RAM, boot data, the MMIO hole and 64-bit BARs lie."""
+
+from __future__ import annotations
+
+from typing import Final
+
+__all__ = ["ram_ranges"]
+
+PVH_START_INFO: Final = 0x6000
+PVH_MODLIST: Final = 0x6040
+PVH_MEMMAP: Final = 0x7000
+CMDLINE_START: Final = 0x20000
+CMDLINE_MAX_SIZE: Final = 0x10000
+EBDA_START: Final = 0xA0000  # end of usable low RAM
+HIGH_RAM_START: Final = 0x100000
+
+MMIO_HOLE_START: Final = 0xC000_0000  # 3 GiB
+MMIO_HOLE_END: Final = 0x1_0000_0000
+BAR32_START: Final = 0xC000_0000
+BAR32_SIZE: Final = 640 << 20
+PCI_MMCONFIG_START: Final = 0xE800_0000
+IOAPIC_START: Final = 0xFEC0_0000
+LAPIC_START: Final = 0xFEE0_0000
+KVM_TSS_START: Final = 0xFEF0_0000
+KVM_IDENTITY_MAP: Final = 0xFEF0_3000
+RAM_64BIT_START: Final = 0x1_0000_0000
+
+BAR64_END: Final = 1 << 40  # unicorn has 40 physical address bits, and so have small machines
+BAR64_SIZE: Final = 64 << 30
+BAR64_START: Final = BAR64_END - BAR64_SIZE
+
+
+def ram_ranges(size: int) -> tuple[tuple[int, int], ...]:
+    """``(gpa, size)`` of each RAM region for ``size`` bytes: below the MMIO hole, and the rest from 4 GiB."""
+    low = min(size, MMIO_HOLE_START)
+    if size == low:
+        return ((0, low),)
+    return ((0, low), (RAM_64BIT_START, size - low))

@@ -1,0 +1,119 @@
+"""Guest RAM: one memfd a region, mapped shared, and the one bounds-checked way for the host to touch it.
+
+Owned by the board, from build to close. The mapping must outlive every thread that may touch it: a worker stuck in
+the kernel keeps its own reference (:meth:`GuestMemory.hold`) and the unmapping waits for the last one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any, Final
+
+import attrs
+
+from trivmm._native import ffi, lib
+from trivmm.errors import ConfigError, GuestMemoryError
+
+__all__ = ["PAGE_SIZE", "GuestMemory", "MemoryRegion"]
+
+PAGE_SIZE: Final = 4096
+MAP_NORESERVE: Final = 0x4000  # the mmap module names it only since Python 3.12
+
+
+@attrs.frozen(eq=False)
+class MemoryRegion:
+    """``slot`` is its number for the hypervisor; ``hva`` the host address as an int; ``dirty`` a cffi
+    ``uint64_t *`` with a bit a page: the host writers' dirty bitmap."""
+
+    slot: int
+    gpa: int
+    size: int
+    memfd: int
+    mapping: mmap.mmap
+    hva: int
+    dirty: Any
+
+    @property
+    def pages(self) -> int:
+        return self.size // PAGE_SIZE
+
+    @property
+    def bitmap_words(self) -> int:
+        """Length of a dirty bitmap of this region, in 64-bit words."""
+        return (self.pages + 63) // 64
+
+
+class GuestMemory:
+    """All of a guest's RAM. ``native`` is the C view (``struct tv_memory *``), valid until the last hold ends."""
+
+    def __init__(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """``ranges``: (gpa, size in bytes) of each region, page-aligned, ascending.
+
+        :raises ConfigError: when the host has not that much address space or memory.
+        """
+        self.native = ffi.new("struct tv_memory *")
+        self.regions: tuple[MemoryRegion, ...] = ()
+        self._lock = threading.Lock()
+        self._holds = 1
+        try:
+            for slot, (gpa, size) in enumerate(ranges):
+                self.regions += (self._map(slot, gpa, size),)
+        except BaseException:
+            self.close()
+            raise
+        self.native.count = len(self.regions)
+
+    def _map(self, slot: int, gpa: int, size: int) -> MemoryRegion:
+        memfd = os.memfd_create(f"trivmm-ram{slot}", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(memfd, size)
+            mapping = mmap.mmap(memfd, size, mmap.MAP_SHARED | MAP_NORESERVE)
+        except (OSError, OverflowError) as error:
+            os.close(memfd)
+            raise ConfigError("memory.size", size, f"cannot map guest RAM ({error})", "give less memory") from error
+        anchor = ctypes.c_char.from_buffer(mapping)
+        hva = ctypes.addressof(anchor)
+        del anchor  # an export would keep the mapping from being closed
+        dirty = ffi.new("uint64_t[]", (size // PAGE_SIZE + 63) // 64)
+        native = self.native.regions[slot]
+        native.gpa, native.size = gpa, size
+        native.hva, native.dirty = ffi.cast("uint8_t *", hva), dirty
+        return MemoryRegion(slot, gpa, size, memfd, mapping, hva, dirty)
+
+    @property
+    def size(self) -> int:
+        """Bytes of RAM."""
+        return sum(region.size for region in self.regions)
+
+    def read(self, gpa: int, length: int) -> bytes:
+        """:raises GuestMemoryError: when the range is not inside one region."""
+        into = ffi.new("uint8_t[]", max(length, 1))
+        if length < 0 or lib.tv_memory_read(self.native, gpa, into, length):
+            raise GuestMemoryError(gpa, length, "read")
+        return bytes(ffi.buffer(into, length))
+
+    def write(self, gpa: int, data: bytes) -> None:
+        """Write and mark dirty. :raises GuestMemoryError: when the range is not inside one region."""
+        if lib.tv_memory_write(self.native, gpa, ffi.from_buffer("uint8_t[]", data), len(data)):
+            raise GuestMemoryError(gpa, len(data), "write")
+
+    def hold(self) -> None:
+        """Keep the mapping until :meth:`close` was called once more."""
+        with self._lock:
+            self._holds += 1
+
+    def close(self) -> None:
+        """Give up one hold; the last one unmaps. Call once per owner."""
+        with self._lock:
+            self._holds -= 1
+            if self._holds > 0:
+                return
+            regions, self.regions = self.regions, ()
+        self.native.count = 0
+        for region in regions:
+            region.mapping.close()
+            os.close(region.memfd)

@@ -1,0 +1,1 @@
+"""PCI: configuration spaces, BARs, the CF8/CFC mechanism."""

@@ -1,0 +1,1 @@
+"""Live migration: wire format, transports, precopy, switchover, sender and receiver."""

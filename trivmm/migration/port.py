@@ -1,0 +1,81 @@
+"""The port between migration and the VM: what a sender needs of its source, what a receiver builds.
+
+Sender and receiver know sockets, frames, rounds and verdicts; the machine knows vCPUs, devices and interrupts.
+All ``async`` methods are bounded inside by deadlines; ``at_most_s`` is what is left of the downtime budget.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from trivmm.deadlines import Deadlines
+    from trivmm.machine.memory import GuestMemory
+    from trivmm.migration.state import MachineState
+
+__all__ = ["DestinationFactory", "DestinationMachine", "SourceMachine"]
+
+
+class SourceMachine(Protocol):
+    """The machine of a VM whose lease the migration holds."""
+
+    deadlines: Deadlines
+    memory: GuestMemory
+    live_copy: bool
+    """False where the back end has no dirty log (``soft``): the sender then stops the machine before it copies."""
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able SETUP section: everything that the destination needs to build the same machine."""
+
+    def start_dirty_log(self) -> None:
+        """From now on every write, by guest or host, is seen by the next harvest."""
+
+    def stop_dirty_log(self) -> None:
+        """Idempotent."""
+
+    def harvest_dirty(self, slot: int, into: Any) -> int:
+        """OR both dirty logs of a region (guest's and host writers') into ``into`` (cffi ``uint64_t *``), clear
+        them, and give the number of pages dirty in ``into`` now."""
+
+    def set_throttle(self, percent: int) -> None:
+        """0 takes it off."""
+
+    async def stop(self, at_most_s: float) -> None:
+        """Switchover steps 1 to 3: pause the vCPUs, close the device gate, deassign irqfds.
+
+        :raises PauseTimeout: / :raises DeadlineError: everything was undone, the machine runs."""
+
+    def save(self) -> MachineState:
+        """Step 4, after ``stop``. May dirty guest memory."""
+
+    async def undo(self) -> None:
+        """Back from ``stop``: interrupts, gate, vCPUs (unless the VM was paused before). Safe when not stopped."""
+
+    async def release_locks(self) -> None:
+        """Give up image locks, before COMMIT. :raises DeadlineError: while a device thread is stuck."""
+
+    async def take_locks(self) -> None:
+        """:raises ConfigError: when another process has them."""
+
+    def log(self, event: str, **fields: Any) -> None: ...
+
+
+class DestinationMachine(Protocol):
+    """A machine built from a SETUP section: memslots, RAM, devices, parked vCPU threads; nothing runs."""
+
+    deadlines: Deadlines
+    memory: GuestMemory
+
+    def load(self, state: MachineState) -> None:
+        """Set all state; may be called again. :raises TrivmmError: when the state makes no sense."""
+
+    async def take_locks(self) -> None:
+        """On COMMIT. :raises ConfigError: → REFUSED."""
+
+    async def start(self) -> None:
+        """Run (or stay paused, as the state says): interrupts, gate, vCPUs. After this it is RUNNING."""
+
+
+class DestinationFactory(Protocol):
+    async def __call__(self, setup: dict[str, Any]) -> DestinationMachine:
+        """:raises ConfigError: when this host cannot build that machine (names the field)."""

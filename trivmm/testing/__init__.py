@@ -1,0 +1,1 @@
+"""For tests, ours and yours: the scripted hypervisor, faulty doubles, fixtures."""

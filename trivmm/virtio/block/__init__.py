@@ -1,0 +1,1 @@
+"""virtio-blk: a raw file as a disk."""

@@ -1,0 +1,1 @@
+"""Split virtqueues: configuration, the ring walker in C, and its workers."""
