@@ -36,6 +36,7 @@ class Deadline:
 _ROWS: Final = (
     Deadline("activation", 5.0, "the device is set NEEDS_RESET, its barrier opens, the VM goes on"),
     Deadline("pause", 1.0, "every vCPU is resumed, the VM runs again", PauseTimeout),
+    Deadline("vcpu_start", 5.0, "boot or receiving fails, naming the vCPU whose thread did not start", PauseTimeout),
     Deadline("vcpu_stop", 2.0, "the vCPU is named in the log; a process-level error, never a silent hang"),
     Deadline("device_stop", 2.0, "the worker is named in the log; the VM cannot commit a migration while it exists"),
     Deadline("connect", 10.0, "the migration fails, the source runs"),
@@ -52,6 +53,7 @@ _ROWS: Final = (
         1.0,
         "serial output that its sink does not take stays in the ring and is part of the saved state",
     ),
+    Deadline("lease", 10.0, "the operation is refused, naming the one that owns the VM"),
     Deadline("lock", 2.0, "a register lock was held too long: a bug, reported with the lock's name"),
     Deadline("api_read", 10.0, "the connection is closed"),
     Deadline("api_write", 10.0, "the connection is closed"),
@@ -77,6 +79,7 @@ class Deadlines:
 
     activation: float = _limit("activation")
     pause: float = _limit("pause")
+    vcpu_start: float = _limit("vcpu_start")
     vcpu_stop: float = _limit("vcpu_stop")
     device_stop: float = _limit("device_stop")
     connect: float = _limit("connect")
@@ -89,6 +92,7 @@ class Deadlines:
     commit: float = _limit("commit")
     rollback: float = _limit("rollback")
     drain: float = _limit("drain")
+    lease: float = _limit("lease")
     lock: float = _limit("lock")
     api_read: float = _limit("api_read")
     api_write: float = _limit("api_write")

@@ -13,6 +13,7 @@ unmasks a vector or moves a BAR): implementations lock them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, TypeAlias
 
 import attrs
@@ -150,9 +151,13 @@ class Cpuid:
 
 
 class VcpuBackend(Protocol):
-    """One vCPU. Created parked, with the registers of a reset CPU."""
+    """One vCPU. Created parked, with the registers of a reset CPU.
+
+    ``inline_handler`` is set by the board before the start: a back end whose reads cannot leave the guest and come
+    back (``soft``) answers :class:`IoIn` and :class:`MmioRead` through it, on the vCPU's own thread."""
 
     index: int
+    inline_handler: Callable[[VcpuExit], bytes | None] | None
 
     def attach_thread(self) -> None:
         """Called first by the thread that will run this vCPU: publishes its id to ``kick``."""
@@ -193,9 +198,10 @@ class VcpuBackend(Protocol):
 
 
 class VmBackend(Protocol):
-    """One VM. ``name`` is the back end's (``kvm``)."""
+    """One VM. ``name`` is the back end's (``kvm``); ``live_copy`` is False where it has no dirty log."""
 
     name: str
+    live_copy: bool
 
     def add_memory(self, slot: int, gpa: int, size: int, hva: int) -> None:
         """Give the guest RAM: ``size`` bytes at host address ``hva``, shared with the VMM."""

@@ -1,0 +1,292 @@
+"""The nursery tree of one machine: device actors, vCPU threads, and the order in which they end.
+
+::
+
+    open_machine(board)        device nursery     device actors (the activation servicer), queue workers, serial drain
+    └─ vCPU nursery            one task and one OS thread per vCPU
+       └─ the body             whoever owns the VM: the control loop, or a migration
+
+Every task runs under its own shielded scope, and ``open_machine`` ends them from the inside out: vCPUs first (nobody
+then makes new requests), devices next. The :class:`Machine` is the machine as its owner sees it; it implements the
+migration port (``trivmm.migration.port``), since pausing, closing the gate and undoing both are its business.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import trio
+
+from trivmm.deadlines import Deadlines
+from trivmm.errors import DeadlineError, GuestCrash, HypervisorError, TrivmmError
+from trivmm.machine.bus import GuestRequest
+from trivmm.migration.state import MachineState, SavedVcpu
+from trivmm.nursery.vcpu import Vcpu
+from trivmm.nursery.vcpus import Driver, VcpuSet, thread_driver
+
+if TYPE_CHECKING:
+    from trivmm.machine.board import Board
+    from trivmm.machine.memory import GuestMemory
+
+__all__ = ["Machine", "open_machine"]
+
+logger = logging.getLogger(__name__)
+
+
+@attrs.define(eq=False)
+class Machine:
+    """A built board with its tasks. ``running`` says what the owner wants, not what each vCPU does this moment.
+
+    ``on_guest_request()`` is called in the trio thread when the guest asked for a reset or power-off, or crashed.
+    """
+
+    board: Board
+    deadlines: Deadlines
+    vcpus: VcpuSet
+    on_guest_request: Callable[[], None] = lambda: None
+    running: bool = attrs.field(default=False, init=False)
+    guest_request: GuestRequest | None = attrs.field(default=None, init=False)
+    crash: GuestCrash | None = attrs.field(default=None, init=False)
+    _gate_closed: bool = attrs.field(default=False, init=False)
+    _interrupts_connected: bool = attrs.field(default=False, init=False)
+    _token: trio.lowlevel.TrioToken = attrs.field(factory=trio.lowlevel.current_trio_token, init=False)
+
+    # --- from vCPU threads -----------------------------------------------------------------------------------
+
+    def take_request(self, vcpu: int, request: GuestRequest) -> None:
+        self._token.run_sync_soon(self._note_request, request)
+
+    def take_crash(self, error: GuestCrash) -> None:
+        if self.crash is None:
+            self.crash = error
+
+    def _note_request(self, request: GuestRequest) -> None:
+        if self.guest_request is None or request.kind == "crash":
+            self.guest_request = request
+        for vcpu in self.vcpus.vcpus:
+            vcpu.request_pause()  # the others stop too: the machine waits for its owner
+        self.on_guest_request()
+
+    # --- the owner's verbs -----------------------------------------------------------------------------------
+
+    async def pause(self) -> None:
+        """:raises PauseTimeout: naming who did not stop; the machine runs again."""
+        await self._pause_vcpus(None)
+        self.running = False
+
+    async def _pause_vcpus(self, at_most_s: float | None) -> None:
+        try:
+            await self.vcpus.pause(at_most_s=at_most_s)
+        except BaseException:
+            self._resume_vcpus()
+            raise
+
+    def resume(self) -> None:
+        """Connect interrupts, open the gate, let the vCPUs go. Idempotent; never waits."""
+        self.running = True
+        self._reopen()
+
+    def _reopen(self) -> None:
+        if not self._interrupts_connected:
+            self.board.connect_interrupts()
+            self._interrupts_connected = True
+        if self._gate_closed:
+            self._gate_closed = False
+            for slot in self.board.devices:
+                slot.lifecycle.reopen()
+        self._resume_vcpus()
+
+    def _resume_vcpus(self) -> None:
+        """Only where the owner wants it to run and the guest has not asked for a verdict."""
+        if self.running and self.guest_request is None:
+            self.vcpus.resume()
+        else:
+            for vcpu in self.vcpus.vcpus:
+                vcpu.request_pause()
+
+    async def close_gate(self, at_most_s: float) -> None:
+        """Switchover step 2: no activation starts or takes effect, no queue takes a chain, in-flight work ends.
+
+        :raises DeadlineError: ``quiesce``, naming the device; the gate may be half closed: :meth:`undo`."""
+        self._gate_closed = True
+
+        def diagnose() -> str:
+            late = [slot.lifecycle for slot in self.board.devices if slot.lifecycle.busy]
+            names = ", ".join(f"{each.name} ({each.stuck or each.state.value})" for each in late)
+            return f"in-flight work did not end: {names or 'serial output'}"
+
+        with self.deadlines.enter("quiesce", diagnose, at_most_s=at_most_s):
+            async with trio.open_nursery() as nursery:
+                for slot in self.board.devices:
+                    nursery.start_soon(slot.lifecycle.quiesce)
+                nursery.start_soon(self.board.serial.drain, min(self.deadlines.drain, at_most_s))
+
+    # --- migration port: source ------------------------------------------------------------------------------
+
+    @property
+    def memory(self) -> GuestMemory:
+        return self.board.memory
+
+    @property
+    def live_copy(self) -> bool:
+        return self.board.vm.live_copy
+
+    def describe(self) -> dict[str, Any]:
+        return self.board.describe()
+
+    def start_dirty_log(self) -> None:
+        self.board.start_dirty_log()
+
+    def stop_dirty_log(self) -> None:
+        self.board.stop_dirty_log()
+
+    def harvest_dirty(self, slot: int, into: Any) -> int:
+        return self.board.harvest_dirty(slot, into)
+
+    def set_throttle(self, percent: int) -> None:
+        self.vcpus.set_throttle(percent)
+
+    def log(self, event: str, **fields: Any) -> None:
+        logger.info("migration: %s %s", event, " ".join(f"{key}={value}" for key, value in fields.items()))
+
+    async def stop(self, at_most_s: float) -> None:
+        """Switchover steps 1 to 3. Any failure or cancellation undoes what was done, and the machine runs."""
+        ends = trio.current_time() + at_most_s
+        try:
+            await self._pause_vcpus(at_most_s)
+            await self.close_gate(max(0.0, ends - trio.current_time()))
+            self.board.disconnect_interrupts()
+            self._interrupts_connected = False
+        except BaseException:
+            self._reopen()
+            raise
+
+    def save(self) -> MachineState:
+        """Step 4, after :meth:`stop`. Vcpus are read after the interrupt routes are gone: what the kernel had
+        queued is in the LAPIC by now."""
+        vcpus = tuple(SavedVcpu(vcpu.index, vcpu.cpu.save(), self._barrier_of(vcpu)) for vcpu in self.vcpus.vcpus)
+        devices, board = self.board.save()
+        request = self.guest_request
+        return MachineState(
+            vcpus=vcpus,
+            vmm=self.board.vm.save(),
+            devices=devices,
+            board=board,
+            reset_pending=None if request is None else request.kind,
+            run=self.running,
+        )
+
+    @staticmethod
+    def _barrier_of(vcpu: Vcpu) -> tuple[str, str] | None:
+        ticket = vcpu.barrier
+        return None if ticket is None or ticket.settled else (ticket.device, ticket.what)
+
+    async def undo(self) -> None:
+        """Back from :meth:`stop`: runs again, unless it was paused before. Never waits; safe when not stopped."""
+        self._reopen()
+
+    async def release_locks(self) -> None:
+        """:raises HypervisorError: while a device thread is stuck in the kernel: it could still write."""
+        for slot in self.board.devices:
+            if slot.lifecycle.stuck is not None:
+                raise HypervisorError("COMMIT", slot.lifecycle.stuck, "wait until the device's storage answers")
+        for slot in self.board.devices:
+            slot.backend.release_locks()
+
+    async def take_locks(self) -> None:
+        """:raises ConfigError: when another process has an image; those taken before are given back."""
+        taken = []
+        try:
+            for slot in self.board.devices:
+                slot.backend.take_locks()
+                taken.append(slot)
+        except TrivmmError:
+            for slot in taken:
+                slot.backend.release_locks()
+            raise
+
+    # --- migration port: destination -------------------------------------------------------------------------
+
+    def load(self, state: MachineState) -> None:
+        """Set everything; may be called again after the source's undo.
+
+        :raises TrivmmError: / :raises ValueError: when the state makes no sense here."""
+        self.board.load(state)
+        lifecycles = {slot.lifecycle.name: slot.lifecycle for slot in self.board.devices}
+        for vcpu, saved in zip(self.vcpus.vcpus, state.vcpus, strict=True):
+            vcpu.barrier = None
+            if saved.barrier is not None and saved.barrier[0] in lifecycles:
+                ticket = lifecycles[saved.barrier[0]].ticket
+                if ticket is not None:
+                    vcpu.park_at(ticket)
+        self.running = state.run
+        self.guest_request = GuestRequest(state.reset_pending, "before migration") if state.reset_pending else None
+
+    async def start(self) -> None:
+        """On COMMIT, with the locks taken: the machine runs, or stays paused as its state says."""
+        self.board.committed()
+        self._reopen()
+        if self.guest_request is not None:
+            self.on_guest_request()
+
+
+@asynccontextmanager
+async def open_machine(
+    board: Board,
+    deadlines: Deadlines,
+    *,
+    driver: Driver = thread_driver,
+    gate_open: bool = True,
+    vcpu_type: type[Vcpu] = Vcpu,
+) -> AsyncIterator[Machine]:
+    """Run a board: actors and drain in the device nursery, parked vCPU threads in the vCPU nursery.
+
+    ``gate_open`` False is for a destination: nothing activates before COMMIT. Whatever happens in the body, vCPUs
+    end first, then devices, each within its deadline; what did not end is logged by name.
+    """
+    vcpus = VcpuSet((), deadlines, driver)
+    machine = Machine(board, deadlines, vcpus)
+    vcpus.vcpus = [
+        vcpu_type(index, cpu, board.handle_exit, vcpus.on_change, machine.take_request, machine.take_crash, board.clock)
+        for index, cpu in enumerate(board.cpus)
+    ]
+    scopes: list[trio.CancelScope] = []
+
+    async def shielded(
+        run: Callable[..., Awaitable[None]], *args: Any, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        with trio.CancelScope(shield=True) as scope:
+            scopes.append(scope)
+            await run(*args, task_status=task_status)
+
+    async with trio.open_nursery() as device_nursery:
+        try:
+            if not gate_open:
+                machine._gate_closed = True
+            for slot in board.devices:
+                if not gate_open:
+                    slot.lifecycle.close_gate()
+                await device_nursery.start(shielded, slot.lifecycle.run, device_nursery)
+            await device_nursery.start(shielded, board.serial.run)
+            async with trio.open_nursery() as vcpu_nursery:
+                try:
+                    await vcpus.start(vcpu_nursery)
+                    yield machine
+                finally:
+                    with trio.CancelScope(shield=True):  # bounded: vcpu_stop
+                        try:
+                            await vcpus.stop()
+                        except DeadlineError as error:
+                            board.note_stuck(str(error))
+        finally:
+            with trio.CancelScope(shield=True):  # bounded: quiesce, device_stop and drain
+                try:
+                    await machine.close_gate(deadlines.device_stop)
+                except DeadlineError as error:
+                    board.note_stuck(str(error))
+            for scope in scopes:
+                scope.cancel()

@@ -1,0 +1,167 @@
+"""All vCPUs of a machine: their tasks and threads, and the pause that is bounded and rolls back.
+
+Each vCPU task runs under its own *shielded* scope in the vCPU nursery: a cancellation from outside reaches all
+nested nurseries at once, and the order in which a machine ends must be built, not inherited. So nothing but
+:meth:`VcpuSet.stop` ends a vCPU, and ``open_vm`` calls that in its bounded ``finally``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
+
+import attrs
+import trio
+
+from trivmm.deadlines import Deadlines
+from trivmm.errors import DeadlineError
+from trivmm.nursery.vcpu import Vcpu, VcpuRunState, drive_thread
+
+__all__ = ["Driver", "VcpuSet", "thread_driver"]
+
+logger = logging.getLogger(__name__)
+
+KICK_BACKOFF_FIRST_S: Final = 0.005  # a kick can be lost to a starved thread: it is repeated until acknowledged
+KICK_BACKOFF_MAX_S: Final = 0.2
+
+Driver = Callable[[Vcpu], Awaitable[str]]
+
+
+async def thread_driver(vcpu: Vcpu) -> str:
+    """One OS thread per vCPU, with a limiter of its own: a vCPU holds its token for life."""
+    return await trio.to_thread.run_sync(
+        drive_thread, vcpu, limiter=trio.CapacityLimiter(1), thread_name=vcpu.name, abandon_on_cancel=False
+    )
+
+
+@attrs.define(eq=False)
+class VcpuSet:
+    """``driver`` runs one vCPU until it stops (:func:`thread_driver`, or the scripted one of ``trivmm.testing``)."""
+
+    vcpus: Sequence[Vcpu]
+    deadlines: Deadlines
+    driver: Driver = thread_driver
+    _changed: trio.Event = attrs.field(factory=trio.Event, init=False)
+    _token: trio.lowlevel.TrioToken | None = attrs.field(default=None, init=False)
+    _scopes: list[trio.CancelScope] = attrs.field(factory=list, init=False)
+    _left: int = attrs.field(default=0, init=False)
+
+    # --- life ------------------------------------------------------------------------------------------------
+
+    async def start(self, nursery: trio.Nursery) -> None:
+        """Start every vCPU, parked. Returns when all of them have reported.
+
+        :raises PauseTimeout: when a thread does not get there."""
+        self._token = trio.lowlevel.current_trio_token()
+        for vcpu in self.vcpus:
+            self._left += 1
+            nursery.start_soon(self._run, vcpu, name=vcpu.name)
+        with self.deadlines.enter("vcpu_start", self._diagnose):
+            await self._until_all_paused()
+
+    async def _run(self, vcpu: Vcpu) -> None:
+        try:
+            with trio.CancelScope(shield=True) as scope:
+                self._scopes.append(scope)
+                try:
+                    await self.driver(vcpu)
+                except trio.Cancelled:
+                    vcpu.request_stop()  # only stop() cancels this scope, after its deadline
+                    raise
+        finally:
+            vcpu.state = VcpuRunState.STOPPED  # the thread is gone, whatever it last said
+            self._left -= 1
+            self._note_change()
+
+    def on_change(self) -> None:
+        """A vCPU paused or stopped. Called from any thread."""
+        if self._token is not None:
+            with contextlib.suppress(trio.RunFinishedError):  # the program is over: nobody waits any more
+                self._token.run_sync_soon(self._note_change, idempotent=True)
+
+    def _note_change(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    def _diagnose(self) -> str:
+        late = [vcpu for vcpu in self.vcpus if not vcpu.is_paused()]
+        return "; ".join(vcpu.describe_wait() for vcpu in late) or "every vCPU arrived just after the deadline"
+
+    # --- pause and resume ------------------------------------------------------------------------------------
+
+    async def _until_all_paused(self) -> None:
+        backoff_s = KICK_BACKOFF_FIRST_S
+        while True:
+            changed = self._changed
+            late = [vcpu for vcpu in self.vcpus if not vcpu.is_paused()]
+            if not late:
+                return
+            with trio.move_on_after(backoff_s):
+                await changed.wait()
+                continue
+            for vcpu in late:
+                vcpu.cpu.kick()
+            backoff_s = min(2 * backoff_s, KICK_BACKOFF_MAX_S)
+
+    async def pause(self, *, at_most_s: float | None = None) -> None:
+        """Ask all vCPUs at once and wait until each is parked between two instructions.
+
+        :raises PauseTimeout: naming who did not come; every vCPU runs again. A cancellation rolls back too."""
+        for vcpu in self.vcpus:
+            vcpu.request_pause()
+        try:
+            with self.deadlines.enter("pause", self._diagnose, at_most_s=at_most_s):
+                await self._until_all_paused()
+        except BaseException:
+            self.resume()
+            raise
+
+    def resume(self) -> None:
+        """Let every vCPU go on; one that stood at a barrier stands there again until it is settled."""
+        for vcpu in self.vcpus:
+            vcpu.release_pause()
+
+    @property
+    def all_paused(self) -> bool:
+        return all(vcpu.is_paused() for vcpu in self.vcpus)
+
+    def set_throttle(self, percent: int) -> None:
+        for vcpu in self.vcpus:
+            vcpu.throttle_percent = percent
+            vcpu.cpu.kick()
+
+    # --- the end ---------------------------------------------------------------------------------------------
+
+    async def stop(self) -> None:
+        """End every vCPU and wait for its thread. Call inside a shield.
+
+        :raises DeadlineError: ``vcpu_stop``, naming those whose thread did not return."""
+        for vcpu in self.vcpus:
+            vcpu.request_stop()
+
+        def diagnose() -> str:
+            stuck = [vcpu for vcpu in self.vcpus if vcpu.state is not VcpuRunState.STOPPED]
+            return "; ".join(vcpu.describe_wait() for vcpu in stuck)
+
+        try:
+            with self.deadlines.enter("vcpu_stop", diagnose):
+                await self._until_all_gone()
+        except DeadlineError as error:
+            logger.critical("%s", error)
+            for scope in self._scopes:
+                scope.cancel()  # ends scripted vCPUs; a thread in the kernel is beyond it, and is named above
+            raise
+
+    async def _until_all_gone(self) -> None:
+        backoff_s = KICK_BACKOFF_FIRST_S
+        while self._left:
+            changed = self._changed
+            with trio.move_on_after(backoff_s):
+                await changed.wait()
+                continue
+            for vcpu in self.vcpus:
+                if vcpu.state is not VcpuRunState.STOPPED:
+                    vcpu.request_stop()
+            backoff_s = min(2 * backoff_s, KICK_BACKOFF_MAX_S)

@@ -1,0 +1,277 @@
+"""The scripted hypervisor: vCPUs are trio tasks that play a script of exits, so that virtual time works.
+
+A script is a generator function of one argument, its :class:`ScriptedVcpu`. It yields what the guest does:
+
+- an exit of ``trivmm.hypervisor.base`` (``MmioWrite(gpa, data)``, ``value = yield MmioRead(gpa, 4)``, …);
+- a tuple of exits: one instruction with several (a page-crossing store), finished before a pause;
+- :class:`Compute` ``(seconds)``: runs guest code, reachable by a kick; :class:`Wedge` ``(seconds)``: does not react to
+  kicks for so long; :class:`Store` ``(gpa, data)``: writes RAM, seen by the dirty log;
+- and when it returns, the vCPU computes for ever.
+
+``cpu.registers`` is a dict that travels with a migration: the destination's script is called anew and reads it.
+The board, the devices, the activation protocol and the migration around it are the real ones. Hot loops cost
+nothing: under trio's ``autojump_clock`` a script of an hour takes milliseconds. No thread is involved.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, ClassVar, TypeAlias
+
+import attrs
+import trio
+
+from trivmm._native import ffi
+from trivmm.errors import HypervisorError
+from trivmm.hypervisor.base import Interrupted, VcpuBackend, VcpuExit, VcpuState, VmmState
+from trivmm.nursery.vcpu import Vcpu
+
+__all__ = ["Compute", "Script", "ScriptedHypervisor", "ScriptedVcpu", "ScriptedVm", "Store", "Wedge", "task_driver"]
+
+
+@attrs.frozen
+class Compute:
+    seconds: float
+
+
+@attrs.frozen
+class Wedge:
+    seconds: float
+
+
+@attrs.frozen
+class Store:
+    gpa: int
+    data: bytes
+
+
+Step: TypeAlias = "VcpuExit | tuple[VcpuExit, ...] | Compute | Wedge | Store"
+Script: TypeAlias = "Callable[[ScriptedVcpu], Generator[Step, bytes | None, None]]"
+
+
+def idle(cpu: ScriptedVcpu) -> Generator[Step, bytes | None, None]:
+    """The script of a vCPU that was given none: it computes for ever."""
+    yield Compute(1e9)
+
+
+class ScriptedVcpu:
+    """See the module's docstring. ``calls`` is the log of what the VMM did to this vCPU."""
+
+    def __init__(self, vm: ScriptedVm, index: int, script: Script) -> None:
+        self.index = index
+        self.vm = vm
+        self.registers: dict[str, Any] = {}
+        self.calls: list[str] = []
+        self.inline_handler: Callable[[VcpuExit], bytes | None] | None = None
+        self._script = script
+        self._steps: Generator[Step, bytes | None, None] | None = None
+        self._pending: list[VcpuExit] = []
+        self._left: Compute | None = None
+        self._answer: bytes | None = None
+        self._kicked = trio.Event()
+
+    # --- the protocol ----------------------------------------------------------------------------------------
+
+    def attach_thread(self) -> None:
+        raise HypervisorError("scripted", "has no threads", "run it with trivmm.testing.task_driver")
+
+    detach_thread = attach_thread
+
+    def run(self) -> VcpuExit:
+        raise HypervisorError("scripted", "has no threads", "run it with trivmm.testing.task_driver")
+
+    run_immediate = run
+
+    def park(self, timeout_s: float) -> None:
+        raise HypervisorError("scripted", "has no threads", "run it with trivmm.testing.task_driver")
+
+    def complete_read(self, data: bytes) -> None:
+        self._answer = data
+
+    def kick(self) -> None:
+        self._kicked.set()
+
+    def set_boot_state(self, entry_gpa: int, start_info_gpa: int) -> None:
+        self.calls.append("set_boot_state")
+
+    def save(self) -> VcpuState:
+        self.calls.append("save")
+        return VcpuState("scripted/1", {"registers": json.dumps(self.registers).encode()})
+
+    def load(self, state: VcpuState) -> None:
+        self.calls.append("load")
+        if state.kind != "scripted/1":
+            raise HypervisorError("scripted", f"cannot load a vCPU of kind {state.kind}")
+        self.registers = json.loads(state.blobs["registers"])
+        self._steps = None
+
+    def describe(self) -> str:
+        return f"scripted vcpu{self.index}: registers {self.registers}"
+
+    def close(self) -> None:
+        if self._steps is not None:
+            self._steps.close()
+            self._steps = None
+
+    # --- what the driver awaits ------------------------------------------------------------------------------
+
+    def _next(self) -> Step:
+        answer, self._answer = self._answer, None
+        if self._steps is None:
+            self._steps = self._script(self)
+            answer = None
+        try:
+            return self._steps.send(answer)
+        except StopIteration:
+            return Compute(1e9)
+
+    async def run_async(self) -> VcpuExit:
+        while True:
+            await trio.lowlevel.checkpoint()
+            if self._kicked.is_set():
+                self._kicked = trio.Event()
+                return Interrupted()
+            if self._pending:
+                return self._pending.pop(0)
+            step = self._left or self._next()
+            self._left = None
+            match step:
+                case Compute(seconds):
+                    began = trio.current_time()
+                    with trio.move_on_after(seconds) as scope:
+                        await self._kicked.wait()
+                    if not scope.cancelled_caught:
+                        self._left = Compute(seconds - (trio.current_time() - began))
+                case Wedge(seconds):
+                    await trio.sleep(seconds)
+                case Store(gpa, data):
+                    self.vm.store(gpa, data)
+                case tuple():
+                    self._pending = list(step)
+                case _:
+                    return step
+
+    async def finish_async(self) -> VcpuExit:
+        await trio.lowlevel.checkpoint()
+        return self._pending.pop(0) if self._pending else Interrupted()
+
+    async def park_async(self, timeout_s: float) -> None:
+        with trio.move_on_after(timeout_s):
+            await self._kicked.wait()
+        self._kicked = trio.Event()
+
+
+async def task_driver(vcpu: Vcpu) -> str:
+    """Runs a vCPU's program as a trio task: the same program that :func:`trivmm.nursery.vcpu.drive_thread` runs."""
+    cpu = vcpu.cpu
+    assert isinstance(cpu, ScriptedVcpu)
+    program = vcpu.program()
+    answer: VcpuExit | None = None
+    while True:
+        try:
+            operation = program.send(answer)
+        except StopIteration as end:
+            return str(end.value)
+        if operation == "run":
+            answer = await cpu.run_async()
+        elif operation == "finish":
+            answer = await cpu.finish_async()
+        else:
+            await cpu.park_async(operation)
+            answer = None
+
+
+class ScriptedVm:
+    """``calls`` is the log of what the VMM asked of the VM, in order."""
+
+    name = "scripted"
+    live_copy = True
+
+    def __init__(self, scripts: Sequence[Script]) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.doorbells: dict[int, int] = {}
+        self.msi: dict[int, tuple[int, int, int]] = {}
+        self._scripts = scripts
+        self._slots: dict[int, tuple[int, int, int]] = {}
+        self._dirty: dict[int, set[int]] | None = None
+        self._tokens = 0
+
+    def add_memory(self, slot: int, gpa: int, size: int, hva: int) -> None:
+        self._slots[slot] = (gpa, size, hva)
+
+    def store(self, gpa: int, data: bytes) -> None:
+        for slot, (start, size, hva) in self._slots.items():
+            if start <= gpa and gpa + len(data) <= start + size:
+                ffi.buffer(ffi.cast("uint8_t *", hva + gpa - start), len(data))[:] = data
+                if self._dirty is not None:
+                    first, last = (gpa - start) >> 12, (gpa - start + len(data) - 1) >> 12
+                    self._dirty.setdefault(slot, set()).update(range(first, last + 1))
+                return
+        raise ValueError(f"script stores outside RAM: {gpa:#x}")
+
+    def set_dirty_log(self, enabled: bool) -> None:
+        self.calls.append(("set_dirty_log", enabled))
+        self._dirty = {} if enabled else None
+
+    def harvest_dirty(self, slot: int, into: Any) -> None:
+        if self._dirty is None:
+            raise HypervisorError("harvest_dirty", "the dirty log is off")
+        for page in self._dirty.pop(slot, ()):
+            into[page // 64] |= 1 << page % 64
+
+    def create_vcpu(self, index: int) -> VcpuBackend:
+        script = self._scripts[index] if index < len(self._scripts) else idle
+        return ScriptedVcpu(self, index, script)
+
+    def add_doorbell(self, fd: int, gpa: int) -> None:
+        self.doorbells[gpa] = fd
+
+    def remove_doorbell(self, fd: int, gpa: int) -> None:
+        self.doorbells.pop(gpa, None)
+
+    def connect_msi(self, fd: int, address: int, data: int) -> int:
+        self._tokens += 1
+        self.msi[self._tokens] = (fd, address, data)
+        self.calls.append(("connect_msi", address, data))
+        return self._tokens
+
+    def disconnect_msi(self, token: int) -> None:
+        self.calls.append(("disconnect_msi", *self.msi.pop(token)[1:]))
+
+    def connect_irq(self, fd: int, gsi: int) -> None:
+        self.calls.append(("connect_irq", gsi))
+
+    def disconnect_irq(self, fd: int, gsi: int) -> None:
+        self.calls.append(("disconnect_irq", gsi))
+
+    def save(self) -> VmmState:
+        self.calls.append(("save",))
+        return VmmState("scripted/1", {})
+
+    def load(self, state: VmmState) -> None:
+        self.calls.append(("load",))
+        if state.kind != "scripted/1":
+            raise HypervisorError("scripted", f"cannot load a VM of kind {state.kind}")
+
+    def close(self) -> None:
+        self.calls.append(("close",))
+
+
+class ScriptedHypervisor:
+    """Give it one script per vCPU; vCPUs without one compute for ever."""
+
+    name: ClassVar[str] = "scripted"
+    max_vcpus = 8
+
+    def __init__(self, *scripts: Script) -> None:
+        self.scripts = scripts
+        self.vms: list[ScriptedVm] = []
+
+    def open_vm(self) -> ScriptedVm:
+        vm = ScriptedVm(self.scripts)
+        self.vms.append(vm)
+        return vm
+
+    def close(self) -> None:
+        return None
