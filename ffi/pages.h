@@ -1,0 +1,99 @@
+/* Guest pages on a socket: page frames are built, sent, received and checked here, with the GIL released.
+ *
+ * The frame format is that of trivmm/migration/wire.py, which is its definition. In short, little-endian:
+ *   header  magic u32, version u16, type u16, length u32, body u32, body_crc u32, header_crc u32   (24 bytes)
+ *   PAGES   slot u32, count u32, count x (page u32, crc u32), then count x 4096 bytes
+ *   ZERO    slot u32, count u32, count x (first u32, pages u32)
+ * `length` counts all bytes after the header; the first `body` of them are covered by `body_crc`. Pages carry a
+ * CRC32C each, in the body: the guest goes on writing while its pages are sent, so a page is copied once into a
+ * staging buffer that stays in the L2 cache, and both the CRC and the socket read that copy.
+ *
+ * Invariants
+ *  - A job belongs to one thread for the length of a call; its buffers and file descriptors outlive the call.
+ *  - `fd` is a non-blocking stream socket, `kick_fd` a non-blocking eventfd. Both waits are one poll() with a
+ *    timeout; a kick is level-triggered (this code never reads it), so it is never lost.
+ *  - Sending: the caller has cleared the dirty logs that the bits in `dirty` came from *before* the call, so that
+ *    a write that comes during the copy is seen by the next harvest. A bit is cleared when its page is in a frame
+ *    that is whole on the socket, and not before.
+ *  - Receiving: the machine does not run and nobody else touches its RAM.
+ */
+#ifndef TV_PAGES_H
+#define TV_PAGES_H
+#include <stdint.h>
+
+#include "memory.h"
+
+#define TV_FRAME_MAGIC 0x674d5654u /* "TVMg" */
+#define TV_FRAME_HEADER 24u
+#define TV_FRAME_PAGES 64u /* pages a frame: 256 KiB, a staging buffer that fits an L2 cache */
+#define TV_FRAME_RUNS 512u /* zero runs a frame: 4 KiB of body */
+#define TV_TYPE_PAGES 16u
+#define TV_TYPE_ZERO 17u
+
+enum tv_pages_reason {
+    TV_PAGES_DONE = 0,    /* sent: no dirty page is left; received: `header` holds a frame that is not ours */
+    TV_PAGES_BUDGET = 1,  /* max_pages done; call again */
+    TV_PAGES_KICKED = 2,
+    TV_PAGES_STALLED = 3, /* no byte went through for stall_ms */
+    TV_PAGES_ERRNO = 4,   /* see `error` */
+    TV_PAGES_EOF = 5,     /* the peer closed */
+    TV_PAGES_BAD = 6,     /* the peer sent nonsense: see `problem` */
+};
+
+enum tv_pages_problem {
+    TV_BAD_NONE = 0,
+    TV_BAD_LENGTH = 1,
+    TV_BAD_BODY_CRC = 2,
+    TV_BAD_SLOT = 3,
+    TV_BAD_PAGE = 4, /* outside the region, twice, or not ascending */
+    TV_BAD_PAGE_CRC = 5,
+};
+
+struct tv_page_send {
+    int fd;
+    int kick_fd;
+    uint32_t stall_ms;
+    uint32_t grace_ms; /* after a kick a started frame may still end, for that long */
+    uint16_t version;
+    uint32_t slot;
+    uint64_t pages; /* of the region */
+    uint8_t *hva;
+    uint64_t *dirty;  /* (pages + 63) / 64 words, this job's own */
+    uint64_t cursor;  /* in and out: first page to look at */
+    uint64_t max_pages;
+    uint8_t *staging; /* TV_FRAME_PAGES pages */
+    uint64_t bytes;   /* out, like all below: added up over calls */
+    uint64_t sent_pages;
+    uint64_t zero_pages;
+    int reason;
+    int error;
+    int broken; /* a frame was cut short: the stream is good for nothing any more */
+};
+
+struct tv_page_intake {
+    int fd;
+    int kick_fd;
+    uint32_t stall_ms;
+    uint16_t version;
+    struct tv_memory *memory;
+    uint64_t *landed[TV_MAX_REGIONS]; /* a bit a page: its frame is (or may be) not all zero */
+    uint64_t max_pages;
+    uint8_t header[TV_FRAME_HEADER]; /* out */
+    uint64_t bytes;
+    uint64_t sent_pages;
+    uint64_t zero_pages;
+    int reason;
+    int error;
+    int problem;
+    uint32_t bad_slot;
+    uint64_t bad_page;
+};
+
+uint32_t tv_crc32c(uint32_t crc, const uint8_t *data, uint64_t length);
+uint32_t tv_crc32c_portable(uint32_t crc, const uint8_t *data, uint64_t length);
+int tv_pages_send(struct tv_page_send *job);
+int tv_pages_receive(struct tv_page_intake *job);
+int tv_pages_mark_data(int memfd, uint64_t size, uint64_t *dirty);
+uint64_t tv_pages_count(const uint64_t *bitmap, uint64_t words);
+
+#endif

@@ -1,0 +1,321 @@
+"""ffi/pages.c on real sockets against the Python oracle: same frames, same memory, same refusals."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from trivmm._native import ffi, lib
+from trivmm.errors import ProtocolError
+from trivmm.machine.memory import GuestMemory
+from trivmm.migration import wire
+from trivmm.migration.pages import DirtySet, Landing, page_frames
+from trivmm.migration.wire import MessageType
+
+DONE, BUDGET, KICKED, STALLED, ERRNO, EOF, BAD = range(7)
+MIB = 1 << 20
+END = wire.encode_frame(MessageType.ROUND_END, b'{"round":1}')
+
+
+class Pair:
+    """Two connected sockets and an eventfd for each side; a thread bounded by join."""
+
+    def __init__(self, family: str) -> None:
+        if family == "unix":
+            self.a, self.b = socket.socketpair()
+        else:
+            listener = socket.create_server(("127.0.0.1", 0))
+            self.a = socket.create_connection(listener.getsockname())
+            self.b, _ = listener.accept()
+            listener.close()
+        self.kick_a = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.kick_b = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def close(self) -> None:
+        self.a.close()
+        self.b.close()
+        os.close(self.kick_a)
+        os.close(self.kick_b)
+
+
+@pytest.fixture(params=["unix", "tcp"])
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    made = Pair(request.param)
+    made.a.setblocking(False)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def memory() -> Iterator[GuestMemory]:
+    made = GuestMemory([(0, 4 * MIB), (1 << 32, 2 * MIB)])
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def other() -> Iterator[GuestMemory]:
+    made = GuestMemory([(0, 4 * MIB), (1 << 32, 2 * MIB)])
+    yield made
+    made.close()
+
+
+def contents(memory: GuestMemory) -> list[bytes]:
+    return [memory.read(region.gpa, region.size) for region in memory.regions]
+
+
+def scribble(memory: GuestMemory, seed: int) -> None:
+    chance = random.Random(seed)
+    for region in memory.regions:
+        for page in range(region.pages):
+            kind = chance.randrange(4)
+            if kind == 0:
+                memory.write(region.gpa + page * 4096, chance.randbytes(4096))
+            elif kind == 1:
+                memory.write(region.gpa + page * 4096 + 4088, b"x" * 8)
+            elif kind == 2:
+                memory.write(region.gpa + page * 4096, bytes(4096))
+
+
+def send_job(pair: Pair, dirty: DirtySet, **more: Any) -> tuple[Any, Any]:
+    staging = ffi.new("uint8_t[]", 64 * 4096 + 64)
+    aligned = ffi.cast("uint8_t *", (int(ffi.cast("uintptr_t", staging)) + 63) & ~63)
+    job = ffi.new("struct tv_page_send *")
+    job.fd, job.kick_fd, job.stall_ms, job.grace_ms = pair.a.fileno(), pair.kick_a, 20_000, 1000
+    job.version, job.slot, job.pages = 1, dirty.region.slot, dirty.region.pages
+    job.hva, job.dirty, job.staging = ffi.cast("uint8_t *", dirty.region.hva), dirty.bits, aligned
+    job.max_pages = 1 << 40
+    for name, value in more.items():
+        setattr(job, name, value)
+    return job, staging
+
+
+def intake(pair: Pair, landing: Landing, **more: Any) -> Any:
+    job = ffi.new("struct tv_page_intake *")
+    job.fd, job.kick_fd, job.stall_ms, job.version = pair.b.fileno(), pair.kick_b, 20_000, 1
+    job.memory, job.max_pages = landing.memory.native, 1 << 40
+    for slot, bits in enumerate(landing.landed):
+        job.landed[slot] = bits
+    for name, value in more.items():
+        setattr(job, name, value)
+    return job
+
+
+def in_thread(work: Any) -> threading.Thread:
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+def test_c_to_c_and_the_zero_pages_clear_what_landed(pair: Pair, memory: GuestMemory, other: GuestMemory) -> None:
+    landing = Landing(other)
+    for seed in (1, 2, 3):
+        scribble(memory, seed)
+        job = intake(pair, landing, sent_pages=0)
+        thread = in_thread(lambda job=job: lib.tv_pages_receive(job))
+        sent = zero = 0
+        for region in memory.regions:
+            dirty = DirtySet.of(region)
+            dirty.add_touched()
+            out, keep = send_job(pair, dirty)
+            assert lib.tv_pages_send(out) == DONE
+            assert dirty.count == 0
+            sent, zero = sent + out.sent_pages, zero + out.zero_pages
+            del keep
+        pair.a.setblocking(True)
+        pair.a.sendall(END)
+        pair.a.setblocking(False)
+        thread.join(60)
+        assert not thread.is_alive()
+        assert job.reason == DONE
+        assert bytes(ffi.buffer(job.header)) == END[:24]
+        assert pair.b.recv(len(END) - 24, socket.MSG_WAITALL) == END[24:]
+        assert (job.sent_pages, job.zero_pages) == (sent, zero)
+        assert sent > 500
+        assert zero > 100
+        assert contents(memory) == contents(other)
+
+
+def test_c_frames_read_by_the_oracle(pair: Pair, memory: GuestMemory, other: GuestMemory) -> None:
+    scribble(memory, 4)
+    landing, reader = Landing(other), wire.FrameReader()
+
+    def read() -> None:
+        while data := pair.b.recv(65536):
+            reader.feed(data)
+            while frame := reader.next_frame():
+                landing.take(frame)
+
+    thread = in_thread(read)
+    for region in memory.regions:
+        dirty = DirtySet.of(region)
+        dirty.add_touched()
+        out, keep = send_job(pair, dirty, max_pages=100)
+        while (reason := lib.tv_pages_send(out)) == BUDGET:
+            pass
+        assert reason == DONE
+        del keep
+    pair.a.close()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert contents(memory) == contents(other)
+
+
+def test_oracle_frames_read_by_c(pair: Pair, memory: GuestMemory, other: GuestMemory) -> None:
+    scribble(memory, 5)
+    landing = Landing(other)
+    job = intake(pair, landing)
+    thread = in_thread(lambda: lib.tv_pages_receive(job))
+    pair.a.setblocking(True)
+    for region in memory.regions:
+        dirty = DirtySet.of(region)
+        dirty.add_touched()
+        for frame, _, _ in page_frames(dirty, 1 << 40):
+            pair.a.sendall(frame)
+    pair.a.close()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert job.reason == EOF
+    assert contents(memory) == contents(other)
+
+
+def test_only_touched_pages_are_marked(memory: GuestMemory) -> None:
+    memory.write(5 * 4096, b"x")
+    memory.write(700 * 4096 + 4095, b"yz")
+    dirty = DirtySet.of(memory.regions[0])
+    dirty.add_touched()
+    assert list(dirty) == [5, 700, 701]
+    assert dirty.count == 3
+
+
+def test_a_kick_ends_a_sender_whose_peer_does_not_read(pair: Pair, memory: GuestMemory) -> None:
+    scribble(memory, 6)
+    dirty = DirtySet.of(memory.regions[0])
+    dirty.add_touched()
+    before = dirty.count
+    out, keep = send_job(pair, dirty, grace_ms=10)
+    pair.a.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    pair.b.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    os.eventfd_write(pair.kick_a, 1)
+    assert lib.tv_pages_send(out) == KICKED  # kicked before the start: nothing is broken
+    assert not out.broken
+    assert dirty.count == before
+    os.eventfd_read(pair.kick_a)
+    thread = in_thread(lambda: lib.tv_pages_send(out))
+    os.eventfd_write(pair.kick_a, 1)
+    thread.join(60)
+    assert not thread.is_alive()
+    assert out.reason == KICKED
+    assert dirty.count == before - out.sent_pages - out.zero_pages
+    del keep
+
+
+def test_a_silent_peer_stalls_both_sides(pair: Pair, memory: GuestMemory, other: GuestMemory) -> None:
+    scribble(memory, 7)
+    assert lib.tv_pages_receive(intake(pair, Landing(other), stall_ms=20)) == STALLED
+    dirty = DirtySet.of(memory.regions[0])
+    for word in range(memory.regions[0].bitmap_words):
+        dirty.bits[word] = (1 << 64) - 1
+    for page in range(memory.regions[0].pages):
+        memory.write(page * 4096, b"z")
+    out, keep = send_job(pair, dirty, stall_ms=20)
+    reason = lib.tv_pages_send(out)
+    if reason == DONE:  # the kernel's buffers took all of it
+        pytest.skip("socket buffers larger than the memory")
+    assert reason == STALLED
+    assert out.broken
+    del keep
+
+
+def test_a_closed_peer_is_eof(pair: Pair, memory: GuestMemory, other: GuestMemory) -> None:
+    scribble(memory, 8)
+    pair.b.close()
+    dirty = DirtySet.of(memory.regions[0])
+    dirty.add_touched()
+    out, keep = send_job(pair, dirty)
+    assert lib.tv_pages_send(out) == EOF
+    del keep
+
+
+def test_a_kick_ends_a_receiver(pair: Pair, other: GuestMemory) -> None:
+    job = intake(pair, Landing(other))
+    thread = in_thread(lambda: lib.tv_pages_receive(job))
+    os.eventfd_write(pair.kick_b, 1)
+    thread.join(60)
+    assert job.reason == KICKED
+
+
+def pages_frame(slot: int, numbers: list[int], payload: bytes | None = None, count: int | None = None) -> bytes:
+    good = b"q" * 4096
+    body = struct.pack("<II", slot, len(numbers) if count is None else count)
+    body += b"".join(struct.pack("<II", number, wire.crc32c(good)) for number in numbers)
+    return wire.encode_frame(MessageType.PAGES, body, good * len(numbers) if payload is None else payload)
+
+
+def zero_frame(slot: int, runs: list[tuple[int, int]], count: int | None = None) -> bytes:
+    body = struct.pack("<II", slot, len(runs) if count is None else count)
+    return wire.encode_frame(MessageType.ZERO, body + b"".join(struct.pack("<II", *run) for run in runs))
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        pages_frame(2, [0]),
+        pages_frame(0, [1024]),
+        pages_frame(0, [2**32 - 1]),
+        pages_frame(0, [3, 3]),
+        pages_frame(0, [4, 3]),
+        pages_frame(0, []),
+        pages_frame(0, [0], count=2),
+        pages_frame(0, [0, 1], payload=b"q" * 4096),
+        pages_frame(0, [0], payload=b"r" * 4096),
+        pages_frame(0, [0, 7, 8, 9], payload=b"q" * 3 * 4096 + b"q" * 4095 + b"r"),
+        zero_frame(2, [(0, 1)]),
+        zero_frame(0, [(0, 1025)]),
+        zero_frame(0, [(1023, 2**32 - 1)]),
+        zero_frame(0, [(5, 2), (6, 1)]),
+        zero_frame(0, [(5, 0)]),
+        zero_frame(0, [(5, 1)], count=2),
+        zero_frame(0, []),
+        wire.encode_frame(MessageType.ZERO, b"1234"),
+    ],
+    ids=range(18),
+)
+def test_nonsense_is_refused_by_both(frame: bytes, memory: GuestMemory) -> None:
+    made = Pair("unix")
+    try:
+        made.a.sendall(frame)
+        job = intake(made, Landing(memory))
+        assert lib.tv_pages_receive(job) == BAD
+        assert job.problem
+    finally:
+        made.close()
+    reader = wire.FrameReader()
+    reader.feed(frame)
+    got = reader.next_frame()
+    assert got is not None
+    with pytest.raises(ProtocolError):
+        Landing(memory).take(got)
+
+
+def test_fuzzed_streams_never_crash_the_receiver(memory: GuestMemory) -> None:
+    chance = random.Random(9)
+    good = pages_frame(0, [1, 2, 9]) + zero_frame(0, [(1, 2)])
+    for _ in range(300):
+        made = Pair("unix")
+        try:
+            raw = bytearray(good)
+            for _ in range(chance.randrange(1, 4)):
+                raw[chance.randrange(len(raw))] ^= 1 << chance.randrange(8)
+            made.a.sendall(bytes(raw)[: chance.randrange(1, len(raw) + 1)])
+            made.a.close()
+            assert lib.tv_pages_receive(intake(made, Landing(memory))) in (DONE, EOF, BAD)
+        finally:
+            made.close()

@@ -1,0 +1,273 @@
+"""Frames and messages: whole, byte by byte, with trailing data, damaged and invented."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import struct
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trivmm._native import ffi, lib
+from trivmm.errors import ProtocolError
+from trivmm.hypervisor.base import VcpuState, VmmState
+from trivmm.migration import messages as m
+from trivmm.migration import wire
+from trivmm.migration.state import MachineState, SavedVcpu
+from trivmm.migration.steps import FROM_DESTINATION, FROM_SOURCE, Session, SessionState
+
+ID = bytes(range(16))
+STATE = MachineState(
+    vcpus=(
+        SavedVcpu(0, VcpuState("kvm/1", {"regs": b"\x00\xff" * 9, "none": b""}), ("rng", "activation")),
+        SavedVcpu(1, VcpuState("kvm/1", {})),
+    ),
+    vmm=VmmState("kvm/1", {"clock": b"123"}),
+    devices={"rng": {"queues": [1, 2], "pending": True}},
+    board={"serial": {"lsr": 96}},
+    reset_pending="reset",
+    run=False,
+)
+EVERY: list[m.Message] = [
+    m.Setup(ID, {"cpus": {"boot_vcpus": 2}, "text": "ä"}, ((0, 1 << 21), (1 << 32, 1 << 21))),
+    m.SetupOk(2.5),
+    m.SetupFail("no"),
+    m.RoundEnd(3),
+    m.RoundAck(3),
+    m.State(STATE),
+    m.Ready(0.0),
+    m.Undo("late"),
+    m.Undone(),
+    m.Commit(ID),
+    m.Running(1.0),
+    m.Refused("locked"),
+    m.Done(),
+    m.Query(ID),
+    m.Verdict("pending", ""),
+    m.Abort("bye"),
+]
+PAGES = wire.encode_frame(wire.MessageType.PAGES, struct.pack("<IIII", 0, 1, 7, 0), b"p" * 4096)
+
+
+def read_all(reader: wire.FrameReader) -> list[wire.Frame]:
+    found = []
+    while frame := reader.next_frame():
+        found.append(frame)
+    return found
+
+
+def test_crc32c_is_castagnoli_and_both_implementations_agree() -> None:
+    assert wire.crc32c(b"123456789") == 0xE3069283  # RFC 3720's check value
+    assert wire.crc32c(b"\x00" * 32) == 0x8A9136AA  # RFC 3720, B.4
+    for length in (0, 1, 7, 8, 9, 63, 4096, 5001):
+        data = bytes((i * 37 + 11) & 0xFF for i in range(length))
+        raw = ffi.from_buffer("uint8_t[]", data)
+        assert lib.tv_crc32c(5, raw, length) == lib.tv_crc32c_portable(5, raw, length)
+
+
+@pytest.mark.parametrize("message", EVERY, ids=lambda each: type(each).__name__)
+def test_message_round_trip_whole_bytewise_and_with_trailing_data(message: m.Message) -> None:
+    raw = m.encode_message(message)
+    reader = wire.FrameReader()
+    reader.feed(raw)
+    assert [m.parse_message(each) for each in read_all(reader)] == [message]
+
+    reader = wire.FrameReader()
+    for byte in raw[:-1]:
+        reader.feed(bytes([byte]))
+        assert reader.next_frame() is None
+    assert reader.pending == len(raw) - 1
+    reader.feed(raw[-1:])
+    frame = reader.next_frame()
+    assert frame is not None
+    assert m.parse_message(frame) == message
+
+    reader = wire.FrameReader()
+    reader.feed(raw + PAGES + raw + raw[:10])
+    frames = read_all(reader)
+    assert [each.type for each in frames] == [m.TYPE_OF[type(message)], wire.MessageType.PAGES, frames[0].type]
+    assert frames[1].payload == b"p" * 4096
+    assert reader.pending == 10
+
+
+@pytest.mark.parametrize("message", EVERY, ids=lambda each: type(each).__name__)
+def test_every_damaged_byte_is_noticed(message: m.Message) -> None:
+    raw = m.encode_message(message)
+    for place in range(len(raw)):
+        reader = wire.FrameReader()
+        reader.feed(raw[:place] + bytes([raw[place] ^ 0x10]) + raw[place + 1 :])
+        with pytest.raises(ProtocolError):
+            read_all(reader)
+
+
+def header(magic: bytes = b"TVMg", version: int = 1, kind: int = 4, length: int = 0, body: int = 0) -> bytes:
+    head = struct.pack("<4sHHIII", magic, version, kind, length, body, 0)
+    return head + struct.pack("<I", wire.crc32c(head))
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        (header(magic=b"HTTP"), "bad magic"),
+        (header(version=2), "bad version 2"),
+        (header(version=0), "bad version 0"),
+        (header(kind=99), "bad type 99"),
+        (header(length=1 << 30, body=1 << 30), "bad length"),
+        (header(length=8, body=9), "bad length"),
+        (header(length=4096, body=0), "bad length"),
+        (header(kind=16, length=16 + 4097, body=16), "bad length"),
+        (header(kind=16, length=16 + 65 * 4096, body=16), "bad length"),
+        (header()[:-1] + b"\0", "bad header CRC"),
+    ],
+)
+def test_bad_headers_are_named_before_anything_is_awaited(raw: bytes, says: str) -> None:
+    reader = wire.FrameReader()
+    reader.feed(raw)
+    with pytest.raises(ProtocolError, match=says):
+        reader.next_frame()
+
+
+def parse(kind: wire.MessageType, body: bytes) -> m.Message:
+    return m.parse_message(wire.Frame(1, kind, body))
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        ("SETUP_OK", b"[]"),
+        ("SETUP_OK", b"{"),
+        ("SETUP_OK", b"\xff"),
+        ("SETUP_OK", b'{"resume_ms":NaN}'),
+        ("SETUP_OK", b'{"resume_ms":-1}'),
+        ("SETUP_OK", b'{"resume_ms":true}'),
+        ("SETUP_OK", b'{"resume_ms":1e999}'),
+        ("SETUP_OK", b'{"resume_ms":1,"resume_ms":2}'),
+        ("SETUP_OK", b'{"resume_ms":1,"more":2}'),
+        ("SETUP_OK", b"{}"),
+        ("ROUND_END", b'{"round":' + b"9" * 5000 + b"}"),
+        ("ROUND_END", b'{"round":1.0}'),
+        ("COMMIT", b'{"session":"00"}'),
+        ("COMMIT", b'{"session":"' + b"zz" * 16 + b'"}'),
+        ("VERDICT", b'{"verdict":"maybe","reason":""}'),
+        ("ABORT", b'{"reason":"' + b"x" * 3000 + b'"}'),
+        ("STATE", b"[" * 100_000),
+        ("STATE", b'{"a":' * 100_000),
+        ("SETUP", json.dumps({"session": ID.hex(), "machine": {}, "memory": [[0, 4095]]}).encode()),
+        ("SETUP", json.dumps({"session": ID.hex(), "machine": {}, "memory": [[0, 4096]] * 2}).encode()),
+        ("SETUP", json.dumps({"session": ID.hex(), "machine": {}, "memory": [[0, True]]}).encode()),
+        (
+            "SETUP",
+            json.dumps({"session": ID.hex(), "machine": {}, "memory": [[i << 30, 4096] for i in range(9)]}).encode(),
+        ),
+        ("SETUP", json.dumps({"session": ID.hex(), "machine": [], "memory": []}).encode()),
+        ("PAGES", b""),
+    ],
+)
+def test_bad_bodies_are_protocol_errors(kind: str, body: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        parse(wire.MessageType[kind], body)
+
+
+def change(value: Any, path: str, new: Any) -> Any:
+    copy = json.loads(json.dumps(value))
+    *way, last = path.split(".")
+    at = copy
+    for step in way:
+        at = at[int(step) if step.isdigit() else step]
+    at[int(last) if last.isdigit() else last] = new
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("path", "new"),
+    [
+        ("vcpus", {}),
+        ("vcpus", [0] * 9),
+        ("vcpus.0.index", 8),
+        ("vcpus.0.index", 1),
+        ("vcpus.0.kind", None),
+        ("vcpus.0.blobs", {"a": "*"}),
+        ("vcpus.0.blobs", {str(i): "" for i in range(65)}),
+        ("vcpus.0.barrier", ["rng"]),
+        ("vcpus.0.barrier", ["rng", "sleep"]),
+        ("vcpus.0.barrier", [["rng"], "reset"]),
+        ("vcpus.0.extra", 1),
+        ("vmm.kind", "x" * 300),
+        ("devices", {"rng": []}),
+        ("devices", {str(i): {} for i in range(65)}),
+        ("reset_pending", "halt"),
+        ("run", 1),
+    ],
+)
+def test_bad_state_names_the_field(path: str, new: Any) -> None:
+    reader = wire.FrameReader()
+    reader.feed(m.encode_message(m.State(STATE)))
+    frame = reader.next_frame()
+    assert frame is not None
+    good = json.loads(frame.body)
+    with pytest.raises(ProtocolError, match=r"state"):
+        parse(wire.MessageType.STATE, json.dumps(change(good, path, new)).encode())
+
+
+def test_a_state_too_large_is_refused_by_the_sender() -> None:
+    fat = MachineState((), VmmState("kvm/1", {"x": b"x" * (4 << 20)}), {}, {})
+    with pytest.raises(ProtocolError, match="does not fit"):
+        m.encode_message(m.State(fat))
+
+
+@given(st.binary(max_size=200))
+def test_fuzzed_bytes_give_frames_or_protocol_errors(data: bytes) -> None:
+    reader = wire.FrameReader()
+    reader.feed(data)
+    with contextlib.suppress(ProtocolError):
+        read_all(reader)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(
+                ["session", "machine", "memory", "round", "vcpus", "vmm", "kind", "blobs", "run", "reason"]
+            ),
+            inner,
+            max_size=6,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@given(st.sampled_from(list(wire.MessageType)), JSON)
+def test_fuzzed_json_gives_messages_or_protocol_errors(kind: wire.MessageType, value: Any) -> None:
+    with contextlib.suppress(ProtocolError):
+        parse(kind, json.dumps(value).encode())
+
+
+@pytest.mark.parametrize("source", [True, False])
+@pytest.mark.parametrize("kind", list(wire.MessageType))
+@pytest.mark.parametrize("state", list(SessionState))
+def test_a_message_out_of_order_names_it_and_both_states(
+    state: SessionState, kind: wire.MessageType, source: bool
+) -> None:
+    for outgoing in (True, False):
+        session = Session(source, state)
+        table = FROM_SOURCE if source is outgoing else FROM_DESTINATION
+        step = session.sent if outgoing else session.received
+        if (state, kind) in table:
+            step(kind)
+            assert session.state is table[state, kind]
+        else:
+            with pytest.raises(ProtocolError, match=rf"{kind.name} out of order: the session is {state.value}, not "):
+                step(kind)
+            assert session.state is state
+
+
+def test_after_commit_nothing_brings_the_source_back_but_a_promise() -> None:
+    ways = {kind for state, kind in FROM_DESTINATION if state is SessionState.COMMITTED}
+    assert ways == {wire.MessageType.RUNNING, wire.MessageType.REFUSED, wire.MessageType.ABORT}
+    assert not [kind for state, kind in FROM_SOURCE if state is SessionState.COMMITTED]

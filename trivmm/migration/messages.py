@@ -1,0 +1,267 @@
+"""What the frames say: one frozen class a message, its JSON body, and the strict way back. Pure.
+
+The sequence of messages is drawn in ``wire``, their order checked by ``steps``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, TypeAlias
+
+import attrs
+
+from trivmm.errors import ProtocolError
+from trivmm.migration.fields import Fields, dump_json, load_json
+from trivmm.migration.state import MachineState
+from trivmm.migration.statejson import state_from_json, state_to_json
+from trivmm.migration.wire import PAGE_BYTES, VERSION, Frame, MessageType, encode_frame
+
+__all__ = [
+    "SESSION_BYTES",
+    "TYPE_OF",
+    "Abort",
+    "Commit",
+    "Done",
+    "Message",
+    "Query",
+    "Ready",
+    "Refused",
+    "RoundAck",
+    "RoundEnd",
+    "Running",
+    "Setup",
+    "SetupFail",
+    "SetupOk",
+    "State",
+    "Undo",
+    "Undone",
+    "Verdict",
+    "encode_message",
+    "parse_message",
+]
+
+SESSION_BYTES: Final = 16
+MAX_REASON: Final = 2000  # characters of an error text
+MAX_REGIONS: Final = 8  # as TV_MAX_REGIONS
+MAX_ROUND: Final = 1 << 32
+MAX_MS: Final = 1e9
+VERDICTS: Final = ("running", "refused", "pending", "unknown")
+
+
+@attrs.frozen
+class Setup:
+    """``session`` 16 bytes; ``machine`` for the destination's factory; ``memory`` (gpa, size) by slot."""
+
+    session: bytes
+    machine: dict[str, Any]
+    memory: tuple[tuple[int, int], ...]
+
+
+@attrs.frozen
+class SetupOk:
+    """``resume_ms``: the destination's first guess of the time from COMMIT to RUNNING."""
+
+    resume_ms: float
+
+
+@attrs.frozen
+class SetupFail:
+    reason: str
+
+
+@attrs.frozen
+class RoundEnd:
+    round: int
+
+
+@attrs.frozen
+class RoundAck:
+    round: int
+
+
+@attrs.frozen
+class State:
+    state: MachineState
+
+
+@attrs.frozen
+class Ready:
+    resume_ms: float
+
+
+@attrs.frozen
+class Undo:
+    reason: str
+
+
+@attrs.frozen
+class Undone:
+    pass
+
+
+@attrs.frozen
+class Commit:
+    session: bytes
+
+
+@attrs.frozen
+class Running:
+    """``resume_ms``: what it took from COMMIT to the first vCPU's run."""
+
+    resume_ms: float
+
+
+@attrs.frozen
+class Refused:
+    """A promise: the destination never ran the machine and never will."""
+
+    reason: str
+
+
+@attrs.frozen
+class Done:
+    pass
+
+
+@attrs.frozen
+class Query:
+    session: bytes
+
+
+@attrs.frozen
+class Verdict:
+    """``verdict``: ``running``, ``refused`` (as :class:`Refused`), ``pending`` (ask again) or ``unknown``."""
+
+    verdict: str
+    reason: str
+
+
+@attrs.frozen
+class Abort:
+    reason: str
+
+
+Message: TypeAlias = (
+    Setup
+    | SetupOk
+    | SetupFail
+    | RoundEnd
+    | RoundAck
+    | State
+    | Ready
+    | Undo
+    | Undone
+    | Commit
+    | Running
+    | Refused
+    | Done
+    | Query
+    | Verdict
+    | Abort
+)
+
+TYPE_OF: Final[dict[type, MessageType]] = {
+    Setup: MessageType.SETUP,
+    SetupOk: MessageType.SETUP_OK,
+    SetupFail: MessageType.SETUP_FAIL,
+    RoundEnd: MessageType.ROUND_END,
+    RoundAck: MessageType.ROUND_ACK,
+    State: MessageType.STATE,
+    Ready: MessageType.READY,
+    Undo: MessageType.UNDO,
+    Undone: MessageType.UNDONE,
+    Commit: MessageType.COMMIT,
+    Running: MessageType.RUNNING,
+    Refused: MessageType.REFUSED,
+    Done: MessageType.DONE,
+    Query: MessageType.QUERY,
+    Verdict: MessageType.VERDICT,
+    Abort: MessageType.ABORT,
+}
+
+
+def encode_message(message: Message, version: int = VERSION) -> bytes:
+    """A whole frame. Reasons are cut to their limit; a state that is too large is a ProtocolError."""
+    value: dict[str, Any] = {}
+    match message:
+        case State(state):
+            value = state_to_json(state)
+        case Setup(session, machine, memory):
+            value = {"session": session.hex(), "machine": machine, "memory": [list(each) for each in memory]}
+        case Commit(session) | Query(session):
+            value = {"session": session.hex()}
+        case _:
+            value = attrs.asdict(message)
+    if "reason" in value:
+        value["reason"] = str(value["reason"])[:MAX_REASON]
+    return encode_frame(TYPE_OF[type(message)], dump_json(value), version=version)
+
+
+def _session(fields: Fields) -> bytes:
+    text = fields.text("session", 2 * SESSION_BYTES)
+    try:
+        session = bytes.fromhex(text)
+    except ValueError:
+        session = b""
+    if len(session) != SESSION_BYTES:
+        raise ProtocolError(f"session is {text!r}, not {SESSION_BYTES} bytes in hex")
+    return session
+
+
+def _memory(fields: Fields) -> tuple[tuple[int, int], ...]:
+    found: list[tuple[int, int]] = []
+    for each in fields.array("memory", MAX_REGIONS):
+        if not (isinstance(each, list) and len(each) == 2 and all(type(part) is int for part in each)):
+            raise ProtocolError("SETUP: memory is not an array of [gpa, size]")
+        gpa, size = each
+        floor = sum(found[-1]) if found else 0
+        if gpa < floor or size <= 0 or gpa % PAGE_BYTES or size % PAGE_BYTES or gpa + size > 1 << 52:
+            raise ProtocolError(f"SETUP: memory region [{gpa:#x}, {size:#x}] is unaligned, overlaps or lies outside")
+        found.append((gpa, size))
+    return tuple(found)
+
+
+def parse_message(frame: Frame) -> Message:
+    """The message in a frame. :raises ProtocolError: names the field at fault. PAGES and ZERO are not messages."""
+    kind = frame.type
+    if kind in (MessageType.PAGES, MessageType.ZERO):
+        raise ProtocolError(f"{kind.name} where a message is due")
+    value = load_json(kind.name, frame.body)
+    if kind is MessageType.STATE:
+        return State(state_from_json(value))
+    fields = Fields(kind.name, value)
+    message: Message
+    match kind:
+        case MessageType.SETUP:
+            message = Setup(_session(fields), fields.object("machine"), _memory(fields))
+        case MessageType.SETUP_OK:
+            message = SetupOk(fields.number("resume_ms", MAX_MS))
+        case MessageType.SETUP_FAIL:
+            message = SetupFail(fields.text("reason", MAX_REASON))
+        case MessageType.ROUND_END:
+            message = RoundEnd(fields.integer("round", 0, MAX_ROUND))
+        case MessageType.ROUND_ACK:
+            message = RoundAck(fields.integer("round", 0, MAX_ROUND))
+        case MessageType.READY:
+            message = Ready(fields.number("resume_ms", MAX_MS))
+        case MessageType.UNDO:
+            message = Undo(fields.text("reason", MAX_REASON))
+        case MessageType.UNDONE:
+            message = Undone()
+        case MessageType.COMMIT:
+            message = Commit(_session(fields))
+        case MessageType.RUNNING:
+            message = Running(fields.number("resume_ms", MAX_MS))
+        case MessageType.REFUSED:
+            message = Refused(fields.text("reason", MAX_REASON))
+        case MessageType.DONE:
+            message = Done()
+        case MessageType.QUERY:
+            message = Query(_session(fields))
+        case MessageType.VERDICT:
+            message = Verdict(fields.text("verdict", MAX_REASON), fields.text("reason", MAX_REASON))
+            if message.verdict not in VERDICTS:
+                raise ProtocolError(f"VERDICT: {message.verdict!r} is not one of {', '.join(VERDICTS)}")
+        case _:
+            message = Abort(fields.text("reason", MAX_REASON))
+    fields.end()
+    return message

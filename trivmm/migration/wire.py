@@ -1,0 +1,192 @@
+"""The migration protocol's sequence and its frames. Pure: bytes in, frames out, and back; see also ``messages``.
+
+A migration, seen from the wire (source on the left; one connection)::
+
+    source                                   destination
+    SETUP session, machine, memory  ───────▶           build the machine, nothing runs
+                                    ◀───────  SETUP_OK            (or SETUP_FAIL reason)
+    PAGES, ZERO …                   ───────▶           pages land
+    ROUND_END n                     ───────▶
+                                    ◀───────  ROUND_ACK n         barrier, measures the round trip
+      … rounds; then the machine stops, saves, harvests the last pages …
+    PAGES, ZERO …, ROUND_END n      ───────▶
+                                    ◀───────  ROUND_ACK n
+    STATE                           ───────▶           load it, still nothing runs
+                                    ◀───────  READY resume_ms
+    COMMIT                          ───────▶           take the locks, run
+                                    ◀───────  RUNNING             (or REFUSED reason: it never ran)
+    DONE                            ───────▶           the verdict was heard
+
+    UNDO, any time after a ROUND_END, STATE or READY and before COMMIT: the source runs again, ◀ UNDONE, rounds go on
+    ABORT reason, from either side before RUNNING: the end; from the destination a promise that it never ran
+    QUERY session, first on a new connection: ◀ VERDICT (running, refused, pending or unknown)
+
+Which message may come when is the table in ``steps``. A frame, little-endian::
+
+    0 magic "TVMg" · 4 version u16 · 6 type u16 · 8 length u32 · 12 body u32 · 16 body CRC32C · 20 CRC32C of 0..19
+
+``length`` counts all bytes after the header, ``body`` those of them that the body CRC covers: for all types but
+PAGES the two are equal and the body is a JSON object (ZERO and PAGES: see ``pages``). Limits are checked on the
+header, before anything is allocated. The peer's version is accepted when it is current or previous, and a session
+keeps the version of its SETUP.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from typing import Final
+
+import attrs
+
+from trivmm._native import ffi, lib
+from trivmm.errors import ProtocolError
+
+__all__ = [
+    "FRAME_PAGES",
+    "FRAME_RUNS",
+    "HEADER_BYTES",
+    "PAGE_BYTES",
+    "SUPPORTED",
+    "VERSION",
+    "Frame",
+    "FrameReader",
+    "Header",
+    "MessageType",
+    "check_body",
+    "crc32c",
+    "encode_frame",
+    "parse_header",
+]
+
+MAGIC: Final = b"TVMg"
+VERSION: Final = 1
+SUPPORTED: Final = (1,)  # current and previous; there is no previous yet
+HEADER: Final = struct.Struct("<4sHHIIII")
+HEADER_BYTES: Final = HEADER.size
+PAGE_BYTES: Final = 4096
+FRAME_PAGES: Final = 64  # as TV_FRAME_PAGES in ffi/pages.h, where the reason stands
+FRAME_RUNS: Final = 512
+SMALL: Final = 16 << 10  # a body with at most one reason in it
+
+
+class MessageType(enum.IntEnum):
+    SETUP = 1
+    SETUP_OK = 2
+    SETUP_FAIL = 3
+    ROUND_END = 4
+    ROUND_ACK = 5
+    STATE = 6
+    READY = 7
+    UNDO = 8
+    UNDONE = 9
+    COMMIT = 10
+    RUNNING = 11
+    REFUSED = 12
+    DONE = 13
+    QUERY = 14
+    VERDICT = 15
+    PAGES = 16
+    ZERO = 17
+    ABORT = 18
+
+
+MAX_BODY: Final[dict[MessageType, int]] = {
+    **dict.fromkeys(MessageType, SMALL),
+    MessageType.SETUP: 1 << 20,  # a configuration and a CPUID table
+    MessageType.STATE: 4 << 20,  # 8 vCPUs of some 20 KiB and 64 devices of some 1 KiB, ten times over
+    MessageType.PAGES: 8 + 8 * FRAME_PAGES,
+    MessageType.ZERO: 8 + 8 * FRAME_RUNS,
+}
+
+
+def crc32c(data: bytes) -> int:
+    """CRC32C (Castagnoli, RFC 3720) of ``data``."""
+    return int(lib.tv_crc32c(0, ffi.from_buffer("uint8_t[]", data), len(data)))
+
+
+@attrs.frozen
+class Header:
+    """A checked header. ``length`` and ``body`` in bytes."""
+
+    version: int
+    type: MessageType
+    length: int
+    body: int
+    body_crc: int
+
+
+@attrs.frozen
+class Frame:
+    """A whole frame. ``payload`` are the bytes after the body: only PAGES has any."""
+
+    version: int
+    type: MessageType
+    body: bytes
+    payload: bytes = b""
+
+
+def parse_header(raw: bytes) -> Header:
+    """:raises ProtocolError: on a wrong magic, CRC, version, type or length; ``raw`` is HEADER_BYTES long."""
+    magic, version, number, length, body, body_crc, header_crc = HEADER.unpack(raw)
+    if magic != MAGIC:
+        raise ProtocolError(f"bad magic {magic!r}: the peer does not speak this migration protocol")
+    if header_crc != crc32c(raw[:20]):
+        raise ProtocolError("bad header CRC: the stream is damaged")
+    if version not in SUPPORTED:
+        raise ProtocolError(f"bad version {version}: this side speaks {', '.join(map(str, SUPPORTED))}")
+    try:
+        kind = MessageType(number)
+    except ValueError:
+        raise ProtocolError(f"bad type {number}: no such message in version {version}") from None
+    payload = length - body
+    if body > MAX_BODY[kind] or payload < 0 or (payload and kind is not MessageType.PAGES):
+        raise ProtocolError(f"bad length: {kind.name} of {length} bytes with a body of {body}")
+    if payload > FRAME_PAGES * PAGE_BYTES or payload % PAGE_BYTES:
+        raise ProtocolError(f"bad length: {payload} bytes of pages in one frame")
+    return Header(version, kind, length, body, body_crc)
+
+
+def check_body(header: Header, body: bytes) -> None:
+    """:raises ProtocolError: when the CRC does not fit."""
+    if crc32c(body) != header.body_crc:
+        raise ProtocolError(f"bad CRC of {header.type.name}: the stream is damaged")
+
+
+def encode_frame(kind: MessageType, body: bytes, payload: bytes = b"", version: int = VERSION) -> bytes:
+    if len(body) > MAX_BODY[kind]:
+        raise ProtocolError(f"{kind.name} of {len(body)} bytes does not fit; {MAX_BODY[kind]} is the limit")
+    head = HEADER.pack(MAGIC, version, kind, len(body) + len(payload), len(body), crc32c(body), 0)[:20]
+    return head + struct.pack("<I", crc32c(head)) + body + payload
+
+
+class FrameReader:
+    """Cuts a byte stream into frames. Holds at most one frame's bytes beyond what it was fed."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._header: Header | None = None
+
+    def feed(self, data: bytes) -> None:
+        self._buffer += data
+
+    def next_frame(self) -> Frame | None:
+        """The next whole frame, or None: feed more. :raises ProtocolError: the stream is useless from here on."""
+        if self._header is None:
+            if len(self._buffer) < HEADER_BYTES:
+                return None
+            self._header = parse_header(bytes(self._buffer[:HEADER_BYTES]))
+        header = self._header
+        if len(self._buffer) < HEADER_BYTES + header.length:
+            return None
+        start, end = HEADER_BYTES + header.body, HEADER_BYTES + header.length
+        body, payload = bytes(self._buffer[HEADER_BYTES:start]), bytes(self._buffer[start:end])
+        check_body(header, body)
+        del self._buffer[:end]
+        self._header = None
+        return Frame(header.version, header.type, body, payload)
+
+    @property
+    def pending(self) -> int:
+        """Bytes of a frame that is not whole yet."""
+        return len(self._buffer)
