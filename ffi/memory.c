@@ -22,3 +22,13 @@ int tv_memory_read(struct tv_memory *mem, uint64_t gpa, uint8_t *to, uint64_t le
     memcpy(to, from, len);
     return 0;
 }
+
+/* Move the bits of a dirty log that other threads may be setting into `into`; the log is left clear. A bit set
+ * while this runs stays in the log or arrives in `into`, never neither. */
+void tv_dirty_take(uint64_t *log, uint64_t *into, uint64_t words)
+{
+    for (uint64_t word = 0; word < words; word++) {
+        if (__atomic_load_n(&log[word], __ATOMIC_RELAXED))
+            into[word] |= __atomic_exchange_n(&log[word], 0, __ATOMIC_ACQ_REL);
+    }
+}
