@@ -1,0 +1,241 @@
+"""PCI bus 0: 32 slots of one function each, reached by CF8/CFC, with the BARs placed in the MMIO address space.
+
+Owned by the board, as long-lived. Slots follow Cloud Hypervisor's order of creation: the host bridge at 0, then
+console, disks, (net), rng, …; a ``pci_device_id`` of the configuration takes its slot out of that order.
+
+Two locks, never held together: one guards the CF8 latch, one the placement of BARs. Both are acquired with a bound.
+A BAR decodes only inside the two BAR windows of ``layout`` and where nothing else is; any other placement is
+refused: nothing is mapped, ``refused_placements`` counts it, and it is tried again whenever a BAR moves.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import attrs
+
+from trivmm.errors import ConfigError, TrivmmError
+from trivmm.machine import layout
+from trivmm.machine.bus import AddressSpace, Outcome, Range
+from trivmm.machine.pci.config_space import LOCK_S, PciConfigSpace
+from trivmm.machine.pci.function import PciFunction
+from trivmm.migration.fields import Fields
+
+__all__ = ["CONFIG_PORTS", "SLOTS", "HostBridge", "PciBus"]
+
+SLOTS: Final = 32
+CONFIG_ADDRESS: Final = 0xCF8
+CONFIG_PORTS: Final = (CONFIG_ADDRESS, 8)  # first port and count
+ENABLE: Final = 1 << 31
+
+
+class HostBridge:
+    """00:00.0, the ids of Cloud Hypervisor's root bridge; no BARs."""
+
+    name = "_pci_root"
+
+    def __init__(self) -> None:
+        self.config = PciConfigSpace(vendor_id=0x8086, device_id=0x0D57, class_code=0x060000)
+
+    def config_read(self, offset: int, size: int) -> bytes:
+        return self.config.read(offset, size)
+
+    def config_write(self, offset: int, data: bytes) -> Outcome:
+        self.config.write(offset, data)
+        return None
+
+    def bar_read(self, bar: int, offset: int, size: int) -> bytes:
+        return b"\xff" * size
+
+    def bar_write(self, bar: int, offset: int, data: bytes) -> Outcome:
+        return None
+
+    def bars_changed(self) -> None:
+        return None
+
+
+@attrs.frozen(eq=False)
+class _BarWindow:
+    """A BAR as a device of the MMIO address space."""
+
+    function: PciFunction
+    index: int
+
+    def read(self, offset: int, size: int) -> bytes:
+        return self.function.bar_read(self.index, offset, size)
+
+    def write(self, offset: int, data: bytes) -> Outcome:
+        return self.function.bar_write(self.index, offset, data)
+
+
+@contextmanager
+def _held(lock: threading.Lock, what: str) -> Iterator[None]:
+    if not lock.acquire(timeout=LOCK_S):
+        raise TrivmmError(f"the PCI bus's {what} lock was held for more than {LOCK_S} s")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class PciBus:
+    """A :class:`~trivmm.machine.bus.BusDevice` for the ports :data:`CONFIG_PORTS`."""
+
+    def __init__(self, mmio: AddressSpace) -> None:
+        self.refused_placements = 0
+        self.functions: dict[int, PciFunction] = {}
+        self._mmio = mmio
+        self._address = 0
+        self._address_lock = threading.Lock()
+        self._placement_lock = threading.Lock()
+        self._windows: dict[tuple[int, int], _BarWindow] = {}
+        self._seen: dict[int, int] = {}  # slot → layout version that is placed
+        self._refused: dict[tuple[int, int], int] = {}  # (slot, bar) → address refused last
+        self._next_bar32 = layout.BAR32_START
+        self._next_bar64 = layout.BAR64_END
+        self.add(HostBridge(), 0)
+
+    # --- building ----------------------------------------------------------------------------------------
+
+    def add(self, function: PciFunction, slot: int | None = None) -> int:
+        """Plug a function in, assign and map its BARs; gives its slot (the lowest free one when None).
+
+        :raises ConfigError: when the slot is taken or out of range, or no slot or BAR space is left.
+        """
+        if slot is None:
+            slot = next((each for each in range(1, SLOTS) if each not in self.functions), SLOTS)
+        if not 0 <= slot < SLOTS:
+            raise ConfigError("pci_device_id", slot, "no such PCI slot is free", f"give 1 to {SLOTS - 1}")
+        if slot in self.functions:
+            taken = self.functions[slot].name
+            raise ConfigError("pci_device_id", slot, f"the slot is taken by {taken}", "give another one")
+        for bar in function.config.bars.values():
+            function.config.set_bar_address(bar.index, self._allocate(bar.size, bar.is_64bit))
+            self._windows[slot, bar.index] = _BarWindow(function, bar.index)
+        self.functions[slot] = function
+        self.place()
+        return slot
+
+    def _allocate(self, size: int, is_64bit: bool) -> int:
+        """Naturally aligned: 64-bit ones from the top down, 32-bit ones from the bottom up."""
+        if is_64bit:
+            start = (self._next_bar64 - size) & -size
+            if start < layout.BAR64_START:
+                raise ConfigError("devices", size, "no 64-bit BAR space is left", "give fewer devices")
+            self._next_bar64 = start
+            return start
+        start = (self._next_bar32 + size - 1) & -size
+        if start + size > layout.BAR32_START + layout.BAR32_SIZE:
+            raise ConfigError("devices", size, "no 32-bit BAR space is left", "give fewer devices")
+        self._next_bar32 = start + size
+        return start
+
+    # --- placement ---------------------------------------------------------------------------------------
+
+    def place(self) -> None:
+        """Make the MMIO address space agree with all BAR registers; also after ``load``."""
+        with _held(self._placement_lock, "placement"):
+            moved = self._unmap_moved()
+            moved |= self._map_wanted()
+            for slot, function in self.functions.items():
+                if slot in moved:
+                    function.bars_changed()
+
+    def _unmap_moved(self) -> set[int]:
+        moved = set()
+        for (slot, index), window in self._windows.items():
+            bar = window.function.config.bars[index]
+            if bar.mapped is not None and bar.mapped != window.function.config.decoded_address(index):
+                self._mmio.remove(window, bar.mapped)
+                bar.mapped = None
+                moved.add(slot)
+        return moved
+
+    def _map_wanted(self) -> set[int]:
+        moved = set()
+        for slot, function in self.functions.items():
+            self._seen[slot] = function.config.layout_version
+        for (slot, index), window in self._windows.items():
+            bar = window.function.config.bars[index]
+            wanted = window.function.config.decoded_address(index)
+            if bar.mapped is not None or wanted is None:
+                self._refused.pop((slot, index), None)
+                continue
+            name = f"{window.function.name} BAR {index}"
+            if _allowed(wanted, bar.size) and self._mmio.insert(Range(wanted, bar.size, window, name)):
+                bar.mapped = wanted
+                moved.add(slot)
+                self._refused.pop((slot, index), None)
+            elif self._refused.get((slot, index)) != wanted:
+                self._refused[slot, index] = wanted
+                self.refused_placements += 1
+        return moved
+
+    # --- CF8 and CFC -------------------------------------------------------------------------------------
+
+    def _target(self) -> tuple[int, PciFunction, int] | None:
+        """Slot, function and dword offset that CF8 selects, if there is something."""
+        with _held(self._address_lock, "address"):
+            address = self._address
+        bus, slot, function = address >> 16 & 0xFF, address >> 11 & 0x1F, address >> 8 & 0x7
+        if not address & ENABLE or bus or function or slot not in self.functions:
+            return None
+        return slot, self.functions[slot], address & 0xFC
+
+    def read(self, offset: int, size: int) -> bytes:
+        if offset % 4 + size > 4:
+            return b"\xff" * size
+        if offset < 4:
+            with _held(self._address_lock, "address"):
+                return self._address.to_bytes(4, "little")[offset : offset + size]
+        target = self._target()
+        if target is None:
+            return b"\xff" * size
+        _, function, register = target
+        return function.config_read(register + offset - 4, size)
+
+    def write(self, offset: int, data: bytes) -> Outcome:
+        if offset % 4 + len(data) > 4:
+            return None
+        if offset < 4:
+            with _held(self._address_lock, "address"):
+                latch = bytearray(self._address.to_bytes(4, "little"))
+                latch[offset : offset + len(data)] = data
+                self._address = int.from_bytes(latch, "little")
+            return None
+        target = self._target()
+        if target is None:
+            return None
+        slot, function, register = target
+        outcome = function.config_write(register + offset - 4, data)
+        if function.config.layout_version != self._seen.get(slot):
+            self.place()
+        return outcome
+
+    # --- state -------------------------------------------------------------------------------------------
+
+    def save(self) -> dict[str, Any]:
+        """The latch only: each function saves its own configuration space; the host bridge's is here."""
+        return {"address": self._address, "host_bridge": self.functions[0].config.save()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Load the functions' configuration spaces first: this places all BARs again.
+
+        :raises ProtocolError: when the state is malformed."""
+        fields = Fields("pci bus", state)
+        address = fields.integer("address", 0, 0xFFFF_FFFF)
+        host_bridge = fields.object("host_bridge")
+        fields.end()
+        self.functions[0].config.load(host_bridge)
+        self._address = address
+        self.place()
+
+
+def _allowed(address: int, size: int) -> bool:
+    """Whether a BAR may decode here: wholly inside one BAR window."""
+    return (address >= layout.BAR32_START and address + size <= layout.BAR32_START + layout.BAR32_SIZE) or (
+        address >= layout.BAR64_START and address + size <= layout.BAR64_END
+    )

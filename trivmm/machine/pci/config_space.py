@@ -1,0 +1,238 @@
+"""A PCI function's 256 bytes of configuration space: type 0 header, BARs, capability list.
+
+Owned by its function and as long-lived. Any vCPU thread may call it; one short lock, held for a few byte copies,
+keeps a register whole. What a guest may change is one mask over the 256 bytes; everything else ignores writes.
+
+The header follows PCI Local Bus 3.0, chapter 6. As in Cloud Hypervisor the command register reads 0 at first
+although the BARs, which the VMM has assigned, decode from the start; from the guest's first write of the command
+register on, its memory-enable bit decides. A BAR that was written with all-ones is being *sized* and does not decode.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Final
+
+import attrs
+
+from trivmm.errors import ProtocolError, TrivmmError
+from trivmm.migration.fields import Fields
+
+__all__ = ["COMMAND", "CONFIG_SIZE", "MEMORY_ENABLE", "Bar", "PciConfigSpace"]
+
+CONFIG_SIZE: Final = 256
+COMMAND: Final = 0x04
+STATUS: Final = 0x06
+CACHE_LINE: Final = 0x0C
+BAR0: Final = 0x10
+BARS: Final = 6
+SUBSYSTEM: Final = 0x2C
+CAPABILITIES: Final = 0x34
+INTERRUPT_LINE: Final = 0x3C
+FIRST_CAPABILITY: Final = 0x40
+
+MEMORY_ENABLE: Final = 0x2
+STATUS_HAS_CAPABILITIES: Final = 0x10
+MEMORY_64BIT: Final = 0x4
+PREFETCHABLE: Final = 0x8
+MIN_BAR_SIZE: Final = 16
+LOCK_S: Final = 2.0  # nobody holds the lock for more than a few copies; longer is a bug and is said so
+
+
+@attrs.define(eq=False)
+class Bar:
+    """One memory BAR. ``size`` in bytes. ``mapped`` is where accesses reach it now, or None: set by the bus only."""
+
+    index: int
+    size: int
+    is_64bit: bool
+    prefetchable: bool
+    mapped: int | None = None
+
+
+class PciConfigSpace:
+    """``layout_version`` grows with every write that may change where the BARs decode."""
+
+    def __init__(
+        self,
+        *,
+        vendor_id: int,
+        device_id: int,
+        class_code: int,
+        revision: int = 0,
+        subsystem_vendor_id: int = 0,
+        subsystem_id: int = 0,
+    ) -> None:
+        """``class_code``: 24 bits, class << 16 | subclass << 8 | programming interface."""
+        self.bars: dict[int, Bar] = {}
+        self.layout_version = 0
+        self._lock = threading.Lock()
+        self._bytes = bytearray(CONFIG_SIZE)
+        self._writable = bytearray(CONFIG_SIZE)
+        self._sizing: set[int] = set()  # offsets of BAR registers that hold the answer to a sizing write
+        self._command_written = False
+        self._next_capability = FIRST_CAPABILITY
+        self._capability_link = CAPABILITIES
+        self._put(0x00, vendor_id, 2)
+        self._put(0x02, device_id, 2)
+        self._put(0x08, class_code << 8 | revision, 4)
+        self._put(SUBSYSTEM, subsystem_vendor_id, 2)
+        self._put(SUBSYSTEM + 2, subsystem_id, 2)
+        self._writable[COMMAND : COMMAND + 2] = b"\xff\xff"
+        self._writable[CACHE_LINE] = 0xFF
+        self._writable[INTERRUPT_LINE] = 0xFF
+
+    def _put(self, offset: int, value: int, size: int) -> None:
+        self._bytes[offset : offset + size] = value.to_bytes(size, "little")
+
+    def _acquire(self) -> None:
+        if not self._lock.acquire(timeout=LOCK_S):
+            raise TrivmmError(f"the lock of a PCI configuration space was held for more than {LOCK_S} s")
+
+    # --- building ----------------------------------------------------------------------------------------
+
+    def add_bar(self, index: int, size: int, *, is_64bit: bool, prefetchable: bool = False) -> None:
+        """Declare a memory BAR; the bus places it. :raises ValueError: for a size or index that PCI cannot have."""
+        last = index + 1 if is_64bit else index
+        taken = {each + half for each, bar in self.bars.items() for half in range(2 if bar.is_64bit else 1)}
+        if index < 0 or last >= BARS or taken & {index, last}:
+            raise ValueError(f"BAR {index} does not fit or is taken")
+        if size < MIN_BAR_SIZE or size & (size - 1) or size >> (64 if is_64bit else 32):
+            raise ValueError(f"BAR {index}: {size} bytes is not a size that a BAR can have")
+        self.bars[index] = Bar(index, size, is_64bit, prefetchable)
+        register = BAR0 + 4 * index
+        width = 8 if is_64bit else 4
+        kind = (MEMORY_64BIT if is_64bit else 0) | (PREFETCHABLE if prefetchable else 0)
+        mask = ((1 << 8 * width) - size) & ~0xF
+        self._put(register, kind, width)
+        self._writable[register : register + width] = mask.to_bytes(width, "little")
+
+    def add_capability(self, cap_id: int, body: bytes, writable: bytes) -> int:
+        """Append a capability; gives its config offset. ``body`` starts after the two header bytes, ``writable``
+        is a mask of the same length. :raises ValueError: when the space is full."""
+        offset = self._next_capability
+        end = offset + 2 + len(body)
+        if end > CONFIG_SIZE or len(writable) != len(body):
+            raise ValueError(f"capability {cap_id:#x} of {len(body)} bytes does not fit at {offset:#x}")
+        self._bytes[self._capability_link] = offset
+        self._bytes[offset] = cap_id
+        self._bytes[offset + 2 : end] = body
+        self._writable[offset + 2 : end] = writable
+        self._bytes[STATUS] |= STATUS_HAS_CAPABILITIES
+        self._capability_link = offset + 1
+        self._next_capability = (end + 3) & ~3
+        return offset
+
+    # --- access ------------------------------------------------------------------------------------------
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Little-endian; all-ones where ``[offset, offset + size)`` leaves the space."""
+        if offset < 0 or offset + size > CONFIG_SIZE:
+            return b"\xff" * size
+        self._acquire()
+        try:
+            return bytes(self._bytes[offset : offset + size])
+        finally:
+            self._lock.release()
+
+    def write(self, offset: int, data: bytes) -> bool:
+        """A guest's write of 1, 2 or 4 bytes inside one dword; any other is ignored.
+
+        True when it may have changed where BARs decode: a BAR register or memory-enable."""
+        size = len(data)
+        if size not in (1, 2, 4) or offset < 0 or offset + size > CONFIG_SIZE or offset % 4 + size > 4:
+            return False
+        self._acquire()
+        try:
+            before = bytes(self._bytes[offset : offset + size])
+            decoded = self.memory_enabled
+            for position, value in enumerate(data, offset):
+                mask = self._writable[position]
+                self._bytes[position] = self._bytes[position] & ~mask | value & mask
+            if offset <= COMMAND + 1 and offset + size > COMMAND:
+                self._command_written = True
+            changed = decoded != self.memory_enabled
+            if BAR0 <= offset < BAR0 + 4 * BARS:
+                register = offset & ~3
+                sizing = data == b"\xff\xff\xff\xff"
+                changed |= sizing != (register in self._sizing) or before != self._bytes[offset : offset + size]
+                (self._sizing.add if sizing else self._sizing.discard)(register)
+            self.layout_version += changed
+            return changed
+        finally:
+            self._lock.release()
+
+    def patch(self, offset: int, data: bytes) -> None:
+        """The function's own write, past the guest's mask. Not saved unless the guest's mask covers it."""
+        self._acquire()
+        try:
+            self._bytes[offset : offset + len(data)] = data
+        finally:
+            self._lock.release()
+
+    @property
+    def memory_enabled(self) -> bool:
+        """Whether memory BARs decode."""
+        return not self._command_written or bool(self._bytes[COMMAND] & MEMORY_ENABLE)
+
+    def bar_address(self, index: int) -> int:
+        """The address that the BAR's registers hold now, wherever it may be mapped."""
+        register = BAR0 + 4 * index
+        width = 8 if self.bars[index].is_64bit else 4
+        return int.from_bytes(self.read(register, width), "little") & ~0xF
+
+    def set_bar_address(self, index: int, address: int) -> None:
+        """The VMM's assignment before boot."""
+        bar = self.bars[index]
+        kind = (MEMORY_64BIT if bar.is_64bit else 0) | (PREFETCHABLE if bar.prefetchable else 0)
+        self.patch(BAR0 + 4 * index, (address | kind).to_bytes(8 if bar.is_64bit else 4, "little"))
+        self.layout_version += 1
+
+    def decoded_address(self, index: int) -> int | None:
+        """Where the guest wants the BAR to decode, or None: memory off, or the BAR is being sized."""
+        register = BAR0 + 4 * index
+        halves = {register, register + 4} if self.bars[index].is_64bit else {register}
+        if not self.memory_enabled or halves & self._sizing:
+            return None
+        return self.bar_address(index)
+
+    # --- state -------------------------------------------------------------------------------------------
+
+    def save(self) -> dict[str, Any]:
+        self._acquire()
+        try:
+            return {
+                "registers": self._bytes.hex(),
+                "command_written": self._command_written,
+                "sizing": sorted(self._sizing),
+            }
+        finally:
+            self._lock.release()
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take the guest-writable bits of a saved space. The caller places the BARs again (``PciBus.place``).
+
+        :raises ProtocolError: when the state is malformed or is another device's."""
+        fields = Fields("pci config", state)
+        text = fields.text("registers", 2 * CONFIG_SIZE)
+        command_written = fields.boolean("command_written")
+        sizing = fields.array("sizing", BARS)
+        fields.end()
+        try:
+            registers = bytes.fromhex(text)
+        except ValueError:
+            registers = b""
+        allowed = range(BAR0, BAR0 + 4 * BARS, 4)
+        if len(registers) != CONFIG_SIZE or not all(type(each) is int and each in allowed for each in sizing):
+            raise ProtocolError("pci config: not a saved configuration space")
+        for offset, (own, mask, saved) in enumerate(zip(self._bytes, self._writable, registers, strict=True)):
+            if (own ^ saved) & ~mask & 0xFF:
+                raise ProtocolError(f"pci config: byte {offset:#x} is {saved:#x}, but this device has {own:#x}")
+        self._acquire()
+        try:
+            self._bytes[:] = registers
+            self._command_written = command_written
+            self._sizing = set(sizing)
+            self.layout_version += 1
+        finally:
+            self._lock.release()
