@@ -187,6 +187,13 @@ class FrameReader:
         return Frame(header.version, header.type, body, payload)
 
     @property
+    def wanted(self) -> int:
+        """Bytes that are missing to the end of the header or, once that is there, of the frame: a reader that asks
+        for no more than this never takes bytes of the next frame."""
+        whole = HEADER_BYTES if self._header is None else HEADER_BYTES + self._header.length
+        return max(whole - len(self._buffer), 0)
+
+    @property
     def pending(self) -> int:
         """Bytes of a frame that is not whole yet."""
         return len(self._buffer)

@@ -1,0 +1,106 @@
+"""A session over a channel: messages in the order that the step table allows, for either side.
+
+Owned by one sender or receiver, for one connection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final, TypeVar
+
+import attrs
+import trio
+
+from trivmm.errors import DeadlineError, MigrationError, ProtocolError
+from trivmm.migration.channel import Channel, LinkLost
+from trivmm.migration.messages import TYPE_OF, Abort, Message, encode_message, parse_message
+from trivmm.migration.pages import DirtySet, Landing, PageCounts
+from trivmm.migration.steps import Session, SessionState
+from trivmm.migration.wire import MessageType
+
+__all__ = ["FAREWELL_S", "Link", "PeerAborted"]
+
+FAREWELL_S: Final = 0.5  # a reason for the peer is a courtesy: it learns of the end from the closed connection too
+
+BEFORE_COMMIT: Final = (SessionState.PRECOPY, SessionState.BARRIER, SessionState.LOADING, SessionState.UNDOING)
+
+M = TypeVar("M")
+
+
+class PeerAborted(MigrationError):
+    """The peer gave up, and said why."""
+
+
+@attrs.define(eq=False)
+class Link:
+    """``session`` is this side's view of the protocol's state."""
+
+    channel: Channel
+    session: Session
+
+    @property
+    def state(self) -> SessionState:
+        return self.session.state
+
+    async def send(self, message: Message) -> None:
+        data = encode_message(message)
+        self.session.sent(TYPE_OF[type(message)])
+        try:
+            await self.channel.send(data)
+        except LinkLost as error:
+            raise await self._last_word(error) from error
+
+    async def send_pages(self, dirty: DirtySet, limit: int, counts: PageCounts) -> bool:
+        self.session.sent(MessageType.PAGES)
+        try:
+            return await self.channel.send_pages(dirty, limit, counts)
+        except LinkLost as error:
+            raise await self._last_word(error) from error
+
+    async def _last_word(self, error: LinkLost) -> MigrationError:
+        """A peer that closed the connection may have said why: that is the better error."""
+        if self.state not in BEFORE_COMMIT:
+            return error  # after COMMIT an ABORT is a verdict, and not to be swallowed here
+        with trio.move_on_after(FAREWELL_S):
+            try:
+                await self.receive()
+            except PeerAborted as said:
+                return said
+            except (MigrationError, DeadlineError):
+                pass
+        return error
+
+    async def receive(self, landing: Landing | None = None, report: Callable[[], None] | None = None) -> Message:
+        """The peer's next message. Pages land in ``landing`` where the session allows any.
+
+        :raises PeerAborted: it was ABORT (after COMMIT that is a verdict, and returned).
+        """
+        pages = landing if self.state is SessionState.PRECOPY else None
+        frame = await self.channel.receive(pages, report)
+        committed = self.state is SessionState.COMMITTED
+        self.session.received(frame.type)
+        message = parse_message(frame)
+        if isinstance(message, Abort) and not committed:
+            raise PeerAborted(f"{self.channel.name}: the peer gave up: {message.reason}")
+        return message
+
+    async def expect(self, kind: type[M]) -> M:
+        """The peer's next message, which must be a ``kind``. :raises ProtocolError: it is another one."""
+        message = await self.receive()
+        if not isinstance(message, kind):
+            raise ProtocolError(f"the peer sent {type(message).__name__}, {kind.__name__} was due")
+        return message
+
+    async def abort(self, reason: str) -> None:
+        """Tell the peer, if it can still be told, and close. Never raises for the peer's sake; short, shielded."""
+        with trio.move_on_after(FAREWELL_S, shield=True):
+            # Out of order, broken or gone: then it sees the connection close.
+            with suppress(MigrationError, DeadlineError):
+                self.session.sent(MessageType.ABORT)
+                await self.channel.send(encode_message(Abort(reason)))
+        await self.close()
+
+    async def close(self) -> None:
+        with trio.move_on_after(FAREWELL_S, shield=True):
+            await self.channel.aclose()

@@ -1,0 +1,385 @@
+"""The destination's side: :func:`open_receiver` listens, :meth:`Receiver.receive` takes one machine in.
+
+Only the first connection that says SETUP is served; strangers are told so and disturb nothing. Nothing runs before
+COMMIT. From COMMIT to the verdict the receiver is shielded, bounded by the ``commit`` deadline; then, for that long
+again, it keeps its listener in the caller's nursery to answer a source whose link died (QUERY), unless the source
+says that it heard the verdict (DONE). A destination that was ready to run and fails before it saw COMMIT has the
+verdict *refused*: a promise that it never ran and never will.
+
+The machine that the factory built belongs to whoever passed the factory: when ``receive`` raises, they destroy it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Final
+
+import attrs
+import trio
+
+from trivmm.deadlines import Deadlines
+from trivmm.errors import CommitRefused, DeadlineError, MigrationError, MigrationInDoubt, ProtocolError, TrivmmError
+from trivmm.migration.channel import Channel, LinkLost
+from trivmm.migration.link import FAREWELL_S, Link
+from trivmm.migration.messages import (
+    Abort,
+    Commit,
+    Done,
+    Message,
+    Query,
+    Ready,
+    Refused,
+    RoundAck,
+    RoundEnd,
+    Running,
+    Setup,
+    SetupFail,
+    SetupOk,
+    State,
+    Undo,
+    Undone,
+    Verdict,
+)
+from trivmm.migration.pages import Landing
+from trivmm.migration.port import DestinationFactory, DestinationMachine
+from trivmm.migration.progress import MigrationProgress, MigrationReport, Phase, Round, Tracker
+from trivmm.migration.steps import Session, SessionState
+from trivmm.migration.transports import Listener, listen, parse_url
+
+__all__ = ["Receiver", "open_receiver"]
+
+LOG: Final = logging.getLogger(__name__)
+MAX_STRANGERS: Final = 16  # greeted at once; the next one is closed at sight
+MAX_ANSWERS: Final = 64  # settled sessions that an address remembers
+FIRST_RESUME_MS: Final = 1.0  # guess of the time from COMMIT to RUNNING, until loading the state was measured
+
+# Receivers of this process that only answer questions any more, by address: the next one takes the address over.
+_LINGERING: Final[dict[str, Receiver]] = {}
+
+
+@asynccontextmanager
+async def open_receiver(url: str, deadlines: Deadlines, nursery: trio.Nursery) -> AsyncIterator[Receiver]:
+    """Listen at ``url``. ``nursery`` holds the task that answers questions after the verdict: it should live
+    ``commit`` seconds longer than ``receive``; cancelling it is safe for everybody but a source in doubt.
+
+    :raises ConfigError: (``receiver_url``) when the address is no good, or in use.
+    """
+    address = parse_url(url, "receiver_url")
+    earlier = _LINGERING.pop(str(address), None)
+    answers = earlier.hand_over() if earlier else {}
+    listener = await listen(address, deadlines)
+    receiver = Receiver(listener, deadlines, nursery, answers)
+    try:
+        yield receiver
+    finally:
+        receiver.close()
+
+
+@attrs.define(eq=False)
+class Receiver:
+    """One listener, one migration."""
+
+    listener: Listener
+    deadlines: Deadlines
+    nursery: trio.Nursery
+    answers: dict[bytes, Verdict] = attrs.field(factory=dict)  # of earlier sessions at this address
+    _first: tuple[Link, Setup] | None = None
+    _came: trio.Event = attrs.field(factory=trio.Event)
+    _turned_away: list[str] = attrs.field(factory=list)
+    _greeting: int = 0
+    _verdict: Verdict | None = None  # None: not settled yet
+    _serving: trio.CancelScope = attrs.field(factory=trio.CancelScope)
+    _lingers: bool = False
+    _lingering: trio.CancelScope = attrs.field(factory=trio.CancelScope)
+    _used: bool = False
+
+    @property
+    def url(self) -> str:
+        """Where it listens, with the real port."""
+        return self.listener.url
+
+    def hand_over(self) -> dict[bytes, Verdict]:
+        """Stop answering at once, for a new receiver at the same address, which goes on with these answers."""
+        self._lingering.cancel()
+        self.listener.close()
+        return self._settled()
+
+    def _settled(self) -> dict[bytes, Verdict]:
+        mine = {self._first[1].session: self._verdict} if self._first and self._verdict else {}
+        return dict(list({**self.answers, **mine}.items())[-MAX_ANSWERS:])
+
+    def close(self) -> None:
+        """Stop listening, unless questions are still answered: that task closes the listener at its end."""
+        if not self._lingers:
+            self.listener.close()
+
+    async def receive(
+        self,
+        factory: DestinationFactory,
+        progress: Callable[[MigrationProgress], None] | None = None,
+    ) -> tuple[DestinationMachine, MigrationReport]:
+        """Wait for a source, build its machine, take its pages and state, and run it. Call once.
+
+        :raises DeadlineError: nobody came (accept), or the source went silent (handshake, stall, commit).
+        :raises ConfigError: this host can't build the machine; the source was told.
+        :raises ProtocolError: or :raises MigrationError: the source talked nonsense, died or gave up.
+        :raises CommitRefused: the locks could not be had: the source was told and runs.
+        :raises MigrationInDoubt: the start outlived the ``commit`` deadline.
+        """
+        if self._used:
+            raise MigrationError(f"{self.url}: this receiver was used already; open another")
+        self._used = True
+        tracker = Tracker()
+        if progress is not None:
+            tracker.callback = progress
+        result: DestinationMachine | Exception = MigrationError("discarded")
+        # The guard is shielded at COMMIT, together with everything inside: from there a verdict is certain.
+        with trio.CancelScope() as guard:
+            async with trio.open_nursery() as strangers:
+                strangers.start_soon(self._accept_strangers, strangers)
+                try:
+                    result = await self._serve(factory, tracker, guard)
+                except Exception as error:
+                    result = error
+                finally:
+                    strangers.cancel_scope.cancel()
+        if isinstance(result, Exception):
+            raise result
+        return result, tracker.report()
+
+    # --- the one session -----------------------------------------------------------------------------------------
+
+    async def _serve(
+        self, factory: DestinationFactory, tracker: Tracker, guard: trio.CancelScope
+    ) -> DestinationMachine:
+        with self.deadlines.enter("accept", self._nobody):
+            await self._came.wait()
+        assert self._first is not None
+        link, setup = self._first
+        tracker.session = setup.session.hex()
+        session = _Incoming(self, link, setup, tracker, guard)
+        try:
+            with self._serving:
+                return await session.run(factory)
+            assert self._verdict is not None
+            raise MigrationError(f"discarded: {self._verdict.reason}")
+        except BaseException as error:
+            reason = str(error) if isinstance(error, Exception) else "the destination was cancelled"
+            tracker.reason = reason
+            # Ready, a COMMIT may be on its way: that source will ask, and gets a promise. One that closed the link
+            # in good order without a COMMIT has given up, or died: it won't.
+            could_commit = link.state in (SessionState.READY, SessionState.COMMITTED, SessionState.REFUSED)
+            if isinstance(error, LinkLost) and error.clean and link.state is SessionState.READY:
+                could_commit = False
+            if self._verdict is None and not isinstance(error, MigrationInDoubt):
+                self._verdict = Verdict("refused", reason)
+            if tracker.phase is not Phase.IN_DOUBT:
+                cancelled = not isinstance(error, Exception) and tracker.phase is not Phase.COMMIT
+                tracker.enter(Phase.CANCELLED if cancelled else Phase.FAILED)
+            if link.state is SessionState.COMMITTED:
+                if self._verdict is not None:
+                    with trio.move_on_after(FAREWELL_S, shield=True), suppress(MigrationError, DeadlineError):
+                        await link.send(Refused(reason))
+            else:
+                await link.abort(reason)
+            if could_commit:
+                self._linger(link)
+            raise
+
+    def _nobody(self) -> str:
+        if not self._turned_away:
+            return f"{self.url}: no source came"
+        return f"{self.url}: {len(self._turned_away)} came, none with a migration; the last: {self._turned_away[-1]}"
+
+    def _linger(self, link: Link) -> None:
+        """Answer questions for ``commit`` seconds more, in the caller's nursery."""
+        try:
+            self.nursery.start_soon(self._answer_questions, link)
+        except RuntimeError:  # that nursery is closed already: nobody will answer
+            return
+        self._lingers = True
+        _LINGERING[self.url] = self
+
+    async def _answer_questions(self, link: Link) -> None:
+        try:
+            self._lingering.deadline = trio.current_time() + self.deadlines.commit
+            with self._lingering:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._accept_strangers, nursery)
+                    nursery.start_soon(self._until_done, link, nursery.cancel_scope)
+        finally:
+            if _LINGERING.get(self.url) is self:
+                del _LINGERING[self.url]
+            self.listener.close()
+            await link.close()
+
+    async def _until_done(self, link: Link, scope: trio.CancelScope) -> None:
+        """DONE ends the waiting; a dead link does not, since that is what the waiting is for."""
+        with suppress(MigrationError, DeadlineError):
+            if isinstance(await link.receive(), Done):
+                scope.cancel()
+
+    # --- strangers -----------------------------------------------------------------------------------------------
+
+    async def _accept_strangers(self, nursery: trio.Nursery) -> None:
+        while True:
+            channel = await self.listener.accept()
+            if self._greeting >= MAX_STRANGERS:
+                await channel.aclose()
+                continue
+            self._greeting += 1
+            nursery.start_soon(self._greet, channel)
+
+    async def _greet(self, channel: Channel) -> None:
+        link = Link(channel, Session(source=False))
+        keep = False
+        try:
+            with self.deadlines.enter("handshake", f"{channel.name}: connected and said nothing useful"):
+                message = await link.receive()
+            if isinstance(message, Query):
+                with self.deadlines.enter("handshake", f"{channel.name}: takes no answer"):
+                    await link.send(self._answer(message))
+            elif isinstance(message, Setup) and self._first is None and not self._lingers:
+                self._first = link, message
+                keep = True
+                self._came.set()
+            else:
+                raise ProtocolError("a migration is under way here already")
+        except (MigrationError, DeadlineError) as error:
+            LOG.info("%s: turned away: %s", channel.name, error)
+            self._turned_away.append(str(error))
+            del self._turned_away[:-MAX_STRANGERS]
+            await link.abort(str(error))
+        finally:
+            self._greeting -= 1
+            if not keep:
+                with trio.move_on_after(FAREWELL_S, shield=True):
+                    await channel.aclose()
+
+    def _answer(self, query: Query) -> Verdict:
+        """Asking proves that the source has given its link up; a COMMIT that was not read by now never counts."""
+        if self._first is None or self._first[1].session != query.session:
+            return self.answers.get(query.session) or Verdict("unknown", "no such session here")
+        if self._verdict is None and self._first[0].state is SessionState.READY:
+            self._verdict = Verdict("refused", "the link died before COMMIT came")
+            self._serving.cancel()
+        return self._verdict or Verdict("pending", "not settled yet")
+
+
+@attrs.define(eq=False)
+class _Incoming:
+    """The session that won: from SETUP to a running machine."""
+
+    owner: Receiver
+    link: Link
+    setup: Setup
+    tracker: Tracker
+    guard: trio.CancelScope
+    _resume_ms: float = FIRST_RESUME_MS
+    _round_start: tuple[float, int, int, int] = (0.0, 0, 0, 0)
+
+    @property
+    def deadlines(self) -> Deadlines:
+        return self.owner.deadlines
+
+    async def run(self, factory: DestinationFactory) -> DestinationMachine:
+        machine = await self._build(factory)
+        landing = Landing(machine.memory)
+        await self.link.send(SetupOk(self._resume_ms))
+        self.tracker.enter(Phase.PRECOPY)
+        while True:
+            message = await self._next(landing)
+            if isinstance(message, Commit):
+                return await self._commit(machine, message)
+            await self._handle(machine, message)
+
+    async def _build(self, factory: DestinationFactory) -> DestinationMachine:
+        try:
+            machine = await factory(self.setup.machine)
+            ours = tuple((region.gpa, region.size) for region in machine.memory.regions)
+            if ours != self.setup.memory:
+                raise MigrationError(f"the memory layouts differ: {ours} here, {self.setup.memory} there")
+        except TrivmmError as error:
+            with suppress(MigrationError, DeadlineError):
+                await self.link.send(SetupFail(str(error)))
+            raise
+        return machine
+
+    async def _next(self, landing: Landing) -> Message:
+        def report() -> None:
+            counts, tracker = landing.counts, self.tracker
+            tracker.bytes_sent, tracker.pages, tracker.zero_pages = counts.bytes, counts.pages, counts.zero_pages
+            tracker.push()
+
+        if self.link.state is SessionState.READY:
+            with self.deadlines.enter("commit", "ready to run, but no COMMIT came: the destination discards itself"):
+                return await self.link.receive()
+        message = await self.link.receive(landing, report)
+        report()
+        return message
+
+    async def _handle(self, machine: DestinationMachine, message: Message) -> None:
+        match message:
+            case RoundEnd(number):
+                self._close_round(number)
+                await self.link.send(RoundAck(number))
+            case State(state):
+                self.tracker.enter(Phase.SWITCHOVER)
+                start = trio.current_time()
+                machine.load(state)
+                # Resuming touches what loading touched; until a start was measured, that is the best estimate.
+                self._resume_ms = (trio.current_time() - start) * 1000
+                await self.link.send(Ready(self._resume_ms))
+            case Undo():
+                await self.link.send(Undone())
+                if self.tracker.phase is Phase.SWITCHOVER:
+                    self.tracker.enter(Phase.PRECOPY)
+            case Abort() | _:  # pragma: no cover - the step table's
+                raise ProtocolError(f"{type(message).__name__} has no meaning here")
+
+    def _close_round(self, number: int) -> None:
+        tracker = self.tracker
+        start_s, moved, pages, zero = self._round_start
+        now = tracker.elapsed_s
+        if number != tracker.round:  # a second barrier of the same round only measures
+            tracker.round = number
+            tracker.add_round(
+                Round(
+                    number,
+                    start_s,
+                    now - start_s,
+                    tracker.bytes_sent - moved,
+                    tracker.pages - pages,
+                    tracker.zero_pages - zero,
+                )
+            )
+        self._round_start = now, tracker.bytes_sent, tracker.pages, tracker.zero_pages
+
+    async def _commit(self, machine: DestinationMachine, message: Commit) -> DestinationMachine:
+        self.guard.shield = True  # no await since COMMIT was read: nothing can be cancelled in between
+        if message.session != self.setup.session:
+            raise ProtocolError("COMMIT of another session")
+        if self.owner._verdict is not None:  # a question was answered in this very moment: that answer stands
+            raise MigrationError(f"discarded: {self.owner._verdict.reason}")
+        self.tracker.enter(Phase.COMMIT)
+        start = trio.current_time()
+        starting = False
+        try:
+            with self.deadlines.enter("commit", "taking the locks and starting the machine"):
+                await machine.take_locks()
+                starting = True
+                await machine.start()
+        except Exception as error:
+            if starting and isinstance(error, DeadlineError) and error.name == "commit":
+                self.tracker.enter(Phase.IN_DOUBT)
+                raise MigrationInDoubt(f"the machine's start did not end ({error}): it may have run") from error
+            raise CommitRefused(f"not run here: {error}; the source is told so") from error
+        self.owner._verdict = Verdict("running", "")
+        resume_ms = (trio.current_time() - start) * 1000
+        with suppress(MigrationError, DeadlineError):  # unheard, the source asks
+            await self.link.send(Running(resume_ms))
+        self.tracker.enter(Phase.DONE)
+        self.owner._linger(self.link)
+        return machine

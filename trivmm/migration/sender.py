@@ -1,0 +1,276 @@
+"""The source's side: :func:`send` moves a running machine to whoever listens at a URL.
+
+It runs in its caller's task, which holds the VM's lease. Whatever happens before COMMIT (peer killed, silent or
+talking nonsense, a deadline, a cancellation) ends with the source running, the throttle at 0, the dirty log off, the
+locks held and a named error; after COMMIT it is shielded until there is a verdict, which takes at most the
+``commit`` deadline. How: ``precopy`` (rounds), ``switchover`` (downtime), ``verdict`` (commit).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+from collections.abc import Callable
+from typing import Final, NoReturn
+
+import attrs
+import trio
+
+from trivmm.errors import CommitRefused, ConfigError, DeadlineError, MigrationError, MigrationInDoubt
+from trivmm.migration.link import Link
+from trivmm.migration.messages import SESSION_BYTES, Setup, SetupFail, SetupOk
+from trivmm.migration.port import SourceMachine
+from trivmm.migration.precopy import Estimates, Rounds
+from trivmm.migration.progress import Downtime, MigrationProgress, MigrationReport, Phase, Tracker
+from trivmm.migration.steps import Session
+from trivmm.migration.switchover import NO_LIMIT, Switchover
+from trivmm.migration.transports import Dialer, SocketDialer, parse_url
+from trivmm.migration.verdict import Outcome, ask_for_verdict, say_done
+
+__all__ = ["SendOptions", "send", "send_over"]
+
+LOG: Final = logging.getLogger(__name__)
+MAX_ATTEMPTS: Final = 5
+FIRST_BACK_OFF_S: Final = 0.1  # doubles with every undone switchover
+IDLE_ROUND_S: Final = 0.02  # between two rounds that have next to nothing to send
+IDLE_PAGES: Final = 64
+STRATEGIES: Final = ("cancel", "ignore")
+
+
+def _at_least_1(instance: object, attribute: attrs.Attribute[float], value: float) -> None:
+    if not 1 <= value <= 1e9:
+        raise ConfigError(attribute.name, value, "out of range", "give a number of at least 1")
+
+
+@attrs.frozen
+class SendOptions:
+    """``downtime_ms`` and ``timeout_s`` default to the VM's deadlines. ``timeout_strategy`` says what happens when
+    time is up without convergence: ``cancel`` (the source goes on) or ``ignore`` (switch over, however long)."""
+
+    downtime_ms: float | None = attrs.field(default=None, validator=attrs.validators.optional(_at_least_1))
+    timeout_s: float | None = attrs.field(default=None, validator=attrs.validators.optional(_at_least_1))
+    timeout_strategy: str = attrs.field(default="cancel")
+
+    @timeout_strategy.validator
+    def _known(self, attribute: attrs.Attribute[str], value: str) -> None:
+        if value not in STRATEGIES:
+            raise ConfigError("timeout_strategy", value, "unknown", "give cancel or ignore")
+
+
+async def send(
+    source: SourceMachine,
+    url: str,
+    options: SendOptions | None = None,
+    progress: Callable[[MigrationProgress], None] | None = None,
+) -> MigrationReport:
+    """Move ``source`` to the receiver at ``url``. On return the destination runs it; the source stays stopped.
+
+    :raises ConfigError: a bad URL (``destination_url``), or a machine that the destination can't build.
+    :raises MigrationError: or :raises DeadlineError: failed before COMMIT; the source runs.
+    :raises CommitRefused: the destination refused at the last moment; the source runs.
+    :raises MigrationInDoubt: nobody knows; the source stays stopped, without its locks.
+    """
+    dialer = SocketDialer(parse_url(url, "destination_url"), source.deadlines)
+    return await send_over(source, dialer, options or SendOptions(), progress)
+
+
+async def send_over(
+    source: SourceMachine,
+    dialer: Dialer,
+    options: SendOptions,
+    progress: Callable[[MigrationProgress], None] | None = None,
+) -> MigrationReport:
+    """:func:`send` with any :class:`~trivmm.migration.transports.Dialer`."""
+    session_id = secrets.token_bytes(SESSION_BYTES)
+    tracker = Tracker(session=session_id.hex())
+    if progress is not None:
+        tracker.callback = progress
+    return await _Sender(source, dialer, options, tracker, session_id).run()
+
+
+@attrs.define(eq=False)
+class _Sender:
+    source: SourceMachine
+    dialer: Dialer
+    options: SendOptions
+    tracker: Tracker
+    session_id: bytes
+    _link: Link | None = None
+    _switchover: Switchover | None = None
+    _first_resume_ms: float = 0.0
+
+    @property
+    def _limit_s(self) -> float:
+        asked = self.options.downtime_ms
+        return self.source.deadlines.downtime if asked is None else asked / 1000
+
+    @property
+    def _timeout_s(self) -> float:
+        asked = self.options.timeout_s
+        return self.source.deadlines.migration if asked is None else asked
+
+    async def run(self) -> MigrationReport:
+        try:
+            try:
+                switchover = await self._up_to_commit()
+            except BaseException as error:
+                await self._roll_back(error)
+                raise
+            # No await between here and the shield: a cancellation comes before COMMIT, or after the verdict.
+            return await self._commit(switchover)
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Throttle 0, dirty log off: nothing of a migration slows the guest any more. Never raises."""
+        try:
+            self.source.set_throttle(0)
+        except Exception:
+            LOG.exception("taking the throttle off after a migration")
+        try:
+            self.source.stop_dirty_log()
+        except Exception:
+            LOG.exception("stopping the dirty log after a migration")
+
+    # --- up to COMMIT --------------------------------------------------------------------------------------------
+
+    async def _up_to_commit(self) -> Switchover:
+        deadline = trio.current_time() + self._timeout_s
+        cancel = self.options.timeout_strategy == "cancel"
+        with trio.CancelScope(deadline=deadline if cancel else math.inf) as scope:
+            link = await self._set_up()
+            estimates = Estimates(resume_ms=self._first_resume_ms)
+            rounds = Rounds(self.source, link, self.tracker, estimates)
+            self._switchover = switchover = Switchover(self.source, link, self.tracker, rounds)
+            if self.source.live_copy:
+                await self._precopy(switchover, rounds, deadline)
+            else:
+                await self._stop_and_copy(switchover)
+            return switchover
+        if scope.cancelled_caught:
+            raise DeadlineError("migration", self._timeout_s, f"{self._where()}; the source goes on")
+        raise AssertionError("unreachable")  # pragma: no cover
+
+    def _where(self) -> str:
+        tracker = self.tracker
+        expected = f", {tracker.estimated.total_ms:.0f} ms of downtime expected" if tracker.estimated else ""
+        return (
+            f"the migration is in phase {tracker.phase.value}, round {tracker.round}, "
+            f"{tracker.remaining_pages} pages left{expected}"
+        )
+
+    async def _set_up(self) -> Link:
+        channel = await self.dialer.dial()
+        self._link = link = Link(channel, Session(source=True))
+        memory = tuple((region.gpa, region.size) for region in self.source.memory.regions)
+        with self.source.deadlines.enter("handshake", f"{channel.name}: the receiver does not answer SETUP"):
+            await link.send(Setup(self.session_id, self.source.describe(), memory))
+            answer = await link.receive()
+        if isinstance(answer, SetupFail):
+            raise MigrationError(f"{channel.name}: the destination can't build this machine: {answer.reason}")
+        assert isinstance(answer, SetupOk)  # the step table has nothing else
+        self._first_resume_ms = answer.resume_ms
+        self.tracker.enter(Phase.PRECOPY)
+        return link
+
+    async def _stop_and_copy(self, switchover: Switchover) -> None:
+        """Without a dirty log: stop first, then copy all of it. The downtime is as long as that takes."""
+        why = await switchover.attempt(NO_LIMIT)
+        if why is not None:
+            raise MigrationError(f"the machine can't be stopped: {why}")
+
+    async def _precopy(self, switchover: Switchover, rounds: Rounds, deadline: float) -> None:
+        """Rounds and attempts until one attempt succeeds."""
+        ignore = self.options.timeout_strategy == "ignore"
+
+        def time_is_up() -> bool:
+            return ignore and trio.current_time() >= deadline
+
+        self.source.start_dirty_log()
+        rounds.add_touched()
+        wait_until = 0.0
+        undone = 0
+        while True:
+            await rounds.send_round(last=False, give_up=time_is_up)
+            left = rounds.harvest()
+            self.tracker.estimated = expected = rounds.estimates.downtime(left)
+            limitless = time_is_up() or (ignore and undone >= MAX_ATTEMPTS)
+            limit_s = NO_LIMIT if limitless else self._limit_s
+            self.tracker.limit_ms = limit_s * 1000
+            # What was measured in an attempt may have been an outlier: after one, only the pages decide on the next.
+            fits = expected.total_ms <= limit_s * 1000 or (undone and expected.pages_ms <= limit_s * 500)
+            ripe = fits and trio.current_time() >= wait_until
+            if ripe or limitless:
+                why = await switchover.attempt(limit_s)
+                if why is None:
+                    return
+                self.source.log("migration.undone", reason=why, attempt=self.tracker.attempts)
+                undone += 1
+                if undone >= MAX_ATTEMPTS and (limitless or not ignore):
+                    raise DeadlineError("downtime", self._limit_s, f"{undone} switchovers were undone; the last: {why}")
+                wait_until = trio.current_time() + FIRST_BACK_OFF_S * 2 ** (undone - 1)
+                rounds.harvest()
+            elif left < IDLE_PAGES:
+                await trio.sleep(IDLE_ROUND_S)
+                rounds.harvest()
+
+    async def _roll_back(self, error: BaseException) -> None:
+        """The source runs again; then, and only then, the peer is told and the link closed."""
+        cancelled = not isinstance(error, Exception)
+        reason = "cancelled" if cancelled else str(error)
+        self._let_go()
+        self.tracker.reason = reason
+        end = Phase.CANCELLED if cancelled else Phase.FAILED
+        try:
+            if self._switchover is not None:
+                await self._switchover.restore()
+        except MigrationInDoubt:
+            end = Phase.IN_DOUBT
+            raise
+        finally:
+            if self._link is not None:
+                await self._link.abort(reason)
+            self.tracker.enter(end)
+
+    # --- from COMMIT on ------------------------------------------------------------------------------------------
+
+    async def _commit(self, switchover: Switchover) -> MigrationReport:
+        """Shielded throughout: ends with a verdict, whatever is cancelled meanwhile."""
+        with trio.CancelScope(shield=True):
+            outcome = await self._verdict(switchover.link)
+            if not outcome.running:
+                await self._stay(switchover, outcome)
+        self.tracker.remaining_pages = 0
+        self.tracker.enter(Phase.DONE)
+        return self.tracker.report()
+
+    async def _verdict(self, link: Link) -> Outcome:
+        self.tracker.enter(Phase.COMMIT)
+        sent = trio.current_time()
+        outcome = await ask_for_verdict(link, self.dialer, self.session_id, self.source.deadlines)
+        parts = self.tracker.actual or Downtime()
+        self.tracker.actual = attrs.evolve(parts, resume_ms=(trio.current_time() - sent) * 1000)
+        self.tracker.reason = outcome.reason or None
+        if outcome.running is not None:
+            await say_done(link)
+        await link.close()
+        return outcome
+
+    async def _stay(self, switchover: Switchover, outcome: Outcome) -> NoReturn:
+        """Not running there: back to the source where that was promised, otherwise nothing moves."""
+        if outcome.running is None:
+            self.tracker.enter(Phase.IN_DOUBT)
+            raise MigrationInDoubt(
+                f"{outcome.reason}: the VM stays paused here; resume it only when it does not run at the destination"
+            )
+        try:
+            await switchover.restore()
+        except MigrationInDoubt:
+            self.tracker.enter(Phase.IN_DOUBT)
+            raise
+        except BaseException:
+            self.tracker.enter(Phase.FAILED)
+            raise
+        self.tracker.enter(Phase.FAILED)
+        raise CommitRefused(f"the destination refused to run the VM: {outcome.reason}; the source runs again")

@@ -1,0 +1,237 @@
+"""Doubles for migrations: machines that only know whether they run, a disk lock, and a network in memory.
+
+They work in virtual time (no threads) and are real where it matters: RAM is a real
+:class:`~trivmm.machine.memory.GuestMemory` with its host dirty log, and the frames are the real ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import attrs
+import trio
+import trio.testing
+
+from trivmm._native import ffi, lib
+from trivmm.deadlines import Deadlines
+from trivmm.errors import ConfigError, PauseTimeout
+from trivmm.hypervisor.base import VcpuState, VmmState
+from trivmm.machine.memory import GuestMemory
+from trivmm.migration.channel import Channel, LinkLost, StreamChannel
+from trivmm.migration.state import MachineState, SavedVcpu
+
+__all__ = ["DiskLock", "FakeDestination", "FakeSource", "MemoryNet", "TappedStream"]
+
+SMALL_RAM = ((0, 1 << 20), (1 << 32, 1 << 20))
+
+
+@attrs.define(eq=False)
+class DiskLock:
+    """An image lock. ``refuse`` makes every later ``take`` fail."""
+
+    owner: object = None
+    refuse: bool = False
+
+    def take(self, who: object) -> None:
+        if self.refuse or self.owner not in (None, who):
+            raise ConfigError("disks[0].path", "disk.img", "locked by another process", "stop it")
+        self.owner = who
+
+    def release(self, who: object) -> None:
+        if self.owner is who:
+            self.owner = None
+
+
+class _Machine:
+    def __init__(self, lock: DiskLock, deadlines: Deadlines, ram: tuple[tuple[int, int], ...]) -> None:
+        self.memory = GuestMemory(ram)
+        self.deadlines = deadlines
+        self.lock = lock
+        self.running = False
+        self.events: list[str] = []
+
+    def contents(self) -> list[bytes]:
+        """The bytes of each region."""
+        return [self.memory.read(region.gpa, region.size) for region in self.memory.regions]
+
+    def close(self) -> None:
+        self.memory.close()
+
+    async def take_locks(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self.lock.take(self)
+
+
+class FakeSource(_Machine):
+    """Runs from the start, with the lock. ``stop_s`` and ``release_s``: how long these take."""
+
+    def __init__(
+        self,
+        lock: DiskLock,
+        deadlines: Deadlines | None = None,
+        ram: tuple[tuple[int, int], ...] = SMALL_RAM,
+        live_copy: bool = True,
+    ) -> None:
+        super().__init__(lock, deadlines or Deadlines(), ram)
+        self.live_copy = live_copy
+        self.stop_s = self.release_s = 0.001
+        self.on_stopped: Callable[[], None] = lambda: None
+        self.logging = False
+        self.throttle = 0
+        self.stops = 0
+        lock.take(self)
+        self.running = True
+
+    def describe(self) -> dict[str, Any]:
+        return {"ram": self.memory.size}
+
+    def start_dirty_log(self) -> None:
+        self.logging = True
+        for region in self.memory.regions:  # what was written before is in the first round anyway
+            lib.tv_dirty_take(region.dirty, region.bitmap_words, ffi.new("uint64_t[]", region.bitmap_words))
+
+    def stop_dirty_log(self) -> None:
+        self.logging = False
+
+    def harvest_dirty(self, slot: int, into: Any) -> int:
+        region = self.memory.regions[slot]
+        return int(lib.tv_dirty_take(region.dirty, region.bitmap_words, into))
+
+    def set_throttle(self, percent: int) -> None:
+        self.throttle = percent
+
+    async def stop(self, at_most_s: float) -> None:
+        self.stops += 1
+        limit_s = min(at_most_s, self.deadlines.pause)
+        await trio.sleep(min(self.stop_s, limit_s))
+        if self.stop_s > limit_s:
+            raise PauseTimeout("pause", limit_s, "vcpu0: scripted not to stop")
+        self.running = False
+        self.events.append("stop")
+        self.on_stopped()
+
+    def save(self) -> MachineState:
+        assert not self.running
+        self.memory.write(0x800, b"saving dirties memory")
+        vcpu = SavedVcpu(0, VcpuState("fake/1", {"regs": b"\1\2"}), ("rng", "activation"))
+        return MachineState((vcpu,), VmmState("fake/1", {}), {"rng": {"pending": True}}, {})
+
+    async def undo(self) -> None:
+        await trio.lowlevel.checkpoint()
+        if not self.running:
+            assert self.lock.owner is self, "runs without its lock"
+            self.running = True
+            self.events.append("undo")
+
+    async def release_locks(self) -> None:
+        await trio.sleep(self.release_s)
+        self.lock.release(self)
+
+    def log(self, event: str, **fields: Any) -> None:
+        self.events.append(event)
+
+
+class FakeDestination(_Machine):
+    """Built by :meth:`factory`. ``start_s``: how long a start takes; ``load_error``, ``start_error``: raised."""
+
+    def __init__(
+        self, lock: DiskLock, deadlines: Deadlines | None = None, ram: tuple[tuple[int, int], ...] = SMALL_RAM
+    ) -> None:
+        super().__init__(lock, deadlines or Deadlines(), ram)
+        self.start_s = 0.001
+        self.state: MachineState | None = None
+        self.loads = 0
+        self.build_error: Exception | None = None
+        self.load_error: Exception | None = None
+        self.start_error: Exception | None = None
+
+    async def factory(self, setup: dict[str, Any]) -> FakeDestination:
+        await trio.lowlevel.checkpoint()
+        if self.build_error:
+            raise self.build_error
+        assert setup == {"ram": self.memory.size}
+        return self
+
+    def load(self, state: MachineState) -> None:
+        if self.load_error:
+            raise self.load_error
+        self.state = state
+        self.loads += 1
+
+    async def start(self) -> None:
+        await trio.sleep(self.start_s)
+        if self.start_error:
+            raise self.start_error
+        assert self.lock.owner is self, "runs without its lock"
+        self.running = True
+
+
+class TappedStream(trio.abc.Stream):
+    """A stream with a tap: ``tap(stream, data)`` sees each frame before it is sent and gives the part that may
+    pass; ``None`` kills the link after that (see :meth:`MemoryNet.cut`)."""
+
+    def __init__(self, inner: trio.abc.Stream, tap: Callable[[TappedStream, bytes], Awaitable[bytes]]) -> None:
+        self.inner = inner
+        self._tap = tap
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        passed = await self._tap(self, bytes(data))
+        await self.inner.send_all(passed)
+        if len(passed) < len(data):
+            await self.inner.aclose()
+            raise trio.BrokenResourceError("cut")
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self.inner.wait_send_all_might_not_block()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        return await self.inner.receive_some(max_bytes)
+
+    async def aclose(self) -> None:
+        await self.inner.aclose()
+
+
+async def _pass(stream: TappedStream, data: bytes) -> bytes:
+    return data
+
+
+class MemoryNet:
+    """A listener, and a dialer to it, in memory. ``source_tap`` and ``destination_tap`` see every frame of the
+    streams made from then on; ``bytes_per_s`` slows the source's sending down."""
+
+    url = "memory:"
+
+    def __init__(self, deadlines: Deadlines | None = None) -> None:
+        self.deadlines = deadlines or Deadlines()
+        self.source_tap: Callable[[TappedStream, bytes], Awaitable[bytes]] = _pass
+        self.destination_tap: Callable[[TappedStream, bytes], Awaitable[bytes]] = _pass
+        self.bytes_per_s = math.inf
+        self.dials = 0
+        self.down = False
+        self.closed = False
+        self._send, self._receive = trio.open_memory_channel[trio.abc.Stream](16)
+
+    async def dial_raw(self) -> trio.abc.Stream:
+        """The source's end of a new connection."""
+        await trio.lowlevel.checkpoint()
+        if self.down or self.closed:
+            raise LinkLost("memory: nobody listens")
+        self.dials += 1
+        here, there = trio.testing.memory_stream_pair()
+        self._send.send_nowait(TappedStream(there, self.destination_tap))
+        return TappedStream(here, self._paced)
+
+    async def _paced(self, stream: TappedStream, data: bytes) -> bytes:
+        await trio.sleep(len(data) / self.bytes_per_s)
+        return await self.source_tap(stream, data)
+
+    async def dial(self) -> Channel:
+        return StreamChannel(await self.dial_raw(), "memory", self.deadlines)
+
+    async def accept(self) -> Channel:
+        return StreamChannel(await self._receive.receive(), "memory (incoming)", self.deadlines)
+
+    def close(self) -> None:
+        self.closed = True
