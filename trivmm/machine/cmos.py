@@ -1,0 +1,120 @@
+"""CMOS RAM and real-time clock, ports 0x70 and 0x71: MC146818 registers A to D, UTC of the host, memory sizes.
+
+Owned by the board. The time registers are computed at each read and follow register B (BCD or binary, 12 or 24
+hours); writes to them are ignored, the host keeps the time. Alarm and periodic interrupts don't exist. Memory sizes
+and the century lie where Cloud Hypervisor has them; as there, writing 0 to the shutdown status byte (index 0x8f,
+that is 0x0f with NMI masked) resets the machine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+from trivmm.errors import ProtocolError
+from trivmm.machine import layout
+from trivmm.machine.bus import GuestRequest, Outcome
+from trivmm.migration.fields import Fields
+
+__all__ = ["CMOS_PORTS", "Cmos"]
+
+CMOS_PORTS: Final = (0x70, 2)  # first port and count
+SIZE: Final = 128
+REGISTER_A, REGISTER_B, REGISTER_C, REGISTER_D = 0x0A, 0x0B, 0x0C, 0x0D
+SHUTDOWN_STATUS_NO_NMI: Final = 0x8F
+CENTURY: Final = 0x32
+B_24_HOURS: Final = 0x02
+B_BINARY: Final = 0x04
+A_DIVIDER: Final = 0x26  # 32.768 kHz, 1024 Hz
+A_UPDATE_IN_PROGRESS: Final = 0x80
+D_POWER: Final = 0x80
+UPDATE_NS: Final = 8 * 1_000_000_000 // 32768  # the last 244 us of each second
+TIME_REGISTERS: Final = {0x00, 0x02, 0x04, 0x06, 0x07, 0x08, 0x09, CENTURY}
+UNIT: Final = 64 << 10
+READ_ONLY: Final = TIME_REGISTERS | {REGISTER_A, REGISTER_C, REGISTER_D}
+
+
+class Cmos:
+    """``clock_ns`` gives nanoseconds since the epoch (for tests)."""
+
+    def __init__(self, ram_size: int, clock_ns: Callable[[], int] = time.time_ns) -> None:
+        """``ram_size`` in bytes."""
+        self._index = 0
+        self._clock_ns = clock_ns
+        self._data = bytearray(SIZE)
+        self._data[REGISTER_B] = B_24_HOURS
+        low = min(ram_size, layout.MMIO_HOLE_START)
+        from_16m = min(0xFFFF, max(0, low - (16 << 20)) // UNIT)
+        from_4g = min(0xFF_FFFF, (ram_size - low) // UNIT)
+        self._data[0x34:0x36] = from_16m.to_bytes(2, "little")
+        self._data[0x5B:0x5E] = from_4g.to_bytes(3, "little")
+
+    def read(self, offset: int, size: int) -> bytes:
+        if size != 1:
+            return b"\xff" * size
+        return bytes([self._index if offset == 0 else self._register(self._index & 0x7F)])
+
+    def write(self, offset: int, data: bytes) -> Outcome:
+        if len(data) != 1:
+            return None
+        if offset == 0:
+            self._index = data[0]
+            return None
+        if self._index == SHUTDOWN_STATUS_NO_NMI and data[0] == 0:
+            return GuestRequest("reset", "CMOS shutdown status")
+        index = self._index & 0x7F
+        if index not in READ_ONLY:
+            self._data[index] = data[0]
+        return None
+
+    def _register(self, index: int) -> int:
+        now = self._clock_ns()
+        if index == REGISTER_A:
+            return A_DIVIDER | (A_UPDATE_IN_PROGRESS if now % 1_000_000_000 >= 1_000_000_000 - UPDATE_NS else 0)
+        if index == REGISTER_D:
+            return D_POWER
+        if index in TIME_REGISTERS:
+            return self._time(index, time.gmtime(now // 1_000_000_000))
+        return self._data[index]
+
+    def _time(self, index: int, now: time.struct_time) -> int:
+        mode = self._data[REGISTER_B]
+        afternoon = 0
+        hours = now.tm_hour
+        if not mode & B_24_HOURS:
+            afternoon = 0x80 if hours >= 12 else 0
+            hours = hours % 12 or 12
+        value = {
+            0x00: min(now.tm_sec, 59),
+            0x02: now.tm_min,
+            0x04: hours,
+            0x06: (now.tm_wday + 1) % 7 + 1,  # Sunday is 1
+            0x07: now.tm_mday,
+            0x08: now.tm_mon,
+            0x09: now.tm_year % 100,
+            CENTURY: now.tm_year // 100,
+        }[index]
+        if not mode & B_BINARY:
+            value = value // 10 << 4 | value % 10
+        return value | (afternoon if index == 0x04 else 0)
+
+    def reset(self) -> None:
+        """Machine reset: battery-backed bytes stay."""
+        self._index = 0
+
+    def save(self) -> dict[str, Any]:
+        return {"index": self._index, "data": self._data.hex()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """:raises ProtocolError: when the state is malformed."""
+        fields = Fields("cmos", state)
+        index, text = fields.integer("index", 0, 255), fields.text("data", 2 * SIZE)
+        fields.end()
+        try:
+            data = bytes.fromhex(text)
+        except ValueError:
+            data = b""
+        if len(data) != SIZE:
+            raise ProtocolError(f"cmos: data is not {SIZE} bytes in hexadecimal")
+        self._index, self._data = index, bytearray(data)
