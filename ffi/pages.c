@@ -186,16 +186,6 @@ uint64_t tv_pages_count(const uint64_t *bitmap, uint64_t words)
     return count;
 }
 
-/* Move the host writers' dirty log of a region into `into` (OR) and clear it, word by word, atomically against
- * tv_mark_dirty on any thread; gives the pages dirty in `into` now. Acquire: the bytes of a taken page are seen. */
-uint64_t tv_dirty_take(uint64_t *log, uint64_t words, uint64_t *into)
-{
-    for (uint64_t i = 0; i < words; i++)
-        if (__atomic_load_n(&log[i], __ATOMIC_RELAXED))
-            into[i] |= __atomic_exchange_n(&log[i], 0, __ATOMIC_ACQ_REL);
-    return tv_pages_count(into, words);
-}
-
 /* Set the bits of every page of a memfd that was ever touched (holes read as zero, and so does the destination's
  * fresh RAM). The dirty log must be on before. 0 or -errno; where holes can't be asked for, every bit is set. */
 int tv_pages_mark_data(int memfd, uint64_t size, uint64_t *dirty)

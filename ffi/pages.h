@@ -94,7 +94,6 @@ uint32_t tv_crc32c_portable(uint32_t crc, const uint8_t *data, uint64_t length);
 int tv_pages_send(struct tv_page_send *job);
 int tv_pages_receive(struct tv_page_intake *job);
 int tv_pages_mark_data(int memfd, uint64_t size, uint64_t *dirty);
-uint64_t tv_dirty_take(uint64_t *log, uint64_t words, uint64_t *into);
 uint64_t tv_pages_count(const uint64_t *bitmap, uint64_t words);
 
 #endif

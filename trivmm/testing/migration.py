@@ -90,14 +90,15 @@ class FakeSource(_Machine):
     def start_dirty_log(self) -> None:
         self.logging = True
         for region in self.memory.regions:  # what was written before is in the first round anyway
-            lib.tv_dirty_take(region.dirty, region.bitmap_words, ffi.new("uint64_t[]", region.bitmap_words))
+            lib.tv_dirty_take(region.dirty, ffi.new("uint64_t[]", region.bitmap_words), region.bitmap_words)
 
     def stop_dirty_log(self) -> None:
         self.logging = False
 
     def harvest_dirty(self, slot: int, into: Any) -> int:
         region = self.memory.regions[slot]
-        return int(lib.tv_dirty_take(region.dirty, region.bitmap_words, into))
+        lib.tv_dirty_take(region.dirty, into, region.bitmap_words)
+        return int(lib.tv_pages_count(into, region.bitmap_words))
 
     def set_throttle(self, percent: int) -> None:
         self.throttle = percent
@@ -194,6 +195,7 @@ class TappedStream(trio.abc.Stream):
 
 
 async def _pass(stream: TappedStream, data: bytes) -> bytes:
+    await trio.lowlevel.checkpoint()
     return data
 
 
