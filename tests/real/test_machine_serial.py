@@ -293,7 +293,7 @@ def test_bad_sinks(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     for path in (str(tmp_path), str(tmp_path / "no" / "such"), str(fifo), "a\0b"):
-        with pytest.raises(ConfigError, match="serial.file"):
+        with pytest.raises(ConfigError, match="serial"):
             open_sink(SerialConfig(mode="File", file=path))
     with pytest.raises(ConfigError):
         open_sink(SerialConfig(mode="File"))
