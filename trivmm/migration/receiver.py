@@ -183,7 +183,8 @@ class Receiver:
                     with trio.move_on_after(FAREWELL_S, shield=True), suppress(MigrationError, DeadlineError):
                         await link.send(Refused(reason))
             else:
-                await link.abort(reason)
+                with trio.move_on_after(2 * FAREWELL_S, shield=True):
+                    await link.abort(reason)
             if could_commit:
                 self._linger(link)
             raise
@@ -213,7 +214,8 @@ class Receiver:
             if _LINGERING.get(self.url) is self:
                 del _LINGERING[self.url]
             self.listener.close()
-            await link.close()
+            with trio.move_on_after(FAREWELL_S, shield=True):
+                await link.close()
 
     async def _until_done(self, link: Link, scope: trio.CancelScope) -> None:
         """DONE ends the waiting; a dead link does not, since that is what the waiting is for."""
@@ -302,7 +304,7 @@ class _Incoming:
             if ours != self.setup.memory:
                 raise MigrationError(f"the memory layouts differ: {ours} here, {self.setup.memory} there")
         except TrivmmError as error:
-            with suppress(MigrationError, DeadlineError):
+            with trio.move_on_after(FAREWELL_S, shield=True), suppress(MigrationError, DeadlineError):
                 await self.link.send(SetupFail(str(error)))
             raise
         return machine

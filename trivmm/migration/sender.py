@@ -18,7 +18,7 @@ import attrs
 import trio
 
 from trivmm.errors import CommitRefused, ConfigError, DeadlineError, MigrationError, MigrationInDoubt
-from trivmm.migration.link import Link
+from trivmm.migration.link import FAREWELL_S, Link
 from trivmm.migration.messages import SESSION_BYTES, Setup, SetupFail, SetupOk
 from trivmm.migration.port import SourceMachine
 from trivmm.migration.precopy import Estimates, Rounds
@@ -115,7 +115,10 @@ class _Sender:
             try:
                 switchover = await self._up_to_commit()
             except BaseException as error:
-                await self._roll_back(error)
+                with trio.move_on_after(self.source.deadlines.rollback + 4 * FAREWELL_S, shield=True) as scope:
+                    await self._roll_back(error)
+                if scope.cancelled_caught:  # pragma: no cover - each of its waits has a smaller bound
+                    LOG.error("rolling back a migration did not end in time")
                 raise
             # No await between here and the shield: a cancellation comes before COMMIT, or after the verdict.
             return await self._commit(switchover)
@@ -230,7 +233,8 @@ class _Sender:
             raise
         finally:
             if self._link is not None:
-                await self._link.abort(reason)
+                with trio.move_on_after(2 * FAREWELL_S, shield=True):
+                    await self._link.abort(reason)
             self.tracker.enter(end)
 
     # --- from COMMIT on ------------------------------------------------------------------------------------------

@@ -80,7 +80,8 @@ async def _ask(dialer: Dialer, session_id: bytes) -> Outcome | None:
         await link.send(Query(session_id))
         answer = await link.expect(Verdict)
     finally:
-        await link.close()
+        with trio.move_on_after(FAREWELL_S, shield=True):
+            await link.close()
     if answer.verdict == "running":
         return Outcome(True)
     if answer.verdict == "refused":
