@@ -1,1 +1,112 @@
-"""A virtual machine monitor for Linux/KVM on trio."""
+"""TriVMM: a virtual machine monitor for Linux/KVM on trio.
+
+The embedding API is re-exported here and loaded on first use (PEP 562), so that light verbs such as
+``trivmm remote`` never import trio::
+
+    import trivmm
+
+    async with trivmm.open_vm(trivmm.VmConfig(trivmm.PayloadConfig("vmlinux"))) as vm:
+        await vm.boot()
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trivmm.config import (
+        ConsoleConfig,
+        CpusConfig,
+        DiskConfig,
+        MemoryConfig,
+        PayloadConfig,
+        RngConfig,
+        SerialConfig,
+        VmConfig,
+    )
+    from trivmm.deadlines import Deadlines
+    from trivmm.errors import (
+        CommitRefused,
+        ConfigError,
+        DeadlineError,
+        GuestCrash,
+        HypervisorError,
+        MigrationCancelled,
+        MigrationError,
+        MigrationInDoubt,
+        NotSupported,
+        PauseTimeout,
+        TrivmmError,
+        VmMigrating,
+        WrongState,
+    )
+    from trivmm.hypervisor.select import choose_hypervisor
+    from trivmm.incoming import Incoming, open_incoming
+    from trivmm.migration.progress import MigrationProgress, MigrationReport
+    from trivmm.vm import ExitReason, Vm, VmEvent, VmState, open_vm
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "trivmm.config": ("ConsoleConfig CpusConfig DiskConfig MemoryConfig PayloadConfig RngConfig SerialConfig VmConfig"),
+    "trivmm.deadlines": "Deadlines",
+    "trivmm.errors": (
+        "CommitRefused ConfigError DeadlineError GuestCrash HypervisorError MigrationCancelled MigrationError "
+        "MigrationInDoubt NotSupported PauseTimeout TrivmmError VmMigrating WrongState"
+    ),
+    "trivmm.hypervisor.select": "choose_hypervisor",
+    "trivmm.incoming": "Incoming open_incoming",
+    "trivmm.migration.progress": "MigrationProgress MigrationReport",
+    "trivmm.vm": "ExitReason Vm VmEvent VmState open_vm",
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
+
+__all__ = [
+    "CommitRefused",
+    "ConfigError",
+    "ConsoleConfig",
+    "CpusConfig",
+    "DeadlineError",
+    "Deadlines",
+    "DiskConfig",
+    "ExitReason",
+    "GuestCrash",
+    "HypervisorError",
+    "Incoming",
+    "MemoryConfig",
+    "MigrationCancelled",
+    "MigrationError",
+    "MigrationInDoubt",
+    "MigrationProgress",
+    "MigrationReport",
+    "NotSupported",
+    "PauseTimeout",
+    "PayloadConfig",
+    "RngConfig",
+    "SerialConfig",
+    "TrivmmError",
+    "Vm",
+    "VmConfig",
+    "VmEvent",
+    "VmMigrating",
+    "VmState",
+    "WrongState",
+    "__version__",
+    "choose_hypervisor",
+    "open_incoming",
+    "open_vm",
+]
+
+
+def __getattr__(name: str) -> Any:
+    module = _MODULE_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module 'trivmm' has no attribute {name!r}")
+    value = getattr(import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -52,3 +52,8 @@ class Ownership:
             self.holder = None
             self._freed.set()
             self._freed = trio.Event()
+
+    async def free(self) -> None:
+        """Wait until nobody owns the VM. Bounded by the caller."""
+        while self.holder is not None:
+            await self._freed.wait()

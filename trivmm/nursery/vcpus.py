@@ -108,15 +108,11 @@ class VcpuSet:
     async def pause(self, *, at_most_s: float | None = None) -> None:
         """Ask all vCPUs at once and wait until each is parked between two instructions.
 
-        :raises PauseTimeout: naming who did not come; every vCPU runs again. A cancellation rolls back too."""
+        :raises PauseTimeout: naming who did not come. The caller rolls back: it knows who may run."""
         for vcpu in self.vcpus:
             vcpu.request_pause()
-        try:
-            with self.deadlines.enter("pause", self._diagnose, at_most_s=at_most_s):
-                await self._until_all_paused()
-        except BaseException:
-            self.resume()
-            raise
+        with self.deadlines.enter("pause", self._diagnose, at_most_s=at_most_s):
+            await self._until_all_paused()
 
     def resume(self) -> None:
         """Let every vCPU go on; one that stood at a barrier stands there again until it is settled."""

@@ -263,6 +263,7 @@ class ScriptedHypervisor:
 
     name: ClassVar[str] = "scripted"
     max_vcpus = 8
+    driver = staticmethod(task_driver)
 
     def __init__(self, *scripts: Script) -> None:
         self.scripts = scripts

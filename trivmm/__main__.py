@@ -1,0 +1,5 @@
+"""``python -m trivmm`` is ``trivmm``."""
+
+from trivmm.cli import main
+
+raise SystemExit(main())
