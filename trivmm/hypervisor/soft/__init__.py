@@ -1,1 +1,35 @@
-"""The soft back end: the Unicorn CPU emulator, for hosts without /dev/kvm."""
+"""``soft``: guest code on the unicorn CPU emulator, for machines without /dev/kvm.
+
+The same guest memory and the same devices as ``kvm``; interrupts are delivered by us, with a small LAPIC, 8259s and
+a PIT. One vCPU. unicorn comes with the ``soft`` extra and is imported only when a VM is opened.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from trivmm.errors import HypervisorError
+from trivmm.hypervisor.base import VmBackend
+
+__all__ = ["SoftHypervisor"]
+
+
+class SoftHypervisor:
+    """The back end for ``--hypervisor soft``. Holds nothing of its own."""
+
+    name: ClassVar[str] = "soft"
+
+    def __init__(self) -> None:
+        self.max_vcpus = 1
+
+    def open_vm(self) -> VmBackend:
+        """:raises HypervisorError: when unicorn is not installed."""
+        try:
+            import unicorn  # noqa: F401
+        except ImportError as error:
+            raise HypervisorError("unicorn", f"not installed ({error})", "pip install 'trivmm[soft]'") from error
+        from trivmm.hypervisor.soft.vm import SoftVm
+
+        return SoftVm()
+
+    def close(self) -> None: ...

@@ -1,0 +1,803 @@
+"""The soft CPU runs small guests, assembled here: exits, privilege changes, interrupts, kicks, save and load."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import attrs
+import pytest
+
+from trivmm.errors import HypervisorError, NotSupported
+from trivmm.hypervisor.base import (
+    Interrupted,
+    IoIn,
+    IoOut,
+    MmioRead,
+    MmioWrite,
+    TripleFault,
+    VcpuExit,
+    VcpuState,
+)
+from trivmm.machine.memory import GuestMemory
+
+pytest.importorskip("unicorn", reason="the soft extra is not installed")
+pytestmark = [
+    pytest.mark.soft,
+    pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc to assemble guests"),
+]
+
+from trivmm.hypervisor.soft import SoftHypervisor  # noqa: E402
+from trivmm.hypervisor.soft.vcpu import SoftVcpu  # noqa: E402
+from trivmm.hypervisor.soft.vm import SoftVm  # noqa: E402
+
+RAM = 8 << 20
+ENTRY = 0x10_0000
+BOUND_S = 60.0
+BAR = 0xC000_1000
+
+# From PVH's 32-bit entry to 64-bit ring 0: identity map of 4 GiB (user-accessible), GDT, TSS, IDT, stack.
+PRELUDE = r"""
+.code32
+.globl _start
+_start:
+  mov $pml4, %edi
+  movl $(pdpt + 7), (%edi)
+  mov $pdpt, %edi
+  movl $(pd0 + 7), (%edi)
+  movl $(pd1 + 7), 8(%edi)
+  movl $(pd2 + 7), 16(%edi)
+  movl $(pd3 + 7), 24(%edi)
+  mov $pd0, %edi
+  mov $0x87, %eax
+  mov $2048, %ecx
+1: mov %eax, (%edi)
+  add $0x200000, %eax
+  add $8, %edi
+  loop 1b
+  mov %cr4, %eax
+  or $0x620, %eax
+  mov %eax, %cr4
+  mov $pml4, %eax
+  mov %eax, %cr3
+  mov $0xc0000080, %ecx
+  rdmsr
+  or $0x100, %eax
+  wrmsr
+  mov %cr0, %eax
+  or $0x80000001, %eax
+  mov %eax, %cr0
+  lgdt gdtr
+  ljmp $8, $long_mode
+.code64
+long_mode:
+  mov $0x10, %eax
+  mov %eax, %ds
+  mov %eax, %es
+  mov %eax, %ss
+  mov $0x700000, %rsp
+  mov $tss, %rax
+  movw %ax, gdt + 0x2a
+  shr $16, %rax
+  movb %al, gdt + 0x2c
+  movb %ah, gdt + 0x2f
+  mov $0x28, %eax
+  ltr %ax
+  lidt idtr
+  mov $0xff, %al
+  out %al, $0x21
+  out %al, $0xa1
+  jmp main
+
+.macro GATE vector, handler, kind=0x8e
+  movabs $\handler, %rax
+  mov $(idt + \vector * 16), %rdi
+  mov %ax, (%rdi)
+  movw $8, 2(%rdi)
+  movb $0, 4(%rdi)
+  movb $\kind, 5(%rdi)
+  shr $16, %rax
+  mov %ax, 6(%rdi)
+  movl $0, 8(%rdi)
+.endm
+.macro APIC register, value
+  mov $(0xfee00000 + \register), %ebx
+  movl $\value, (%rbx)
+.endm
+.macro RING3 target
+  push $0x1b
+  push $0x600000
+  push $0x3202
+  push $0x23
+  push $\target
+  iretq
+.endm
+"""
+DATA = r"""
+.balign 8
+gdt: .quad 0, 0x00af9b000000ffff, 0x00cf93000000ffff, 0x00cff3000000ffff, 0x00affb000000ffff
+     .quad 0x0000890000000067, 0, 0
+gdtr: .word 63
+      .long gdt
+      .long 0
+idtr: .word 4095
+      .quad idt
+.balign 8
+tss: .long 0
+     .quad 0x6f0000
+     .fill 92, 1, 0
+.balign 4096
+pml4: .fill 4096, 1, 0
+pdpt: .fill 4096, 1, 0
+pd0: .fill 4096, 1, 0
+pd1: .fill 4096, 1, 0
+pd2: .fill 4096, 1, 0
+pd3: .fill 4096, 1, 0
+idt: .fill 4096, 1, 0
+"""
+
+
+def assemble(where: Path, source: str) -> bytes:
+    (where / "guest.S").write_text(source)
+    common = {"cwd": where, "check": True, "timeout": 60}
+    subprocess.run(["gcc", "-c", "-m64", "-o", "guest.o", "guest.S"], **common)  # type: ignore[call-overload]
+    link = ["ld", "-Ttext", hex(ENTRY), "-N", "--oformat", "binary", "-o", "guest.bin", "guest.o"]
+    subprocess.run(link, **common)  # type: ignore[call-overload]
+    return (where / "guest.bin").read_bytes()
+
+
+@attrs.define(eq=False)
+class Guest:
+    """One soft VM with a guest loaded, run by hand."""
+
+    memory: GuestMemory
+    vm: SoftVm
+    cpu: SoftVcpu
+    log: list[VcpuExit] = attrs.field(factory=list)
+    reads: list[VcpuExit] = attrs.field(factory=list)
+
+    def until(self, wanted: Callable[[VcpuExit], bool]) -> VcpuExit:
+        """Run, noting every exit, until one is wanted."""
+        end = time.monotonic() + BOUND_S
+        while time.monotonic() < end:
+            reason = self.cpu.run()
+            self.log.append(reason)
+            if wanted(reason):
+                return reason
+            if isinstance(reason, TripleFault):
+                break
+        raise AssertionError(f"not seen; last exits {self.log[-5:]}\n{self.cpu.describe()}")
+
+    def until_port(self, port: int) -> bytes:
+        found = self.until(lambda reason: isinstance(reason, IoOut) and reason.port == port)
+        assert isinstance(found, IoOut)
+        return found.data
+
+    def close(self) -> None:
+        self.cpu.close()
+        self.vm.close()
+        self.memory.close()
+
+
+Build = Callable[..., Guest]
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Iterator[Build]:
+    guests: list[Guest] = []
+
+    def make(main: str = "", *, prelude: bool = True, code: bytes | None = None) -> Guest:
+        if code is None:
+            code = assemble(tmp_path, (PRELUDE if prelude else ".code32\n.globl _start\n_start:\n") + main + DATA)
+        memory = GuestMemory(((0, RAM),))
+        vm = SoftHypervisor().open_vm()
+        assert isinstance(vm, SoftVm)
+        for region in memory.regions:
+            vm.add_memory(region.slot, region.gpa, region.size, region.hva)
+        memory.write(ENTRY, code)
+        cpu = vm.create_vcpu(0)
+        assert isinstance(cpu, SoftVcpu)
+        guest = Guest(memory, vm, cpu)
+
+        def answer(reason: VcpuExit) -> bytes | None:
+            guest.reads.append(reason)
+            match reason:
+                case IoIn(port, size, count):
+                    return (port & 0xFF).to_bytes(1, "little") * size * count
+                case MmioRead(gpa, size):
+                    return (gpa & 0xFF).to_bytes(1, "little") * size
+                case _:
+                    return None
+
+        cpu.inline_handler = answer
+        cpu.set_boot_state(ENTRY, 0x6000)
+        guests.append(guest)
+        return guest
+
+    yield make
+    for guest in guests:
+        guest.close()
+
+
+def test_boot_registers_and_plain_port_exits(build: Build) -> None:
+    guest = build(
+        """
+        mov %ebx, %eax
+        out %eax, $0x40 + 0xc0 - 0x20
+        mov $0x1234, %dx
+        mov $0x5678, %ax
+        out %ax, %dx
+        in $0x70, %al
+        out %al, $0x80
+        hlt
+        """,
+        prelude=False,
+    )
+    assert guest.until_port(0xE0) == (0x6000).to_bytes(4, "little")
+    assert guest.cpu.run() == IoOut(0x1234, 2, b"\x78\x56")
+    assert guest.cpu.run() == IoOut(0x80, 1, b"\x70")
+    assert guest.reads == [IoIn(0x70, 1, 1)]
+
+
+def test_a_write_leaves_before_the_next_instruction(build: Build) -> None:
+    guest = build(
+        f"""
+        main:
+          mov ${BAR}, %ebx
+          xor %ecx, %ecx
+          movl $7, (%rbx)
+          inc %rcx
+          mov %rcx, 0x5000
+          movw $8, 6(%rbx)
+          inc %rcx
+          mov %rcx, 0x5000
+          out %al, $0x80
+          inc %rcx
+          mov %rcx, 0x5000
+          hlt
+        """
+    )
+    counted = [0]
+    for expected in (MmioWrite(BAR, b"\x07\0\0\0"), MmioWrite(BAR + 6, b"\x08\0"), 0x80):
+        reason = guest.until(lambda _: True)
+        if expected == 0x80:
+            assert isinstance(reason, IoOut)
+        else:
+            assert reason == expected
+        counted.append(guest.memory.read(0x5000, 1)[0])
+    assert counted == [0, 0, 1, 2]
+
+
+def test_wide_and_unaligned_mmio_is_one_write(build: Build) -> None:
+    guest = build(
+        f"""
+        main:
+          mov ${BAR}, %ebx
+          movabs $0x1122334455667788, %rax
+          mov %rax, (%rbx)
+          mov %eax, 1(%rbx)
+          mov 8(%rbx), %rcx
+          mov %rcx, 0x5000
+          xchg %eax, 0x10(%rbx)
+          out %eax, $0x80
+          hlt
+        """
+    )
+    assert guest.cpu.run() == MmioWrite(BAR, bytes.fromhex("8877665544332211"))
+    assert guest.cpu.run() == MmioWrite(BAR + 1, bytes.fromhex("88776655"))
+    assert guest.cpu.run() == MmioWrite(BAR + 0x10, bytes.fromhex("88776655"))
+    assert guest.cpu.run() == IoOut(0x80, 4, b"\x10" * 4)
+    assert guest.memory.read(0x5000, 8) == b"\x08" * 4 + b"\x0c" * 4
+
+
+def test_string_instructions_leave_one_element_at_a_time(build: Build) -> None:
+    guest = build(
+        f"""
+        main:
+          mov $text, %esi
+          mov $5, %ecx
+          mov $0x402, %edx
+          rep outsb
+          mov $text, %esi
+          mov ${BAR}, %edi
+          mov $5, %ecx
+          rep movsb
+          mov $0x71, %edx
+          mov $0x5000, %edi
+          mov $3, %ecx
+          rep insw
+          out %al, $0x80
+          hlt
+        text: .ascii "hello"
+        """
+    )
+    guest.until_port(0x80)
+    assert [each.data for each in guest.log if isinstance(each, IoOut) and each.port == 0x402] == [
+        bytes([each]) for each in b"hello"
+    ]
+    moved = [each for each in guest.log if isinstance(each, MmioWrite)]
+    assert moved == [MmioWrite(BAR + index, bytes([each])) for index, each in enumerate(b"hello")]
+    assert guest.memory.read(0x5000, 6) == b"\x71" * 6
+
+
+RING3 = """
+        main:
+          GATE 3, on_int3, 0xee
+          GATE 0x80, on_int80, 0xee
+          GATE 0x81, on_int80
+          GATE 13, on_gp
+          RING3 user
+        user:
+          mov $1, %r12d
+          int3
+          int $0x80
+          int $0x81
+        after: jmp after
+        on_int3:
+          inc %r12d
+          mov %cs, %eax
+          out %eax, $0x80
+          iretq
+        on_int80:
+          mov 8(%rsp), %rax
+          out %eax, $0x81
+          mov 24(%rsp), %rax
+          out %eax, $0x82
+          iretq
+        on_gp:
+          pop %rax
+          out %eax, $0x83
+          mov (%rsp), %rax
+          sub $after, %rax
+          out %eax, $0x84
+          hlt
+        """
+
+
+def test_ring_3_and_back_through_gates(build: Build) -> None:
+    guest = build(RING3)
+    word = int.from_bytes
+    assert word(guest.until_port(0x80), "little") == 8
+    assert word(guest.until_port(0x81), "little") == 0x23
+    assert word(guest.until_port(0x82), "little") == 0x60_0000
+    # A gate that ring 3 may not use: #GP with the gate's number, pointing at the INT itself.
+    assert word(guest.until_port(0x83), "little") == 0x81 * 8 + 2
+    assert word(guest.until_port(0x84), "little", signed=True) == -2
+
+
+def test_page_fault_reaches_the_guest_with_address_and_code(build: Build) -> None:
+    guest = build(
+        """
+        main:
+          GATE 14, on_pf
+          movabs $0x123456789000, %rdi
+        touch:
+          movl $1, (%rdi)
+          out %al, $0x81
+          hlt
+        on_pf:
+          pop %rax
+          out %eax, $0x80
+          mov %cr2, %rax
+          out %eax, $0x80
+          shr $32, %rax
+          out %eax, $0x80
+          mov (%rsp), %rax
+          sub $touch, %rax
+          out %eax, $0x80
+          addq $6, (%rsp)
+          iretq
+        """
+    )
+    words = [int.from_bytes(guest.until_port(0x80), "little") for _ in range(4)]
+    assert words == [2, 0x56789000, 0x1234, 0]
+    guest.until_port(0x81)
+
+
+def test_undefined_instruction_and_division(build: Build) -> None:
+    guest = build(
+        """
+        main:
+          GATE 6, on_ud
+          GATE 0, on_de
+          ud2
+          xor %ecx, %ecx
+          div %ecx
+          out %al, $0x82
+          hlt
+        on_ud: out %al, $0x80
+          addq $2, (%rsp)
+          iretq
+        on_de: out %al, $0x81
+          addq $2, (%rsp)
+          iretq
+        """
+    )
+    for port in (0x80, 0x81, 0x82):
+        guest.until_port(port)
+
+
+def test_triple_fault_is_an_exit_with_a_report(build: Build) -> None:
+    guest = build("main: lidt nothing\n int3\nnothing: .quad 0, 0\n")
+    assert isinstance(guest.until(lambda reason: isinstance(reason, TripleFault)), TripleFault)
+    assert "rip" in guest.cpu.describe()
+    assert "code" in guest.cpu.describe()
+
+
+HALT_AND_MSI = """
+        main:
+          GATE 0x41, on_msi
+          APIC 0xf0, 0x1ff
+          xor %r12d, %r12d
+          out %al, $0x80
+        again:
+          cli
+          cmp $20, %r12d
+          jae done
+          sti
+          hlt
+          jmp again
+        done:
+          out %al, $0x82
+          hlt
+        on_msi:
+          inc %r12d
+          mov %r12d, %eax
+          out %al, $0x81
+          APIC 0xb0, 0
+          iretq
+        """
+
+
+def test_halt_wakes_on_msi_and_none_is_lost(build: Build) -> None:
+    guest = build(HALT_AND_MSI)
+    fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    try:
+        token = guest.vm.connect_msi(fd, 0xFEE0_0000, 0x41)
+        guest.until_port(0x80)
+        for number in range(1, 21):
+            timer = threading.Timer(0.002, os.eventfd_write, (fd, 1))
+            timer.start()
+            assert guest.until_port(0x81) == bytes([number])
+            timer.join()
+        guest.until_port(0x82)
+        guest.vm.disconnect_msi(token)
+        os.eventfd_write(fd, 1)
+        threading.Timer(0.05, guest.cpu.kick).start()
+        assert guest.cpu.run() == Interrupted()
+        assert os.eventfd_read(fd) == 1
+    finally:
+        os.close(fd)
+
+
+def test_msi_interrupts_a_ring_3_spinner(build: Build) -> None:
+    guest = build(
+        """
+        main:
+          GATE 0x41, on_msi
+          APIC 0xf0, 0x1ff
+          RING3 user
+        user: out %al, $0x80
+        1: inc %r13
+          jmp 1b
+        on_msi:
+          mov 8(%rsp), %eax
+          out %eax, $0x81
+          APIC 0xb0, 0
+          iretq
+        """
+    )
+    fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    try:
+        guest.vm.connect_msi(fd, 0xFEE0_0000, 0x41)
+        guest.until_port(0x80)
+        for _ in range(50):
+            os.eventfd_write(fd, 1)
+            assert guest.until_port(0x81) == (0x23).to_bytes(4, "little")
+    finally:
+        os.close(fd)
+
+
+def test_self_ipi_priority_and_task_priority(build: Build) -> None:
+    guest = build(
+        """
+        main:
+          GATE 0x31, on_low
+          GATE 0x51, on_high
+          APIC 0xf0, 0x1ff
+          sti
+          APIC 0x80, 0x40
+          APIC 0x300, 0x40031
+          out %al, $0x80
+          APIC 0x300, 0x40051
+          out %al, $0x81
+          APIC 0x80, 0
+          out %al, $0x82
+          hlt
+        on_low: mov $0x31, %al
+          out %al, $0x90
+          APIC 0xb0, 0
+          iretq
+        on_high: mov $0x51, %al
+          out %al, $0x91
+          APIC 0xb0, 0
+          iretq
+        """
+    )
+    guest.until_port(0x82)
+    assert [each.port for each in guest.log if isinstance(each, IoOut)] == [0x80, 0x91, 0x81, 0x90, 0x82]
+
+
+def test_lapic_timer_once_and_again(build: Build) -> None:
+    guest = build(
+        """
+        main:
+          GATE 0x61, on_timer
+          APIC 0xf0, 0x1ff
+          APIC 0x3e0, 0xb
+          APIC 0x320, 0x61
+          APIC 0x380, 1000000
+          sti
+          hlt
+          out %al, $0x80
+          APIC 0x320, 0x20061
+          APIC 0x380, 1000000
+        1: hlt
+          cmp $5, %r12d
+          jb 1b
+          out %al, $0x81
+          hlt
+        on_timer: inc %r12d
+          APIC 0xb0, 0
+          iretq
+        """
+    )
+    guest.until_port(0x80)
+    guest.until_port(0x81)
+
+
+def test_8259_and_pit_interrupt_through_lint0(build: Build) -> None:
+    guest = build(
+        """
+        main:
+          GATE 0x20, on_pit
+          GATE 0x24, on_serial
+          mov $0x11, %al
+          out %al, $0x20
+          mov $0x20, %al
+          out %al, $0x21
+          mov $4, %al
+          out %al, $0x21
+          mov $1, %al
+          out %al, $0x21
+          mov $0xee, %al
+          out %al, $0x21
+          mov $0x34, %al
+          out %al, $0x43
+          mov $0xe8, %al
+          out %al, $0x40
+          mov $3, %al
+          out %al, $0x40
+        1: sti
+          hlt
+          cli
+          cmp $5, %r12d
+          jb 1b
+          mov $0xef, %al
+          out %al, $0x21
+          out %al, $0x80
+          sti
+        2: hlt
+          jmp 2b
+        on_pit: inc %r12d
+          mov $0x20, %al
+          out %al, $0x20
+          iretq
+        on_serial: out %al, $0x81
+          mov $0x20, %al
+          out %al, $0x20
+          iretq
+        """
+    )
+    fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    try:
+        guest.vm.connect_irq(fd, 4)
+        guest.until_port(0x80)
+        for _ in range(3):
+            os.eventfd_write(fd, 1)
+            guest.until_port(0x81)
+        guest.vm.disconnect_irq(fd, 4)
+    finally:
+        os.close(fd)
+
+
+def test_doorbell_rings_without_an_exit(build: Build) -> None:
+    guest = build(
+        f"""
+        main:
+          mov ${BAR}, %ebx
+          movw $1, (%rbx)
+          movl $1, (%rbx)
+          movq $1, (%rbx)
+          out %al, $0x80
+          movw $1, 4(%rbx)
+          hlt
+        """
+    )
+    fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    try:
+        guest.vm.add_doorbell(fd, BAR)
+        assert isinstance(guest.cpu.run(), IoOut)
+        assert os.eventfd_read(fd) == 3
+        assert guest.cpu.run() == MmioWrite(BAR + 4, b"\x01\0")
+    finally:
+        os.close(fd)
+
+
+COUNTER = """
+        main:
+          xor %ecx, %ecx
+          out %al, $0x80
+        1: inc %rcx
+          incq 0x5000
+          add %rcx, %rax
+          push %rcx
+          lock incq 0x5008
+          pop %rdx
+          jmp 1b
+        """
+
+
+def _counts(guest: Guest) -> tuple[int, int, int]:
+    words = (int.from_bytes(guest.memory.read(at, 8), "little") for at in (0x5000, 0x5008))
+    return guest.cpu._engine.fetch().regs[1], *words
+
+
+def test_200_kicks_stop_a_spinner_between_two_instructions(build: Build) -> None:
+    guest = build(COUNTER)
+    guest.until_port(0x80)
+    randomness = random.Random(7)
+    for _ in range(200):
+        timer = threading.Timer(randomness.random() * 0.003, guest.cpu.kick)
+        timer.start()
+        assert guest.cpu.run() == Interrupted()
+        timer.join()
+        registers, plain, locked = _counts(guest)
+        # A stop inside a read-modify-write would run it twice: the words would be ahead of the register.
+        assert 0 <= registers - plain <= 1
+        assert 0 <= registers - locked <= 1
+
+
+def test_a_kick_before_run_and_park_is_not_lost(build: Build) -> None:
+    guest = build(COUNTER)
+    guest.until_port(0x80)
+    guest.cpu.kick()
+    guest.cpu.kick()
+    assert guest.cpu.run() == Interrupted()
+    guest.cpu.kick()
+    began = time.monotonic()
+    guest.cpu.park(BOUND_S)
+    assert time.monotonic() - began < BOUND_S / 2
+    guest.cpu.park(0.01)
+    threading.Timer(0.02, guest.cpu.kick).start()
+    guest.cpu.park(BOUND_S)
+    assert time.monotonic() - began < BOUND_S / 2
+
+
+def test_a_kick_ends_a_halt(build: Build) -> None:
+    guest = build("main: cli\n1: hlt\n jmp 1b\n")
+    for _ in range(20):
+        timer = threading.Timer(0.002, guest.cpu.kick)
+        timer.start()
+        assert guest.cpu.run() == Interrupted()
+        timer.join()
+
+
+def _moved(build: Build, source: Guest) -> Guest:
+    """The guest again in a fresh VM, memory and state through plain bytes."""
+    target = build(code=b"\xf4")
+    target.memory.write(0, source.memory.read(0, RAM))
+    target.vm.load(source.vm.save())
+    saved = source.cpu.save()
+    target.cpu.load(VcpuState(saved.kind, {name: bytes(blob) for name, blob in saved.blobs.items()}))
+    return target
+
+
+def test_saved_in_a_loop_it_goes_on_in_a_fresh_vm(build: Build) -> None:
+    guest = build(COUNTER)
+    guest.until_port(0x80)
+    for _ in range(5):
+        threading.Timer(0.005, guest.cpu.kick).start()
+        assert guest.cpu.run() == Interrupted()
+        before = _counts(guest)
+        guest = _moved(build, guest)
+        assert _counts(guest) == before
+        threading.Timer(0.005, guest.cpu.kick).start()
+        assert guest.cpu.run() == Interrupted()
+        after = _counts(guest)
+        assert after[0] > before[0]
+        assert 0 <= after[0] - after[1] <= 1
+
+
+def test_saved_in_halt_and_in_ring_3_it_goes_on(build: Build) -> None:
+    guest = build(HALT_AND_MSI)
+    guest.until_port(0x80)
+    fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    try:
+        for number in range(1, 6):
+            threading.Timer(0.01, guest.cpu.kick).start()
+            assert guest.until(lambda reason: isinstance(reason, Interrupted))
+            guest = _moved(build, guest)
+            guest.vm.connect_msi(fd, 0xFEE0_0000, 0x41)
+            os.eventfd_write(fd, 1)
+            assert guest.until_port(0x81) == bytes([number])
+            guest.vm.disconnect_msi(fd)
+    finally:
+        os.close(fd)
+
+
+def test_sse_and_x87_survive_a_move(build: Build) -> None:
+    guest = build(
+        """
+        main:
+          fninit
+          fldpi
+          mov $0x4009, %eax
+          cvtsi2sd %rax, %xmm7
+        1: out %al, $0x80
+          movq %xmm7, 0x5000
+          fstl 0x5008
+          jmp 1b
+        """
+    )
+    guest.until_port(0x80)
+    guest.until_port(0x80)
+    before = guest.memory.read(0x5000, 16)
+    guest = _moved(build, guest)
+    guest.memory.write(0x5000, bytes(16))
+    guest.until_port(0x80)
+    assert guest.memory.read(0x5000, 16) == before
+
+
+def test_foreign_and_damaged_states_are_refused(build: Build) -> None:
+    guest = build(COUNTER)
+    saved = guest.cpu.save()
+    with pytest.raises(HypervisorError, match="kvm/1"):
+        guest.cpu.load(VcpuState("kvm/1", saved.blobs))
+    with pytest.raises(HypervisorError, match="bytes"):
+        guest.cpu.load(VcpuState(saved.kind, {**saved.blobs, "cpu": b"short"}))
+    wild = bytearray(saved.blobs["cpu"])
+    wild[604:608] = b"\xff\xff\xff\x7f"
+    with pytest.raises(HypervisorError, match="x87"):
+        guest.cpu.load(VcpuState(saved.kind, {**saved.blobs, "cpu": bytes(wild)}))
+    for damaged in (b"", b"[]", b'{"halted": false, "lapic": {}}', b"\xff"):
+        with pytest.raises(HypervisorError, match="no sense"):
+            guest.cpu.load(VcpuState(saved.kind, {**saved.blobs, "run": damaged}))
+    guest.cpu.load(saved)
+
+
+def test_more_vcpus_and_the_dirty_log_are_refused_by_name(build: Build) -> None:
+    guest = build(COUNTER)
+    with pytest.raises(NotSupported, match="one vCPU"):
+        guest.vm.create_vcpu(1)
+    with pytest.raises(HypervisorError, match="dirty log"):
+        guest.vm.set_dirty_log(True)
+    with pytest.raises(HypervisorError, match="dirty log"):
+        guest.vm.harvest_dirty(0, None)
+    assert not guest.vm.live_copy
+
+
+def test_code_that_the_host_changed_runs_after_a_flush(build: Build) -> None:
+    guest = build("main:\n1: mov $1, %al\n out %al, $0x80\n jmp 1b\n")
+    assert guest.until_port(0x80) == b"\x01"
+    code = guest.memory.read(ENTRY, 0x400)
+    at = code.index(bytes.fromhex("b001e680"))
+    guest.memory.write(ENTRY + at + 1, b"\x02")
+    guest.vm.flush_code()
+    assert guest.until_port(0x80) == b"\x02"

@@ -1,0 +1,210 @@
+"""The unicorn engine behind a few exact verbs: map, run so many instructions, read and write all registers.
+
+One engine is one CPU. It belongs to a vCPU from create to close and is used by one thread at a time.
+
+The engine cannot be stopped safely from outside an instruction hook (see ``ffi/softgate.h``), so it never is: every
+stop goes through the *gate*, which a C hook asks before each instruction. A port or MMIO callback asks the gate too:
+the instruction completes and the next one does not begin.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any, Final
+
+import unicorn
+from unicorn import unicorn_const as uc_const
+from unicorn import x86_const as x86
+
+from trivmm._native import ffi, lib
+from trivmm.errors import HypervisorError
+from trivmm.hypervisor.soft.env import CONTEXT_BYTES, ENGINE_VERSION, HEADER_BYTES, Env, refusal
+
+_unicorn: Any = unicorn  # its Python package is not typed
+
+__all__ = ["PHYSICAL_END", "Engine", "Stop"]
+
+PHYSICAL_END: Final = 1 << 40  # the engine's CPU has 40 physical address bits
+PAGE: Final = 0x1000
+_CTL_TLB_FLUSH: Final = uc_const.UC_CTL_TLB_FLUSH | uc_const.UC_CTL_IO_WRITE << 30
+
+
+class Stop:
+    """Why :meth:`Engine.run` came back."""
+
+    GATE: Final = "gate"  # budget spent, or somebody asked
+    HALT: Final = "halt"
+    EXCEPTION: Final = "exception"  # ``Engine.exception`` is its vector
+    INVALID: Final = "invalid"  # an instruction that the CPU does not have: #UD
+    FAILED: Final = "failed"  # ``Engine.failure`` is the engine's error number
+
+
+class Engine:
+    """``read_mmio(gpa, size)``, ``write_mmio(gpa, size, value)``, ``read_port(port, size)`` and
+    ``write_port(port, size, value)`` are called inside :meth:`run`, in the middle of an instruction."""
+
+    def __init__(
+        self,
+        read_mmio: Callable[[int, int], int],
+        write_mmio: Callable[[int, int, int], None],
+        read_port: Callable[[int, int], int],
+        write_port: Callable[[int, int, int], None],
+    ) -> None:
+        if tuple(_unicorn.__version__.split(".")[:3]) != tuple(str(part) for part in ENGINE_VERSION):
+            wanted = ".".join(map(str, ENGINE_VERSION))
+            raise HypervisorError(
+                "unicorn", f"version {_unicorn.__version__} has another register layout", f"install unicorn=={wanted}"
+            )
+        self._uc: Any = _unicorn.Uc(uc_const.UC_ARCH_X86, uc_const.UC_MODE_64)
+        self._library: Any = _unicorn.unicorn_py3.unicorn.uclib
+        self._context: Any = self._uc.context_save()
+        if self._context.size != HEADER_BYTES + CONTEXT_BYTES:
+            raise HypervisorError("uc_context_size", f"{self._context.size} bytes is not this version's size")
+        self._address: int = self._context.context.value + HEADER_BYTES
+        self.env = Env.from_address(self._address)
+        self._pristine = ctypes.string_at(self._address, CONTEXT_BYTES)
+        self.exception = 0
+        self.failure = 0
+        self._excepted = False
+        self._closures: list[Callable[..., Any]] = []
+        self.gate = ffi.new("struct tv_soft_gate *")
+        stop = ctypes.cast(self._library.uc_emu_stop, ctypes.c_void_p).value
+        lib.tv_soft_gate_init(self.gate, stop)
+        self._read_mmio, self._write_mmio = read_mmio, write_mmio
+        self._add_gate()
+        self._uc.ctl_exits_enabled(True)  # no address ends a run
+        self._uc.hook_add(uc_const.UC_HOOK_INTR, self._on_exception)
+        self._uc.hook_add(
+            uc_const.UC_HOOK_INSN,
+            lambda _uc, port, size, _data: read_port(port, size),
+            None,
+            1,
+            0,
+            x86.UC_X86_INS_IN,
+        )
+        self._uc.hook_add(
+            uc_const.UC_HOOK_INSN,
+            lambda _uc, port, size, value, _data: write_port(port, size, value),
+            None,
+            1,
+            0,
+            x86.UC_X86_INS_OUT,
+        )
+
+    def _add_gate(self) -> None:
+        handle = ctypes.c_size_t()
+        status = self._library.uc_hook_add(
+            self._uc._uch,
+            ctypes.byref(handle),
+            uc_const.UC_HOOK_CODE,
+            ctypes.c_void_p(lib.tv_soft_gate_address()),
+            ctypes.c_void_p(int(ffi.cast("uintptr_t", self.gate))),
+            ctypes.c_uint64(1),
+            ctypes.c_uint64(0),
+        )
+        if status:
+            raise HypervisorError("uc_hook_add", f"error {status}")
+
+    def _on_exception(self, _uc: Any, vector: int, _data: Any) -> None:
+        # Called between instructions, so a stop from here is exact.
+        self.exception = vector
+        self._excepted = True
+        self._uc.emu_stop()
+
+    def map_ram(self, slots: tuple[tuple[int, int, int], ...]) -> None:
+        """``(gpa, size, hva)`` each; every other address up to :data:`PHYSICAL_END` becomes MMIO."""
+        at = 0
+        for gpa, size, hva in sorted(slots):
+            self._map_mmio(at, gpa)
+            self._uc.mem_map_ptr(gpa, size, uc_const.UC_PROT_ALL, hva)
+            at = gpa + size
+        self._map_mmio(at, PHYSICAL_END)
+
+    def _map_mmio(self, start: int, end: int) -> None:
+        if start >= end:
+            return
+        read_mmio, write_mmio = self._read_mmio, self._write_mmio
+
+        def read(_uc: Any, offset: int, size: int, _data: Any) -> int:
+            return read_mmio(start + offset, size)
+
+        def write(_uc: Any, offset: int, size: int, value: int, _data: Any) -> None:
+            write_mmio(start + offset, size, value)
+
+        self._uc.mmio_map(start, end - start, read, None, write, None)
+
+    def run(self, budget: int) -> str:
+        """Run at most ``budget`` instructions from RIP. Any stop lies between two instructions."""
+        gate = self.gate
+        gate.budget = budget
+        gate.stopped = 0
+        self._excepted = False
+        uc = self._uc
+        try:
+            uc.emu_start(uc.reg_read(x86.UC_X86_REG_RIP), 0)
+        except _unicorn.UcError as error:
+            if error.errno == uc_const.UC_ERR_INSN_INVALID:
+                return Stop.INVALID
+            self.failure = error.errno
+            return Stop.FAILED
+        if self._excepted:
+            return Stop.EXCEPTION
+        return Stop.GATE if gate.stopped else Stop.HALT
+
+    # --- registers: only between runs ------------------------------------------------------------------------
+
+    @property
+    def rip(self) -> int:
+        return int(self._uc.reg_read(x86.UC_X86_REG_RIP))
+
+    def rflags(self) -> int:
+        """All flags, the lazy arithmetic ones computed."""
+        return int(self._uc.reg_read(x86.UC_X86_REG_EFLAGS))
+
+    def fetch(self) -> Env:
+        """All registers; changes take effect with :meth:`commit`."""
+        self._uc.context_update(self._context)
+        return self.env
+
+    def commit(self) -> None:
+        self._uc.context_restore(self._context)
+
+    def reset(self) -> Env:
+        """The engine's own initial registers, fetched; :meth:`commit` them."""
+        self.fetch()
+        ctypes.memmove(self._address, self._pristine, CONTEXT_BYTES)
+        return self.env
+
+    def save(self) -> bytes:
+        env = self.fetch()
+        for index in range(4):
+            env.breakpoints[index] = 0
+        return ctypes.string_at(self._address, CONTEXT_BYTES)
+
+    def load(self, raw: bytes) -> None:
+        """:raises HypervisorError: when these bytes are not registers that this engine can take."""
+        why = refusal(raw)
+        if why is not None:
+            raise HypervisorError("soft vCPU state", why)
+        env = self.fetch()
+        ctypes.memmove(self._address, raw, CONTEXT_BYTES)
+        pristine = Env.from_buffer_copy(self._pristine)
+        # How the emulator rounds is derived from the control words, never taken from a stranger.
+        env.x87_status, env.sse_status = pristine.x87_status, pristine.sse_status
+        self.commit()
+        for register in (x86.UC_X86_REG_FPCW, x86.UC_X86_REG_MXCSR):
+            self._uc.reg_write(register, self._uc.reg_read(register))
+        self.flush()
+
+    def flush(self) -> None:
+        """Forget translated code and cached page tables: memory changed behind the engine's back."""
+        self._uc.ctl_flush_tb()
+        self._library.uc_ctl(self._uc._uch, _CTL_TLB_FLUSH)
+
+    def flush_code(self) -> None:
+        self._uc.ctl_flush_tb()
+
+    def close(self) -> None:
+        self._uc = None
+        self._context = None

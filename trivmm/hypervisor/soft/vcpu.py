@@ -1,0 +1,369 @@
+"""The soft vCPU: slices of emulated code, and between them kicks, interrupts, timers and exits.
+
+Everything here runs on the vCPU's thread, except :meth:`SoftVcpu.kick` and :meth:`SoftVcpu.code_changed`. A slice
+ends after :data:`SLICE` instructions, at a port or MMIO write, at an exception, at HLT or when somebody asks the
+gate: always between two instructions. So a write leaves as an exit before the next instruction begins, and a vCPU
+that must park at a barrier has executed nothing past the write. Reads are answered inside the instruction, through
+``inline_handler``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+from trivmm._native import lib
+from trivmm.errors import HypervisorError
+from trivmm.hypervisor.base import (
+    InternalError,
+    Interrupted,
+    IoIn,
+    IoOut,
+    MmioRead,
+    MmioWrite,
+    TripleFault,
+    VcpuExit,
+    VcpuState,
+)
+from trivmm.hypervisor.soft.delivery import Event, Shutdown, deliver
+from trivmm.hypervisor.soft.engine import Engine, Stop
+from trivmm.hypervisor.soft.env import CS, ENGINE_VERSION, FLAG_IF, HF_CS32, HF_INHIBIT_IRQ, HF_PE, HF_SS32, RBX
+from trivmm.hypervisor.soft.lapic import LAPIC_SIZE
+from trivmm.hypervisor.soft.paging import GuestFault, Virtual
+from trivmm.hypervisor.soft.pic import PORTS
+from trivmm.machine.layout import LAPIC_START
+
+if TYPE_CHECKING:
+    from trivmm.hypervisor.soft.vm import SoftVm
+
+__all__ = ["SoftVcpu"]
+
+SLICE: Final = 20_000  # instructions between two looks at timers and interrupt sources: about 0.2 ms
+SLICE_MASKED: Final = 500  # the same while an interrupt waits for the guest to open its flag
+HALT_SLICE_S: Final = 1.0  # a halted vCPU looks around at least this often, even if a wake were lost
+STATE_KIND: Final = f"soft/1/{'.'.join(map(str, ENGINE_VERSION))}"
+
+NMI_VECTOR: Final = 2
+INVALID_OPCODE: Final = 6
+FLAT_CODE: Final = 0x00CF_9B00
+FLAT_DATA: Final = 0x00CF_9300
+REAL_CODE: Final = 0x0000_9B00
+REAL_DATA: Final = 0x0000_9300
+BUSY_TSS: Final = 0x0000_8B00
+CODE_BYTES: Final = 16
+
+
+class SoftVcpu:
+    def __init__(self, vm: SoftVm) -> None:
+        self.index = 0
+        self.inline_handler: Callable[[VcpuExit], bytes | None] | None = None
+        self._vm = vm
+        self._lapic = vm.lapic
+        self._chips = vm.chips
+        self._engine = Engine(self._read_mmio, self._write_mmio, self._read_port, self._write_port)
+        self._engine.map_ram(tuple(vm.slots.values()))
+        self._gate = self._engine.gate
+        self._writes: deque[IoOut | MmioWrite] = deque()
+        self._rung_end = 0  # where a doorbell write of this instruction ended: its second half belongs to it
+        self._halted = False
+        self._kicked = False
+        self._code_changed = False
+        self._closed = False
+        self._closing = threading.Lock()
+        self.kick_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._park = select.poll()
+        self._park.register(self.kick_fd, select.POLLIN)
+        self._reset()
+
+    # --- any thread ------------------------------------------------------------------------------------------
+
+    def kick(self) -> None:
+        # Order: the word, then the two wakers. The vCPU clears its gate before it reads the word.
+        with self._closing:
+            if self._closed:
+                return
+            self._kicked = True
+            os.eventfd_write(self.kick_fd, 1)
+            lib.tv_soft_gate_ask(self._gate)
+
+    def code_changed(self) -> None:
+        self._code_changed = True
+        lib.tv_soft_gate_ask(self._gate)
+
+    # --- thread ----------------------------------------------------------------------------------------------
+
+    def attach_thread(self) -> None:
+        """Nothing to publish: a kick needs no thread id."""
+
+    def detach_thread(self) -> None: ...
+
+    def _take_kick(self) -> bool:
+        if not self._kicked:
+            return False
+        self._kicked = False
+        self._drain()
+        return True
+
+    def park(self, timeout_s: float) -> None:
+        if not self._kicked:
+            self._park.poll(max(0.0, timeout_s) * 1000)
+        if not self._take_kick():
+            self._drain()
+
+    def _drain(self) -> None:
+        # A kicker between its two lines may write later: one wake for nothing. A word set meanwhile is seen by the
+        # next run() or park().
+        with suppress(BlockingIOError):
+            os.eventfd_read(self.kick_fd)
+
+    def run(self) -> VcpuExit:
+        engine, gate, vm = self._engine, self._gate, self._vm
+        while True:
+            if self._writes:
+                return self._writes.popleft()
+            lib.tv_soft_gate_clear(gate)
+            if self._take_kick():
+                return Interrupted()
+            now = time.monotonic_ns()
+            self._lapic.tick(now)
+            self._chips.tick(now)
+            if vm.collect(0) or self._code_changed:
+                self._code_changed = False
+                engine.flush_code()
+            budget = SLICE
+            if self._interrupt_waits():
+                try:
+                    budget = self._interrupt()
+                except Shutdown:
+                    return TripleFault()
+            if self._halted:
+                self._halt()
+                continue
+            self._rung_end = 0
+            match engine.run(budget):
+                case Stop.GATE:
+                    pass
+                case Stop.HALT:
+                    self._halted = True
+                case Stop.EXCEPTION:
+                    ended = self._exception(engine.exception)
+                    if ended is not None:
+                        return ended
+                case Stop.INVALID:
+                    ended = self._exception(INVALID_OPCODE)
+                    if ended is not None:
+                        return ended
+                case _:
+                    return InternalError(1, (engine.failure, engine.rip))
+
+    def run_immediate(self) -> VcpuExit:
+        """Every stop lies between two instructions; only exits of the last one may still be queued."""
+        if self._writes:
+            return self._writes.popleft()
+        self._take_kick()
+        return Interrupted()
+
+    def complete_read(self, data: bytes) -> None:
+        raise HypervisorError("complete_read", "soft answers reads inline and never leaves the guest for one")
+
+    # --- interrupts and exceptions ---------------------------------------------------------------------------
+
+    def _interrupt_waits(self) -> bool:
+        lapic = self._lapic
+        return lapic.nmi or lapic.pending() is not None or (self._chips.pending() and lapic.takes_extint())
+
+    def _interrupt(self) -> int:
+        """Deliver what waits, if the CPU takes it now. Gives the budget of the next slice."""
+        env = self._engine.fetch()
+        if env.hflags & HF_INHIBIT_IRQ and not self._halted:
+            return 1  # after STI or MOV SS one more instruction runs undisturbed
+        lapic = self._lapic
+        if lapic.nmi:
+            lapic.nmi = False
+            event = Event(NMI_VECTOR, "interrupt")
+        elif not env.eflags & FLAG_IF:
+            return SLICE_MASKED
+        elif (vector := lapic.pending()) is not None:
+            lapic.acknowledge(vector)
+            event = Event(vector, "interrupt")
+        else:
+            event = Event(self._chips.acknowledge(), "interrupt")
+        self._halted = False
+        deliver(self._vm.physical, env, self._engine.rflags(), event)
+        self._engine.commit()
+        return SLICE
+
+    def _exception(self, vector: int) -> VcpuExit | None:
+        env = self._engine.fetch()
+        if env.exception_is_int and vector != INVALID_OPCODE:
+            event = Event(vector, "software", length=self._int_length(vector))
+        else:
+            event = Event(vector, "exception", env.error_code & 0xFFFF_FFFF)
+        env.exception_is_int = 0
+        env.error_code = 0
+        try:
+            deliver(self._vm.physical, env, self._engine.rflags(), event)
+        except Shutdown:
+            return TripleFault()
+        self._engine.commit()
+        return None
+
+    def _int_length(self, vector: int) -> int:
+        """Bytes of the INT that was just executed: CD nn has two, CC and CE one."""
+        code = self._code_at(self._engine.env.eip - 2, 2)
+        return 2 if code == bytes((0xCD, vector)) else 1
+
+    def _halt(self) -> None:
+        """Wait for an interrupt or a kick, at most until the next timer."""
+        now = time.monotonic_ns()
+        due = [each for each in (self._lapic.expires, self._chips.next_event()) if each is not None]
+        wait_s = min([HALT_SLICE_S, *((each - now) / 1e9 for each in due)])
+        if wait_s > 0 and self._vm.collect(wait_s):
+            self._code_changed = True
+
+    # --- accesses, in the middle of an instruction -----------------------------------------------------------
+
+    def _ask(self, access: IoIn | MmioRead, size: int) -> int:
+        handler = self.inline_handler
+        answer = handler(access) if handler is not None else None
+        if answer is None:
+            return (1 << size * 8) - 1
+        return int.from_bytes(answer[:size], "little")
+
+    def _read_mmio(self, gpa: int, size: int) -> int:
+        if LAPIC_START <= gpa < LAPIC_START + LAPIC_SIZE:
+            register = self._lapic.read(gpa & 0xFF0, time.monotonic_ns())
+            return register >> (gpa & 3) * 8 & (1 << size * 8) - 1 if gpa & 0xF < 4 else 0
+        return self._ask(MmioRead(gpa, size), size)
+
+    def _write_mmio(self, gpa: int, size: int, value: int) -> None:
+        if LAPIC_START <= gpa < LAPIC_START + LAPIC_SIZE:
+            if gpa & 0xF == 0 and size == 4:
+                self._lapic.write(gpa & 0xFF0, value, time.monotonic_ns())
+                self._ask_if_deliverable()
+            return
+        doorbell = self._vm.doorbells.get(gpa)
+        if doorbell is not None:
+            self._rung_end = gpa + size
+            with suppress(OSError):  # saturated: it is readable, which is all that it says
+                os.eventfd_write(doorbell, 1)
+            return
+        if gpa == self._rung_end:
+            self._rung_end += size
+            return
+        data = (value & (1 << size * 8) - 1).to_bytes(size, "little")
+        last = self._writes[-1] if self._writes else None
+        if type(last) is MmioWrite and last.gpa + len(last.data) == gpa and len(last.data) + size <= 8:
+            # The engine splits what is wide or unaligned; the queue never holds more than one instruction's.
+            self._writes[-1] = MmioWrite(last.gpa, last.data + data)
+        else:
+            self._writes.append(MmioWrite(gpa, data))
+        lib.tv_soft_gate_ask(self._gate)
+
+    def _read_port(self, port: int, size: int) -> int:
+        if port in PORTS:
+            return self._chips.read(port, time.monotonic_ns())
+        return self._ask(IoIn(port, size, 1), size)
+
+    def _write_port(self, port: int, size: int, value: int) -> None:
+        if port in PORTS:
+            self._chips.write(port, value & 0xFF, time.monotonic_ns())
+            self._ask_if_deliverable()
+            return
+        self._writes.append(IoOut(port, size, (value & (1 << size * 8) - 1).to_bytes(size, "little")))
+        lib.tv_soft_gate_ask(self._gate)
+
+    def _ask_if_deliverable(self) -> None:
+        if self._interrupt_waits():
+            lib.tv_soft_gate_ask(self._gate)
+
+    # --- registers -------------------------------------------------------------------------------------------
+
+    def _reset(self) -> None:
+        env = self._engine.reset()
+        env.hflags, env.efer = 0, 0
+        env.cr[0], env.cr[2], env.cr[3], env.cr[4] = 0x6000_0010, 0, 0, 0
+        for index in range(6):
+            segment = env.segs[index]
+            segment.selector, segment.base, segment.limit, segment.flags = 0, 0, 0xFFFF, REAL_DATA
+        code = env.segs[CS]
+        code.selector, code.base, code.flags = 0xF000, 0xFFFF_0000, REAL_CODE
+        env.idt.limit = env.gdt.limit = 0xFFFF
+        env.eip, env.eflags = 0xFFF0, 2
+        self._engine.commit()
+
+    def set_boot_state(self, entry_gpa: int, start_info_gpa: int) -> None:
+        env = self._engine.reset()
+        env.hflags = HF_PE | HF_CS32 | HF_SS32
+        env.efer = 0
+        env.cr[0], env.cr[2], env.cr[3], env.cr[4] = 0x11, 0, 0, 0
+        for index in range(6):
+            segment = env.segs[index]
+            segment.selector, segment.base, segment.limit = 0x10, 0, 0xFFFF_FFFF
+            segment.flags = FLAT_DATA
+        env.segs[CS].selector, env.segs[CS].flags = 0x08, FLAT_CODE
+        env.tr.base, env.tr.limit, env.tr.flags = 0, 0x67, BUSY_TSS
+        env.gdt.limit = env.idt.limit = 0
+        env.regs[RBX] = start_info_gpa
+        env.eip, env.eflags = entry_gpa, 2
+        self._engine.commit()
+        self._engine.flush()
+        self._halted = False
+
+    def save(self) -> VcpuState:
+        if self._writes:
+            raise HypervisorError("soft vCPU save", "an access of the guest is not served yet; finish it first")
+        run = {"halted": self._halted, "lapic": self._lapic.save(time.monotonic_ns())}
+        return VcpuState(STATE_KIND, {"cpu": self._engine.save(), "run": json.dumps(run).encode()})
+
+    def load(self, state: VcpuState) -> None:
+        if state.kind != STATE_KIND:
+            raise HypervisorError(
+                "soft vCPU state", f"saved by {state.kind!r}, this is {STATE_KIND!r}", "use the same engine version"
+            )
+        try:
+            run = json.loads(state.blobs["run"])
+            raw, halted = state.blobs["cpu"], bool(run["halted"])
+            self._engine.load(raw)
+            self._lapic.load(run["lapic"], time.monotonic_ns())
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise HypervisorError("soft vCPU state", f"it makes no sense ({error!r})") from error
+        self._halted = halted
+        self._writes.clear()
+
+    def _code_at(self, rip: int, length: int) -> bytes:
+        env = self._engine.env
+        try:
+            return Virtual(self._vm.physical, env).read(env.segs[CS].base + rip, length)
+        except GuestFault:
+            return b""
+
+    def describe(self) -> str:
+        env = self._engine.fetch()
+        names = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{n}" for n in range(8, 16)))
+        words = [f"{name} {env.regs[index]:#018x}" for index, name in enumerate(names)]
+        code = self._code_at(env.eip, CODE_BYTES)
+        return "\n".join(
+            [
+                f"rip {env.eip:#x} cs {env.segs[CS].selector:#x} rflags {self._engine.rflags():#x}"
+                f" code {code.hex(' ') or 'not mapped'}",
+                *("  ".join(words[row : row + 4]) for row in range(0, 16, 4)),
+                f"cr0 {env.cr[0]:#x} cr2 {env.cr[2]:#x} cr3 {env.cr[3]:#x} cr4 {env.cr[4]:#x} efer {env.efer:#x}",
+            ]
+        )
+
+    def close(self) -> None:
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+        self._park.unregister(self.kick_fd)
+        os.close(self.kick_fd)
+        self._engine.close()

@@ -1,0 +1,172 @@
+"""A soft VM: memory slots, doorbells, interrupt sources and the PC's old chips, around one emulated CPU.
+
+Interrupt sources are eventfds in one epoll set. The vCPU's thread looks into it between slices of guest code and
+sleeps on it when the guest halts: there is no other thread. What it takes from an eventfd is at once in the LAPIC
+or in the 8259s, and so part of the saved state; after ``disconnect`` it takes nothing any more.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import select
+import threading
+import time
+from typing import Any, Final
+
+import attrs
+
+from trivmm.errors import HypervisorError, NotSupported
+from trivmm.hypervisor.base import VcpuBackend, VmmState
+from trivmm.hypervisor.soft.engine import PHYSICAL_END
+from trivmm.hypervisor.soft.env import ENGINE_VERSION
+from trivmm.hypervisor.soft.lapic import Lapic
+from trivmm.hypervisor.soft.paging import Physical
+from trivmm.hypervisor.soft.pic import LegacyChips
+from trivmm.hypervisor.soft.vcpu import SoftVcpu
+
+__all__ = ["STATE_KIND", "SoftVm"]
+
+STATE_KIND: Final = f"soft/1/{'.'.join(map(str, ENGINE_VERSION))}"
+EVENTS_AT_ONCE: Final = 64
+
+
+@attrs.frozen
+class Source:
+    """An eventfd and what it raises: an MSI, or an edge on an ISA line."""
+
+    fd: int
+    address: int = 0
+    data: int = 0
+    gsi: int | None = None
+
+
+@attrs.define(eq=False)
+class SoftVm:
+    """``lapic`` and ``chips`` are the vCPU thread's; the tables are guarded by ``_lock``."""
+
+    name: str = "soft"
+    live_copy: bool = False
+    physical: Physical = attrs.field(factory=Physical)
+    lapic: Lapic = attrs.field(factory=Lapic)
+    chips: LegacyChips = attrs.field(factory=LegacyChips)
+    doorbells: dict[int, int] = attrs.field(factory=dict)
+    slots: dict[int, tuple[int, int, int]] = attrs.field(factory=dict)
+    _sources: dict[int, Source] = attrs.field(factory=dict, init=False)
+    _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False)
+    _epoll: select.epoll = attrs.field(factory=select.epoll, init=False)
+    _vcpu: SoftVcpu | None = attrs.field(default=None, init=False)
+
+    # --- memory ----------------------------------------------------------------------------------------------
+
+    def add_memory(self, slot: int, gpa: int, size: int, hva: int) -> None:
+        if self._vcpu is not None:
+            raise HypervisorError("add_memory", "soft takes memory before its vCPU exists")
+        if gpa + size > PHYSICAL_END:
+            raise HypervisorError("add_memory", f"{gpa + size:#x} is above the soft CPU's 40 address bits")
+        self.slots[slot] = (gpa, size, hva)
+        self.physical.add(gpa, size, hva)
+
+    def set_dirty_log(self, enabled: bool) -> None:
+        raise HypervisorError("set_dirty_log", "soft has no dirty log", "copy while the VM is paused")
+
+    def harvest_dirty(self, slot: int, into: Any) -> None:
+        raise HypervisorError("harvest_dirty", "soft has no dirty log", "copy while the VM is paused")
+
+    def flush_code(self) -> None:
+        """Guest memory that may hold code was changed by the host: translate it anew. Any thread."""
+        if self._vcpu is not None:
+            self._vcpu.code_changed()
+
+    # --- vCPU ------------------------------------------------------------------------------------------------
+
+    def create_vcpu(self, index: int) -> VcpuBackend:
+        if index != 0 or self._vcpu is not None:
+            raise NotSupported("cpus.boot", index + 1, "soft runs one vCPU for now", "use boot=1, or --hypervisor kvm")
+        self._vcpu = SoftVcpu(self)
+        self._epoll.register(self._vcpu.kick_fd, select.EPOLLIN)
+        return self._vcpu
+
+    # --- doorbells -------------------------------------------------------------------------------------------
+
+    def add_doorbell(self, fd: int, gpa: int) -> None:
+        with self._lock:
+            self.doorbells = {**self.doorbells, gpa: fd}
+
+    def remove_doorbell(self, fd: int, gpa: int) -> None:
+        with self._lock:
+            self.doorbells = {at: each for at, each in self.doorbells.items() if (at, each) != (gpa, fd)}
+
+    # --- interrupts ------------------------------------------------------------------------------------------
+
+    def connect_msi(self, fd: int, address: int, data: int) -> int:
+        self._connect(Source(fd, address, data))
+        return fd
+
+    def disconnect_msi(self, token: int) -> None:
+        self._disconnect(token)
+
+    def connect_irq(self, fd: int, gsi: int) -> None:
+        self._connect(Source(fd, gsi=gsi))
+
+    def disconnect_irq(self, fd: int, gsi: int) -> None:
+        self._disconnect(fd)
+
+    def _connect(self, source: Source) -> None:
+        with self._lock:
+            if source.fd in self._sources:
+                raise HypervisorError("connect", f"eventfd {source.fd} is connected already", errno=errno.EEXIST)
+            self._epoll.register(source.fd, select.EPOLLIN)
+            self._sources[source.fd] = source
+
+    def _disconnect(self, fd: int) -> None:
+        with self._lock:
+            if self._sources.pop(fd, None) is not None:
+                self._epoll.unregister(fd)
+
+    def collect(self, timeout_s: float) -> bool:
+        """Wait at most ``timeout_s`` for an interrupt source or a kick; take what the sources hold. The vCPU's
+        thread only. The kick eventfd is left alone: it is the vCPU's to read.
+
+        True when a device interrupted: it has written memory, perhaps code that the guest runs next."""
+        ready = self._epoll.poll(timeout_s, EVENTS_AT_ONCE)
+        if not ready:
+            return False
+        device = False
+        with self._lock:
+            for fd, _events in ready:
+                source = self._sources.get(fd)
+                if source is None or not _take(fd):
+                    continue
+                if source.gsi is None:
+                    device = True
+                    self.lapic.message(source.address, source.data)
+                else:
+                    self.chips.raise_line(source.gsi)
+        return device
+
+    # --- saved state -----------------------------------------------------------------------------------------
+
+    def save(self) -> VmmState:
+        return VmmState(STATE_KIND, {"chips": json.dumps(self.chips.save(time.monotonic_ns())).encode()})
+
+    def load(self, state: VmmState) -> None:
+        if state.kind != STATE_KIND:
+            raise HypervisorError("soft VM state", f"saved by {state.kind!r}, this is {STATE_KIND!r}", "use the same")
+        try:
+            self.chips.load(json.loads(state.blobs["chips"]), time.monotonic_ns())
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise HypervisorError("soft VM state", f"its chips make no sense ({error!r})") from error
+
+    def close(self) -> None:
+        self._epoll.close()
+        self._sources.clear()
+
+
+def _take(fd: int) -> bool:
+    try:
+        os.eventfd_read(fd)
+    except OSError:
+        return False  # somebody else read it, or it is gone
+    return True
