@@ -94,12 +94,15 @@ class Link:
 
     async def abort(self, reason: str) -> None:
         """Tell the peer, if it can still be told, and close. Never raises for the peer's sake; short, shielded."""
-        with trio.move_on_after(FAREWELL_S, shield=True):
-            # Out of order, broken or gone: then it sees the connection close.
-            with suppress(MigrationError, DeadlineError):
-                self.session.sent(MessageType.ABORT)
-                await self.channel.send(encode_message(Abort(reason)))
+        await self.say_abort(reason)
         await self.close()
+
+    async def say_abort(self, reason: str) -> None:
+        """:meth:`abort` without the close."""
+        # Out of order, broken or gone: then it sees the connection close.
+        with trio.move_on_after(FAREWELL_S, shield=True), suppress(MigrationError, DeadlineError):
+            self.session.sent(MessageType.ABORT)
+            await self.channel.send(encode_message(Abort(reason)))
 
     async def close(self) -> None:
         with trio.move_on_after(FAREWELL_S, shield=True):

@@ -26,7 +26,6 @@ from trivmm.migration.link import FAREWELL_S, Link
 from trivmm.migration.messages import (
     Abort,
     Commit,
-    Done,
     Message,
     Query,
     Ready,
@@ -47,6 +46,7 @@ from trivmm.migration.port import DestinationFactory, DestinationMachine
 from trivmm.migration.progress import MigrationProgress, MigrationReport, Phase, Round, Tracker
 from trivmm.migration.steps import Session, SessionState
 from trivmm.migration.transports import Listener, listen, parse_url
+from trivmm.migration.wire import MessageType
 
 __all__ = ["Receiver", "open_receiver"]
 
@@ -178,7 +178,11 @@ class Receiver:
             if tracker.phase is not Phase.IN_DOUBT:
                 cancelled = not isinstance(error, Exception) and tracker.phase is not Phase.COMMIT
                 tracker.enter(Phase.CANCELLED if cancelled else Phase.FAILED)
-            if link.state is SessionState.COMMITTED:
+            aborted = link.state is SessionState.READY
+            if aborted:
+                with trio.move_on_after(2 * FAREWELL_S, shield=True):
+                    await link.say_abort(reason)
+            elif link.state is SessionState.COMMITTED:
                 if self._verdict is not None:
                     with trio.move_on_after(FAREWELL_S, shield=True), suppress(MigrationError, DeadlineError):
                         await link.send(Refused(reason))
@@ -186,7 +190,10 @@ class Receiver:
                 with trio.move_on_after(2 * FAREWELL_S, shield=True):
                     await link.abort(reason)
             if could_commit:
-                self._linger(link)
+                self._linger(link, aborted)
+            elif aborted:
+                with trio.move_on_after(FAREWELL_S, shield=True):
+                    await link.close()
             raise
 
     def _nobody(self) -> str:
@@ -194,22 +201,22 @@ class Receiver:
             return f"{self.url}: no source came"
         return f"{self.url}: {len(self._turned_away)} came, none with a migration; the last: {self._turned_away[-1]}"
 
-    def _linger(self, link: Link) -> None:
+    def _linger(self, link: Link, aborted: bool = False) -> None:
         """Answer questions for ``commit`` seconds more, in the caller's nursery."""
         try:
-            self.nursery.start_soon(self._answer_questions, link)
+            self.nursery.start_soon(self._answer_questions, link, aborted)
         except RuntimeError:  # that nursery is closed already: nobody will answer
             return
         self._lingers = True
         _LINGERING[self.url] = self
 
-    async def _answer_questions(self, link: Link) -> None:
+    async def _answer_questions(self, link: Link, aborted: bool) -> None:
         try:
             self._lingering.deadline = trio.current_time() + self.deadlines.commit
             with self._lingering:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._accept_strangers, nursery)
-                    nursery.start_soon(self._until_done, link, nursery.cancel_scope)
+                    nursery.start_soon(self._until_done, link, aborted, nursery.cancel_scope)
         finally:
             if _LINGERING.get(self.url) is self:
                 del _LINGERING[self.url]
@@ -217,11 +224,18 @@ class Receiver:
             with trio.move_on_after(FAREWELL_S, shield=True):
                 await link.close()
 
-    async def _until_done(self, link: Link, scope: trio.CancelScope) -> None:
-        """DONE ends the waiting; a dead link does not, since that is what the waiting is for."""
-        with suppress(MigrationError, DeadlineError):
-            if isinstance(await link.receive(), Done):
-                scope.cancel()
+    async def _until_done(self, link: Link, aborted: bool, scope: trio.CancelScope) -> None:
+        """DONE ends the waiting, and so does a source that closes in good order after our ABORT: it has read that,
+        or died. Any other end of the link does not, since that is what the waiting is for."""
+        try:
+            while (await link.channel.receive(None)).type is not MessageType.DONE:
+                pass
+        except LinkLost as error:
+            if not (aborted and error.clean):
+                return
+        except (MigrationError, DeadlineError):
+            return
+        scope.cancel()
 
     # --- strangers -----------------------------------------------------------------------------------------------
 
