@@ -76,6 +76,8 @@ struct tv_page_intake {
     uint32_t stall_ms;
     uint16_t version;
     struct tv_memory *memory;
+    int memfd[TV_MAX_REGIONS]; /* of each region */
+    uint8_t *staging;          /* TV_FRAME_PAGES pages, 8-byte aligned */
     uint64_t *landed[TV_MAX_REGIONS]; /* a bit a page: its frame is (or may be) not all zero */
     uint64_t max_pages;
     uint8_t header[TV_FRAME_HEADER]; /* out */

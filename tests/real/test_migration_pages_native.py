@@ -21,6 +21,7 @@ from trivmm.migration.wire import MessageType
 
 DONE, BUDGET, KICKED, STALLED, ERRNO, EOF, BAD = range(7)
 MIB = 1 << 20
+STAGING = ffi.new("uint8_t[]", 64 * 4096)
 END = wire.encode_frame(MessageType.ROUND_END, b'{"round":1}')
 
 
@@ -101,8 +102,9 @@ def intake(pair: Pair, landing: Landing, **more: Any) -> Any:
     job = ffi.new("struct tv_page_intake *")
     job.fd, job.kick_fd, job.stall_ms, job.version = pair.b.fileno(), pair.kick_b, 20_000, 1
     job.memory, job.max_pages = landing.memory.native, 1 << 40
+    job.staging = STAGING
     for slot, bits in enumerate(landing.landed):
-        job.landed[slot] = bits
+        job.landed[slot], job.memfd[slot] = bits, landing.memory.regions[slot].memfd
     for name, value in more.items():
         setattr(job, name, value)
     return job

@@ -239,8 +239,9 @@ class SocketChannel:
             job = ffi.new("struct tv_page_intake *")
             job.fd, job.kick_fd, job.stall_ms, job.version = self._sock.fileno(), self._kick, self._stall_ms, VERSION
             job.memory, job.max_pages = landing.memory.native, INTAKE_PAGES
+            job.staging = self._staging
             for slot, bits in enumerate(landing.landed):
-                job.landed[slot] = bits
+                job.landed[slot], job.memfd[slot] = bits, landing.memory.regions[slot].memfd
             self._broken = True
             try:
                 await self._in_thread(lib.tv_pages_receive, job)
