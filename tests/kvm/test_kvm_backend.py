@@ -1,0 +1,290 @@
+"""The KVM back end with hand-assembled 32-bit guests: exits, interrupts, kicks, dirty log, state."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import attrs
+import pytest
+
+from trivmm._native import ffi, lib
+from trivmm.errors import HypervisorError
+from trivmm.hypervisor.base import (
+    Interrupted,
+    IoIn,
+    IoOut,
+    MmioRead,
+    MmioWrite,
+    TripleFault,
+    VcpuExit,
+    VcpuState,
+)
+from trivmm.hypervisor.kvm.report import host_report
+from trivmm.hypervisor.kvm.system import KvmHypervisor
+from trivmm.hypervisor.kvm.vcpu import KvmVcpu
+from trivmm.hypervisor.kvm.vm import KvmVm
+from trivmm.hypervisor.select import choose_hypervisor
+from trivmm.machine.memory import GuestMemory
+
+pytestmark = pytest.mark.kvm
+
+CODE = 0x100000
+WAIT_S = 30  # generous: a kick takes up to a second on a busy host
+
+
+@attrs.define(eq=False)
+class Guest:
+    hypervisor: KvmHypervisor
+    memory: GuestMemory
+    vm: KvmVm
+    cpu: KvmVcpu
+
+    def next(self) -> VcpuExit:
+        while isinstance(reason := self.cpu.run(), Interrupted):
+            pass
+        return reason
+
+    def close(self) -> None:
+        self.vm.close()
+        self.memory.close()
+        self.hypervisor.close()
+
+
+def build(code: bytes) -> Guest:
+    hypervisor = KvmHypervisor()
+    memory = GuestMemory([(0, 4 << 20)])
+    vm = hypervisor.open_vm()
+    for region in memory.regions:
+        vm.add_memory(region.slot, region.gpa, region.size, region.hva)
+    vm.read_memory = memory.read
+    memory.write(CODE, code)
+    cpu = vm.create_vcpu(0)
+    cpu.set_boot_state(CODE, 0x6000)
+    return Guest(hypervisor, memory, vm, cpu)
+
+
+@pytest.fixture
+def start() -> Iterator[Any]:
+    guests: list[Guest] = []
+
+    def make(code: str) -> Guest:
+        guest = build(bytes.fromhex(code))
+        guests.append(guest)
+        return guest
+
+    yield make
+    for guest in guests:
+        guest.close()
+
+
+def test_port_output_input_and_pvh_entry(start: Any) -> None:
+    # mov eax, ebx; out 0x10, eax; in al, 0x11; out 0x12, al; hlt
+    guest = start("89d8 e710 e411 e612 f4")
+    guest.cpu.attach_thread()
+    assert guest.next() == IoOut(0x10, 4, (0x6000).to_bytes(4, "little"))
+    assert guest.next() == IoIn(0x11, 1, 1)
+    guest.cpu.complete_read(b"\x5a")
+    assert guest.next() == IoOut(0x12, 1, b"\x5a")
+    guest.cpu.detach_thread()
+    assert guest.cpu.counters()["python_exits"] == 3
+
+
+def test_mmio_write_and_read(start: Any) -> None:
+    # mov dword [0xd0000000], 0x12345678; mov eax, [0xd0000004]; out 0x10, eax
+    guest = start("c705000000d078563412 a1040000d0 e710 f4")
+    assert guest.next() == MmioWrite(0xD000_0000, bytes.fromhex("78563412"))
+    assert guest.next() == MmioRead(0xD000_0004, 4)
+    guest.cpu.complete_read(b"abcd")
+    assert guest.next() == IoOut(0x10, 4, b"abcd")
+
+
+def test_string_output_and_the_diagnostic_port(start: Any) -> None:
+    # out 0x80, al; mov esi, 0x100020; mov ecx, 4; mov dx, 0x402; cld; rep outsb
+    guest = start("e680 be20001000 b904000000 66ba0204 fc f36e f4")
+    guest.memory.write(CODE + 0x20, b"text")
+    seen = b""
+    while len(seen) < 4:
+        reason = guest.next()
+        assert isinstance(reason, IoOut)
+        assert reason.port == 0x402
+        seen += reason.data
+    assert seen == b"text"
+    assert guest.cpu.counters()["post_codes"] == 1
+
+
+def test_a_port_served_in_c(start: Any) -> None:
+    guest = start("b041 66baf803 ee e610 f4")  # mov al, 'A'; mov dx, 0x3f8; out dx, al; out 0x10, al
+    irq, ready = os.eventfd(0), os.eventfd(0)
+    uart = lib.tv_uart_new(irq, ready)
+    try:
+        guest.vm.attach_pio_hook(0x3F8, 8, lib.tv_uart_pio, uart)
+        assert guest.next() == IoOut(0x10, 1, b"A")
+        into = ffi.new("uint8_t[4]")
+        assert lib.tv_uart_take_tx(uart, into, 4) == 1
+        assert into[0] == ord("A")
+    finally:
+        guest.vm.close()
+        lib.tv_uart_free(uart)
+        os.close(irq)
+        os.close(ready)
+
+
+def test_triple_fault_and_describe(start: Any) -> None:
+    guest = start("0f0b")  # ud2 without an IDT
+    assert guest.next() == TripleFault()
+    text = guest.cpu.describe()
+    assert "rip=" in text
+    assert "cr0=" in text
+    assert "gdt base=" in text
+
+
+def test_describe_shows_the_instruction_bytes(start: Any) -> None:
+    guest = start("0f0b9090")
+    assert f"rip={CODE:#x} linear={CODE:#x} code: 0f 0b 90 90" in guest.cpu.describe()
+
+
+def in_thread(guest: Guest, reasons: list[VcpuExit], passed: threading.Semaphore, stop: threading.Event) -> None:
+    guest.cpu.attach_thread()
+    while not stop.is_set():
+        reasons.append(guest.cpu.run())
+        passed.release()
+    guest.cpu.detach_thread()
+
+
+def test_a_spinner_is_kicked_many_times(start: Any) -> None:
+    guest = start("ebfe")
+    reasons: list[VcpuExit] = []
+    passed, stop = threading.Semaphore(0), threading.Event()
+    guest.cpu.kick()  # before the start: seen at once
+    thread = threading.Thread(target=in_thread, args=(guest, reasons, passed, stop))
+    thread.start()
+    try:
+        assert passed.acquire(timeout=WAIT_S)
+        for _ in range(500):
+            guest.cpu.kick()
+            assert passed.acquire(timeout=WAIT_S)
+    finally:
+        stop.set()
+        guest.cpu.kick()
+        thread.join(WAIT_S)
+    assert not thread.is_alive()
+    assert set(map(type, reasons)) == {Interrupted}
+    guest.cpu.kick()  # after the end
+    guest.cpu.close()
+    guest.cpu.kick()  # after the close
+
+
+def test_parking_is_ended_by_a_kick_before_and_during(start: Any) -> None:
+    guest = start("ebfe")
+    guest.cpu.kick()
+    guest.cpu.park(WAIT_S)
+    for _ in range(200):
+        thread = threading.Thread(target=guest.cpu.kick)
+        thread.start()
+        guest.cpu.park(WAIT_S)
+        thread.join(WAIT_S)
+        guest.cpu.park(0)
+
+
+def test_kicks_and_reused_threads(start: Any) -> None:
+    """Publishing and withdrawing race with kicks from two threads; the last run still hears one."""
+    guest = start("ebfe")
+    stop = threading.Event()
+
+    def kicker() -> None:
+        while not stop.is_set():
+            guest.cpu.kick()
+            stop.wait(0.0002)
+
+    threads = [threading.Thread(target=kicker) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(300):
+            guest.cpu.attach_thread()
+            assert guest.cpu.run() == Interrupted()
+            guest.cpu.detach_thread()
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(WAIT_S)
+
+
+def test_dirty_log(start: Any) -> None:
+    # out 0x10, al; mov [0x200000], eax; mov [0x203000], eax; out 0x10, al
+    guest = start("e610 a300002000 a300302000 e610 f4")
+    assert isinstance(guest.next(), IoOut)
+    guest.vm.set_dirty_log(True)
+    words = guest.memory.regions[0].bitmap_words
+    into = ffi.new("uint64_t[]", words)
+    guest.vm.harvest_dirty(0, into)
+    assert sum(into[word] for word in range(words)) == 0
+    assert isinstance(guest.next(), IoOut)
+    guest.vm.harvest_dirty(0, into)
+    assert into[0x200 // 64] & 0b1001 == 0b1001
+    again = ffi.new("uint64_t[]", words)
+    guest.vm.harvest_dirty(0, again)
+    assert again[0x200 // 64] == 0
+    guest.vm.set_dirty_log(False)
+    with pytest.raises(HypervisorError, match="start the log first"):
+        guest.vm.harvest_dirty(0, into)
+
+
+def test_state_moves_into_a_fresh_vm(start: Any) -> None:
+    code = "40 e710 ebfb"  # inc eax; out 0x10, eax; jmp back
+    source, target = start(code), start(code)
+    for count in range(1, 4):
+        assert source.next() == IoOut(0x10, 4, count.to_bytes(4, "little"))
+    assert source.cpu.run_immediate() == Interrupted()
+    board, state = source.vm.save(), source.cpu.save()
+    for _ in range(2):  # a second load, as after an undo
+        target.vm.load(board)
+        target.cpu.load(state)
+        assert target.next() == IoOut(0x10, 4, (4).to_bytes(4, "little"))
+
+
+@pytest.mark.parametrize("part", ["regs", "msrs", "xsave", "time"])
+def test_a_hostile_state_is_refused_by_name(start: Any, part: str) -> None:
+    guest = start("f4")
+    state = guest.cpu.save()
+    with pytest.raises(HypervisorError, match=part if part != "msrs" else "MSRs"):
+        guest.cpu.load(VcpuState(state.kind, state.blobs | {part: state.blobs[part][:-1]}))
+    with pytest.raises(HypervisorError, match="kind"):
+        guest.cpu.load(VcpuState("soft/1", state.blobs))
+
+
+def test_an_unknown_msr_is_named(start: Any) -> None:
+    guest = start("f4")
+    state = guest.cpu.save()
+    stranger = (0x4000_0FF0).to_bytes(4, "little") + bytes(12)
+    with pytest.raises(HypervisorError, match="0x40000ff0"):
+        guest.cpu.load(VcpuState(state.kind, state.blobs | {"msrs": state.blobs["msrs"] + stranger}))
+
+
+def test_doorbell_and_msi_tokens(start: Any) -> None:
+    guest = start("c705000000d001000000 e610 f4")  # mov dword [0xd0000000], 1; out 0x10, al
+    bell, line = os.eventfd(0, os.EFD_NONBLOCK), os.eventfd(0, os.EFD_NONBLOCK)
+    try:
+        guest.vm.add_doorbell(bell, 0xD000_0000)
+        assert isinstance(guest.next(), IoOut)
+        assert os.eventfd_read(bell) == 1
+        guest.vm.remove_doorbell(bell, 0xD000_0000)
+        token = guest.vm.connect_msi(line, 0xFEE0_0000, 0x40)
+        guest.vm.disconnect_msi(token)
+        assert guest.vm.connect_msi(line, 0xFEE0_0000, 0x40) == token
+        guest.vm.disconnect_msi(token)
+        guest.vm.disconnect_msi(token)
+    finally:
+        guest.vm.close()
+        os.close(bell)
+        os.close(line)
+
+
+def test_host_report_and_choice() -> None:
+    assert all(present or remedy for _, present, _, remedy in host_report())
+    chosen = choose_hypervisor("kvm")
+    assert chosen.name == "kvm"
+    chosen.close()

@@ -1,0 +1,226 @@
+"""One KVM vCPU: its boot state, its run loop's exits as Python objects, its kicks, its diagnosis.
+
+Created parked by :class:`KvmVm`; run by one thread between ``attach_thread`` and ``detach_thread``; closed by the VM
+or its owner after that thread has ended. Kicks are allowed at any time, after the close too.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from trivmm._native import ffi, lib
+from trivmm.errors import HypervisorError, TrivmmError
+from trivmm.hypervisor.base import (
+    FailEntry,
+    Halted,
+    InternalError,
+    Interrupted,
+    IoIn,
+    IoOut,
+    MmioRead,
+    MmioWrite,
+    SystemEvent,
+    TripleFault,
+    VcpuExit,
+    VcpuState,
+)
+from trivmm.hypervisor.kvm import boot, cpuid
+from trivmm.hypervisor.kvm.calls import kvm_call
+from trivmm.hypervisor.kvm.report import extension
+from trivmm.hypervisor.kvm.state import KIND, load_vcpu, save_vcpu, set_msrs
+
+if TYPE_CHECKING:
+    from trivmm.hypervisor.kvm.vm import KvmVm
+
+__all__ = ["KvmVcpu"]
+
+# struct kvm_run: the union of exits begins at 32
+IO: Final = struct.Struct("<BBHIQ")  # direction, size, port, count, data_offset
+MMIO: Final = struct.Struct("<Q8sIB")  # phys_addr, data, len, is_write
+UNION: Final = 32
+MMIO_DATA: Final = UNION + 8
+IO_OUT: Final = 1
+MAX_WORDS: Final = 16  # the kernel's internal.data holds so many
+
+RUN_FAILED: Final = 0xFFFF_0000
+"""Suberror of :class:`InternalError` when KVM_RUN itself failed (data: errno) or the exit is one that we know
+nothing of (data: its KVM_EXIT_ number)."""
+
+EXIT_IO: Final = int(lib.KVM_EXIT_IO)
+EXIT_MMIO: Final = int(lib.KVM_EXIT_MMIO)
+RUN_INTERRUPTED: Final = int(lib.TV_RUN_INTERRUPTED)
+INTERRUPTED: Final = Interrupted()
+MAX_CPUID: Final = 256  # KVM's own limit (KVM_MAX_CPUID_ENTRIES)
+
+
+class KvmVcpu:
+    """Implements ``VcpuBackend``. ``inline_handler`` is not used: reads leave the guest and come back."""
+
+    def __init__(self, vm: KvmVm, kvm_fd: int, vm_fd: int, index: int, run_size: int) -> None:
+        self.index = index
+        self.inline_handler: Callable[[VcpuExit], bytes | None] | None = None
+        self._vm = vm
+        self._kvm_fd = kvm_fd
+        self._vm_fd = vm_fd
+        self._native = native = ffi.new("struct tv_vcpu *")
+        self._cpuid_for = 0
+        problem = lib.tv_vcpu_open(native, vm_fd, index, run_size)
+        if problem:
+            raise HypervisorError("KVM_CREATE_VCPU", f"vCPU {index}: {os.strerror(-problem)}", errno=-problem)
+        self._fd = int(native.fd)
+        self._kicker = ffi.addressof(native, "kicker")
+        # One buffer over kvm_run for the vCPU's life: an exit then costs one unpack and no allocation by cffi.
+        self._run = memoryview(ffi.buffer(native.run, run_size)).cast("B")
+        self._answer = (0, 0)  # where complete_read writes: offset, bytes
+        try:
+            self._set_cpuid(index + 1)
+            set_msrs(self._fd, boot.MSRS)
+            boot.set_fpu(self._fd)
+            boot.set_lapic_lines(self._fd)
+        except BaseException:
+            self.close()
+            raise
+
+    def _set_cpuid(self, vcpus: int) -> None:
+        """Again when more vCPUs were created since: each one's topology counts them all. KVM takes it until the
+        first run."""
+        if vcpus == self._cpuid_for:
+            return
+        table = bytearray(8 + MAX_CPUID * cpuid.ENTRY.size)
+        struct.pack_into("<I", table, 0, MAX_CPUID)
+        kvm_call(self._kvm_fd, "KVM_GET_SUPPORTED_CPUID", table)
+        (count,) = struct.unpack_from("<I", table)
+        deadline = extension(self._kvm_fd, "KVM_CAP_TSC_DEADLINE_TIMER") > 0
+        rows = cpuid.for_vcpu(cpuid.unpack(bytes(table[8:]), count), self.index, vcpus, deadline)
+        kvm_call(self._fd, "KVM_SET_CPUID2", cpuid.pack(rows))
+        self._cpuid_for = vcpus
+
+    def add_hook(self, base: int, length: int, function: Any, opaque: Any) -> None:
+        if lib.tv_vcpu_hook(self._native, base, length, function, opaque):
+            raise HypervisorError("attach_pio_hook", "too many port ranges served in C")
+
+    # --- the vCPU's thread -----------------------------------------------------------------------------------
+
+    def attach_thread(self) -> None:
+        self._open()
+        if not self._native.exits:
+            self._set_cpuid(max(len(self._vm.vcpus), self.index + 1))
+        lib.tv_vcpu_attach(self._native)
+
+    def detach_thread(self) -> None:
+        lib.tv_kicker_withdraw(self._kicker)
+
+    def _open(self) -> None:
+        if self._fd < 0:
+            raise HypervisorError("KVM_RUN", f"vCPU {self.index} is closed")
+
+    def run(self) -> VcpuExit:
+        return self._decode(lib.tv_vcpu_run(self._native, 0)) if self._fd >= 0 else INTERRUPTED
+
+    def run_immediate(self) -> VcpuExit:
+        return self._decode(lib.tv_vcpu_run(self._native, 1)) if self._fd >= 0 else INTERRUPTED
+
+    def _decode(self, reason: int) -> VcpuExit:
+        if reason == EXIT_IO:
+            direction, size, port, count, offset = IO.unpack_from(self._run, UNION)
+            if direction == IO_OUT:
+                return IoOut(port, size, bytes(self._run[offset : offset + size * count]))
+            self._answer = (offset, size * count)
+            return IoIn(port, size, count)
+        if reason == EXIT_MMIO:
+            gpa, data, length, is_write = MMIO.unpack_from(self._run, UNION)
+            if is_write:
+                return MmioWrite(gpa, data[:length])
+            self._answer = (MMIO_DATA, length)
+            return MmioRead(gpa, length)
+        if reason == RUN_INTERRUPTED:
+            return INTERRUPTED
+        return self._decode_rare(reason)
+
+    def _decode_rare(self, reason: int) -> VcpuExit:
+        if reason < 0:
+            return InternalError(RUN_FAILED, (-reason,))
+        if reason == lib.KVM_EXIT_SHUTDOWN:
+            return TripleFault()
+        if reason == lib.KVM_EXIT_HLT:
+            return Halted()
+        if reason == lib.KVM_EXIT_FAIL_ENTRY:
+            return FailEntry(struct.unpack_from("<Q", self._run, UNION)[0])
+        if reason == lib.KVM_EXIT_SYSTEM_EVENT:
+            (kind,) = struct.unpack_from("<I", self._run, UNION)
+            names = {lib.KVM_SYSTEM_EVENT_SHUTDOWN: "shutdown", lib.KVM_SYSTEM_EVENT_RESET: "reset"}
+            return SystemEvent(names.get(kind, "crash"))
+        if reason == lib.KVM_EXIT_INTERNAL_ERROR:
+            suberror, count = struct.unpack_from("<II", self._run, UNION)
+            return InternalError(suberror, struct.unpack_from(f"<{min(count, MAX_WORDS)}Q", self._run, UNION + 8))
+        return InternalError(RUN_FAILED, (reason,))
+
+    def complete_read(self, data: bytes) -> None:
+        offset, length = self._answer
+        if len(data) != length:
+            data = data[:length].ljust(length, b"\xff")
+        self._run[offset : offset + length] = data
+
+    def park(self, timeout_s: float) -> None:
+        lib.tv_kicker_park(self._kicker, max(0, min(int(timeout_s * 1000 + 0.999), 60_000)))
+
+    def kick(self) -> None:
+        lib.tv_kick(self._kicker)
+
+    # --- state -----------------------------------------------------------------------------------------------
+
+    def set_boot_state(self, entry_gpa: int, start_info_gpa: int) -> None:
+        self._open()
+        boot.set_pvh(self._fd, entry_gpa, start_info_gpa)
+
+    def save(self) -> VcpuState:
+        self._open()
+        return VcpuState(KIND, save_vcpu(self._fd, self._kvm_fd, self._vm_fd))
+
+    def load(self, state: VcpuState) -> None:
+        """After the VM's state. KVM refuses a new CPUID once a vCPU ran; a second load keeps the first's."""
+        self._open()
+        if not self._native.exits:
+            self._set_cpuid(max(len(self._vm.vcpus), self.index + 1))
+        load_vcpu(self._fd, self._kvm_fd, self._vm_fd, state.kind, state.blobs)
+
+    def counters(self) -> dict[str, int]:
+        """Exits since the creation: all, those that Python saw, diagnostic-port writes, and by KVM_EXIT_ number."""
+        native = self._native
+        counts = {f"exit_{number}": int(native.by_reason[number]) for number in range(int(lib.TV_EXIT_COUNTERS))}
+        totals = {
+            "exits": int(native.exits),
+            "python_exits": int(native.python_exits),
+            "post_codes": int(native.post_codes),
+        }
+        return totals | {name: count for name, count in counts.items() if count}
+
+    def describe(self) -> str:
+        if self._fd < 0:
+            return f"vcpu{self.index} is closed"
+        try:
+            return boot.describe(self._fd, self._code_at)
+        except HypervisorError as error:
+            return f"no registers: {error}"
+
+    def _code_at(self, linear: int) -> bytes:
+        """Up to 16 bytes at a linear address, as far as it is mapped and in RAM."""
+        if self._vm.read_memory is None:
+            return b""
+        query = bytearray(struct.pack("<QQ8x", linear & (1 << 64) - 1, 0))  # struct kvm_translation
+        if kvm_call(self._fd, "KVM_TRANSLATE", query, allow=(errno.EINVAL, errno.EFAULT)) < 0 or not query[16]:
+            return b""
+        (gpa,) = struct.unpack_from("<Q", query, 8)
+        try:
+            return self._vm.read_memory(gpa, min(16, 4096 - gpa % 4096))
+        except TrivmmError:
+            return b""
+
+    def close(self) -> None:
+        self._fd = -1
+        self._run.release()
+        lib.tv_vcpu_close(self._native)

@@ -1,0 +1,58 @@
+"""Choosing what runs guest code: ``--hypervisor auto|kvm|soft``. Stateless."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from trivmm.errors import ConfigError, HypervisorError
+from trivmm.hypervisor.base import Hypervisor
+
+__all__ = ["choose_hypervisor"]
+
+
+def choose_hypervisor(choice: str = "auto") -> Hypervisor:
+    """``auto`` takes KVM where it works and else the soft CPU. The result's ``note`` says why not KVM, or is empty.
+
+    :raises ConfigError: for an unknown name, or ``soft`` without its extra.
+    :raises HypervisorError: for ``kvm`` (or ``auto`` with neither) when the host cannot, with a remedy.
+    """
+    match choice:
+        case "kvm":
+            return _kvm()
+        case "soft":
+            return _soft("")
+        case "auto":
+            try:
+                return _kvm()
+            except HypervisorError as error:
+                return _fall_back(error)
+        case _:
+            raise ConfigError("--hypervisor", choice, "unknown hypervisor", "use auto, kvm or soft")
+
+
+def _fall_back(error: HypervisorError) -> Hypervisor:
+    try:
+        return _soft(f"KVM cannot be used ({error}): running on the soft CPU, which is much slower")
+    except ConfigError:
+        raise HypervisorError(
+            error.call, str(error), "or install the soft CPU: pip install 'trivmm[soft]'", error.errno
+        ) from error
+
+
+def _kvm() -> Hypervisor:
+    from trivmm.hypervisor.kvm.system import KvmHypervisor
+
+    return KvmHypervisor()
+
+
+def _soft(note: str) -> Hypervisor:
+    try:
+        from trivmm.hypervisor import soft
+
+        made = soft.SoftHypervisor()  # type: ignore[attr-defined, unused-ignore]
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            "--hypervisor", "soft", f"the soft CPU is not installed ({error})", "pip install 'trivmm[soft]'"
+        ) from error
+    made.note = note
+    return cast("Hypervisor", made)
