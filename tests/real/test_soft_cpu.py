@@ -131,7 +131,7 @@ idtr: .word 4095
 .balign 8
 tss: .long 0
      .quad 0x6f0000
-     .fill 92, 1, 0
+     .fill 192, 1, 0
 .balign 4096
 pml4: .fill 4096, 1, 0
 pdpt: .fill 4096, 1, 0
@@ -369,6 +369,147 @@ def test_ring_3_and_back_through_gates(build: Build) -> None:
     # A gate that ring 3 may not use: #GP with the gate's number, pointing at the INT itself.
     assert word(guest.until_port(0x83), "little") == 0x81 * 8 + 2
     assert word(guest.until_port(0x84), "little", signed=True) == -2
+
+
+@pytest.mark.parametrize(
+    ("flags", "bitmap", "allowed"), [(0x3202, 0xFFFF, True), (0x202, 0xFFFF, False), (0x202, 104, True)]
+)
+def test_ring_3_ports_need_iopl_or_the_bitmap(build: Build, flags: int, bitmap: int, allowed: bool) -> None:
+    guest = build(
+        f"""
+        main:
+          GATE 13, on_gp
+          movw ${bitmap}, tss + 102
+          movw $(104 + 64), gdt + 0x28
+          movb $0x89, gdt + 0x2d
+          mov $0x28, %eax
+          ltr %ax
+          push $0x1b
+          push $0x600000
+          push ${flags}
+          push $0x23
+          push $user
+          iretq
+        user:
+          mov $0x55, %eax
+          in $0x70, %al
+          out %al, $0x80
+          hlt
+        on_gp:
+          pop %rcx
+          out %al, $0x82
+          mov (%rsp), %rax
+          sub $user, %rax
+          out %al, $0x83
+          hlt
+        """
+    )
+    if allowed:
+        assert guest.until_port(0x80) == b"\x70"
+        assert guest.until_port(0x82) == b"\x70"
+        assert guest.until_port(0x83) == b"\x09"  # the HLT
+    else:
+        assert guest.until_port(0x82) == b"\x55"
+        assert guest.until_port(0x83) == b"\x05"  # the IN
+        assert guest.reads == []
+
+
+def test_syscall_and_sysret(build: Build) -> None:
+    guest = build(
+        """
+        main:
+          mov $0xc0000080, %ecx
+          rdmsr
+          or $1, %eax
+          wrmsr
+          mov $0xc0000081, %ecx
+          mov $0x00100008, %edx
+          xor %eax, %eax
+          wrmsr
+          mov $0xc0000082, %ecx
+          mov $entry, %eax
+          xor %edx, %edx
+          wrmsr
+          mov $0xc0000084, %ecx
+          mov $0x200, %eax
+          wrmsr
+          RING3 user
+        user:
+          syscall
+          mov %cs, %eax
+          out %al, $0x81
+          hlt
+        entry:
+          mov %cs, %eax
+          out %al, $0x80
+          pushfq
+          pop %rax
+          shr $8, %eax
+          out %al, $0x80
+          sysretq
+        """
+    )
+    assert guest.until_port(0x80) == b"\x08"
+    assert guest.until_port(0x80)[0] & 2 == 0  # the mask closed IF
+    assert guest.until_port(0x81) == b"\x23"
+
+
+def test_32_bit_gates_change_the_stack_through_the_tss(build: Build) -> None:
+    guest = build(
+        """
+          lgdt gdtr32
+          ljmp $8, $1f
+        1: mov $0x10, %eax
+          mov %eax, %ds
+          mov %eax, %ss
+          mov $0x700000, %esp
+          movl $0x6f0000, tss32 + 4
+          movl $0x10, tss32 + 8
+          mov $tss32, %eax
+          movw %ax, gdt32 + 0x2a
+          shr $16, %eax
+          movb %al, gdt32 + 0x2c
+          mov $0x28, %eax
+          ltr %ax
+          mov $on_int, %eax
+          movw %ax, idt + 0x180
+          movw $8, idt + 0x182
+          movw $0xee00, idt + 0x184
+          shr $16, %eax
+          movw %ax, idt + 0x186
+          lidt idtr
+          push $0x23
+          push $0x600000
+          push $0x3002
+          push $0x1b
+          push $user
+          iret
+        user: int $0x30
+          mov %cs, %eax
+          out %al, $0x81
+          hlt
+        on_int: mov %cs, %eax
+          out %al, $0x80
+          mov %esp, %eax
+          out %eax, $0x80
+          mov 12(%esp), %eax
+          out %eax, $0x80
+          iret
+        .balign 8
+        gdt32: .quad 0, 0x00cf9b000000ffff, 0x00cf93000000ffff, 0x00cffb000000ffff, 0x00cff3000000ffff
+          .quad 0x0000890000000067
+        gdtr32: .word 47
+          .long gdt32
+        .balign 8
+        tss32: .fill 104, 1, 0
+        .code64
+        main:
+        """,
+        prelude=False,
+    )
+    words = [int.from_bytes(guest.until_port(0x80), "little") for _ in range(3)]
+    assert words == [0x08, 0x6F0000 - 20, 0x60_0000]
+    assert guest.until_port(0x81) == b"\x1b"
 
 
 def test_page_fault_reaches_the_guest_with_address_and_code(build: Build) -> None:

@@ -27,6 +27,8 @@ from trivmm.hypervisor.soft.env import (
     HF_CS64,
     HF_INHIBIT_IRQ,
     HF_SS32,
+    R11,
+    RCX,
     RSP,
     SS,
     Env,
@@ -34,7 +36,7 @@ from trivmm.hypervisor.soft.env import (
 )
 from trivmm.hypervisor.soft.paging import PAGE_FAULT, GuestFault, Physical, Virtual
 
-__all__ = ["Event", "Shutdown", "deliver"]
+__all__ = ["Event", "Shutdown", "deliver", "may_use_port", "syscall"]
 
 DOUBLE_FAULT: Final = 8
 INVALID_TSS: Final = 10
@@ -45,6 +47,8 @@ HAS_ERROR_CODE: Final = frozenset({8, 10, 11, 12, 13, 14, 17})
 CONTRIBUTORY: Final = frozenset({0, 10, 11, 12, 13})
 _DELIVERIES_MAX: Final = 4  # an exception, the one it meets, a double fault: the fourth is a shutdown
 
+FLAT_LONG_CODE: Final = 0x00AF_9B00
+FLAT_DATA: Final = 0x00CF_9300
 DESC_PRESENT: Final = 1 << 15
 DESC_SEGMENT: Final = 1 << 12
 DESC_CODE: Final = 1 << 11
@@ -271,3 +275,29 @@ def _flags_after(env: Env, *, interrupt_gate: bool) -> None:
     env.eflags &= ~(FLAG_TF | FLAG_VM | FLAG_RF | FLAG_NT)
     if interrupt_gate:
         env.eflags &= ~FLAG_IF
+
+
+def syscall(env: Env, rflags: int, star: int, target: int, mask: int) -> None:
+    """SYSCALL, with ``env.eip`` after it: ring 0 at ``target``, without memory or checks (Intel SDM volume 2)."""
+    env.regs[RCX] = env.eip
+    env.regs[R11] = rflags & ~FLAG_RF
+    selector = (star >> 32) & 0xFFFC
+    _set(env.segs[CS], selector, 0, 0xFFFF_FFFF, FLAT_LONG_CODE)
+    _set(env.segs[SS], selector + 8, 0, 0xFFFF_FFFF, FLAT_DATA)
+    env.eip = target
+    env.eflags &= ~(mask | FLAG_RF)
+    env.hflags = (env.hflags & ~(HF_CPL | HF_ADDSEG | HF_INHIBIT_IRQ)) | HF_CS32 | HF_SS32 | HF_CS64
+    # The arithmetic flags are lazy in the emulator and hold their values past a mask, as nothing reads them there.
+
+
+def may_use_port(physical: Physical, env: Env, port: int, size: int) -> bool:
+    """IOPL, else the I/O bitmap of the TSS (Intel SDM volume 1, section 19.5). The engine itself checks neither."""
+    cpl = env.hflags & HF_CPL
+    if not env.cr[0] & CR0_PE or (cpl <= env.eflags >> 12 & 3 and not env.eflags & FLAG_VM):
+        return True
+    try:
+        base = _tss_word(Virtual(physical, env), env, 0x66, 2)
+        bits = _tss_word(Virtual(physical, env), env, base + port // 8, 2)
+    except GuestFault:
+        return False
+    return not bits >> (port & 7) & (1 << size) - 1

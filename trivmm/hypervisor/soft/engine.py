@@ -36,6 +36,7 @@ class Stop:
     GATE: Final = "gate"  # budget spent, or somebody asked
     HALT: Final = "halt"
     EXCEPTION: Final = "exception"  # ``Engine.exception`` is its vector
+    SYSCALL: Final = "syscall"  # the engine only steps over it
     INVALID: Final = "invalid"  # an instruction that the CPU does not have: #UD
     FAILED: Final = "failed"  # ``Engine.failure`` is the engine's error number
 
@@ -67,7 +68,7 @@ class Engine:
         self.exception = 0
         self.failure = 0
         self._excepted = False
-        self._closures: list[Callable[..., Any]] = []
+        self._syscalled = False
         self.gate = ffi.new("struct tv_soft_gate *")
         stop = ctypes.cast(self._library.uc_emu_stop, ctypes.c_void_p).value
         lib.tv_soft_gate_init(self.gate, stop)
@@ -75,6 +76,7 @@ class Engine:
         self._add_gate()
         self._uc.ctl_exits_enabled(True)  # no address ends a run
         self._uc.hook_add(uc_const.UC_HOOK_INTR, self._on_exception)
+        self._uc.hook_add(uc_const.UC_HOOK_INSN, self._on_syscall, None, 1, 0, x86.UC_X86_INS_SYSCALL)
         self._uc.hook_add(
             uc_const.UC_HOOK_INSN,
             lambda _uc, port, size, _data: read_port(port, size),
@@ -105,6 +107,10 @@ class Engine:
         )
         if status:
             raise HypervisorError("uc_hook_add", f"error {status}")
+
+    def _on_syscall(self, _uc: Any, _data: Any) -> None:
+        self._syscalled = True
+        lib.tv_soft_gate_ask(self.gate)
 
     def _on_exception(self, _uc: Any, vector: int, _data: Any) -> None:
         # Called between instructions, so a stop from here is exact.
@@ -139,7 +145,7 @@ class Engine:
         gate = self.gate
         gate.budget = budget
         gate.stopped = 0
-        self._excepted = False
+        self._excepted = self._syscalled = False
         uc = self._uc
         try:
             uc.emu_start(uc.reg_read(x86.UC_X86_REG_RIP), 0)
@@ -150,6 +156,8 @@ class Engine:
             return Stop.FAILED
         if self._excepted:
             return Stop.EXCEPTION
+        if self._syscalled:
+            return Stop.SYSCALL
         return Stop.GATE if gate.stopped else Stop.HALT
 
     # --- registers: only between runs ------------------------------------------------------------------------
@@ -161,6 +169,13 @@ class Engine:
     def rflags(self) -> int:
         """All flags, the lazy arithmetic ones computed."""
         return int(self._uc.reg_read(x86.UC_X86_REG_EFLAGS))
+
+    def ring(self) -> int:
+        """The privilege level now; also inside a callback."""
+        return int(self._uc.reg_read(x86.UC_X86_REG_CS)) & 3
+
+    def msr(self, number: int) -> int:
+        return int(self._uc.msr_read(number))
 
     def fetch(self) -> Env:
         """All registers; changes take effect with :meth:`commit`."""

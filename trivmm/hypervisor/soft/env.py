@@ -39,6 +39,7 @@ CR0_PG: Final = 1 << 31
 CR4_PSE: Final = 1 << 4
 CR4_PAE: Final = 1 << 5
 CR4_LA57: Final = 1 << 12
+EFER_SCE: Final = 1
 EFER_LMA: Final = 1 << 10
 EFER_NXE: Final = 1 << 11
 
@@ -132,6 +133,7 @@ class Env(ctypes.Structure):
 
 
 RAX, RCX, RDX, RBX, RSP = range(5)
+R11: Final = 11
 
 
 def refusal(raw: bytes) -> str | None:

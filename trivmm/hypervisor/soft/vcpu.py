@@ -32,9 +32,20 @@ from trivmm.hypervisor.base import (
     VcpuExit,
     VcpuState,
 )
-from trivmm.hypervisor.soft.delivery import Event, Shutdown, deliver
+from trivmm.hypervisor.soft.delivery import Event, Shutdown, deliver, may_use_port, syscall
 from trivmm.hypervisor.soft.engine import Engine, Stop
-from trivmm.hypervisor.soft.env import CS, ENGINE_VERSION, FLAG_IF, HF_CS32, HF_INHIBIT_IRQ, HF_PE, HF_SS32, RBX
+from trivmm.hypervisor.soft.env import (
+    CS,
+    EFER_SCE,
+    ENGINE_VERSION,
+    FLAG_IF,
+    HF_CS32,
+    HF_CS64,
+    HF_INHIBIT_IRQ,
+    HF_PE,
+    HF_SS32,
+    RBX,
+)
 from trivmm.hypervisor.soft.lapic import LAPIC_SIZE
 from trivmm.hypervisor.soft.paging import GuestFault, Virtual
 from trivmm.hypervisor.soft.pic import PORTS
@@ -50,8 +61,11 @@ SLICE_MASKED: Final = 500  # the same while an interrupt waits for the guest to 
 HALT_SLICE_S: Final = 1.0  # a halted vCPU looks around at least this often, even if a wake were lost
 STATE_KIND: Final = f"soft/1/{'.'.join(map(str, ENGINE_VERSION))}"
 
+MSR_STAR, MSR_LSTAR, MSR_CSTAR, MSR_FMASK = 0xC000_0081, 0xC000_0082, 0xC000_0083, 0xC000_0084
+SYSCALL_BYTES: Final = 2
 NMI_VECTOR: Final = 2
 INVALID_OPCODE: Final = 6
+PROTECTION: Final = 13
 FLAT_CODE: Final = 0x00CF_9B00
 FLAT_DATA: Final = 0x00CF_9300
 REAL_CODE: Final = 0x0000_9B00
@@ -72,6 +86,7 @@ class SoftVcpu:
         self._gate = self._engine.gate
         self._writes: deque[IoOut | MmioWrite] = deque()
         self._rung_end = 0  # where a doorbell write of this instruction ended: its second half belongs to it
+        self._undo_to: tuple[int, tuple[int, ...]] | None = None  # (RIP, registers) before a forbidden port access
         self._halted = False
         self._kicked = False
         self._code_changed = False
@@ -147,13 +162,24 @@ class SoftVcpu:
                 self._halt()
                 continue
             self._rung_end = 0
-            match engine.run(budget):
+            stop = engine.run(budget)
+            if self._undo_to is not None:
+                undo, self._undo_to = self._undo_to, None
+                ended = self._undo(*undo)
+                if ended is not None:
+                    return ended
+                continue
+            match stop:
                 case Stop.GATE:
                     pass
                 case Stop.HALT:
                     self._halted = True
                 case Stop.EXCEPTION:
                     ended = self._exception(engine.exception)
+                    if ended is not None:
+                        return ended
+                case Stop.SYSCALL:
+                    ended = self._syscall()
                     if ended is not None:
                         return ended
                 case Stop.INVALID:
@@ -208,10 +234,34 @@ class SoftVcpu:
             event = Event(vector, "exception", env.error_code & 0xFFFF_FFFF)
         env.exception_is_int = 0
         env.error_code = 0
+        return self._deliver(event)
+
+    def _deliver(self, event: Event) -> VcpuExit | None:
+        """Into the registers as fetched, and commit them."""
         try:
-            deliver(self._vm.physical, env, self._engine.rflags(), event)
+            deliver(self._vm.physical, self._engine.env, self._engine.rflags(), event)
         except Shutdown:
             return TripleFault()
+        self._engine.commit()
+        return None
+
+    def _undo(self, eip: int, registers: tuple[int, ...]) -> VcpuExit | None:
+        """Take back a port access that the guest's rules forbid, and give it the #GP."""
+        env = self._engine.fetch()
+        env.eip = eip
+        env.regs[:] = list(registers)
+        self._engine.commit()
+        env.exception_is_int = env.error_code = 0
+        return self._deliver(Event(PROTECTION, "exception"))
+
+    def _syscall(self) -> VcpuExit | None:
+        env = self._engine.fetch()
+        if not env.efer & EFER_SCE:
+            env.eip -= SYSCALL_BYTES
+            self._engine.commit()
+            return self._exception(INVALID_OPCODE)
+        target = self._engine.msr(MSR_LSTAR if env.hflags & HF_CS64 else MSR_CSTAR)
+        syscall(env, self._engine.rflags(), self._engine.msr(MSR_STAR), target, self._engine.msr(MSR_FMASK))
         self._engine.commit()
         return None
 
@@ -267,12 +317,27 @@ class SoftVcpu:
             self._writes.append(MmioWrite(gpa, data))
         lib.tv_soft_gate_ask(self._gate)
 
+    def _denied(self, port: int, size: int) -> bool:
+        """Ring 3 without the right to this port: the instruction is undone after it ended, see :meth:`_undo`."""
+        if not self._engine.ring():
+            return False
+        env = self._engine.fetch()
+        if may_use_port(self._vm.physical, env, port, size):
+            return False
+        self._undo_to = (env.eip, tuple(env.regs))
+        lib.tv_soft_gate_ask(self._gate)
+        return True
+
     def _read_port(self, port: int, size: int) -> int:
+        if self._denied(port, size):
+            return 0
         if port in PORTS:
             return self._chips.read(port, time.monotonic_ns())
         return self._ask(IoIn(port, size, 1), size)
 
     def _write_port(self, port: int, size: int, value: int) -> None:
+        if self._denied(port, size):
+            return
         if port in PORTS:
             self._chips.write(port, value & 0xFF, time.monotonic_ns())
             self._ask_if_deliverable()
