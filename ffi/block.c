@@ -1,0 +1,120 @@
+#include "block.h"
+
+#include <errno.h>
+#include <string.h>
+#include <unistd.h>
+
+#define SECTOR 512u
+#define T_IN 0u
+#define T_OUT 1u
+#define T_FLUSH 4u
+#define T_GET_ID 8u
+#define S_OK 0
+#define S_IOERR 1
+#define S_UNSUPP 2
+#define IOV_BATCH 256 /* segments of one preadv or pwritev; the kernel's limit is 1024 */
+
+struct header {
+    uint32_t type;
+    uint32_t reserved;
+    uint64_t sector;
+};
+
+/* Move [offset, offset + length) of the chain's data from or to the file. 0, or -1 with errno. */
+static int transfer(struct tv_block *block, struct tv_chain *chain, int in, uint64_t at, uint64_t offset,
+                    uint64_t length)
+{
+    struct iovec iov[TV_QUEUE_MAX];
+    while (length) {
+        uint32_t count = tv_chain_slice(chain, in, offset, length, iov);
+        if (count > IOV_BATCH)
+            count = IOV_BATCH;
+        ssize_t moved = in ? preadv(block->fd, iov, (int)count, (off_t)at) : pwritev(block->fd, iov, (int)count, (off_t)at);
+        if (moved < 0 && errno == EINTR)
+            continue;
+        if (moved <= 0) {
+            if (!moved)
+                errno = EIO; /* the image has shrunk under us */
+            return -1;
+        }
+        at += (uint64_t)moved;
+        offset += (uint64_t)moved;
+        length -= (uint64_t)moved;
+    }
+    return 0;
+}
+
+static int sync_data(struct tv_block *block)
+{
+    int result;
+    do
+        result = fdatasync(block->fd);
+    while (result < 0 && errno == EINTR);
+    return result;
+}
+
+/* `length` bytes at `sector`: whole sectors inside the capacity, no overflow. */
+static int in_range(const struct tv_block *block, uint64_t sector, uint64_t length)
+{
+    return length % SECTOR == 0 && sector <= block->sectors && length / SECTOR <= block->sectors - sector;
+}
+
+/* Gives the status; *written counts the data bytes put into the driver's buffers. */
+static int serve_request(struct tv_block *block, struct tv_chain *chain, const struct header *header, uint64_t room,
+                         uint64_t *written)
+{
+    uint64_t out = chain->readable_bytes - sizeof *header;
+    int failed;
+    switch (header->type) {
+    case T_IN:
+        block->read_ops++;
+        if (!in_range(block, header->sector, room))
+            return S_IOERR;
+        failed = transfer(block, chain, 1, header->sector * SECTOR, 0, room);
+        tv_chain_mark_written(block->worker.queue.memory, chain, room); /* a failed one may have written some */
+        if (failed)
+            return S_IOERR;
+        block->read_bytes += room;
+        *written = room;
+        return S_OK;
+    case T_OUT:
+        block->write_ops++;
+        if (block->readonly || !in_range(block, header->sector, out) ||
+            transfer(block, chain, 0, header->sector * SECTOR, sizeof *header, out))
+            return S_IOERR;
+        block->write_bytes += out;
+        return block->write_through && sync_data(block) ? S_IOERR : S_OK;
+    case T_FLUSH:
+        block->flush_ops++;
+        return sync_data(block) ? S_IOERR : S_OK;
+    case T_GET_ID:
+        *written = room < sizeof block->id ? room : sizeof block->id;
+        tv_chain_write(block->worker.queue.memory, chain, 0, block->id, *written);
+        return S_OK;
+    default:
+        return S_UNSUPP;
+    }
+}
+
+static int64_t serve(struct tv_worker *worker, struct tv_chain *chain)
+{
+    struct tv_block *block = (struct tv_block *)worker;
+    struct header header;
+    if (!chain->writable_bytes) {
+        worker->queue.broken = TV_BROKEN_REQUEST; /* no room for the status byte */
+        return 0;
+    }
+    uint64_t room = chain->writable_bytes - 1, written = 0;
+    uint8_t status = S_IOERR;
+    if (tv_chain_read(chain, 0, &header, sizeof header) == sizeof header)
+        status = (uint8_t)serve_request(block, chain, &header, room, &written);
+    if (status != S_OK)
+        block->errors++;
+    tv_chain_write(worker->queue.memory, chain, room, &status, 1);
+    return (int64_t)(written + 1);
+}
+
+void tv_block_init(struct tv_block *block)
+{
+    block->worker.serve = serve;
+}

@@ -1,0 +1,333 @@
+#include "ring.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <string.h>
+
+#include "park.h"
+
+#define DESC_NEXT 1u
+#define DESC_WRITE 2u
+#define DESC_INDIRECT 4u
+#define AVAIL_NO_INTERRUPT 1u
+#define POLL_SLICE_MS 1000 /* a lost kick costs at most this */
+
+struct descriptor {
+    uint64_t addr;
+    uint32_t len;
+    uint16_t flags;
+    uint16_t next;
+};
+
+void tv_irq_signal(struct tv_irq *irq, uint32_t bit)
+{
+    tv_irq_raise(irq, bit);
+}
+
+/* Any thread. The old eventfd stays open: a worker may be about to write to it. */
+void tv_irq_set_fd(struct tv_irq *irq, int fd)
+{
+    __atomic_store_n(&irq->fd, fd, __ATOMIC_SEQ_CST);
+}
+
+/* Read-to-clear, as the guest reads the ISR register. */
+uint32_t tv_isr_take(uint32_t *isr)
+{
+    return __atomic_exchange_n(isr, 0, __ATOMIC_SEQ_CST);
+}
+
+static inline uint16_t load16(const uint8_t *at)
+{
+    return __atomic_load_n((const uint16_t *)at, __ATOMIC_ACQUIRE);
+}
+
+static inline void store16(uint8_t *at, uint16_t value)
+{
+    __atomic_store_n((uint16_t *)at, value, __ATOMIC_RELEASE);
+}
+
+static int broken(struct tv_queue *queue, int why)
+{
+    queue->broken = why;
+    return -1;
+}
+
+/* Turn the ring addresses into pointers. 0, or -1 when a ring is not wholly in one region or misaligned. */
+int tv_queue_open(struct tv_queue *queue)
+{
+    uint64_t size = queue->size;
+    if (!size || size > TV_QUEUE_MAX || size & (size - 1))
+        return -1;
+    if (queue->desc_gpa % 16 || queue->avail_gpa % 2 || queue->used_gpa % 4)
+        return -1;
+    queue->desc = tv_ptr(queue->memory, queue->desc_gpa, 16 * size);
+    queue->avail = tv_ptr(queue->memory, queue->avail_gpa, 6 + 2 * size);
+    queue->used = tv_ptr(queue->memory, queue->used_gpa, 6 + 8 * size);
+    queue->signalled_valid = 0;
+    queue->broken = 0;
+    return queue->desc && queue->avail && queue->used ? 0 : -1;
+}
+
+static int add_segment(struct tv_queue *queue, struct tv_chain *chain, const struct descriptor *desc)
+{
+    int writable = desc->flags & DESC_WRITE;
+    if (!writable && chain->writable)
+        return broken(queue, TV_BROKEN_ORDER);
+    if (!desc->len)
+        return 0;
+    uint8_t *base = tv_ptr(queue->memory, desc->addr, desc->len);
+    if (!base)
+        return broken(queue, TV_BROKEN_ADDRESS);
+    uint32_t at = chain->readable + chain->writable;
+    if (at == TV_QUEUE_MAX)
+        return broken(queue, TV_BROKEN_LOOP);
+    chain->iov[at] = (struct iovec){base, desc->len};
+    chain->gpa[at] = desc->addr;
+    if (writable) {
+        chain->writable++;
+        chain->writable_bytes += desc->len;
+    } else {
+        chain->readable++;
+        chain->readable_bytes += desc->len;
+    }
+    if (chain->readable_bytes + chain->writable_bytes > TV_CHAIN_BYTES)
+        return broken(queue, TV_BROKEN_TOO_LONG);
+    return 0;
+}
+
+/* Walk one table (the queue's own, or an indirect one) from `index`; `budget` descriptors at most. */
+static int walk(struct tv_queue *queue, struct tv_chain *chain, const uint8_t *table, uint32_t entries, uint32_t index,
+                uint32_t budget, int nested)
+{
+    for (; budget; budget--) {
+        struct descriptor desc;
+        memcpy(&desc, table + 16ull * index, sizeof desc);
+        __asm__ volatile("" ::: "memory"); /* one read: the compiler may not go back to guest memory */
+        if (desc.flags & DESC_INDIRECT) {
+            uint32_t count = desc.len / 16;
+            if (nested || !queue->indirect || desc.flags & DESC_NEXT || desc.len % 16 || !count || count > queue->size)
+                return broken(queue, TV_BROKEN_INDIRECT);
+            const uint8_t *inner = tv_ptr(queue->memory, desc.addr, desc.len);
+            if (!inner)
+                return broken(queue, TV_BROKEN_INDIRECT);
+            return walk(queue, chain, inner, count, 0, count, 1);
+        }
+        if (add_segment(queue, chain, &desc))
+            return -1;
+        if (!(desc.flags & DESC_NEXT))
+            return 0;
+        if (desc.next >= entries)
+            return broken(queue, TV_BROKEN_NEXT);
+        index = desc.next;
+    }
+    return broken(queue, TV_BROKEN_LOOP);
+}
+
+/* Take the next chain. 1 taken, 0 none there, -1 the queue is broken (see queue->broken). */
+int tv_queue_pop(struct tv_queue *queue, struct tv_chain *chain)
+{
+    if (queue->broken)
+        return -1;
+    uint16_t waiting = (uint16_t)(load16(queue->avail + 2) - queue->next_avail);
+    if (!waiting)
+        return 0;
+    if (waiting > queue->size)
+        return broken(queue, TV_BROKEN_AVAIL_JUMP);
+    uint16_t head = load16(queue->avail + 4 + 2 * (queue->next_avail % queue->size));
+    if (head >= queue->size)
+        return broken(queue, TV_BROKEN_HEAD);
+    chain->head = head;
+    chain->readable = chain->writable = 0;
+    chain->readable_bytes = chain->writable_bytes = 0;
+    if (walk(queue, chain, queue->desc, queue->size, head, queue->size, 0))
+        return -1;
+    queue->next_avail++;
+    queue->chains++;
+    return 1;
+}
+
+/* Give back the chain that was popped last and not pushed. */
+void tv_queue_unpop(struct tv_queue *queue)
+{
+    queue->next_avail--;
+    queue->chains--;
+}
+
+/* Put a served chain on the used ring. Its data pages are marked already. */
+void tv_queue_push(struct tv_queue *queue, uint16_t head, uint32_t length)
+{
+    uint64_t offset = 4 + 8ull * (queue->next_used % queue->size);
+    uint32_t element[2] = {head, length};
+    memcpy(queue->used + offset, element, sizeof element);
+    tv_mark_dirty(queue->memory, queue->used_gpa + offset, sizeof element);
+    queue->next_used++;
+    store16(queue->used + 2, queue->next_used);
+    tv_mark_dirty(queue->memory, queue->used_gpa + 2, 2);
+}
+
+/* Interrupt the driver if it wants to hear of what was pushed since the last call (sections 2.7.7 and 2.7.10). */
+int tv_queue_notify(struct tv_queue *queue)
+{
+    uint16_t before = queue->signalled, now = queue->next_used;
+    int wanted;
+    if (queue->signalled_valid && before == now)
+        return 0;
+    __atomic_thread_fence(__ATOMIC_SEQ_CST); /* our used index before the driver's wish */
+    if (queue->event_idx) {
+        uint16_t event = load16(queue->avail + 4 + 2 * queue->size);
+        wanted = !queue->signalled_valid || (uint16_t)(now - event - 1) < (uint16_t)(now - before);
+    } else {
+        wanted = !(load16(queue->avail) & AVAIL_NO_INTERRUPT);
+    }
+    queue->signalled = now;
+    queue->signalled_valid = 1;
+    if (wanted) {
+        queue->interrupts++;
+        tv_irq_raise(queue->irq, TV_ISR_QUEUE);
+    }
+    return wanted;
+}
+
+/* Ask for a notification of the next chain. 1 when one came in meanwhile, so that nobody will notify us of it. */
+int tv_queue_rearm(struct tv_queue *queue)
+{
+    if (queue->event_idx) {
+        uint64_t offset = 4 + 8ull * queue->size;
+        store16(queue->used + offset, queue->next_avail);
+        tv_mark_dirty(queue->memory, queue->used_gpa + offset, 2);
+    }
+    __atomic_thread_fence(__ATOMIC_SEQ_CST); /* our wish before the driver's avail index */
+    return load16(queue->avail + 2) != queue->next_avail;
+}
+
+/* The part [offset, offset + length) of the readable (or writable) bytes as an iovec; gives the segments. `out` has
+ * room for TV_QUEUE_MAX. */
+uint32_t tv_chain_slice(const struct tv_chain *chain, int writable, uint64_t offset, uint64_t length,
+                        struct iovec *out)
+{
+    uint32_t first = writable ? chain->readable : 0;
+    uint32_t count = writable ? chain->writable : chain->readable;
+    uint32_t used = 0;
+    for (uint32_t i = first; i < first + count && length; i++) {
+        uint64_t size = chain->iov[i].iov_len;
+        if (offset >= size) {
+            offset -= size;
+            continue;
+        }
+        uint64_t part = size - offset < length ? size - offset : length;
+        out[used++] = (struct iovec){(uint8_t *)chain->iov[i].iov_base + offset, part};
+        length -= part;
+        offset = 0;
+    }
+    return used;
+}
+
+/* Copy readable bytes from `offset`; gives how many there were. */
+uint64_t tv_chain_read(const struct tv_chain *chain, uint64_t offset, void *to, uint64_t length)
+{
+    uint64_t copied = 0;
+    for (uint32_t i = 0; i < chain->readable && copied < length; i++) {
+        uint64_t size = chain->iov[i].iov_len;
+        if (offset >= size) {
+            offset -= size;
+            continue;
+        }
+        uint64_t part = size - offset < length - copied ? size - offset : length - copied;
+        memcpy((uint8_t *)to + copied, (uint8_t *)chain->iov[i].iov_base + offset, part);
+        copied += part;
+        offset = 0;
+    }
+    return copied;
+}
+
+/* Copy into the writable bytes from `offset` and mark them dirty; gives how many fitted. */
+uint64_t tv_chain_write(struct tv_memory *memory, const struct tv_chain *chain, uint64_t offset, const void *from,
+                        uint64_t length)
+{
+    uint64_t copied = 0;
+    for (uint32_t i = chain->readable; i < chain->readable + chain->writable && copied < length; i++) {
+        uint64_t size = chain->iov[i].iov_len;
+        if (offset >= size) {
+            offset -= size;
+            continue;
+        }
+        uint64_t part = size - offset < length - copied ? size - offset : length - copied;
+        memcpy((uint8_t *)chain->iov[i].iov_base + offset, (const uint8_t *)from + copied, part);
+        tv_mark_dirty(memory, chain->gpa[i] + offset, part);
+        copied += part;
+        offset = 0;
+    }
+    return copied;
+}
+
+/* Mark the first `length` writable bytes dirty, after somebody (preadv) wrote them. */
+void tv_chain_mark_written(struct tv_memory *memory, const struct tv_chain *chain, uint64_t length)
+{
+    for (uint32_t i = chain->readable; i < chain->readable + chain->writable && length; i++) {
+        uint64_t part = chain->iov[i].iov_len < length ? chain->iov[i].iov_len : length;
+        tv_mark_dirty(memory, chain->gpa[i], part);
+        length -= part;
+    }
+}
+
+/* --- the worker ------------------------------------------------------------------------------------------------ */
+
+int tv_worker_stopping(const struct tv_worker *worker)
+{
+    return __atomic_load_n(&worker->stop, __ATOMIC_SEQ_CST);
+}
+
+/* Any thread, any time, before the run and after it too. Idempotent. */
+void tv_worker_stop(struct tv_worker *worker)
+{
+    uint64_t one = 1;
+    __atomic_store_n(&worker->stop, 1, __ATOMIC_SEQ_CST);
+    ssize_t written = write(worker->kick_fd, &one, sizeof one);
+    (void)written;
+}
+
+/* Serve until the queue is empty, asked to stop, or broken (-1). */
+static int serve_all(struct tv_worker *worker)
+{
+    struct tv_queue *queue = &worker->queue;
+    do {
+        int got = 0;
+        while (!tv_worker_stopping(worker) && (got = tv_queue_pop(queue, &worker->chain)) > 0) {
+            int64_t length = worker->serve(worker, &worker->chain);
+            if (length == TV_STOPPED) {
+                tv_queue_unpop(queue);
+                break;
+            }
+            tv_queue_push(queue, worker->chain.head, (uint32_t)length);
+            tv_queue_notify(queue);
+            if (queue->broken)
+                return -1;
+        }
+        if (got < 0)
+            return -1;
+    } while (!tv_worker_stopping(worker) && tv_queue_rearm(queue));
+    return 0;
+}
+
+/* The life of a worker thread: serve what is there, notified or not, then sleep on the doorbell. Returns 0 when
+ * asked to stop, -1 when the queue is broken. Called without the GIL; every sleep ends by a kick or in
+ * POLL_SLICE_MS. A request that was taken is finished (or given back) before this returns. */
+int tv_worker_run(struct tv_worker *worker)
+{
+    struct pollfd wait[2] = {{.fd = worker->doorbell_fd, .events = POLLIN}, {.fd = worker->kick_fd, .events = POLLIN}};
+    int due = 1;
+    for (;;) {
+        if (tv_worker_stopping(worker))
+            return 0;
+        if (due && serve_all(worker))
+            return -1;
+        if (tv_worker_stopping(worker))
+            return 0;
+        int ready = poll(wait, 2, POLL_SLICE_MS);
+        due = ready > 0 && wait[0].revents;
+        if (due) {
+            tv_eventfd_drain(worker->doorbell_fd);
+            worker->wakeups++;
+        }
+    }
+}

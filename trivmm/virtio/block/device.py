@@ -1,0 +1,96 @@
+"""virtio-blk (virtio 1.2 section 5.2): a raw file as a disk."""
+
+from __future__ import annotations
+
+import os
+import struct
+from typing import Any, Final
+
+from trivmm._native import ffi, lib
+from trivmm.config import DiskConfig
+from trivmm.errors import ConfigError
+from trivmm.machine.memory import GuestMemory
+from trivmm.virtio.block.image import SECTOR, Image
+from trivmm.virtio.device import RING_FEATURES, WorkerDevice
+from trivmm.virtio.port import QueueConfig
+from trivmm.virtio.queue import QueueWorker
+
+__all__ = ["BlockDevice"]
+
+F_SEG_MAX: Final = 1 << 2
+F_RO: Final = 1 << 5
+F_BLK_SIZE: Final = 1 << 6
+F_FLUSH: Final = 1 << 9
+F_MQ: Final = 1 << 12
+
+MAX_QUEUES: Final = 16  # worker threads a disk; more than any guest here has vCPUs
+MAX_QUEUE_SIZE: Final = 1024
+CONFIG: Final = struct.Struct("<QII HBB I BBH I BBH")  # section 5.2.4 up to num_queues and padding
+COUNTERS: Final = ("read_ops", "write_ops", "flush_ops", "read_bytes", "write_bytes", "errors")
+
+
+class BlockDevice(WorkerDevice):
+    """``lock`` False is for a destination: it takes the image's lock at COMMIT (``take_locks``)."""
+
+    device_type = 2
+
+    def __init__(self, config: DiskConfig, memory: GuestMemory, name: str, *, lock: bool = True) -> None:
+        """:raises ConfigError: naming what is wrong with the disk."""
+        super().__init__(config.id or name, memory)
+        if not 1 <= config.num_queues <= MAX_QUEUES:
+            raise ConfigError("disks.num_queues", config.num_queues, "out of range", f"give 1 to {MAX_QUEUES}")
+        size = config.queue_size
+        if not 2 <= size <= MAX_QUEUE_SIZE or size & (size - 1):
+            raise ConfigError(
+                "disks.queue_size", size, "not a queue size", f"give a power of two, 2 to {MAX_QUEUE_SIZE}"
+            )
+        self.image = Image(config.path, readonly=config.readonly, lock=lock)
+        self.queue_sizes = (size,) * config.num_queues
+        self.features = RING_FEATURES | F_SEG_MAX | F_BLK_SIZE | F_FLUSH
+        if config.readonly:
+            self.features |= F_RO
+        if config.num_queues > 1:
+            self.features |= F_MQ
+        self._id = self._identity(config.serial)
+        self._config = CONFIG.pack(
+            self.image.sectors, 0, max(size - 2, 1), 0, 0, 0, SECTOR, 0, 0, 0, 0, 0, 0, config.num_queues
+        )
+        self.config_size = len(self._config)
+        self._counted = dict.fromkeys(COUNTERS, 0)
+
+    def _identity(self, serial: str | None) -> bytes:
+        """What GET_ID answers: the configured serial, or something stable about the file."""
+        if serial is None:
+            about = os.fstat(self.image.fd)
+            serial = f"{about.st_dev:x}{about.st_rdev:x}{about.st_ino:x}"
+        return serial.encode()[:20].ljust(20, b"\0")
+
+    def _make_worker(self, queue: QueueConfig, features: int) -> Any:
+        native = ffi.new("struct tv_block *")
+        native.fd = self.image.fd
+        native.readonly = self.image.readonly
+        native.write_through = not features & F_FLUSH
+        native.sectors = self.image.sectors
+        ffi.memmove(native.id, self._id, len(self._id))
+        lib.tv_block_init(native)
+        return native
+
+    def read_config(self, offset: int, size: int) -> bytes:
+        return self._config[offset : offset + size].ljust(size, b"\xff")
+
+    def release_locks(self) -> None:
+        self.image.release_lock()
+
+    def take_locks(self) -> None:
+        self.image.take_lock()
+
+    def _count(self, worker: QueueWorker) -> None:
+        for name in COUNTERS:
+            self._counted[name] += int(getattr(worker.native, name))
+
+    def counters(self) -> dict[str, int]:
+        live = [worker.native for worker in self._workers]
+        return {name: self._counted[name] + sum(int(getattr(native, name)) for native in live) for name in COUNTERS}
+
+    def close(self) -> None:
+        self.image.close()

@@ -1,0 +1,92 @@
+"""What every virtio device with C queue workers shares: starting them, stopping them, where their queues stand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import trio
+
+from trivmm.machine.memory import GuestMemory
+from trivmm.virtio.port import Activation, QueueConfig
+from trivmm.virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, QueueWorker
+
+__all__ = ["RING_FEATURES", "WorkerDevice"]
+
+RING_FEATURES: Final = F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX
+
+
+class WorkerDevice:
+    """Base of the devices. Implements what it can of ``DeviceBackend``; subclasses say what a worker is made of.
+
+    ``on_broken`` is set by the board: it tells the lifecycle that a queue's driver is at fault."""
+
+    device_type: int
+    features: int
+    queue_sizes: tuple[int, ...]
+    config_size: int = 0
+
+    def __init__(self, name: str, memory: GuestMemory) -> None:
+        self.name = name
+        self.memory = memory
+        self.on_broken: Callable[[str], None] = lambda problem: None
+        self._workers: list[QueueWorker] = []
+        self._positions: dict[int, tuple[int, int, int]] = {}
+
+    def _make_worker(self, queue: QueueConfig, features: int) -> Any:
+        """The C struct of a new worker for this queue, initialised."""
+        raise NotImplementedError
+
+    async def activate(self, activation: Activation, workers: trio.Nursery) -> None:
+        """:raises ValueError: when a queue's rings don't lie in RAM."""
+        self._positions = {queue.index: (queue.index, queue.next_avail, queue.next_used) for queue in activation.queues}
+        for queue in activation.queues:
+            native = self._make_worker(queue, activation.features)
+            name = f"{self.name}_q{queue.index}"
+            worker = QueueWorker(name, native, self.memory, queue, activation.features, self._broken)
+            self._workers.append(worker)
+            await workers.start(worker.run)
+
+    def _broken(self, problem: str) -> None:
+        self.on_broken(problem)
+
+    async def stop(self) -> None:
+        """Bounded by the caller (``device_stop``, ``quiesce``); may be called again after that expired."""
+        for worker in self._workers:
+            worker.request_stop()
+        for worker in self._workers:
+            await worker.done.wait()
+            self._positions[worker.index] = worker.position
+            self._count(worker)
+        self._workers = []
+
+    def _count(self, worker: QueueWorker) -> None:
+        """Add a stopped worker's counters to the device's."""
+
+    def positions(self) -> tuple[tuple[int, int, int], ...]:
+        return tuple(self._positions.values())
+
+    def reset(self) -> None:
+        self._positions = {}
+
+    def read_config(self, offset: int, size: int) -> bytes:
+        return b"\xff" * size
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        return None
+
+    def save(self) -> dict[str, Any]:
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        if state:
+            raise ValueError(f"{self.name}: unknown state {sorted(state)}")
+
+    def release_locks(self) -> None:
+        return None
+
+    def take_locks(self) -> None:
+        return None
+
+    def close(self) -> None:
+        return None

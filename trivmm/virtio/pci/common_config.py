@@ -1,0 +1,215 @@
+"""The common configuration structure (virtio 1.2 section 4.1.4.3): features, status, queues. Pure registers.
+
+Fields are accessed with their own width (section 4.1.3.1); 64-bit ones as a whole or in 32-bit halves. Any other
+width or offset reads all-ones and writes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import attrs
+
+from trivmm.migration.fields import Fields
+from trivmm.virtio.pci.msix import NO_VECTOR
+
+__all__ = ["COMMON_SIZE", "DEVICE_STATUS", "CommonConfig", "QueueRegisters"]
+
+COMMON_SIZE: Final = 56
+DEVICE_STATUS: Final = 0x14
+VERSION_1: Final = 1 << 32
+U64: Final = (1 << 64) - 1
+
+
+@attrs.define(eq=False)
+class QueueRegisters:
+    """One queue as the driver sets it up; ``max_size`` is what the device offers."""
+
+    max_size: int
+    size: int = 0
+    vector: int = NO_VECTOR
+    enabled: bool = False
+    desc: int = 0
+    driver: int = 0
+    device: int = 0
+
+    def reset(self) -> None:
+        self.size, self.vector, self.enabled = self.max_size, NO_VECTOR, False
+        self.desc = self.driver = self.device = 0
+
+
+class CommonConfig:
+    """``locked()`` says whether the driver has finished (FEATURES_OK for features, DRIVER_OK for queues)."""
+
+    def __init__(self, features: int, queue_sizes: Sequence[int], vectors: int, status: Callable[[], int]) -> None:
+        self.offered = features
+        self.vectors = vectors
+        self.queues = [QueueRegisters(size) for size in queue_sizes]
+        self.generation = 0
+        self._status = status
+        self.reset()
+
+    def reset(self) -> None:
+        self.device_feature_select = self.driver_feature_select = 0
+        self.acked = 0
+        self.config_vector = NO_VECTOR
+        self.queue_select = 0
+        for queue in self.queues:
+            queue.reset()
+
+    @property
+    def _selected(self) -> QueueRegisters | None:
+        return self.queues[self.queue_select] if self.queue_select < len(self.queues) else None
+
+    def features_acceptable(self) -> bool:
+        """A legal subset of the offer that takes VERSION_1 (sections 2.2 and 6.1)."""
+        return not self.acked & ~self.offered and bool(self.acked & VERSION_1)
+
+    # --- reading ---------------------------------------------------------------------------------------------
+
+    def read(self, offset: int, size: int) -> bytes:
+        found = self._field(offset, size)
+        if found is None:
+            return b"\xff" * size
+        return found.to_bytes(size, "little")
+
+    def _field(self, offset: int, size: int) -> int | None:
+        queue = self._selected
+        match offset, size:
+            case 0x00, 4:
+                return self.device_feature_select
+            case 0x04, 4:
+                select = self.device_feature_select
+                return self.offered >> 32 * select & 0xFFFF_FFFF if select < 2 else 0
+            case 0x08, 4:
+                return self.driver_feature_select
+            case 0x0C, 4:
+                select = self.driver_feature_select
+                return self.acked >> 32 * select & 0xFFFF_FFFF if select < 2 else 0
+            case 0x10, 2:
+                return self.config_vector
+            case 0x12, 2:
+                return len(self.queues)
+            case 0x14, 1:
+                return self._status()
+            case 0x15, 1:
+                return self.generation & 0xFF
+            case 0x16, 2:
+                return self.queue_select
+            case 0x18, 2:
+                return queue.size if queue else 0
+            case 0x1A, 2:
+                return queue.vector if queue else NO_VECTOR
+            case 0x1C, 2:
+                return int(queue.enabled) if queue else 0
+            case 0x1E, 2:
+                return self.queue_select if queue else 0
+            case ((0x20 | 0x28 | 0x30 | 0x24 | 0x2C | 0x34), 4):
+                whole = self._address(offset & ~7)
+                return whole >> 8 * (offset & 4) & 0xFFFF_FFFF
+            case ((0x20 | 0x28 | 0x30), 8):
+                return self._address(offset)
+        return None
+
+    def _address(self, offset: int) -> int:
+        queue = self._selected
+        return 0 if queue is None else {0x20: queue.desc, 0x28: queue.driver, 0x30: queue.device}[offset]
+
+    # --- writing ---------------------------------------------------------------------------------------------
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Everything but device_status, which is the lifecycle's."""
+        value = int.from_bytes(data, "little")
+        match offset, len(data):
+            case 0x00, 4:
+                self.device_feature_select = value
+            case 0x08, 4:
+                self.driver_feature_select = value
+            case 0x0C, 4:
+                self._ack(value)
+            case 0x10, 2:
+                self.config_vector = self._vector(value)
+            case 0x16, 2:
+                self.queue_select = value
+            case _:
+                self._write_queue(offset, len(data), value)
+
+    def _ack(self, value: int) -> None:
+        select = self.driver_feature_select
+        if select < 2 and not self._status() & 0x8:  # settled once FEATURES_OK is (section 3.1.1)
+            self.acked = self.acked & ~(0xFFFF_FFFF << 32 * select) | value << 32 * select
+
+    def _vector(self, value: int) -> int:
+        return value if value < self.vectors else NO_VECTOR
+
+    def _write_queue(self, offset: int, size: int, value: int) -> None:
+        queue = self._selected
+        if queue is None:
+            return
+        if (offset, size) == (0x1A, 2):
+            queue.vector = self._vector(value)
+            return
+        if queue.enabled or self._status() & 0x4:
+            return  # a live queue's registers are settled (section 4.1.4.3.2)
+        match offset, size:
+            case 0x18, 2:
+                if 0 < value <= queue.max_size and not value & (value - 1):
+                    queue.size = value
+            case 0x1C, 2:
+                queue.enabled = value == 1
+            case ((0x20 | 0x24 | 0x28 | 0x2C | 0x30 | 0x34), 4):
+                shift = 8 * (offset & 4)
+                whole = self._address(offset & ~7)
+                self._set_address(queue, offset & ~7, whole & ~(0xFFFF_FFFF << shift) | value << shift)
+            case ((0x20 | 0x28 | 0x30), 8):
+                self._set_address(queue, offset, value)
+
+    @staticmethod
+    def _set_address(queue: QueueRegisters, offset: int, value: int) -> None:
+        value &= U64
+        if offset == 0x20:
+            queue.desc = value
+        elif offset == 0x28:
+            queue.driver = value
+        else:
+            queue.device = value
+
+    # --- state -----------------------------------------------------------------------------------------------
+
+    def save(self) -> dict[str, Any]:
+        return {
+            "device_feature_select": self.device_feature_select,
+            "driver_feature_select": self.driver_feature_select,
+            "acked": self.acked,
+            "config_vector": self.config_vector,
+            "queue_select": self.queue_select,
+            "generation": self.generation & 0xFF,
+            "queues": [
+                [queue.size, queue.vector, int(queue.enabled), queue.desc, queue.driver, queue.device]
+                for queue in self.queues
+            ],
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """:raises ProtocolError: / :raises ValueError: when the state is malformed."""
+        fields = Fields("common config", state)
+        selects = [fields.integer(f"{side}_feature_select", 0, 0xFFFF_FFFF) for side in ("device", "driver")]
+        acked = fields.integer("acked", 0, U64)
+        config_vector = fields.integer("config_vector", 0, NO_VECTOR)
+        queue_select = fields.integer("queue_select", 0, 0xFFFF)
+        generation = fields.integer("generation", 0, 0xFF)
+        rows = fields.array("queues", len(self.queues))
+        fields.end()
+        if len(rows) != len(self.queues):
+            raise ValueError(f"{len(rows)} queues, not {len(self.queues)}")
+        for queue, row in zip(self.queues, rows, strict=True):
+            size, vector, enabled, desc, driver, device = (int(each) for each in row)
+            sane = 0 < size <= queue.max_size and not size & (size - 1) and 0 <= vector <= NO_VECTOR
+            if not sane or not all(0 <= each <= U64 for each in (desc, driver, device)):
+                raise ValueError(f"queue registers {row}")
+            queue.size, queue.vector, queue.enabled = size, self._vector(vector), bool(enabled)
+            queue.desc, queue.driver, queue.device = desc, driver, device
+        self.device_feature_select, self.driver_feature_select = selects
+        self.acked, self.config_vector = acked, self._vector(config_vector)
+        self.queue_select, self.generation = queue_select, generation

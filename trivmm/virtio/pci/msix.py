@@ -1,0 +1,185 @@
+"""MSI-X (PCI 3.0 section 6.8.2): a table of vectors, each an eventfd that is routed to a message while unmasked.
+
+A masked vector has no irqfd: what its worker signals stays in the eventfd, and its pending bit *is* "the eventfd is
+readable". Unmasking connects it again, which injects at once. So no interrupt is lost between mask and unmask,
+between two hosts, or between a worker's write and anybody's bookkeeping.
+
+Accesses come from vCPU threads, the switchover from the trio thread; the transport's register lock orders them.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import os
+import select
+import struct
+from typing import Any, Final
+
+import attrs
+
+from trivmm.hypervisor.base import VmBackend
+from trivmm.migration.fields import Fields
+
+__all__ = ["ENTRY_SIZE", "NO_VECTOR", "MsixTable"]
+
+NO_VECTOR: Final = 0xFFFF
+ENTRY_SIZE: Final = 16
+ENABLE: Final = 1 << 15
+FUNCTION_MASK: Final = 1 << 14
+MASKED: Final = 1
+ENTRY: Final = struct.Struct("<QII")  # address, data, vector control
+
+
+@attrs.define(eq=False)
+class _Vector:
+    fd: int
+    entry: bytearray
+    token: int | None = None
+    routed: tuple[int, int] | None = None
+
+
+class MsixTable:
+    """``live`` is False while the machine is stopped for a switchover, and on a destination before COMMIT."""
+
+    def __init__(self, vm: VmBackend, vectors: int) -> None:
+        self._vm = vm
+        self._control = 0
+        self.live = False
+        self._vectors: list[_Vector] = []
+        try:
+            for _ in range(vectors):
+                fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+                self._vectors.append(_Vector(fd, bytearray(ENTRY.pack(0, 0, MASKED))))
+        except BaseException:
+            self.close()
+            raise
+
+    def __len__(self) -> int:
+        return len(self._vectors)
+
+    def fd_of(self, vector: int) -> int:
+        """The eventfd that a worker writes, or -1 for no vector."""
+        return self._vectors[vector].fd if vector < len(self._vectors) else -1
+
+    # --- the guest's side ------------------------------------------------------------------------------------
+
+    def set_control(self, control: int) -> None:
+        """Message control: enable and function mask."""
+        self._control = control & (ENABLE | FUNCTION_MASK)
+        self._sync_all()
+
+    def read_table(self, offset: int, size: int) -> bytes:
+        """Dword or qword accesses inside one entry; anything else reads all-ones."""
+        index, at = divmod(offset, ENTRY_SIZE)
+        if size not in (4, 8) or at % size or index >= len(self._vectors):
+            return b"\xff" * size
+        return bytes(self._vectors[index].entry[at : at + size])
+
+    def write_table(self, offset: int, data: bytes) -> None:
+        index, at = divmod(offset, ENTRY_SIZE)
+        if len(data) not in (4, 8) or at % len(data) or index >= len(self._vectors):
+            return
+        vector = self._vectors[index]
+        vector.entry[at : at + len(data)] = data
+        vector.entry[12:16] = (vector.entry[12] & MASKED).to_bytes(4, "little")  # the rest is reserved
+        self._sync(vector)
+
+    def read_pba(self, offset: int, size: int) -> bytes:
+        if size not in (4, 8) or offset % size:
+            return b"\xff" * size
+        bits = sum(1 << index for index in range(len(self._vectors)) if self.pending(index))
+        length = (len(self._vectors) + 63) // 64 * 8
+        return bits.to_bytes(length, "little")[offset : offset + size].ljust(size, b"\0")
+
+    def pending(self, index: int) -> bool:
+        """A connected vector is never pending: the hypervisor has taken what was there."""
+        vector = self._vectors[index]
+        return vector.token is None and _readable(vector.fd)
+
+    # --- routes ----------------------------------------------------------------------------------------------
+
+    def _sync_all(self) -> None:
+        for vector in self._vectors:
+            self._sync(vector)
+
+    def _sync(self, vector: _Vector) -> None:
+        address, data, control = ENTRY.unpack(vector.entry)
+        open_ = self.live and self._control & ENABLE and not self._control & FUNCTION_MASK and not control & MASKED
+        wanted = (address, data) if open_ else None
+        if wanted == vector.routed:
+            return
+        if vector.token is not None:
+            self._vm.disconnect_msi(vector.token)
+            vector.token, vector.routed = None, None
+        if wanted is not None:
+            # Taken out and written again: an eventfd that is readable when it is connected injects, but the kernel
+            # leaves its count, which would look pending at the next mask.
+            held = _drain(vector.fd)
+            vector.token, vector.routed = self._vm.connect_msi(vector.fd, address, data), wanted
+            if held:
+                os.eventfd_write(vector.fd, 1)
+
+    def connect_all(self) -> None:
+        self.live = True
+        self._sync_all()
+
+    def disconnect_all(self) -> None:
+        """After this nothing injects; what workers signal shows as pending."""
+        self.live = False
+        self._sync_all()
+
+    def reset(self) -> None:
+        """A virtio reset leaves the table alone (it is PCI's); interrupts of the old generation go."""
+        for vector in self._vectors:
+            if vector.token is None:
+                _drain(vector.fd)
+
+    # --- state -----------------------------------------------------------------------------------------------
+
+    def save(self) -> dict[str, Any]:
+        """After ``disconnect_all``."""
+        return {
+            "control": self._control,
+            "table": base64.b64encode(b"".join(vector.entry for vector in self._vectors)).decode(),
+            "pending": [index for index in range(len(self._vectors)) if self.pending(index)],
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """:raises ProtocolError: when the state is malformed. Not ``live`` before and after."""
+        fields = Fields("msix", state)
+        control = fields.integer("control", 0, 0xFFFF)
+        count = len(self._vectors)
+        table = fields.text("table", count * ENTRY_SIZE * 2)
+        pending = fields.array("pending", count)
+        fields.end()
+        raw = base64.b64decode(table, validate=True)
+        if len(raw) != count * ENTRY_SIZE:
+            raise ValueError(f"MSI-X table of {len(raw)} bytes for {count} vectors")
+        if not all(isinstance(index, int) and 0 <= index < count for index in pending):
+            raise ValueError("pending vectors outside the table")
+        self._control = control & (ENABLE | FUNCTION_MASK)
+        for index, vector in enumerate(self._vectors):
+            vector.entry[:] = raw[index * ENTRY_SIZE : (index + 1) * ENTRY_SIZE]
+            _drain(vector.fd)
+            if index in pending:
+                os.eventfd_write(vector.fd, 1)
+
+    def close(self) -> None:
+        """After every worker has ended. Idempotent."""
+        self.disconnect_all()
+        vectors, self._vectors = self._vectors, []
+        for vector in vectors:
+            os.close(vector.fd)
+
+
+def _readable(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _drain(fd: int) -> bool:
+    with contextlib.suppress(BlockingIOError):
+        return os.eventfd_read(fd) > 0
+    return False

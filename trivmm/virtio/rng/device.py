@@ -1,0 +1,62 @@
+"""virtio-rng (virtio 1.2 section 5.4): entropy from a file or device of the host."""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import Any, Final
+
+from trivmm._native import ffi, lib
+from trivmm.config import RngConfig
+from trivmm.errors import ConfigError
+from trivmm.machine.memory import GuestMemory
+from trivmm.virtio.device import RING_FEATURES, WorkerDevice
+from trivmm.virtio.port import QueueConfig
+from trivmm.virtio.queue import QueueWorker
+
+__all__ = ["RngDevice"]
+
+QUEUE_SIZE: Final = 256
+
+
+class RngDevice(WorkerDevice):
+    """One request queue. Its source is opened once and read without blocking."""
+
+    device_type = 4
+    features = RING_FEATURES
+    queue_sizes = (QUEUE_SIZE,)
+
+    def __init__(self, config: RngConfig, memory: GuestMemory, name: str = "_rng") -> None:
+        """:raises ConfigError: when the source can't be read."""
+        super().__init__(config.id or name, memory)
+        try:
+            self._fd = os.open(config.src, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+        except (OSError, ValueError) as error:
+            raise ConfigError("rng.src", config.src, f"cannot open it ({error})", "give /dev/urandom") from error
+        if stat.S_ISDIR(os.fstat(self._fd).st_mode):
+            self.close()
+            raise ConfigError("rng.src", config.src, "is a directory", "give /dev/urandom")
+        self._bytes = 0
+        self._errors = 0
+
+    def _make_worker(self, queue: QueueConfig, features: int) -> Any:
+        native = ffi.new("struct tv_rng *")
+        native.source_fd = self._fd
+        lib.tv_rng_init(native)
+        return native
+
+    def _count(self, worker: QueueWorker) -> None:
+        self._bytes += int(worker.native.bytes)
+        self._errors += int(worker.native.errors)
+
+    def counters(self) -> dict[str, int]:
+        live = [worker.native for worker in self._workers]
+        return {
+            "bytes": self._bytes + sum(int(native.bytes) for native in live),
+            "source_errors": self._errors + sum(int(native.errors) for native in live),
+        }
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
