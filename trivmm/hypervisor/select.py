@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
+import importlib.util
+from typing import Any, cast
 
 from trivmm.errors import ConfigError, HypervisorError
 from trivmm.hypervisor.base import Hypervisor
@@ -49,7 +50,9 @@ def _soft(note: str) -> Hypervisor:
     try:
         from trivmm.hypervisor import soft
 
-        made = soft.SoftHypervisor()  # type: ignore[attr-defined, unused-ignore]
+        if importlib.util.find_spec("unicorn") is None:
+            raise ImportError("no module named unicorn")
+        made: Any = soft.SoftHypervisor()
     except (ImportError, AttributeError) as error:
         raise ConfigError(
             "--hypervisor", "soft", f"the soft CPU is not installed ({error})", "pip install 'trivmm[soft]'"
