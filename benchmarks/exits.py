@@ -1,0 +1,94 @@
+"""Exits per second against a bare C KVM_RUN loop: served in our C run loop, and by a Python handler that does nothing.
+
+``python benchmarks/exits.py [rounds]``. The three take turns in each round and only ratios are printed as results:
+figures drift from run to run, ratios of one round don't. Aims: C ≥ 0.9, Python ≥ 0.6.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from trivmm.hypervisor.base import Interrupted
+from trivmm.hypervisor.kvm.system import KvmHypervisor
+from trivmm.hypervisor.kvm.vcpu import KvmVcpu
+from trivmm.machine.memory import GuestMemory
+
+CODE = 0x100000
+EXITS = 20_000
+C_SECONDS = 0.4
+PORT_C, PORT_PYTHON = 0x80, 0x10
+
+
+def compile_bare(folder: Path) -> Path:
+    source, program = Path(__file__).with_name("bare_kvm.c"), folder / "bare_kvm"
+    subprocess.run(["cc", "-O2", "-o", str(program), str(source)], check=True, timeout=60)
+    return program
+
+
+def bare(program: Path) -> float:
+    command = [str(program), str(PORT_C), str(EXITS)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout)
+
+
+def in_python(cpu: KvmVcpu) -> float:
+    began = time.perf_counter()
+    left = EXITS
+    while left:
+        if type(cpu.run()) is not Interrupted:
+            left -= 1
+    return EXITS / (time.perf_counter() - began)
+
+
+def in_c(cpu: KvmVcpu) -> float:
+    timer = threading.Timer(C_SECONDS, cpu.kick)
+    before = cpu.counters()["exits"]
+    cpu.attach_thread()
+    timer.start()
+    began = time.perf_counter()
+    cpu.run()
+    took = time.perf_counter() - began
+    cpu.detach_thread()
+    timer.join(10)
+    return (cpu.counters()["exits"] - before) / took
+
+
+def measure(port: int, hypervisor: KvmHypervisor) -> float:
+    memory = GuestMemory([(0, 4 << 20)])
+    vm = hypervisor.open_vm()
+    try:
+        for region in memory.regions:
+            vm.add_memory(region.slot, region.gpa, region.size, region.hva)
+        memory.write(CODE, bytes([0xE6, port, 0xEB, 0xFC]))
+        cpu = vm.create_vcpu(0)
+        cpu.set_boot_state(CODE, 0x6000)
+        return in_c(cpu) if port == PORT_C else in_python(cpu)
+    finally:
+        vm.close()
+        memory.close()
+
+
+def main() -> None:
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 7
+    hypervisor = KvmHypervisor()
+    c_ratios, python_ratios = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        program = compile_bare(Path(folder))
+        for _ in range(rounds):
+            floor = bare(program)
+            c_rate, python_rate = measure(PORT_C, hypervisor), measure(PORT_PYTHON, hypervisor)
+            c_ratios.append(c_rate / floor)
+            python_ratios.append(python_rate / floor)
+            print(f"bare {floor:9.0f}/s   C {c_rate:9.0f}/s   Python {python_rate:9.0f}/s")
+    print(f"C-handled / bare      median {statistics.median(c_ratios):.2f} (aim 0.9)")
+    print(f"Python-handled / bare median {statistics.median(python_ratios):.2f} (aim 0.6)")
+    hypervisor.close()
+
+
+if __name__ == "__main__":
+    main()
