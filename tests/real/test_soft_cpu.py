@@ -923,6 +923,26 @@ def test_foreign_and_damaged_states_are_refused(build: Build) -> None:
     guest.cpu.load(saved)
 
 
+def test_hostile_registers_hurt_only_the_guest(build: Build) -> None:
+    guest = build(COUNTER)
+    guest.until_port(0x80)
+    saved = guest.cpu.save()
+    randomness = random.Random(11)
+    for _ in range(60):
+        wild = bytearray(saved.blobs["cpu"])
+        for _ in range(randomness.choice((1, 4, 40))):
+            low, high = randomness.choice(((0, 600), (136, 184), (590, 830), (600, 5568), (5380, 5568)))
+            wild[randomness.randrange(low, high)] = randomness.randrange(256)
+        try:
+            guest.cpu.load(VcpuState(saved.kind, {**saved.blobs, "cpu": bytes(wild)}))
+        except HypervisorError:
+            continue
+        timer = threading.Timer(0.005, guest.cpu.kick)
+        timer.start()
+        guest.cpu.run()
+        timer.join()
+
+
 def test_more_vcpus_and_the_dirty_log_are_refused_by_name(build: Build) -> None:
     guest = build(COUNTER)
     with pytest.raises(NotSupported, match="one vCPU"):

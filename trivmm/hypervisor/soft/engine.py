@@ -19,7 +19,7 @@ from unicorn import x86_const as x86
 
 from trivmm._native import ffi, lib
 from trivmm.errors import HypervisorError
-from trivmm.hypervisor.soft.env import CONTEXT_BYTES, ENGINE_VERSION, HEADER_BYTES, Env, refusal
+from trivmm.hypervisor.soft.env import CONTEXT_BYTES, ENGINE_VERSION, HEADER_BYTES, Env, merged, refusal
 
 _unicorn: Any = unicorn  # its Python package is not typed
 
@@ -202,11 +202,9 @@ class Engine:
         why = refusal(raw)
         if why is not None:
             raise HypervisorError("soft vCPU state", why)
-        env = self.fetch()
-        ctypes.memmove(self._address, raw, CONTEXT_BYTES)
-        pristine = Env.from_buffer_copy(self._pristine)
-        # How the emulator rounds is derived from the control words, never taken from a stranger.
-        env.x87_status, env.sse_status = pristine.x87_status, pristine.sse_status
+        self.fetch()
+        # How the emulator rounds is derived from the control words below, never taken from a stranger.
+        ctypes.memmove(self._address, merged(raw, self._pristine), CONTEXT_BYTES)
         self.commit()
         for register in (x86.UC_X86_REG_FPCW, x86.UC_X86_REG_MXCSR):
             self._uc.reg_write(register, self._uc.reg_read(register))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 from typing import Final
 
-__all__ = ["CONTEXT_BYTES", "ENGINE_VERSION", "HEADER_BYTES", "Env", "Segment", "refusal"]
+__all__ = ["CONTEXT_BYTES", "ENGINE_VERSION", "HEADER_BYTES", "Env", "Segment", "merged", "refusal"]
 
 ENGINE_VERSION: Final = (2, 1, 4)
 HEADER_BYTES: Final = 40  # the engine's own bookkeeping before the registers; holds host pointers, never saved
@@ -31,7 +31,8 @@ HF_ADDSEG: Final = 1 << 6
 HF_PE: Final = 1 << 7
 HF_LMA: Final = 1 << 14
 HF_CS64: Final = 1 << 15
-HF_GUEST_MODES: Final = (1 << 20) | (1 << 21)  # nested virtualization: never entered here
+HF_SAVED: Final = sum(1 << bit for bit in (0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 14, 15, 22, 23))
+"""The flags that a saved CPU may have; the others are never set here (system management, nested guests), or copies."""
 
 CR0_PE: Final = 1
 CR0_WP: Final = 1 << 16
@@ -147,8 +148,31 @@ def refusal(raw: bytes) -> str | None:
         return "its direction flag is neither way"
     if env.fpstt > 7:
         return "its x87 stack top is outside the stack"
-    if env.hflags & HF_GUEST_MODES:
-        return "it is in nested virtualization"
-    if any(env.breakpoints):
-        return "it has hardware breakpoints armed"
+    if env.hflags & ~HF_SAVED:
+        return "it is in a mode that this CPU does not have"
+    modes = ((HF_PE, env.cr[0] & CR0_PE), (HF_LMA, env.efer & EFER_LMA))
+    if any(bool(env.hflags & flag) != bool(register) for flag, register in modes):
+        return "its mode does not agree with its control registers"
     return None
+
+
+def merged(raw: bytes, pristine: bytes) -> bytes:
+    """``raw`` where a guest's own registers lie, ``pristine`` where the emulator keeps what is its own."""
+    into = bytearray(pristine)
+    for start, end in _GUEST_RANGES:
+        into[start:end] = raw[start:end]
+    return bytes(into)
+
+
+def _at(name: str) -> int:
+    return int(getattr(Env, name).offset)
+
+
+_GUEST_RANGES: Final = (
+    (0, _at("hflags2")),
+    (_at("segs"), _at("_a")),
+    (_at("efer"), _at("_b")),
+    (_at("fpstt"), _at("x87_status")),
+    (_at("mxcsr"), _at("error_code")),
+    (_at("dr"), _at("dr") + 7 * 8),  # not DR7: arming breakpoints makes the emulator allocate
+)
