@@ -26,6 +26,8 @@ from trivmm.hypervisor.base import (
     VcpuState,
 )
 from trivmm.machine.memory import GuestMemory
+from trivmm.nursery.vcpu import Vcpu, drive_thread
+from trivmm.virtio.port import Ticket
 
 pytest.importorskip("unicorn", reason="the soft extra is not installed")
 pytestmark = [
@@ -798,6 +800,58 @@ COUNTER = """
 def _counts(guest: Guest) -> tuple[int, int, int]:
     words = (int.from_bytes(guest.memory.read(at, 8), "little") for at in (0x5000, 0x5008))
     return guest.cpu._engine.fetch().regs[1], *words
+
+
+def test_the_vcpu_program_pauses_it_and_parks_it_at_a_barrier(build: Build) -> None:
+    guest = build(
+        f"""
+        main:
+          mov ${BAR}, %ebx
+        1: incq 0x5000
+          movl $4, (%rbx)
+          incq 0x5008
+          jmp 1b
+        """
+    )
+    tickets: list[Ticket] = []
+    written = threading.Semaphore(0)
+    changed = threading.Event()
+
+    def handle(_vcpu: int, reason: VcpuExit) -> bytes | Ticket | None:
+        if not isinstance(reason, MmioWrite):
+            return None
+        tickets.append(Ticket("_rng", len(tickets), "activation"))
+        written.release()
+        return tickets[-1]
+
+    def no(*_arguments: object) -> None:
+        raise AssertionError("the guest neither asks nor crashes")
+
+    vcpu = Vcpu(0, guest.cpu, handle, changed.set, no, no)
+    thread = threading.Thread(target=drive_thread, args=(vcpu,))
+    thread.start()
+    try:
+        vcpu.release_pause()
+        for count in range(30):
+            assert written.acquire(timeout=BOUND_S)
+            before, after = (guest.memory.read(at, 8)[0] for at in (0x5000, 0x5008))
+            assert (before, after) == (count + 1, count)
+            # The barrier is a checkpoint: a pause reaches it at once, and after resume it still holds.
+            changed.clear()
+            vcpu.request_pause()
+            assert changed.wait(BOUND_S)
+            assert vcpu.is_paused()
+            saved = guest.cpu.save()
+            guest.cpu.load(saved)
+            vcpu.release_pause()
+            assert guest.memory.read(0x5008, 1)[0] == count
+            tickets[-1].settle()
+    finally:
+        for ticket in tickets:
+            ticket.settle()
+        vcpu.request_stop()
+        thread.join(BOUND_S)
+    assert not thread.is_alive()
 
 
 def test_200_kicks_stop_a_spinner_between_two_instructions(build: Build) -> None:

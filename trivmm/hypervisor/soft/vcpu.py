@@ -173,7 +173,7 @@ class SoftVcpu:
                 case Stop.GATE:
                     pass
                 case Stop.HALT:
-                    self._halted = True
+                    self._halted = self._is_after_hlt()
                 case Stop.EXCEPTION:
                     ended = self._exception(engine.exception)
                     if ended is not None:
@@ -269,6 +269,11 @@ class SoftVcpu:
         """Bytes of the INT that was just executed: CD nn has two, CC and CE one."""
         code = self._code_at(self._engine.env.eip - 2, 2)
         return 2 if code == bytes((0xCD, vector)) else 1
+
+    def _is_after_hlt(self) -> bool:
+        """The engine came back unasked: for HLT, or for reasons of its own, after which it is simply run again."""
+        env = self._engine.fetch()
+        return self._code_at(env.eip - 1, 1) in (b"\xf4", b"")
 
     def _halt(self) -> None:
         """Wait for an interrupt or a kick, at most until the next timer."""

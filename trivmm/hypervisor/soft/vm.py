@@ -13,6 +13,7 @@ import os
 import select
 import threading
 import time
+from contextlib import suppress
 from typing import Any, Final
 
 import attrs
@@ -123,7 +124,8 @@ class SoftVm:
     def _disconnect(self, fd: int) -> None:
         with self._lock:
             if self._sources.pop(fd, None) is not None:
-                self._epoll.unregister(fd)
+                with suppress(OSError, ValueError):  # closed already: the kernel has forgotten it
+                    self._epoll.unregister(fd)
 
     def collect(self, timeout_s: float) -> bool:
         """Wait at most ``timeout_s`` for an interrupt source or a kick; take what the sources hold. The vCPU's
