@@ -16,10 +16,13 @@ import trio
 from trivmm._native import ffi, lib
 from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError, DeadlineError, MigrationError, TrivmmError
+from trivmm.migration import messages as m
+from trivmm.migration.link import Link
 from trivmm.migration.progress import MigrationProgress, MigrationReport, Phase
 from trivmm.migration.receiver import open_receiver
 from trivmm.migration.sender import SendOptions, send
-from trivmm.migration.transports import TcpAddress, UnixAddress, listen, parse_url
+from trivmm.migration.steps import Session
+from trivmm.migration.transports import SocketDialer, TcpAddress, UnixAddress, listen, parse_url
 from trivmm.testing.migration import DiskLock, FakeDestination, FakeSource
 
 MIB = 1 << 20
@@ -300,3 +303,46 @@ async def test_a_port_in_use_is_named() -> None:
     with pytest.raises(ConfigError, match="cannot listen"):
         await listen(parse_url(first.url, "x"), LIMITS)
     first.close()
+
+
+async def test_a_new_receiver_takes_over_from_one_that_only_answers_questions(tmp_path: Path) -> None:
+    """And goes on answering for it: a source whose link died after COMMIT still hears the verdict."""
+    url = f"unix:{tmp_path}/m.sock"
+    long = Deadlines(commit=60.0)
+    dialer = SocketDialer(parse_url(url, "destination_url"), long)
+    first = DiskLock()
+    source, destination = FakeSource(first, long), FakeDestination(first, long)
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            async with open_receiver(url, long, nursery) as receiver:
+                link = Link(
+                    await SocketDialer(UnixAddress(str(tmp_path / "m.sock")), long).dial(), Session(source=True)
+                )
+                session = bytes(range(16))
+
+                async def source_without_an_end() -> None:
+                    memory = tuple((region.gpa, region.size) for region in source.memory.regions)
+                    await link.send(m.Setup(session, source.describe(), memory))
+                    await link.expect(m.SetupOk)
+                    await source.stop(1)
+                    await link.send(m.State(source.save()))
+                    await link.expect(m.Ready)
+                    await source.release_locks()
+                    await link.send(m.Commit(session))
+                    await link.close()
+
+                nursery.start_soon(source_without_an_end)
+                await receiver.receive(destination.factory)
+            async with open_receiver(url, long, nursery) as again:
+                other = DiskLock()
+                next_source, next_destination = FakeSource(other, long), FakeDestination(other, long)
+                nursery.start_soon(again.receive, next_destination.factory)
+                asking = Link(await dialer.dial(), Session(source=True))
+                await asking.send(m.Query(session))
+                assert (await asking.expect(m.Verdict)).verdict == "running"
+                await asking.close()
+                await send(next_source, again.url, PATIENT)
+    assert destination.running
+    assert next_destination.running
+    for each in (source, destination, next_source, next_destination):
+        each.close()

@@ -241,7 +241,10 @@ class Receiver:
 
     async def _accept_strangers(self, nursery: trio.Nursery) -> None:
         while True:
-            channel = await self.listener.accept()
+            try:
+                channel = await self.listener.accept()
+            except trio.ClosedResourceError:
+                return  # closed by its owner, or handed over
             if self._greeting >= MAX_STRANGERS:
                 await channel.aclose()
                 continue
