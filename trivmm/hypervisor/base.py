@@ -246,6 +246,8 @@ class Hypervisor(Protocol):
     name: ClassVar[str]
 
     max_vcpus: int
+    note: str
+    """Why this one and not KVM, where ``auto`` fell back; empty otherwise."""
 
     def open_vm(self) -> VmBackend:
         """:raises HypervisorError: with a remedy, when the host cannot."""

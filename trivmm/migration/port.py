@@ -20,9 +20,13 @@ class SourceMachine(Protocol):
     """The machine of a VM whose lease the migration holds."""
 
     deadlines: Deadlines
-    memory: GuestMemory
-    live_copy: bool
-    """False where the back end has no dirty log (``soft``): the sender then stops the machine before it copies."""
+
+    @property
+    def memory(self) -> GuestMemory: ...
+
+    @property
+    def live_copy(self) -> bool:
+        """False where the back end has no dirty log (``soft``): the sender stops the machine before it copies."""
 
     def describe(self) -> dict[str, Any]:
         """JSON-able SETUP section: everything that the destination needs to build the same machine."""
@@ -64,7 +68,9 @@ class DestinationMachine(Protocol):
     """A machine built from a SETUP section: memslots, RAM, devices, parked vCPU threads; nothing runs."""
 
     deadlines: Deadlines
-    memory: GuestMemory
+
+    @property
+    def memory(self) -> GuestMemory: ...
 
     def load(self, state: MachineState) -> None:
         """Set all state; may be called again. :raises TrivmmError: when the state makes no sense."""

@@ -263,7 +263,9 @@ class ScriptedHypervisor:
 
     name: ClassVar[str] = "scripted"
     max_vcpus = 8
+    note = ""
     driver = staticmethod(task_driver)
+    clock = staticmethod(trio.current_time)
 
     def __init__(self, *scripts: Script) -> None:
         self.scripts = scripts

@@ -88,5 +88,8 @@ class WorkerDevice:
     def take_locks(self) -> None:
         return None
 
+    def counters(self) -> dict[str, int]:
+        return {}
+
     def close(self) -> None:
         return None

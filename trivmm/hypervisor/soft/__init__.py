@@ -21,6 +21,7 @@ class SoftHypervisor:
 
     def __init__(self) -> None:
         self.max_vcpus = 1
+        self.note = ""
 
     def open_vm(self) -> VmBackend:
         """:raises HypervisorError: when unicorn is not installed."""

@@ -1,0 +1,99 @@
+"""Receiving a VM: listen, take one in, and own it for the length of the block.
+
+::
+
+    async with open_incoming("unix:/run/b.sock") as incoming:
+        vm = await incoming.receive()
+        await vm.wait()
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import attrs
+
+from trivmm.config import PayloadConfig, VmConfig
+from trivmm.deadlines import Deadlines
+from trivmm.errors import ConfigError
+from trivmm.hypervisor.base import Hypervisor
+from trivmm.hypervisor.select import choose_hypervisor
+from trivmm.migration.port import DestinationMachine
+from trivmm.migration.progress import MigrationProgress
+from trivmm.migration.receiver import Receiver, open_receiver
+from trivmm.migration.setup import config_from_setup
+from trivmm.nursery.ownership import MIGRATION
+from trivmm.nursery.vcpus import Driver
+from trivmm.vm import Vm, driver_of, vm_scope
+
+__all__ = ["Incoming", "open_incoming"]
+
+
+@attrs.define(eq=False)
+class Incoming:
+    """A listener that takes one VM in. ``url`` is what to give to the sender (a tcp port 0 is filled in)."""
+
+    hypervisor: Hypervisor
+    deadlines: Deadlines
+    vm: Vm
+    _receiver: Receiver
+
+    @property
+    def url(self) -> str:
+        return self._receiver.url
+
+    async def receive(self) -> Vm:
+        """Wait for a sender (``accept``), take its VM in, and give it, running (or paused, as it was sent).
+
+        :raises MigrationError: when it failed: nothing runs here, everything that was built is gone."""
+        async with self.vm.ownership.lease(MIGRATION):
+            try:
+                await self._receiver.receive(self._build, self._note)
+            except BaseException:
+                await self.vm.abandon()
+                raise
+            self.vm.adopt()
+            return self.vm
+
+    def _note(self, progress: MigrationProgress) -> None:
+        self.vm.migration_progress = progress
+
+    async def _build(self, setup: dict[str, Any]) -> DestinationMachine:
+        if setup.get("hypervisor") != self.hypervisor.name:
+            raise ConfigError(
+                "hypervisor",
+                setup.get("hypervisor"),
+                f"this side runs {self.hypervisor.name}",
+                "start both sides with the same --hypervisor",
+            )
+        config = attrs.evolve(config_from_setup(setup.get("config")), deadlines=self.deadlines)
+        return await self.vm.build_for_migration(config, setup)
+
+
+@asynccontextmanager
+async def open_incoming(
+    url: str,
+    *,
+    hypervisor: Hypervisor | None = None,
+    deadlines: Deadlines | None = None,
+    driver: Driver | None = None,
+) -> AsyncIterator[Incoming]:
+    """Listen at ``url`` (``unix:PATH`` or ``tcp:HOST:PORT``) for one migration.
+
+    The VM that arrives lives until the end of the block, with the same promises as in ``open_vm``.
+
+    :raises ConfigError: when the address can't be bound."""
+    limits = deadlines or Deadlines()
+    chosen = hypervisor if hypervisor is not None else choose_hypervisor("auto")
+    empty = VmConfig(PayloadConfig(""), deadlines=limits)  # until the sender's SETUP says what it is
+    try:
+        async with (
+            vm_scope(empty, chosen, driver or driver_of(chosen)) as (vm, nursery),
+            open_receiver(url, limits, nursery) as receiver,
+        ):
+            yield Incoming(chosen, limits, vm, receiver)
+    finally:
+        if hypervisor is None:
+            chosen.close()

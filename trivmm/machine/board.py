@@ -1,0 +1,368 @@
+"""The board: everything of a machine that is not a task. Built in one go from a configuration, or not at all.
+
+``build_board`` opens files, maps RAM, makes the KVM VM and its vCPUs, and plugs the devices; a failure anywhere closes
+what was opened. The board then answers every vCPU exit (:meth:`Board.handle_exit`, on vCPU threads), and is saved,
+loaded and closed as a whole. Tasks around it (actors, vCPUs, drain) belong to ``trivmm.nursery.tree``.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+
+from trivmm._native import ffi, lib
+from trivmm.config import VmConfig
+from trivmm.errors import ConfigError, MigrationError
+from trivmm.hypervisor.base import Hypervisor, IoIn, IoOut, MmioRead, MmioWrite, VcpuBackend, VcpuExit, VmBackend
+from trivmm.machine import layout
+from trivmm.machine.acpi_port import ACPI_PORTS, AcpiPort
+from trivmm.machine.bus import AddressSpace, BusDevice, Outcome, Range
+from trivmm.machine.cmos import CMOS_PORTS, Cmos
+from trivmm.machine.debug_ports import DEBUG_CONSOLE_PORTS, DEBUG_PORTS, DebugConsole, DebugPort
+from trivmm.machine.elf import UserFile, parse_kernel
+from trivmm.machine.i8042 import I8042, I8042_PORTS
+from trivmm.machine.memory import GuestMemory
+from trivmm.machine.pci import CONFIG_PORTS, PciBus
+from trivmm.machine.pvh import load_payload
+from trivmm.machine.serial import COM1, COM1_IRQ, Serial, open_sink
+from trivmm.migration.setup import config_to_setup
+from trivmm.migration.state import MachineState
+from trivmm.nursery.activation import DeviceLifecycle
+from trivmm.virtio.block import BlockDevice
+from trivmm.virtio.device import WorkerDevice
+from trivmm.virtio.pci import VirtioPciTransport
+from trivmm.virtio.rng import RngDevice
+
+__all__ = ["Board", "DeviceSlot", "build_board"]
+
+logger = logging.getLogger(__name__)
+
+EventSink = Callable[[str, str, int], None]
+
+
+@attrs.frozen(eq=False)
+class DeviceSlot:
+    """One virtio device: what it does, how the guest talks to it, and where it stands in its life."""
+
+    backend: WorkerDevice
+    transport: VirtioPciTransport
+    lifecycle: DeviceLifecycle
+    pci_slot: int
+
+
+@attrs.define(eq=False)
+class Board:
+    """``devices`` in the order of their PCI slots. ``stuck`` names threads that outlived their deadline."""
+
+    config: VmConfig
+    memory: GuestMemory
+    vm: VmBackend
+    pio: AddressSpace
+    mmio: AddressSpace
+    pci: PciBus
+    serial: Serial
+    fixed: dict[str, Any]
+    cpus: list[VcpuBackend] = attrs.field(factory=list)
+    devices: list[DeviceSlot] = attrs.field(factory=list)
+    stuck: list[str] = attrs.field(factory=list)
+    clock: Callable[[], float] = time.monotonic
+    _dirty_logging: bool = False
+    _closed: bool = False
+
+    # --- exits: vCPU threads ---------------------------------------------------------------------------------
+
+    def handle_exit(self, vcpu: int, reason: VcpuExit) -> bytes | Outcome:
+        match reason:
+            case MmioWrite(gpa, data):
+                return self.mmio.write(gpa, data)
+            case MmioRead(gpa, size):
+                return self.mmio.read(gpa, size)
+            case IoOut(port, size, data):
+                if len(data) == size:
+                    return self.pio.write(port, data)
+                outcome: Outcome = None
+                for at in range(0, len(data), size):
+                    outcome = self.pio.write(port, data[at : at + size]) or outcome
+                return outcome
+            case IoIn(port, size, count):
+                return b"".join(self.pio.read(port, size) for _ in range(count))
+            case _:
+                return None
+
+    def inline_handler(self, index: int) -> Callable[[VcpuExit], bytes | None]:
+        def answer(reason: VcpuExit) -> bytes | None:
+            answered = self.handle_exit(index, reason)
+            return answered if isinstance(answered, bytes) else None
+
+        return answer
+
+    # --- boot ------------------------------------------------------------------------------------------------
+
+    def load_payload(self) -> None:
+        """Put kernel, command line, initramfs and boot data into RAM and point the boot vCPU at them.
+
+        :raises ConfigError: naming the payload's field and what is wrong with the file."""
+        boot = load_payload(self.memory, self.config.payload)
+        self.cpus[0].set_boot_state(boot.entry_gpa, boot.start_info_gpa)
+
+    def check_payload(self) -> None:
+        """A destination boots nothing now, but the guest may ask it for a reboot later.
+
+        :raises ConfigError: when the kernel can't be used on this host."""
+        with UserFile("payload.kernel", self.config.payload.kernel) as file:
+            parse_kernel(file)
+
+    # --- interrupts ------------------------------------------------------------------------------------------
+
+    def connect_interrupts(self) -> None:
+        self.serial.thaw()
+        self.vm.connect_irq(self.serial.irq_fd, COM1_IRQ)
+        for slot in self.devices:
+            slot.transport.connect_interrupts()
+
+    def disconnect_interrupts(self) -> None:
+        """After this no eventfd injects: what the kernel had queued is in the vCPUs, the rest stays in the
+        eventfds and is saved as pending bits."""
+        for slot in self.devices:
+            slot.transport.disconnect_interrupts()
+        self.vm.disconnect_irq(self.serial.irq_fd, COM1_IRQ)
+
+    # --- dirty log -------------------------------------------------------------------------------------------
+
+    def start_dirty_log(self) -> None:
+        self.vm.set_dirty_log(True)
+        self._dirty_logging = True
+
+    def stop_dirty_log(self) -> None:
+        if self._dirty_logging:
+            self._dirty_logging = False
+            self.vm.set_dirty_log(False)
+
+    def harvest_dirty(self, slot: int, into: Any) -> int:
+        region = self.memory.regions[slot]
+        if self._dirty_logging:
+            self.vm.harvest_dirty(slot, into)
+        lib.tv_dirty_take(region.dirty, into, region.bitmap_words)
+        return int(lib.tv_pages_count(into, region.bitmap_words))
+
+    # --- state -----------------------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        """What a destination needs to build the same board (the SETUP section of a migration)."""
+        return {
+            "config": config_to_setup(self.config),
+            "hypervisor": self.vm.name,
+            "ram": [[region.gpa, region.size] for region in self.memory.regions],
+            "devices": {slot.backend.name: slot.pci_slot for slot in self.devices},
+        }
+
+    def check_setup(self, setup: dict[str, Any]) -> None:
+        """:raises MigrationError: where this board is not the one that the sender has."""
+        mine = self.describe()
+        for part in ("hypervisor", "ram", "devices"):
+            if setup.get(part) != mine[part]:
+                raise MigrationError(f"the sender's {part} is {setup.get(part)!r}, here it is {mine[part]!r}")
+
+    def save(self) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+        """(devices by name, fixed parts by name), JSON-able; after the machine stopped."""
+        devices = {
+            slot.backend.name: {
+                "lifecycle": slot.lifecycle.save(),
+                "transport": slot.transport.save(),
+                "device": slot.backend.save(),
+            }
+            for slot in self.devices
+        }
+        board = {name: part.save() for name, part in self.fixed.items()}
+        return devices, board
+
+    def load(self, state: MachineState) -> None:
+        """Set everything; may be called again. :raises MigrationError: naming the part that makes no sense."""
+        if len(state.vcpus) != len(self.cpus):
+            raise MigrationError(f"state has {len(state.vcpus)} vCPUs, the machine {len(self.cpus)}")
+        if set(state.devices) != {slot.backend.name for slot in self.devices}:
+            raise MigrationError(f"state has devices {sorted(state.devices)}, the machine others")
+        part = "?"
+        try:
+            for slot in self.devices:
+                part = slot.backend.name
+                saved = state.devices[part]
+                slot.transport.load(saved["transport"])
+                slot.backend.load(saved["device"])
+                slot.lifecycle.load(saved["lifecycle"], slot.transport.snapshot)
+            for name, fixed in self.fixed.items():  # the PCI bus among them places the BARs that were just loaded
+                part = name
+                fixed.load(state.board[name])
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise MigrationError(f"state of {part} makes no sense: {error!r}") from error
+        self.vm.load(state.vmm)
+        for vcpu in state.vcpus:
+            self.cpus[vcpu.index].load(vcpu.state)
+
+    def committed(self) -> None:
+        """The machine runs here from now on: sinks that were opened for an incoming VM are written from here."""
+        self.serial.attach_sink(open_sink(self.config.serial, incoming=True))
+
+    # --- reading ---------------------------------------------------------------------------------------------
+
+    def device_tree(self) -> dict[str, Any]:
+        return {
+            slot.backend.name: {
+                "id": slot.backend.name,
+                "resources": [],
+                "children": [],
+                "pci_bdf": f"0000:00:{slot.pci_slot:02x}.0",
+                "status": slot.lifecycle.state.value,
+            }
+            for slot in self.devices
+        }
+
+    def counters(self) -> dict[str, dict[str, int]]:
+        counted = {slot.backend.name: slot.backend.counters() | slot.lifecycle.counters() for slot in self.devices}
+        counted["_serial"] = self.serial.counters()
+        counted["_bus"] = {
+            f"{space.name}_unhandled_{kind}": getattr(space, f"unhandled_{kind}")
+            for space in (self.pio, self.mmio)
+            for kind in ("reads", "writes")
+        }
+        return counted
+
+    def note_stuck(self, what: str) -> None:
+        self.stuck.append(what)
+
+    def close(self) -> None:
+        """Close everything, in the reverse order of the build. Idempotent. A stuck thread keeps guest memory."""
+        if self._closed:
+            return
+        self._closed = True
+        for slot in self.devices:
+            slot.transport.close()
+            slot.backend.close()
+        self.serial.close()
+        for cpu in self.cpus:
+            cpu.close()
+        self.vm.close()
+        if not self.stuck:
+            self.memory.close()
+
+
+def build_board(
+    config: VmConfig,
+    hypervisor: Hypervisor,
+    *,
+    on_event: EventSink = lambda kind, device, generation: None,
+    incoming: bool = False,
+    reboot: bool = False,
+) -> Board:
+    """Build everything, or nothing. ``incoming``: image locks and the serial sink wait for COMMIT.
+
+    :raises ConfigError: naming the field, the value and the remedy.
+    :raises HypervisorError: when the host refuses."""
+    _check_limits(config, hypervisor)
+    undo: list[Callable[[], None]] = []
+    try:
+        serial = Serial(None if incoming else open_sink(config.serial, incoming=reboot))
+        undo.append(serial.close)
+        memory = GuestMemory(layout.ram_ranges(config.memory.size))
+        undo.append(memory.close)
+        vm = hypervisor.open_vm()
+        undo.append(vm.close)
+        board = _assemble(config, hypervisor, memory, vm, serial)
+        undo = [board.close]
+        _plug_devices(board, on_event, lock=not incoming)
+        for index in range(config.cpus.boot_vcpus):
+            cpu = vm.create_vcpu(index)
+            cpu.inline_handler = board.inline_handler(index)
+            board.cpus.append(cpu)
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
+    return board
+
+
+def _check_limits(config: VmConfig, hypervisor: Hypervisor) -> None:
+    if config.cpus.boot_vcpus > hypervisor.max_vcpus:
+        raise ConfigError(
+            "cpus.boot_vcpus",
+            config.cpus.boot_vcpus,
+            f"the {hypervisor.name} back end runs at most {hypervisor.max_vcpus}",
+            f"give 1 to {hypervisor.max_vcpus}",
+        )
+    available = _host_memory()
+    if available is not None and config.memory.size > available:
+        raise ConfigError(
+            "memory.size", config.memory.size, f"more than the host's RAM and swap ({available} bytes)", "give less"
+        )
+    top = max(gpa + size for gpa, size in layout.ram_ranges(config.memory.size))
+    if top > layout.BAR64_START:
+        raise ConfigError("memory.size", config.memory.size, "reaches into the PCI window below 1 TiB", "give less")
+
+
+def _host_memory() -> int | None:
+    """MemTotal and SwapTotal in bytes, or None where /proc doesn't say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return sum(int(fields[name].split()[0]) << 10 for name in ("MemTotal", "SwapTotal"))
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def _assemble(config: VmConfig, hypervisor: Hypervisor, memory: GuestMemory, vm: VmBackend, serial: Serial) -> Board:
+    for region in memory.regions:
+        vm.add_memory(region.slot, region.gpa, region.size, region.hva)
+    pio, mmio = AddressSpace("pio"), AddressSpace("mmio")
+    pci = PciBus(mmio)
+    cmos, debug_port = Cmos(config.memory.size), DebugPort()
+    guest_log = logging.getLogger("trivmm.guest")
+    ports: tuple[tuple[tuple[int, int], BusDevice, str], ...] = (
+        (CONFIG_PORTS, pci, "pci"),
+        (COM1, serial, "serial"),
+        (CMOS_PORTS, cmos, "cmos"),
+        (I8042_PORTS, I8042(), "i8042"),
+        (ACPI_PORTS, AcpiPort(), "acpi"),
+        (DEBUG_PORTS, debug_port, "debug port"),
+        (DEBUG_CONSOLE_PORTS, DebugConsole(guest_log.info), "debug console"),
+    )
+    for (first, count), device, name in ports:
+        pio.insert(Range(first, count, device, name))
+    attach = getattr(vm, "attach_pio_hook", None)
+    if attach is not None:  # kvm serves the UART inside its run loop, without Python
+        attach(*COM1, ffi.addressof(lib, "tv_uart_pio"), serial.native)
+    if hasattr(vm, "read_memory"):
+        vm.read_memory = memory.read
+    fixed = {"pci": pci, "serial": serial, "cmos": cmos, "debug_port": debug_port}
+    board = Board(config, memory, vm, pio, mmio, pci, serial, fixed)
+    board.clock = getattr(hypervisor, "clock", time.monotonic)
+    return board
+
+
+def _plug_devices(board: Board, on_event: EventSink, *, lock: bool) -> None:
+    """In Cloud Hypervisor's order: disks, then rng. (Its console would come first.)"""
+    config, memory = board.config, board.memory
+    for number, disk in enumerate(config.disks):
+        block = BlockDevice(disk, memory, f"_disk{number}", lock=lock)
+        _plug(board, block, on_event, slot=disk.pci_device_id, use_64bit_bar=False)
+    rng = RngDevice(config.rng, memory)
+    _plug(board, rng, on_event, slot=config.rng.pci_device_id, use_64bit_bar=True)
+
+
+def _plug(board: Board, device: WorkerDevice, on_event: EventSink, *, slot: int | None, use_64bit_bar: bool) -> None:
+    try:
+        if any(each.backend.name == device.name for each in board.devices):
+            raise ConfigError("id", device.name, "two devices have this id", "give each its own")
+        transport = VirtioPciTransport(device, board.vm, use_64bit_bar=use_64bit_bar)
+    except BaseException:
+        device.close()
+        raise
+    lifecycle = DeviceLifecycle(device, transport, board.config.deadlines, on_event)
+    transport.status = lifecycle
+    device.on_broken = lifecycle.fail
+    board.devices.append(DeviceSlot(device, transport, lifecycle, 0))
+    placed = board.pci.add(transport, slot)
+    board.devices[-1] = DeviceSlot(device, transport, lifecycle, placed)

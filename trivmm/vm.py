@@ -1,0 +1,477 @@
+"""The embedding API: a VM is an object in a trio program, with a scope.
+
+::
+
+    async with open_vm(config) as vm:            # builds nothing yet; checks nothing that boot would not
+        await vm.boot()
+        await vm.wait_for_console("login:")
+        report = await vm.migrate_to("unix:/run/b.sock")
+
+    async with open_incoming("unix:/run/b.sock") as incoming:
+        vm = await incoming.receive()
+        reason = await vm.wait()
+
+The VM nursery lives from ``open_vm`` to the end of its block. Whatever ends the block (return, error, cancellation),
+the owner ends first (a migration is cancelled and rolled back), then the vCPUs, then the devices, each within its
+deadline. An error raised in the block leaves it as it is, not wrapped in a group.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import attrs
+import trio
+
+from trivmm.config import VmConfig
+from trivmm.deadlines import Deadlines
+from trivmm.errors import GuestCrash, MigrationCancelled, MigrationInDoubt, WrongState
+from trivmm.hypervisor.base import Hypervisor
+from trivmm.hypervisor.select import choose_hypervisor
+from trivmm.machine.board import Board, build_board
+from trivmm.migration.progress import MigrationProgress, MigrationReport
+from trivmm.migration.sender import SendOptions, send
+from trivmm.nursery.ownership import MIGRATION, Ownership
+from trivmm.nursery.tree import Machine, open_machine
+from trivmm.nursery.vcpus import Driver, thread_driver
+
+__all__ = ["ExitReason", "Vm", "VmEvent", "VmState", "driver_of", "open_vm", "vm_scope"]
+
+logger = logging.getLogger(__name__)
+
+
+class VmState(enum.Enum):
+    """As Cloud Hypervisor spells them. A VM in doubt is ``PAUSED`` with ``Vm.in_doubt`` set."""
+
+    CREATED = "Created"
+    RUNNING = "Running"
+    PAUSED = "Paused"
+    SHUTDOWN = "Shutdown"
+
+
+@attrs.frozen
+class ExitReason:
+    """Why a VM ended: ``kind`` is ``poweroff`` (the guest), ``shutdown`` (you), ``migrated`` or ``crash``."""
+
+    kind: str
+    crash: GuestCrash | None = None
+
+
+@attrs.frozen
+class VmEvent:
+    """Something that happened, for observers: ``kind`` such as ``activated``, ``reset``, ``failed``, ``booted``."""
+
+    kind: str
+    device: str | None
+    generation: int
+    at_s: float
+
+
+@attrs.define(eq=False)
+class Vm:
+    """One VM, from :func:`open_vm` (or ``open_incoming``) to the end of that block. Use from one trio program."""
+
+    config: VmConfig
+    hypervisor: Hypervisor
+    _nursery: trio.Nursery
+    _driver: Driver = thread_driver
+    state: VmState = attrs.field(default=VmState.CREATED, init=False)
+    in_doubt: bool = attrs.field(default=False, init=False)
+    migration_progress: MigrationProgress | None = attrs.field(default=None, init=False)
+    ownership: Ownership = attrs.field(
+        default=attrs.Factory(lambda self: Ownership(self.deadlines), takes_self=True), init=False
+    )
+    reboots: int = attrs.field(default=0, init=False)
+    _machine: Machine | None = attrs.field(default=None, init=False)
+    _machine_ended: trio.Event = attrs.field(factory=trio.Event, init=False)
+    _end_machine: trio.Event = attrs.field(factory=trio.Event, init=False)
+    _exit: ExitReason | None = attrs.field(default=None, init=False)
+    _exited: trio.Event = attrs.field(factory=trio.Event, init=False)
+    _asked: trio.Event = attrs.field(factory=trio.Event, init=False)
+    _migration: trio.CancelScope | None = attrs.field(default=None, init=False)
+    _observers: list[Callable[[VmEvent], None]] = attrs.field(factory=list, init=False)
+    _last_board: Board | None = attrs.field(default=None, init=False)
+    _booted_once: trio.Event = attrs.field(factory=trio.Event, init=False)
+
+    # --- reading: always possible ----------------------------------------------------------------------------
+
+    @property
+    def deadlines(self) -> Deadlines:
+        return self.config.deadlines
+
+    @property
+    def hypervisor_name(self) -> str:
+        return self.hypervisor.name
+
+    @property
+    def migrating(self) -> bool:
+        return self.ownership.holder == MIGRATION
+
+    @property
+    def stuck(self) -> tuple[str, ...]:
+        """Threads that outlived their deadline, by name; a process that has some leaves by ``os._exit``."""
+        return () if self._last_board is None else tuple(self._last_board.stuck)
+
+    @property
+    def console_tail(self) -> bytes:
+        """The last mebibyte of serial output."""
+        return b"" if self._last_board is None else self._last_board.serial.tail()
+
+    def observe(self, callback: Callable[[VmEvent], None]) -> None:
+        """Call back in the trio thread on every event. Callbacks must be quick and must not raise."""
+        self._observers.append(callback)
+
+    def _tell(self, kind: str, device: str | None = None, generation: int = 0) -> None:
+        event = VmEvent(kind, device, generation, time.monotonic())
+        for callback in self._observers:
+            callback(event)
+
+    def info(self) -> dict[str, Any]:
+        """JSON-able: state, RAM in use, device tree (names, slots), vCPU states, migration."""
+        machine = self._machine
+        return {
+            "state": self.state.value,
+            "in_doubt": self.in_doubt,
+            "hypervisor": self.hypervisor.name,
+            "memory_actual_size": self.config.memory.size,
+            "device_tree": {} if machine is None else machine.board.device_tree(),
+            "vcpus": [] if machine is None else [vcpu.state.value for vcpu in machine.vcpus.vcpus],
+        }
+
+    def counters(self) -> dict[str, dict[str, int]]:
+        return {} if self._machine is None else self._machine.board.counters()
+
+    async def wait_for_console(self, text: str | bytes) -> bytes:
+        """Wait until the serial console has printed ``text``; gives the tail up to and including it.
+
+        Bounded by the caller. :raises WrongState: when the VM ends without having printed it."""
+        wanted = text.encode() if isinstance(text, str) else text
+        while True:
+            tail = self.console_tail
+            at = tail.find(wanted)
+            if at >= 0:
+                return tail[: at + len(wanted)]
+            if self._exited.is_set():
+                raise WrongState(f"wait for {text!r} on the console", self.state.value, "running until it prints that")
+            await self.console_output()
+
+    async def console_output(self) -> None:
+        """Wait until the serial console prints something more, or the VM ends. Bounded by the caller."""
+        board = self._last_board
+        seen = 0 if board is None else board.serial.total
+
+        async with trio.open_nursery() as nursery:
+
+            async def until(wait: Callable[[], Any]) -> None:
+                await wait()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(until, self._exited.wait)
+            if board is None:
+                nursery.start_soon(until, self._booted_once.wait)
+            else:
+                nursery.start_soon(until, board.serial.subscribe(seen).receive)
+
+    def console_input(self, data: bytes) -> None:
+        """Type on the serial console. :raises WrongState: when nothing runs."""
+        if self._machine is None:
+            raise WrongState("console input", self.state.value, "booted")
+        self._machine.board.serial.push_input(data)
+
+    async def wait(self) -> ExitReason:
+        """Wait until the VM has ended (see :class:`ExitReason`). Bounded by the caller."""
+        await self._exited.wait()
+        assert self._exit is not None
+        return self._exit
+
+    # --- verbs: need the lease -------------------------------------------------------------------------------
+
+    def _machine_in(self, operation: str, *states: VmState) -> Machine:
+        if self._machine is None or self.state not in states:
+            raise WrongState(operation, self.state.value, " or ".join(state.value for state in states))
+        return self._machine
+
+    async def boot(self) -> None:
+        """Build the machine, load the kernel, start the vCPUs.
+
+        :raises ConfigError: naming the field, the value and the remedy; nothing is left behind."""
+        async with self.ownership.lease("boot"):
+            if self.state not in (VmState.CREATED, VmState.SHUTDOWN) or self._machine is not None:
+                raise WrongState("boot", self.state.value, "Created or Shutdown")
+            await self._boot()
+            self._tell("booted")
+
+    async def _boot(self, *, reboot: bool = False) -> None:
+        board = build_board(self.config, self.hypervisor, on_event=self._tell, reboot=reboot)
+        try:
+            if self._driver is thread_driver:  # a kernel of hundreds of MiB would hold up the trio thread
+                await trio.to_thread.run_sync(board.load_payload)
+            else:
+                board.load_payload()
+            machine = await self._run(board)
+        except BaseException:
+            board.close()
+            raise
+        machine.resume()
+        self._exit, self._exited = None, trio.Event()
+        self.state = VmState.RUNNING
+
+    async def _run(self, board: Board, *, gate_open: bool = True) -> Machine:
+        """Start the machine's task in the VM nursery; it owns ``board`` once this returns."""
+        self._end_machine, self._machine_ended = trio.Event(), trio.Event()
+        machine: Machine = await self._nursery.start(self._machine_task, board, gate_open)
+        machine.on_guest_request = self._asked_set
+        self._machine, self._last_board = machine, board
+        self._booted_once.set()
+        return machine
+
+    async def _machine_task(
+        self, board: Board, gate_open: bool, *, task_status: trio.TaskStatus[Machine] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        end, ended = self._end_machine, self._machine_ended
+        try:
+            async with open_machine(board, self.deadlines, driver=self._driver, gate_open=gate_open) as machine:
+                task_status.started(machine)
+                # Shielded: when the VM nursery is cancelled, the owner (a migration) must roll back on a machine
+                # that still works; close() then ends it. Bounded by close(), which always sets the event.
+                with trio.CancelScope(shield=True):
+                    await end.wait()
+        finally:
+            if ended is self._machine_ended:
+                self._machine = None
+            board.close()
+            ended.set()
+
+    async def _end(self) -> None:
+        """End the machine, if there is one. Shielded, bounded inside by vcpu_stop, device_stop and quiesce."""
+        if self._machine is None:
+            return
+        with trio.CancelScope(shield=True):
+            self._end_machine.set()
+            with trio.move_on_after(4 * self.deadlines.shutdown_grace) as scope:
+                await self._machine_ended.wait()
+            if scope.cancelled_caught:
+                logger.critical("the machine did not end: %s", "; ".join(self.stuck) or "a thread is stuck")
+            self._machine = None
+
+    def _finish(self, reason: ExitReason) -> None:
+        self.state = VmState.SHUTDOWN
+        self.in_doubt = False
+        if self._exit is None:
+            self._exit = reason
+            self._exited.set()
+            self._tell(reason.kind)
+
+    async def pause(self) -> None:
+        """Stop the vCPUs. Devices finish what was queued. :raises PauseTimeout: the VM runs."""
+        async with self.ownership.lease("pause"):
+            await self._machine_in("pause", VmState.RUNNING).pause()
+            self.state = VmState.PAUSED
+            self._tell("paused")
+
+    async def resume(self) -> None:
+        """Run again. A VM in doubt takes its image locks first.
+
+        :raises ConfigError: when another process has them: the VM runs elsewhere."""
+        async with self.ownership.lease("resume"):
+            machine = self._machine_in("resume", VmState.PAUSED)
+            if self.in_doubt:
+                await machine.take_locks()
+                self.in_doubt = False
+            machine.resume()
+            self.state = VmState.RUNNING
+            self._tell("resumed")
+
+    async def shutdown(self) -> None:
+        """Power off: vCPUs, then devices, end. The configuration stays; ``boot`` starts afresh."""
+        async with self.ownership.lease("shutdown"):
+            self._machine_in("shutdown", VmState.RUNNING, VmState.PAUSED)
+            await self._end()
+            self._finish(ExitReason("shutdown"))
+
+    async def reboot(self) -> None:
+        """Power off and boot afresh, keeping the serial sink."""
+        async with self.ownership.lease("reboot"):
+            self._machine_in("reboot", VmState.RUNNING, VmState.PAUSED)
+            await self._end()
+            await self._boot(reboot=True)
+            self.reboots += 1
+
+    # --- migration -------------------------------------------------------------------------------------------
+
+    async def migrate_to(
+        self,
+        url: str,
+        *,
+        downtime_ms: float | None = None,
+        timeout_s: float | None = None,
+        timeout_strategy: str = "cancel",
+        on_progress: Callable[[MigrationProgress], None] | None = None,
+    ) -> MigrationReport:
+        """Move the VM to the receiver at ``url`` (``unix:PATH``, ``tcp:HOST:PORT``), live.
+
+        Runs in the caller's task. Until COMMIT every failure, cancellation included, leaves the VM running here
+        and the next migration possible. Afterwards the VM is SHUTDOWN here and ``wait`` gives ``migrated``.
+
+        :raises MigrationError: failed before COMMIT, the VM runs.
+        :raises MigrationInDoubt: the link died in the one moment when nobody can know: the VM is PAUSED here.
+        :raises VmMigrating: another migration owns the VM."""
+        options = SendOptions(
+            downtime_ms=1000 * self.deadlines.downtime if downtime_ms is None else downtime_ms,
+            timeout_s=self.deadlines.migration if timeout_s is None else timeout_s,
+            timeout_strategy=timeout_strategy.lower(),
+        )
+
+        def note(progress: MigrationProgress) -> None:
+            self.migration_progress = progress
+            if on_progress is not None:
+                on_progress(progress)
+
+        async with self.ownership.lease(MIGRATION):
+            machine = self._machine_in("migrate", VmState.RUNNING, VmState.PAUSED)
+            self._tell("migration-started")
+            try:
+                with trio.CancelScope() as scope:
+                    self._migration = scope
+                    report = await send(machine, url, options, note)
+            except MigrationInDoubt:
+                self.state, self.in_doubt = VmState.PAUSED, True
+                machine.running = False
+                self._tell("migration-in-doubt")
+                raise
+            except BaseException:
+                self._tell("migration-failed")
+                raise
+            finally:
+                self._migration = None
+            if scope.cancelled_caught:
+                self._tell("migration-cancelled")
+                raise MigrationCancelled("the migration was cancelled; the VM runs here")
+            await self._end()
+            self._finish(ExitReason("migrated"))
+            return report
+
+    def cancel_migration(self) -> bool:
+        """Ask a running migration to roll back; False when there is none. It ends in ``MigrationCancelled``."""
+        if self._migration is None:
+            return False
+        self._migration.cancel()
+        return True
+
+    # --- the control loop ------------------------------------------------------------------------------------
+
+    def _asked_set(self) -> None:
+        self._asked.set()
+
+    async def _control(self) -> None:
+        """Carries out what the guest asks for. It needs the lease, so a migration in progress comes first: then the
+        request travels with the VM, and the side that ends up running it carries it out."""
+        while True:
+            await self._asked.wait()
+            self._asked = trio.Event()
+            async with self.ownership.lease("guest request", wait_for_migration=True):
+                machine = self._machine
+                if machine is None or machine.guest_request is None or self.in_doubt:
+                    continue
+                request = machine.guest_request
+                logger.info("the guest asks for %s (%s)", request.kind, request.why)
+                crash = machine.crash
+                await self._end()
+                if request.kind == "reset":
+                    try:
+                        await self._boot(reboot=True)
+                    except Exception as error:
+                        logger.error("reboot failed: %s", error)
+                        self._finish(ExitReason("shutdown"))
+                    else:
+                        self.reboots += 1
+                        self._tell("rebooted")
+                elif request.kind == "crash":
+                    self._finish(ExitReason("crash", crash or GuestCrash(0, request.why, "")))
+                else:
+                    self._finish(ExitReason("poweroff"))
+
+    async def _close(self) -> None:
+        """The bounded end: owner, vCPUs, devices. Shielded by the caller."""
+        if self.cancel_migration():
+            with trio.move_on_after(self.deadlines.rollback + self.deadlines.commit):
+                await self.ownership.free()
+        await self._end()
+        self._finish(ExitReason("shutdown"))
+
+    # --- for open_incoming -----------------------------------------------------------------------------------
+
+    async def build_for_migration(self, config: VmConfig, setup: dict[str, Any]) -> Machine:
+        """Build the machine that a sender describes, parked: RAM, memslots, devices, vCPU threads.
+
+        :raises ConfigError: when this host can't, naming the field."""
+        self.config = config
+        self.ownership.deadlines = config.deadlines
+        board = build_board(config, self.hypervisor, on_event=self._tell, incoming=True)
+        try:
+            board.check_setup(setup)
+            board.check_payload()
+            return await self._run(board, gate_open=False)
+        except BaseException:
+            board.close()
+            raise
+
+    async def abandon(self) -> None:
+        """The migration failed before its verdict: what was built goes, the VM never ran."""
+        await self._end()
+
+    def adopt(self) -> None:
+        """The machine that a migration brought runs here now (or stays paused, as it was sent)."""
+        assert self._machine is not None
+        self.state = VmState.RUNNING if self._machine.running else VmState.PAUSED
+        self._tell("received")
+
+
+@asynccontextmanager
+async def vm_scope(config: VmConfig, hypervisor: Hypervisor, driver: Driver) -> AsyncIterator[tuple[Vm, trio.Nursery]]:
+    """The VM nursery with its control loop, and the bounded end. What the body raises leaves it unwrapped."""
+    failure: BaseException | None = None
+    async with trio.open_nursery() as nursery:
+        vm = Vm(config, hypervisor, nursery, driver)
+        nursery.start_soon(vm._control, name="control loop")
+        try:
+            yield vm, nursery
+        except trio.Cancelled:
+            raise
+        except BaseException as error:
+            failure = error  # raised again outside the nursery, so that it isn't wrapped in a group
+        finally:
+            with trio.CancelScope(shield=True):  # bounded inside, see _close
+                await vm._close()
+            nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+@asynccontextmanager
+async def open_vm(
+    config: VmConfig, *, hypervisor: Hypervisor | None = None, driver: Driver | None = None
+) -> AsyncIterator[Vm]:
+    """A VM for the length of the block, in state CREATED. ``hypervisor`` None chooses by the host.
+
+    ``driver`` runs the vCPUs; None takes the hypervisor's own (``Hypervisor.driver``), or a thread each.
+
+    :raises HypervisorError: / :raises ConfigError: when the host cannot; nothing is left behind."""
+    chosen = hypervisor if hypervisor is not None else choose_hypervisor("auto")
+    try:
+        async with vm_scope(config, chosen, driver or driver_of(chosen)) as (vm, _):
+            yield vm
+    finally:
+        if hypervisor is None:
+            chosen.close()
+
+
+def driver_of(hypervisor: Hypervisor) -> Driver:
+    """How this hypervisor's vCPUs are run: the scripted one brings a driver without threads."""
+    driver: Driver = getattr(hypervisor, "driver", thread_driver)
+    return driver
