@@ -32,7 +32,8 @@ class SourceMachine(Protocol):
         """JSON-able SETUP section: everything that the destination needs to build the same machine."""
 
     def start_dirty_log(self) -> None:
-        """From now on every write, by guest or host, is seen by the next harvest."""
+        """From now on every write, by guest or host, is seen by the next harvest; what was written before is not
+        (clear the host writers' log: the first round sends every touched page anyway)."""
 
     def stop_dirty_log(self) -> None:
         """Idempotent."""
@@ -56,10 +57,11 @@ class SourceMachine(Protocol):
         """Back from ``stop``: interrupts, gate, vCPUs (unless the VM was paused before). Safe when not stopped."""
 
     async def release_locks(self) -> None:
-        """Give up image locks, before COMMIT. :raises DeadlineError: while a device thread is stuck."""
+        """Give up image locks, before COMMIT; may be cancelled half way. :raises DeadlineError: while a device
+        thread is stuck."""
 
     async def take_locks(self) -> None:
-        """:raises ConfigError: when another process has them."""
+        """All of them, whichever are missing. :raises ConfigError: when another process has one."""
 
     def log(self, event: str, **fields: Any) -> None: ...
 
@@ -79,9 +81,12 @@ class DestinationMachine(Protocol):
         """On COMMIT. :raises ConfigError: → REFUSED."""
 
     async def start(self) -> None:
-        """Run (or stay paused, as the state says): interrupts, gate, vCPUs. After this it is RUNNING."""
+        """Run (or stay paused, as the state says): interrupts, gate, vCPUs. After this it is RUNNING. Raises only
+        before the first guest instruction, with the locks given back: an error becomes REFUSED, a promise."""
 
 
 class DestinationFactory(Protocol):
     async def __call__(self, setup: dict[str, Any]) -> DestinationMachine:
-        """:raises ConfigError: when this host cannot build that machine (names the field)."""
+        """RAM must be fresh, all zero: pages that the source never touched are not sent.
+
+        :raises ConfigError: when this host cannot build that machine (names the field)."""
