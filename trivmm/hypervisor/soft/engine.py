@@ -219,5 +219,10 @@ class Engine:
         self._uc.ctl_flush_tb()
 
     def close(self) -> None:
-        self._uc = None
-        self._context = None
+        """Free the engine now: its package leaves it in a reference cycle, with a gigabyte of address space.
+        Call once, with no run going on."""
+        self.env = Env.from_buffer_copy(self._pristine)  # the real one goes with the context
+        uc, self._uc, self._context = self._uc, None, None
+        release = getattr(uc, "_Uc__finalizer", None)
+        if release is not None:
+            release()

@@ -416,6 +416,8 @@ class SoftVcpu:
             return b""
 
     def describe(self) -> str:
+        if self._closed:
+            return "closed"
         env = self._engine.fetch()
         names = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{n}" for n in range(8, 16)))
         words = [f"{name} {env.regs[index]:#018x}" for index, name in enumerate(names)]
