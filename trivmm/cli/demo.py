@@ -79,20 +79,20 @@ async def open_host(name: str, folder: Path, hypervisor: str) -> AsyncIterator[H
         async with Client(str(api)) as client:
             host = Host(name, process, client, log)
             with trio.move_on_after(START_LIMIT_S) as scope:
-                while process.poll() is None:
+                while process.returncode is None:
                     try:
                         await client.ping()
                         break
                     except (TrivmmError, OSError):
                         await trio.sleep(POLL_S)
-            if scope.cancelled_caught or process.poll() is not None:
+            if scope.cancelled_caught or process.returncode is not None:
                 raise DemoError(f"process {name} did not start: {host.last_words()}")
             yield host
     finally:
         with trio.move_on_after(10, shield=True):
             process.terminate()
             await process.wait()
-        if process.poll() is None:
+        if process.returncode is None:
             process.kill()
             with trio.move_on_after(5, shield=True):
                 await process.wait()
