@@ -1,4 +1,9 @@
+import sys
+
 from setuptools import setup
 
-# cffi_modules is a keyword that pyproject.toml cannot express.
-setup(cffi_modules=["ffi/build_ffi.py:ffibuilder"])
+sys.path.insert(0, "ffi")
+from build_guest import BuildWithGuest  # noqa: E402
+
+# cffi_modules and cmdclass are keywords that pyproject.toml cannot express.
+setup(cffi_modules=["ffi/build_ffi.py:ffibuilder"], cmdclass={"build_py": BuildWithGuest})

@@ -1,1 +1,106 @@
-"""The bundled probe guest."""
+"""The probe guest: a freestanding PVH guest that checks its own memory, disk and devices for ever.
+
+It is built when TriVMM is installed, runs under KVM and on the soft CPU (and under any VMM with PVH and modern virtio
+over PCI), and reports in lines on COM1. Its words on the command line:
+
+==============  ====================================================================================================
+``cpus=N``      vCPUs to start by INIT-SIPI, 1 to 8; memory work is shared, CPU 1 (or 0) drives the devices
+``mem=MiB``     memory to test; all of the low RAM above 16 MiB when left out
+``rate=N``      pages a second to dirty
+``cycle=a,b``   devices to reset, activate, use and verify without rest: ``rng``, ``blk``
+``window=1``    every other cycle through the PCI config-access capability
+``race=1``      CPU 0 resets the rng while CPU 1 activates it
+``event_idx=1`` ``indirect=1``   negotiate these ring features
+``sectors=N``   disk sectors to use, at most 4096
+``beat=ms``     heartbeat period; ``report=ms`` report period
+``once=N``      power off after N activations; ``reboot=N`` reboots by the i8042
+``corrupt=1``   self-test: spoil two pages, which must be reported as LOST and STALE
+``tsc_khz=N``   the TSC's frequency
+==============  ====================================================================================================
+
+Typing ``q`` on the console powers it off.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Final
+
+import attrs
+
+__all__ = ["ProbeReport", "parse_report", "probe_cmdline", "probe_path"]
+
+READY: Final = re.compile(r"^PROBE ready cpus=(\d+) pages=(\d+)$", re.MULTILINE)
+REPORT: Final = re.compile(r"^PROBE (t=\d+(?: \w+=\d+)+)$", re.MULTILINE)
+PROBLEM: Final = re.compile(r"^PROBE (?!t=|ready|off|reboot|absent)(.+)$", re.MULTILINE)
+
+
+@attrs.frozen
+class ProbeReport:
+    """What the guest last said. ``errors`` counts pages, sectors and entropy lost or stale, by the guest's own
+    checks; ``stuck`` requests or resets that did not end in 30 s; ``gap_ms`` the longest time it did not run."""
+
+    ready: bool = False
+    cpus: int = 0
+    t: int = 0
+    beats: int = 0
+    gap_ms: int = 0
+    pages: int = 0
+    dirtied: int = 0
+    checked: int = 0
+    errors: int = 0
+    rng_act: int = 0
+    blk_act: int = 0
+    rng_ios: int = 0
+    blk_ios: int = 0
+    stuck: int = 0
+    needs_reset: int = 0
+    raced: int = 0
+    reports: int = 0
+    problems: tuple[str, ...] = ()
+
+
+def parse_report(text: str) -> ProbeReport:
+    """From the guest's serial output; an unfinished last line is left for the next time."""
+    text = text[: text.rfind("\n") + 1].replace("\r", "")
+    ready = list(READY.finditer(text))
+    lines = REPORT.findall(text)
+    values: dict[str, int] = {}
+    if lines:
+        known = {field.name for field in attrs.fields(ProbeReport)}
+        pairs = (word.split("=", 1) for word in lines[-1].split())
+        values = {name: int(value) for name, value in pairs if name in known}
+    return ProbeReport(
+        **values,
+        ready=bool(ready),
+        cpus=int(ready[-1][1]) if ready else 0,
+        reports=len(lines),
+        problems=tuple(PROBLEM.findall(text)),
+    )
+
+
+def probe_path() -> Path:
+    """The ELF. :raises FileNotFoundError: in a source tree where it was not built (``python ffi/build_guest.py``)."""
+    path = Path(__file__).with_name("probe.elf")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: not built; install the package, or run python ffi/build_guest.py")
+    return path
+
+
+def probe_cmdline(**options: object) -> str:
+    """The guest's command line: ``probe_cmdline(cpus=2, rate=500, cycle="rng,blk")``. None leaves a word out."""
+    options.setdefault("tsc_khz", _tsc_khz())
+    return " ".join(f"{name}={value}" for name, value in options.items() if value is not None)
+
+
+def _tsc_khz() -> int:
+    """A good guess: the guest tells time by the TSC, and only to pace itself."""
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+            for line in file:
+                if line.startswith("cpu MHz"):
+                    return int(float(line.split(":")[1]) * 1000)
+    except (OSError, ValueError):
+        pass
+    return 2_000_000
