@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
 import trio
 
-from trivmm import (
-    CpusConfig,
-    Deadlines,
-    DiskConfig,
-    MemoryConfig,
-    PayloadConfig,
-    SerialConfig,
-    Vm,
-    VmConfig,
-    open_incoming,
-    open_vm,
-)
+from trivmm import CpusConfig, Deadlines, DiskConfig, MemoryConfig, PayloadConfig, SerialConfig, Vm, VmConfig, VmEvent
 from trivmm.guest import ProbeReport, parse_report, probe_cmdline, probe_path
+from trivmm.testing.road import Road, open_road
 
 pytestmark = pytest.mark.kvm
 
@@ -47,65 +35,79 @@ def report_of(folder: Path) -> ProbeReport:
     return parse_report((folder / "serial.txt").read_text(errors="replace"))
 
 
-async def fresh_report(vm: Vm) -> None:
-    """Wait until the guest has printed two more report lines, so that at least one began after this call."""
-    for _ in range(2):
-        seen = vm.console_tail.count(b"PROBE t=")
-        while vm.console_tail.count(b"PROBE t=") <= seen:
-            await vm.console_output()
+async def fresh_report(vm: Vm, folder: Path) -> ProbeReport:
+    """The first report that the guest began after this call."""
+    wanted = report_of(folder).reports + 2
+    while (report := report_of(folder)).reports < wanted:
+        await vm.console_output()
+    return report
 
 
-@asynccontextmanager
-async def limited() -> AsyncIterator[None]:
+def unharmed(report: ProbeReport) -> bool:
+    return not report.problems and report.errors == 0 and report.stuck == 0
+
+
+async def settled(road: Road) -> None:
+    """Activations go on, and each is settled, on the side that runs."""
+    missing = {"_disk0", "_rng"}
+    all_seen = trio.Event()
+
+    def note(event: VmEvent) -> None:
+        if event.kind == "activated" and event.device is not None:
+            missing.discard(event.device)
+        if not missing:
+            all_seen.set()
+
+    road.vm.observe(note)
+    with trio.fail_after(road.vm.deadlines.activation + 10):
+        await all_seen.wait()
+
+
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+async def test_one_vcpu_moves(tmp_path: Path, kind: str) -> None:
+    url = f"unix:{tmp_path}/m.sock" if kind == "unix" else "tcp:127.0.0.1:0"
+    config = probe_config(tmp_path, cpus=1, rate=200, cycle="rng,blk", mem=32)
     with trio.fail_after(LIMIT_S):
-        yield
+        async with open_road(config) as road:
+            await road.vm.wait_for_console("PROBE ready")
+            before = await fresh_report(road.vm, tmp_path)
+            await road.move(url)
+            after = await fresh_report(road.vm, tmp_path)
+            assert unharmed(after)
+            assert after.checked > before.checked
+            assert after.rng_act > before.rng_act
+            assert after.blk_act > before.blk_act
 
 
-async def move(vm: Vm, url: str, stack: AsyncExitStack) -> Vm:
-    """Move ``vm`` to a new receiver in this program; gives the VM on the other side, whose scope is ``stack``'s."""
-    incoming = await stack.enter_async_context(open_incoming(url, deadlines=vm.deadlines, hypervisor=vm.hypervisor))
-    moved: list[Vm] = []
-
-    async def receive() -> None:
-        moved.append(await incoming.receive())
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(receive)
-        await vm.migrate_to(incoming.url)
-    return moved[0]
-
-
-async def test_one_vcpu_moves_over_unix(tmp_path: Path) -> None:
-    async with limited(), AsyncExitStack() as stack:
-        vm = await stack.enter_async_context(open_vm(probe_config(tmp_path, cpus=1, rate=200, cycle="rng,blk")))
-        await vm.boot()
-        await vm.wait_for_console("PROBE ready")
-        await fresh_report(vm)
-        before = report_of(tmp_path)
-        vm = await move(vm, f"unix:{tmp_path}/m.sock", stack)
-        await fresh_report(vm)
-        after = report_of(tmp_path)
-        assert after.errors == 0
-        assert after.stuck == 0
-        assert after.checked > before.checked
-        assert after.rng_act > before.rng_act
-        assert after.blk_act > before.blk_act
+@pytest.mark.parametrize(
+    ("cpus", "options"),
+    [
+        (1, {"window": 1, "event_idx": 1}),
+        (2, {"window": 1, "race": 1}),
+        (4, {"indirect": 1, "event_idx": 1}),
+    ],
+)
+async def test_twenty_moves_of_a_guest_that_cycles_its_devices(
+    tmp_path: Path, cpus: int, options: dict[str, int]
+) -> None:
+    config = probe_config(tmp_path, cpus=cpus, rate=300, cycle="rng,blk", mem=24, **options)
+    with trio.fail_after(LIMIT_S):
+        async with open_road(config) as road:
+            await road.vm.wait_for_console("PROBE ready")
+            for number in range(20):
+                await road.move(f"unix:{tmp_path}/m{number}.sock" if number % 2 else "tcp:127.0.0.1:0")
+                if number % 5 == 4:
+                    await settled(road)
+            after = await fresh_report(road.vm, tmp_path)
+            assert unharmed(after)
+            assert len(road.reports) == 20
 
 
-async def test_twenty_moves_of_a_guest_that_cycles_its_devices(tmp_path: Path) -> None:
-    async with limited(), AsyncExitStack() as stack:
-        config = probe_config(tmp_path, cpus=2, rate=300, cycle="rng,blk", window=1, race=1)
-        vm = await stack.enter_async_context(open_vm(config))
-        await vm.boot()
-        await vm.wait_for_console("PROBE ready")
-        for number in range(20):
-            url = f"unix:{tmp_path}/m{number}.sock" if number % 2 else "tcp:127.0.0.1:0"
-            async with AsyncExitStack() as next_stack:
-                vm = await move(vm, url, next_stack)
-                await stack.aclose()
-                stack = next_stack.pop_all()
-        await fresh_report(vm)
-        after = report_of(tmp_path)
-        assert after.errors == 0
-        assert after.stuck == 0
-        await stack.aclose()
+async def test_the_guest_sees_what_is_spoiled(tmp_path: Path) -> None:
+    """The checker itself: a page lost and a page stale are both reported."""
+    with trio.fail_after(LIMIT_S):
+        async with open_road(probe_config(tmp_path, cpus=1, mem=8, corrupt=1)) as road:
+            await road.vm.wait_for_console("PROBE ready")
+            report = await fresh_report(road.vm, tmp_path)
+            assert report.errors == 2
+            assert {problem.split()[0] for problem in report.problems} == {"LOST", "STALE"}

@@ -1,0 +1,106 @@
+"""Moving a VM again and again inside one program, each side in a task of its own.
+
+Scopes of trio nest, so a chain of ``open_incoming`` blocks in one task would keep every VM of the chain; here each
+block is a task that ends when its VM has moved on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import attrs
+import trio
+
+from trivmm.config import VmConfig
+from trivmm.hypervisor.base import Hypervisor
+from trivmm.incoming import Incoming, open_incoming
+from trivmm.migration.progress import MigrationReport
+from trivmm.vm import Vm, open_vm
+
+__all__ = ["Road", "open_road"]
+
+
+@attrs.define(eq=False)
+class Road:
+    """``vm`` is where the VM is now."""
+
+    nursery: trio.Nursery
+    vm: Vm
+    hypervisor: Hypervisor | None
+    _leave: trio.Event
+    reports: list[MigrationReport] = attrs.field(factory=list)
+
+    async def listen(self, url: str) -> tuple[Incoming, trio.Event]:
+        """A receiver in a task of its own, and the event that lets it go."""
+        leave = trio.Event()
+
+        async def host(*, task_status: trio.TaskStatus[Incoming]) -> None:
+            limits = self.vm.deadlines
+            async with open_incoming(url, hypervisor=self.hypervisor, deadlines=limits) as incoming:
+                task_status.started(incoming)
+                await leave.wait()
+
+        return await self.nursery.start(host), leave
+
+    async def move(self, url: str, **options: Any) -> MigrationReport:
+        """To a new receiver at ``url``; ``vm`` is the one there afterwards. :raises: what ``migrate_to`` raises."""
+        incoming, leave = await self.listen(url)
+        problems: list[Exception] = []
+
+        async def receive() -> None:
+            try:
+                await incoming.receive()
+            except Exception as error:  # the sender's error says more; this one is there for when it has none
+                problems.append(error)
+
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(receive)
+                try:
+                    report = await self.vm.migrate_to(incoming.url, **options)
+                except BaseException as error:
+                    failure: BaseException | None = error
+                else:
+                    failure = None
+            if failure is not None:
+                raise failure
+            if problems:
+                raise problems[0]
+        except BaseException:
+            leave.set()
+            raise
+        self.reports.append(report)
+        self._leave.set()
+        self._leave, self.vm = leave, incoming.vm
+        return report
+
+
+@asynccontextmanager
+async def open_road(config: VmConfig, *, hypervisor: Hypervisor | None = None) -> AsyncIterator[Road]:
+    """A booted VM that can be moved within the block."""
+    failure: BaseException | None = None
+    async with trio.open_nursery() as nursery:
+        leave = trio.Event()
+
+        async def first(*, task_status: trio.TaskStatus[Vm]) -> None:
+            async with open_vm(config, hypervisor=hypervisor) as vm:
+                await vm.boot()
+                task_status.started(vm)
+                await leave.wait()
+
+        vm = await nursery.start(first)
+        road = Road(nursery, vm, hypervisor, leave)
+        try:
+            yield road
+        except trio.Cancelled:
+            raise
+        except BaseException as error:
+            failure = error
+        finally:
+            road._leave.set()
+        if failure is not None:
+            nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
