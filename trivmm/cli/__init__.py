@@ -1,1 +1,70 @@
-"""The command line."""
+"""The command line: ``trivmm [run] …``, ``trivmm remote …``, ``trivmm doctor``, ``trivmm demo``.
+
+Exit codes: 0 done; 1 something failed; 2 the user's mistake, one line on stderr; 3 the guest crashed; 130 interrupted.
+Each command's module is imported when it is used: ``trivmm remote`` never imports trio.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+from trivmm.cli.parser import USAGE, UsageError
+from trivmm.errors import ConfigError, TrivmmError
+
+__all__ = ["EXIT_CRASH", "EXIT_FAILED", "EXIT_INTERRUPTED", "EXIT_USAGE", "main", "say_error"]
+
+EXIT_FAILED: Final = 1
+EXIT_USAGE: Final = 2
+EXIT_CRASH: Final = 3
+EXIT_INTERRUPTED: Final = 130
+
+
+def say_error(error: object) -> None:
+    """One line on stderr."""
+    line = " ".join(str(error).splitlines()) or type(error).__name__
+    print(f"error: {line}", file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; gives the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command, rest = ("run", arguments)
+    if arguments and arguments[0] in ("run", "remote", "doctor", "demo"):
+        command, rest = arguments[0], arguments[1:]
+    elif arguments and not arguments[0].startswith("-"):
+        say_error(UsageError(f"{arguments[0]}: unknown command; use run, remote, doctor or demo"))
+        return EXIT_USAGE
+    elif not arguments:
+        print(USAGE)
+        return 0
+    try:
+        match command:
+            case "remote":
+                from trivmm.cli.remote import remote
+
+                return remote(rest)
+            case "doctor":
+                from trivmm.cli.doctor import doctor
+
+                return doctor(rest)
+            case "demo":
+                from trivmm.cli.demo_command import demo
+
+                return demo(rest)
+            case _:
+                from trivmm.cli.run import run
+
+                return run(rest)
+    except (UsageError, ConfigError) as error:
+        say_error(error)
+        return EXIT_USAGE
+    except TrivmmError as error:
+        say_error(error)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # our reader went away: nobody is left to be told
+        sys.stderr.close()
+        return EXIT_FAILED

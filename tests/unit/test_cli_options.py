@@ -1,0 +1,168 @@
+"""Option strings, as Cloud Hypervisor spells them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trivmm.cli.options import (
+    parse_console,
+    parse_deadlines,
+    parse_pairs,
+    parse_receive,
+    parse_send,
+    parse_size,
+    parse_socket,
+    parse_vm,
+    split_commas,
+)
+from trivmm.control.schema import load_config
+from trivmm.errors import ConfigError, NotSupported
+
+NAMES = "kernel cmdline initramfs cpus memory disk rng serial console"
+
+
+def arguments(**given: Any) -> SimpleNamespace:
+    return SimpleNamespace(**{**dict.fromkeys(NAMES.split()), "kernel": "/k", **given})
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("", [""]),
+        ("a=1,b=2", ["a=1", "b=2"]),
+        ('path="a,b",x=1', ["path=a,b", "x=1"]),
+        ("t=[1,2],u=[[1,2],[3]]", ["t=[1,2]", "u=[[1,2],[3]]"]),
+        ('p="]"', ["p=]"]),
+    ],
+)
+def test_commas(text: str, parts: list[str]) -> None:
+    assert split_commas("--x", text) == parts
+
+
+@pytest.mark.parametrize("text", ['"', "[", "]", "a=[]]", 'a="b'])
+def test_what_does_not_match_up(text: str) -> None:
+    with pytest.raises(ConfigError, match="do not match"):
+        split_commas("--x", text)
+
+
+@given(st.text(max_size=40))
+def test_any_string_parses_or_is_refused(text: str) -> None:
+    for parse in (parse_socket, parse_send, parse_receive, lambda t: parse_pairs("--x", t, ("a", "b"))):
+        said = ""
+        try:
+            parse(text)
+        except ConfigError as error:
+            said = str(error)
+        assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("0", 0), ("1K", 1024), ("512M", 512 << 20), ("1G", 1 << 30), ("2T", 2 << 40)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size("--memory size", text) == size
+
+
+@pytest.mark.parametrize("text", ["", "M", "-1", "1.5G", "1GB", "٣", "1" * 30, " "])
+def test_what_is_not_a_size(text: str) -> None:
+    with pytest.raises(ConfigError, match="not a size"):
+        parse_size("--memory size", text)
+
+
+def test_a_full_command_line() -> None:
+    config = load_config(
+        parse_vm(
+            arguments(
+                cmdline="console=ttyS0",
+                cpus="boot=2,max=4",
+                memory="size=1G,shared=on",
+                disk=["path=a.img,readonly=on,id=d0,serial=S", 'path="b,c.img"'],
+                rng="src=/dev/random",
+                serial="file=/tmp/s",
+                console="off",
+            )
+        )
+    )
+    assert (config.cpus.boot_vcpus, config.cpus.max_vcpus) == (2, 4)
+    assert (config.memory.size, config.memory.shared) == (1 << 30, True)
+    assert [disk.path for disk in config.disks] == ["a.img", "b,c.img"]
+    assert (config.disks[0].readonly, config.disks[0].id, config.disks[0].serial) == (True, "d0", "S")
+    assert (config.serial.mode, config.serial.file, config.rng.src) == ("File", "/tmp/s", "/dev/random")
+
+
+def test_defaults() -> None:
+    config = load_config(parse_vm(arguments()))
+    assert (config.cpus.boot_vcpus, config.memory.size, config.serial.mode) == (1, 512 << 20, "Null")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"cpus": "boots=2"}, "--cpus boots = '2': unknown key; did you mean boot?"),
+        ({"cpus": "boot=0"}, "cpus.boot_vcpus = 0: out of range"),
+        ({"cpus": "boot=x"}, "--cpus boot = 'x': not a number"),
+        ({"cpus": "boot"}, "--cpus boot = '': no value"),
+        ({"cpus": "boot=1,boot=2"}, "--cpus boot = '2': given twice"),
+        ({"memory": "size=0"}, "memory.size = 0: no memory"),
+        ({"memory": "size=3"}, "memory.size = 3: not a multiple of 2 MiB; give 2097152"),
+        ({"memory": "512M"}, "--memory 512M = '': unknown key"),
+        ({"memory": "size=1G,hugepages=on"}, "memory.hugepages = True: not supported yet"),
+        ({"memory": "shared=maybe"}, "--memory shared = 'maybe': neither on nor off"),
+        ({"disk": ["readonly=on"]}, "--disk = 'readonly=on': no path"),
+        ({"disk": ["path=a,vhost_user=on"]}, "disks[0].vhost_user = True: not supported yet"),
+        ({"serial": "pty"}, "serial.mode = 'Pty': not supported yet"),
+        ({"serial": "file="}, "--serial = 'file=': no such mode"),
+        ({"console": "tty"}, "console.mode = 'Tty': virtio-console is not supported yet"),
+    ],
+)
+def test_mistakes(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(parse_vm(arguments(**given)))
+    assert str(caught.value).startswith(said)
+
+
+def test_harmless_defaults_of_cloud_hypervisor_are_taken() -> None:
+    load_config(parse_vm(arguments(cpus="boot=1,max_phys_bits=46,nested=on", memory="size=512M,thp=on,mergeable=off")))
+
+
+def test_consoles() -> None:
+    assert parse_console("--serial", "off") == {"mode": "Off"}
+    assert parse_console("--serial", "file=/x=y") == {"mode": "File", "file": "/x=y"}
+    assert parse_console("--serial", "socket=/x") == {"mode": "Socket", "socket": "/x"}
+
+
+def test_api_sockets() -> None:
+    assert parse_socket("path=/tmp/a.sock") == "/tmp/a.sock"
+    assert parse_socket("/tmp/a.sock") == "/tmp/a.sock"
+    for text, said in [("", "no path"), ("path=", "no path"), ("fd=3", "not supported yet"), ("path=a,b=c", "unknown")]:
+        with pytest.raises(ConfigError, match=said):
+            parse_socket(text)
+
+
+def test_deadlines() -> None:
+    limits = parse_deadlines(["pause=2,activation=0.5", "stall=7"])
+    assert (limits.pause, limits.activation, limits.stall, limits.commit) == (2, 0.5, 7, 10)
+    for text, said in [("paus=1", "did you mean pause"), ("pause=x", "not a time"), ("pause=0", "not a time")]:
+        with pytest.raises(ConfigError, match=said):
+            parse_deadlines([text])
+
+
+def test_migrations() -> None:
+    assert parse_send("unix:/x") == {"destination_url": "unix:/x"}
+    assert parse_send("destination_url=tcp:h:1,downtime_ms=50,timeout_s=9,timeout_strategy=ignore,local=off") == {
+        "destination_url": "tcp:h:1",
+        "downtime_ms": 50,
+        "timeout_s": 9,
+        "timeout_strategy": "Ignore",
+        "local": False,
+    }
+    assert parse_receive("tcp:[::1]:9") == {"receiver_url": "tcp:[::1]:9"}
+    for text, said in [("downtime_ms=1", "no destination_url"), ("unix:/x,downtme_ms=1", "did you mean downtime_ms")]:
+        with pytest.raises(ConfigError, match=said):
+            parse_send(text)
+    assert issubclass(NotSupported, ConfigError)

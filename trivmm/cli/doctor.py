@@ -1,0 +1,110 @@
+"""``trivmm doctor``: what this host can do, with remedies for what it can't. A table on a terminal, JSON elsewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import resource
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from trivmm.cli.parser import Parser
+from trivmm.cli.table import table
+
+__all__ = ["doctor"]
+
+NEEDED_FDS: Final = 256  # a VM takes about 30, an API connection one
+USEFUL_MEMORY: Final = 1 << 30
+
+Row = tuple[str, bool, str, str]
+"""(what, is it there, why it is wanted, remedy or empty)."""
+
+
+def doctor(arguments: Sequence[str]) -> int:
+    """Gives 0 when guests can run here (under KVM or on the soft CPU), else 1."""
+    parser = Parser("trivmm doctor", "What this host can do for guests, and remedies.")
+    parser.add_argument("--json", action="store_true", help="JSON, on a terminal too")
+    given = parser.parse(arguments)
+    kvm, soft = _kvm_rows(), _soft_row()
+    kvm_works = all(present or remedy == "optional" for _, present, _, remedy in kvm)
+    rows = [*kvm, soft, *_host_rows()]
+    runs = kvm_works or soft[1]
+    verdict = "guests run under KVM" if kvm_works else "guests run on the soft CPU" if runs else "guests can't run here"
+    if given.json or not sys.stdout.isatty():
+        keys = ("what", "present", "why", "remedy")
+        report = {
+            "runs": runs,
+            "kvm": kvm_works,
+            "soft": soft[1],
+            "rows": [dict(zip(keys, row, strict=True)) for row in rows],
+        }
+        print(json.dumps(report, indent=2))
+    else:
+        shown = [[name, "yes" if there else "no", why, remedy] for name, there, why, remedy in rows]
+        print(table(["what", "there", "what for", "remedy"], shown))
+        print(verdict)
+    return 0 if runs else 1
+
+
+def _kvm_rows() -> list[Row]:
+    try:
+        from trivmm.hypervisor.kvm.report import host_report
+    except ImportError as error:
+        return [("trivmm._native", False, "everything", f"install trivmm again, with a C compiler ({error})")]
+    return list(host_report())
+
+
+def _soft_row() -> Row:
+    there = importlib.util.find_spec("unicorn") is not None
+    return (
+        "unicorn (soft CPU)",
+        there,
+        "running guests without /dev/kvm",
+        "" if there else "pip install 'trivmm[soft]'",
+    )
+
+
+def _host_rows() -> list[Row]:
+    available = _meminfo().get("MemAvailable", 0)
+    enough = available >= USEFUL_MEMORY
+    rows: list[Row] = [
+        (
+            f"memory: {available >> 20} MiB available",
+            enough,
+            "guest RAM",
+            "" if enough else "free some, or give guests less",
+        )
+    ]
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    rows.append(
+        (
+            f"open files: {files}",
+            files >= NEEDED_FDS,
+            "devices, sockets",
+            "" if files >= NEEDED_FDS else "ulimit -n 1024",
+        )
+    )
+    cpus = len(os.sched_getaffinity(0))
+    rows.append((f"CPUs: {cpus}", cpus > 1, "a vCPU and its devices side by side", "" if cpus > 1 else "optional"))
+    shared = shutil.disk_usage("/tmp").free
+    rows.append((f"/tmp: {shared >> 20} MiB free", shared > 64 << 20, "the demo's disk image", ""))
+    return rows
+
+
+def _meminfo() -> dict[str, int]:
+    """Bytes by name."""
+    found: dict[str, int] = {}
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:
+        return found
+    for line in text.splitlines():
+        name, _, rest = line.partition(":")
+        words = rest.split()
+        if words and words[0].isdigit():
+            found[name] = int(words[0]) << 10
+    return found

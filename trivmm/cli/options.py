@@ -1,0 +1,276 @@
+"""Cloud Hypervisor's option syntax: ``key=value,key=value`` strings to the JSON of the API, and argument lists to them.
+
+Pure functions without trio. A value with commas is quoted or bracketed; sizes take ``K``, ``M``, ``G``, ``T``; toggles
+are ``on``, ``off``, ``true``, ``false``. What comes out goes through ``trivmm.control.schema``, so that the command
+line and the API refuse the same things in the same words.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final
+
+import attrs
+
+from trivmm.deadlines import TABLE, Deadlines
+from trivmm.errors import ConfigError
+
+__all__ = [
+    "parse_console",
+    "parse_deadlines",
+    "parse_pairs",
+    "parse_receive",
+    "parse_send",
+    "parse_size",
+    "parse_socket",
+    "parse_vm",
+    "split_commas",
+]
+
+SUFFIXES: Final = {"K": 10, "M": 20, "G": 30, "T": 40}
+MAX_DIGITS: Final = 19  # of a number in an option: 2^63 has 19
+
+Convert = Callable[[str, str], object]
+
+
+def split_commas(option: str, text: str) -> list[str]:
+    """Split at commas outside of ``"…"`` and ``[…]``; the quotes go. :raises ConfigError: they don't match up."""
+    parts, current, depth, quoted = [], "", 0, False
+    for char in text.strip():
+        if char == '"':
+            quoted = not quoted
+        elif char == "," and not quoted and depth == 0:
+            parts.append(current)
+            current = ""
+        else:
+            depth += 0 if quoted else (char == "[") - (char == "]")
+            current += char
+            if depth < 0:
+                break
+    if quoted or depth:
+        raise ConfigError(option, text, "quotes or brackets do not match", "close what was opened")
+    return [*parts, current]
+
+
+def parse_pairs(option: str, text: str, known: Iterable[str]) -> dict[str, str]:
+    """``key=value`` pairs. :raises ConfigError: an unknown key (with the nearest known one), or one without value."""
+    names = list(known)
+    pairs: dict[str, str] = {}
+    if not text.strip():
+        return pairs
+    for part in split_commas(option, text):
+        key, equals, value = part.partition("=")
+        key = key.strip()
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"
+            shown = key.encode("unicode_escape").decode()  # a line break in it would make two lines of one
+            raise ConfigError(f"{option} {shown}", value, "unknown key", hint)
+        if not equals:
+            raise ConfigError(f"{option} {key}", "", "no value", f"give {key}=…")
+        if key in pairs:
+            raise ConfigError(f"{option} {key}", value, "given twice", "give it once")
+        pairs[key] = value.strip()
+    return pairs
+
+
+# --- values --------------------------------------------------------------------------------------------------
+
+
+def parse_size(option: str, text: str) -> int:
+    """Bytes. :raises ConfigError:"""
+    digits, shift = text.strip(), 0
+    if digits[-1:] in SUFFIXES:
+        digits, shift = digits[:-1], SUFFIXES[digits[-1]]
+    if not digits.isascii() or not digits.isdigit() or len(digits) > MAX_DIGITS:
+        raise ConfigError(option, text, "not a size", "give bytes, or a number with K, M, G or T, such as 512M")
+    return int(digits) << shift
+
+
+def parse_integer(option: str, text: str) -> int:
+    """:raises ConfigError:"""
+    if not text.isascii() or not text.isdigit() or len(text) > MAX_DIGITS:
+        raise ConfigError(option, text, "not a number", "give a whole number")
+    return int(text)
+
+
+def parse_toggle(option: str, text: str) -> bool:
+    """:raises ConfigError:"""
+    match text.lower():
+        case "on" | "true":
+            return True
+        case "off" | "false":
+            return False
+    raise ConfigError(option, text, "neither on nor off", "give on or off")
+
+
+def _as_text(option: str, text: str) -> str:
+    return text
+
+
+def _one_of(*names: str) -> Convert:
+    def convert(option: str, text: str) -> str:
+        for name in names:
+            if name.lower() == text.lower():
+                return name
+        raise ConfigError(option, text, "unknown", f"give {' or '.join(name.lower() for name in names)}")
+
+    return convert
+
+
+# --- options: option key → (JSON key, conversion) ----------------------------------------------------------------
+
+# Keys of the contract that do not exist here are listed too: the schema refuses them by name, unless they hold
+# their default.
+_BUS: Final[Mapping[str, tuple[str, Convert]]] = {
+    "id": ("id", _as_text),
+    "pci_segment": ("pci_segment", parse_integer),
+    "addr": ("pci_device_id", parse_integer),
+    "pci_device_id": ("pci_device_id", parse_integer),
+    "iommu": ("iommu", parse_toggle),
+}
+CPUS: Final[Mapping[str, tuple[str, Convert]]] = {
+    "boot": ("boot_vcpus", parse_integer),
+    "max": ("max_vcpus", parse_integer),
+    "topology": ("topology", _as_text),
+    "kvm_hyperv": ("kvm_hyperv", parse_toggle),
+    "max_phys_bits": ("max_phys_bits", parse_integer),
+    "affinity": ("affinity", _as_text),
+    "features": ("features", _as_text),
+    "nested": ("nested", parse_toggle),
+    "core_scheduling": ("core_scheduling", _one_of("Vm", "Vcpu", "Off")),
+}
+MEMORY: Final[Mapping[str, tuple[str, Convert]]] = {
+    "size": ("size", parse_size),
+    "shared": ("shared", parse_toggle),
+    "mergeable": ("mergeable", parse_toggle),
+    "hugepages": ("hugepages", parse_toggle),
+    "hugepage_size": ("hugepage_size", parse_size),
+    "hotplug_method": ("hotplug_method", _one_of("Acpi", "VirtioMem")),
+    "hotplug_size": ("hotplug_size", parse_size),
+    "hotplugged_size": ("hotplugged_size", parse_size),
+    "prefault": ("prefault", parse_toggle),
+    "reserve": ("reserve", parse_toggle),
+    "thp": ("thp", parse_toggle),
+}
+DISK: Final[Mapping[str, tuple[str, Convert]]] = {
+    "path": ("path", _as_text),
+    "readonly": ("readonly", parse_toggle),
+    "serial": ("serial", _as_text),
+    "num_queues": ("num_queues", parse_integer),
+    "queue_size": ("queue_size", parse_integer),
+    "direct": ("direct", parse_toggle),
+    "vhost_user": ("vhost_user", parse_toggle),
+    "socket": ("vhost_socket", _as_text),
+    "queue_affinity": ("queue_affinity", _as_text),
+    "rate_limit_group": ("rate_limit_group", _as_text),
+    "bw_size": ("rate_limiter_config", _as_text),
+    "bw_one_time_burst": ("rate_limiter_config", _as_text),
+    "bw_refill_time": ("rate_limiter_config", _as_text),
+    "ops_size": ("rate_limiter_config", _as_text),
+    "ops_one_time_burst": ("rate_limiter_config", _as_text),
+    "ops_refill_time": ("rate_limiter_config", _as_text),
+    "backing_files": ("backing_files", parse_toggle),
+    "sparse": ("sparse", parse_toggle),
+    "image_type": ("image_type", _one_of("Raw", "Qcow2", "Vhdx", "FixedVhd", "Unknown")),
+    "lock_granularity": ("lock_granularity", _as_text),
+    **_BUS,
+}
+RNG: Final[Mapping[str, tuple[str, Convert]]] = {"src": ("src", _as_text), **_BUS}
+SEND: Final[Mapping[str, tuple[str, Convert]]] = {
+    "destination_url": ("destination_url", _as_text),
+    "downtime_ms": ("downtime_ms", parse_integer),
+    "timeout_s": ("timeout_s", parse_integer),
+    "timeout_strategy": ("timeout_strategy", _one_of("Cancel", "Ignore")),
+    "connections": ("connections", parse_integer),
+    "local": ("local", parse_toggle),
+    "tls_dir": ("tls_dir", _as_text),
+    "memory_mode": ("memory_mode", _one_of("Precopy", "Postcopy")),
+}
+RECEIVE: Final[Mapping[str, tuple[str, Convert]]] = {
+    "receiver_url": ("receiver_url", _as_text),
+    "tls_dir": ("tls_dir", _as_text),
+    "memory_mode": ("memory_mode", _one_of("Precopy", "Postcopy")),
+}
+
+
+def _object(option: str, text: str, keys: Mapping[str, tuple[str, Convert]]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for key, value in parse_pairs(option, text, keys).items():
+        name, convert = keys[key]
+        made[name] = convert(f"{option} {key}", value)
+    return made
+
+
+def parse_console(option: str, text: str) -> dict[str, Any]:
+    """``off``, ``null``, ``tty``, ``pty``, ``file=PATH`` or ``socket=PATH``, as ``--serial`` and ``--console`` take."""
+    mode, equals, value = text.partition("=")
+    match mode, equals:
+        case (("off" | "null" | "tty" | "pty"), ""):
+            return {"mode": mode.capitalize()}
+        case "file", "=" if value:
+            return {"mode": "File", "file": value}
+        case "socket", "=" if value:
+            return {"mode": "Socket", "socket": value}
+    raise ConfigError(option, text, "no such mode", "give off, null, tty or file=PATH")
+
+
+def parse_vm(arguments: Any) -> dict[str, Any]:
+    """The body of vm.create from parsed arguments (``kernel``, ``cmdline``, ``initramfs``, ``cpus``, ``memory``,
+    ``disk``, ``rng``, ``serial``, ``console``; None where not given). :raises ConfigError:"""
+    payload = {"kernel": arguments.kernel, "cmdline": arguments.cmdline, "initramfs": arguments.initramfs}
+    body: dict[str, Any] = {"payload": payload}
+    cpus = _object("--cpus", arguments.cpus or "", CPUS)
+    cpus.setdefault("boot_vcpus", 1)
+    body["cpus"] = {"max_vcpus": cpus["boot_vcpus"], **cpus}
+    body["memory"] = {"size": 512 << 20, **_object("--memory", arguments.memory or "", MEMORY)}
+    body["disks"] = [_object("--disk", text, DISK) for text in arguments.disk or ()]
+    body["rng"] = {"src": "/dev/urandom", **_object("--rng", arguments.rng or "", RNG)}
+    body["serial"] = parse_console("--serial", arguments.serial or "null")
+    body["console"] = parse_console("--console", arguments.console or "off")
+    for number, disk in enumerate(body["disks"]):
+        if "path" not in disk:
+            raise ConfigError("--disk", arguments.disk[number], "no path", "give path=FILE")
+    return body
+
+
+def parse_socket(text: str) -> str:
+    """``path=FILE`` or just ``FILE``. :raises ConfigError:"""
+    if text.startswith("fd="):
+        raise ConfigError("--api-socket", text, "a passed descriptor is not supported yet", "give path=FILE")
+    path = parse_pairs("--api-socket", text, ("path",))["path"] if text.startswith("path=") else text
+    if not path:
+        raise ConfigError("--api-socket", text, "no path", "give path=FILE")
+    return path
+
+
+def parse_deadlines(texts: Iterable[str]) -> Deadlines:
+    """``pause=2,activation=10`` (seconds), any names of the table of waits. :raises ConfigError:"""
+    given: dict[str, float] = {}
+    for text in texts:
+        for name, value in parse_pairs("--deadlines", text, TABLE).items():
+            try:
+                given[name] = float(value)
+            except ValueError:
+                raise ConfigError(f"--deadlines {name}", value, "not a time", "give seconds, more than 0") from None
+    return attrs.evolve(Deadlines(), **given)
+
+
+def parse_send(text: str) -> dict[str, Any]:
+    """The body of vm.send-migration: ``destination_url=unix:/x,downtime_ms=…``, or just ``unix:/x``."""
+    return _migration("send-migration", text, "destination_url", SEND)
+
+
+def parse_receive(text: str) -> dict[str, Any]:
+    """The body of vm.receive-migration: ``receiver_url=unix:/x``, or just ``unix:/x``."""
+    return _migration("receive-migration", text, "receiver_url", RECEIVE)
+
+
+def _migration(verb: str, text: str, url: str, keys: Mapping[str, tuple[str, Convert]]) -> dict[str, Any]:
+    if text.startswith(("unix:", "tcp:")):
+        text = f"{url}={text}"
+    made = _object(verb, text, keys)
+    if not made.get(url):
+        raise ConfigError(verb, text, f"no {url}", f"give {url}=unix:/path or tcp:host:port")
+    return made

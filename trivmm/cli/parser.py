@@ -1,0 +1,136 @@
+"""An argument parser whose mistakes are one line with a suggestion, and the parser of ``trivmm run``.
+
+Light: argparse and our tables, no trio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from typing import Final, NoReturn
+
+import trivmm
+
+__all__ = ["REFUSED", "USAGE", "Parser", "UsageError", "run_parser"]
+
+USAGE: Final = """\
+trivmm: a virtual machine monitor on trio
+
+  trivmm [run] --kernel VMLINUX …    run a guest (trivmm --help lists the options)
+  trivmm --api-socket path=FILE      serve the API only
+  trivmm remote --api-socket FILE …  drive a running VMM (trivmm remote --help)
+  trivmm doctor                      what this host can do, and remedies
+  trivmm demo                        a guest moves live between two processes"""
+
+# Cloud Hypervisor's options that do not exist here, each with what to do instead.
+REFUSED: Final = {
+    "--balloon": "leave it out",
+    "--dbus-object-path": "use --api-socket",
+    "--dbus-service-name": "use --api-socket",
+    "--dbus-system-bus": "use --api-socket",
+    "--debug-console": "use --serial",
+    "--device": "leave it out: VFIO is not there yet",
+    "--event-monitor": "poll vm.info over --api-socket",
+    "--firmware": "give --kernel a PVH ELF",
+    "--fs": "leave it out",
+    "--fw-cfg-config": "leave it out",
+    "--gdb": "leave it out",
+    "--generic-vhost-user": "leave it out",
+    "--host-data": "leave it out",
+    "--igvm": "give --kernel a PVH ELF",
+    "--ivshmem": "leave it out",
+    "--landlock": "leave it out: there is no sandbox yet",
+    "--landlock-rules": "leave it out: there is no sandbox yet",
+    "--memory-zone": "give --memory size=…",
+    "--net": "leave it out: there is no network yet",
+    "--numa": "leave it out",
+    "--pci-segment": "leave it out: there is one PCI bus",
+    "--platform": "leave it out",
+    "--pmem": "give --disk path=…",
+    "--pvmemcontrol": "leave it out",
+    "--pvpanic": "leave it out",
+    "--rate-limit-group": "leave it out",
+    "--restore": "leave it out: there are no snapshots yet",
+    "--tpm": "leave it out",
+    "--user-device": "leave it out",
+    "--vdpa": "leave it out",
+    "--vsock": "leave it out",
+    "--watchdog": "leave it out",
+}
+
+
+class UsageError(Exception):
+    """The command line is wrong; one line."""
+
+
+class Parser(argparse.ArgumentParser):
+    """``parse`` never exits but for ``--help`` and ``--version``. :raises UsageError:"""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; {self.prog} --help lists what there is")
+
+    def parse(self, arguments: Sequence[str], refused: dict[str, str] | None = None) -> argparse.Namespace:
+        known = [option for action in self._actions for option in action.option_strings]
+        for word in arguments:
+            if word == "--":
+                break
+            if not word.startswith("--"):
+                continue
+            option = word.partition("=")[0]
+            if option in (refused or {}):
+                raise UsageError(f"{option}: not supported yet; {(refused or {})[option]}")
+            if option not in known and " " not in option:
+                near = difflib.get_close_matches(option, [*known, *(refused or {})], n=1)
+                hint = f"did you mean {near[0]}?" if near else f"{self.prog} --help lists the options"
+                raise UsageError(f"{option}: unknown option; {hint}")
+        return self.parse_args(list(arguments))
+
+
+def run_parser() -> Parser:
+    """Options as Cloud Hypervisor spells them; defaults are filled in by ``trivmm.cli.options``."""
+    parser = Parser("trivmm", USAGE)
+    parser.add_argument("-V", "--version", action="version", version=f"trivmm v{trivmm.__version__}")
+    vm = parser.add_argument_group("the VM")
+    vm.add_argument("--kernel", metavar="FILE", help="an ELF with a PVH entry note (a vmlinux)")
+    vm.add_argument("--cmdline", metavar="TEXT", help="the kernel's command line")
+    vm.add_argument("--initramfs", metavar="FILE")
+    vm.add_argument("--cpus", metavar="boot=N[,max=N]", help="vCPUs (1)")
+    vm.add_argument("--memory", metavar="size=SIZE[,shared=on]", help="RAM, with K, M, G or T (512M)")
+    vm.add_argument(
+        "--disk",
+        metavar="path=FILE[,readonly=on,id=…,serial=…]",
+        nargs="+",
+        action="extend",
+        help="raw images; several values, or the option again",
+    )
+    vm.add_argument("--rng", metavar="src=FILE", help="entropy (/dev/urandom)")
+    vm.add_argument("--serial", metavar="off|null|tty|file=FILE", help="the serial port (null)")
+    vm.add_argument("--console", metavar="off", help="virtio-console: only off yet (off)")
+    vmm = parser.add_argument_group("the VMM")
+    vmm.add_argument("--api-socket", metavar="path=FILE", help="serve the HTTP API on this unix socket")
+    vmm.add_argument("--hypervisor", metavar="auto|kvm|soft", default="auto", help="what runs guest code (auto)")
+    vmm.add_argument(
+        "--deadlines",
+        metavar="NAME=SECONDS[,…]",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="limits of waits, by their names in the README",
+    )
+    vmm.add_argument("--no-shutdown", action="store_true", help="keep serving after the guest powered off")
+    vmm.add_argument(
+        "--stay-after-migration", action="store_true", help="keep serving after the VM migrated away, able to receive"
+    )
+    vmm.add_argument("--seccomp", metavar="false", help="accepted as false only: there is no filter")
+    vmm.add_argument("--log-file", metavar="FILE", help="where the log goes (stderr)")
+    vmm.add_argument("-v", action="count", default=0, dest="verbose", help="log more; -vv: everything")
+    return parser

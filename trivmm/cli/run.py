@@ -1,0 +1,245 @@
+"""``trivmm run``: one VMM process, from its options to its exit code.
+
+The end is the same whatever asked for it (a signal, the guest, a client, a migration away): the Vmm nursery is
+cancelled, a migration rolls back, the VM ends, the sockets go. A watchdog thread gives all that ``shutdown_grace``;
+then it names what still runs and leaves by ``os._exit``, since a thread stuck in the kernel can't be ended otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import stat
+import sys
+import termios
+import threading
+import tty
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
+from typing import Any, Final
+
+import attrs
+import trio
+
+from trivmm.cli import EXIT_CRASH, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, say_error
+from trivmm.cli.options import parse_deadlines, parse_socket, parse_vm
+from trivmm.cli.parser import REFUSED, UsageError, run_parser
+from trivmm.config import VmConfig
+from trivmm.control.schema import load_config
+from trivmm.deadlines import Deadlines
+from trivmm.errors import ConfigError, GuestCrash, HypervisorError, TrivmmError
+from trivmm.hypervisor.select import choose_hypervisor
+
+__all__ = ["RunOptions", "parse_run", "run"]
+
+LOG: Final = logging.getLogger(__name__)
+SWITCH_INTERVAL_S: Final = 1e-4  # the GIL's: with the default 5 ms two busy vCPU threads starve each other
+LEVELS: Final = (logging.WARNING, logging.INFO, logging.DEBUG)
+TYPED_BYTES: Final = 256
+VM_OPTIONS: Final = ("cmdline", "initramfs", "cpus", "memory", "disk", "rng", "serial", "console")
+
+
+@attrs.frozen
+class RunOptions:
+    """``config`` None: only serve."""
+
+    config: VmConfig | None
+    api_socket: str | None
+    hypervisor: str
+    deadlines: Deadlines
+    stay_after_migration: bool
+    stay_after_shutdown: bool
+    log_file: str | None
+    verbose: int
+
+
+def parse_run(arguments: Sequence[str]) -> RunOptions:
+    """:raises UsageError: / :raises ConfigError: one line each."""
+    given = run_parser().parse(arguments, REFUSED)
+    if given.seccomp not in (None, "false"):
+        raise ConfigError("--seccomp", given.seccomp, "there is no seccomp filter yet", "give false, or leave it out")
+    deadlines = parse_deadlines(given.deadlines)
+    config: VmConfig | None = None
+    if given.kernel is not None:
+        config = load_config(parse_vm(given), deadlines=deadlines)
+    else:
+        alone = [name for name in VM_OPTIONS if getattr(given, name) is not None]
+        if alone:
+            raise UsageError(f"--{alone[0]}: there is no --kernel; give the path of a PVH ELF")
+        if given.api_socket is None:
+            raise UsageError("nothing to do; give --kernel FILE, or --api-socket path=FILE to serve only")
+    return RunOptions(
+        config,
+        None if given.api_socket is None else parse_socket(given.api_socket),
+        given.hypervisor,
+        deadlines,
+        given.stay_after_migration,
+        given.no_shutdown,
+        given.log_file,
+        given.verbose,
+    )
+
+
+def run(arguments: Sequence[str]) -> int:
+    options = parse_run(arguments)
+    _set_up_log(options)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    watchdog = Watchdog(options.deadlines.shutdown_grace)
+    with _raw_terminal(options.config is not None and options.config.serial.mode == "Tty"):
+        try:
+            return trio.run(_serve, options, watchdog)
+        finally:
+            watchdog.stop()
+
+
+def _set_up_log(options: RunOptions) -> None:
+    try:
+        logging.basicConfig(
+            filename=options.log_file,
+            level=LEVELS[min(options.verbose, len(LEVELS) - 1)],
+            format="trivmm: %(relativeCreated)10.1f ms <%(threadName)s> %(levelname)s:%(name)s -- %(message)s",
+        )
+    except OSError as error:
+        raise ConfigError("--log-file", options.log_file, error.strerror or str(error), "give another path") from error
+
+
+class Watchdog:
+    """Ends the process with code 1 when its end takes longer than the grace."""
+
+    def __init__(self, grace_s: float) -> None:
+        self._grace_s = grace_s
+        self._timer: threading.Timer | None = None
+
+    def start(self) -> None:
+        """Idempotent. A daemon thread, so that it never keeps the process itself."""
+        if self._timer is None:
+            self._timer = threading.Timer(self._grace_s, self._bite)
+            self._timer.daemon = True
+            self._timer.name = "shutdown watchdog"
+            self._timer.start()
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _bite(self) -> None:
+        mine = threading.current_thread()
+        left = [thread.name for thread in threading.enumerate() if thread is not mine and thread.is_alive()]
+        say_error(f"deadline shutdown_grace ({self._grace_s:g} s) expired: still there: {', '.join(left)}")
+        restore_terminal()
+        os._exit(EXIT_FAILED)
+
+
+async def _serve(options: RunOptions, watchdog: Watchdog) -> int:
+    code: int | None = None
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def on_signal() -> None:
+                nonlocal code
+                async for number in signals:
+                    LOG.info("%s: ending", signal.Signals(number).name)
+                    code = EXIT_INTERRUPTED if number == signal.SIGINT else 0
+                    watchdog.start()
+                    nursery.cancel_scope.cancel()
+                    return
+
+            nursery.start_soon(on_signal, name="signals")
+            ended = await _run_vmm(options, watchdog)
+            code = ended if code is None else code
+            nursery.cancel_scope.cancel()
+    return EXIT_FAILED if code is None else code
+
+
+async def _run_vmm(options: RunOptions, watchdog: Watchdog) -> int:
+    """The Vmm nursery's whole life; gives the exit code. What the user did wrong is told here, in one line."""
+    from trivmm.control.routes import Router
+    from trivmm.control.server import open_server
+    from trivmm.vmm import VmmOptions, open_vmm
+
+    hypervisor = None
+    try:
+        hypervisor = choose_hypervisor(options.hypervisor)
+        if hypervisor.note:
+            LOG.warning("%s", hypervisor.note)
+        behaviour = VmmOptions(options.stay_after_migration, options.stay_after_shutdown)
+        async with (
+            open_vmm(hypervisor, deadlines=options.deadlines, options=behaviour) as vmm,
+            AsyncExitStack() as stack,
+        ):
+            if options.api_socket is not None:
+                await stack.enter_async_context(open_server(options.api_socket, Router(vmm), options.deadlines))
+            try:
+                if options.config is not None:
+                    vm = await vmm.create(options.config)
+                    await vmm.boot()
+                    if options.config.serial.mode == "Tty" and sys.stdin.isatty():
+                        nursery = await stack.enter_async_context(trio.open_nursery())
+                        stack.callback(nursery.cancel_scope.cancel)
+                        nursery.start_soon(_type, vm, name="terminal input")
+                end = await vmm.ended()
+            finally:
+                watchdog.start()
+            if end.reason is not None and end.reason.crash is not None:
+                _tell_crash(end.reason.crash)
+                return EXIT_CRASH
+            return 0
+    except (ConfigError, HypervisorError) as error:
+        say_error(error)
+        return EXIT_USAGE
+    except (TrivmmError, OSError) as error:
+        say_error(error)
+        return EXIT_FAILED
+    finally:
+        if hypervisor is not None:
+            hypervisor.close()
+
+
+def _tell_crash(crash: GuestCrash) -> None:
+    restore_terminal()
+    say_error(f"the guest crashed: vcpu{crash.vcpu}: {crash.reason}")
+    if crash.details:
+        print(crash.details, file=sys.stderr, flush=True)
+
+
+async def _type(vm: Any) -> None:
+    """What is typed goes to the serial port. Lives until the process ends, or the terminal does."""
+    fd = os.open("/proc/self/fd/0", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    stream = trio.lowlevel.FdStream(fd)
+    async with stream:
+        while data := await stream.receive_some(TYPED_BYTES):
+            with contextlib.suppress(TrivmmError):  # between power-off and boot nobody reads
+                vm.console_input(data)
+
+
+# --- the terminal ------------------------------------------------------------------------------------------------
+
+_SAVED: list[Any] = []  # the terminal's attributes from before; one terminal a process
+
+
+def restore_terminal() -> None:
+    """Idempotent; any thread."""
+    if _SAVED:
+        with contextlib.suppress(termios.error, ValueError, OSError):
+            termios.tcsetattr(0, termios.TCSADRAIN, _SAVED[0])
+
+
+@contextmanager
+def _raw_terminal(wanted: bool) -> Iterator[None]:
+    """Raw while the guest has the terminal (its own Ctrl-C included); as it was afterwards, whatever happened."""
+    try:
+        is_terminal = wanted and stat.S_ISCHR(os.fstat(0).st_mode) and os.isatty(0)
+    except OSError:
+        is_terminal = False
+    if not is_terminal:
+        yield
+        return
+    _SAVED.append(termios.tcgetattr(0))
+    try:
+        tty.setraw(0)
+        yield
+    finally:
+        restore_terminal()
+        _SAVED.clear()

@@ -1,0 +1,41 @@
+"""What goes wrong between an API client and its server. Light: imports nothing but our errors."""
+
+from __future__ import annotations
+
+import json
+
+from trivmm.errors import TrivmmError
+
+__all__ = ["ApiError", "ApiUnreachable", "messages_of"]
+
+
+class ApiError(TrivmmError):
+    """The server answered with an error.
+
+    :ivar status: the HTTP code.
+    :ivar messages: what it said, outermost first, root cause last.
+    """
+
+    def __init__(self, status: int, messages: tuple[str, ...]) -> None:
+        self.status = status
+        self.messages = messages
+        super().__init__(": ".join(messages) if messages else f"HTTP status {status}")
+
+
+class ApiUnreachable(TrivmmError):
+    """Nobody answers on the API socket, or the connection broke. ``path`` is the socket's."""
+
+    def __init__(self, path: str, problem: str) -> None:
+        self.path = path
+        super().__init__(f"API socket {path}: {problem}; is a VMM serving there?")
+
+
+def messages_of(body: bytes) -> tuple[str, ...]:
+    """The JSON array of strings in an error's body; anything else becomes one string."""
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        found = body.decode(errors="replace").strip()
+    if isinstance(found, list):
+        return tuple(str(item) for item in found)
+    return (str(found),) if found else ()

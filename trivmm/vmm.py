@@ -1,0 +1,335 @@
+"""The process-level service: at most one VM, driven by the API and the command line.
+
+``open_vmm`` owns the Vmm nursery. A VM lives in one task of it (``async with open_vm``), a migration that is sent in
+another, and each keeps its outcome as a value: a migration or a boot that fails never ends the nursery. ``ended`` says
+when the process has nothing left to do: the guest powered off or crashed, its VM migrated away, or a client asked.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, Final, Generic, TypeVar
+
+import attrs
+import trio
+
+from trivmm.config import VmConfig
+from trivmm.control.schema import SendMigrationData
+from trivmm.deadlines import Deadlines
+from trivmm.errors import MigrationCancelled, TrivmmError, VmMigrating, VmNotCreated, WrongState
+from trivmm.hypervisor.base import Hypervisor
+from trivmm.incoming import open_incoming
+from trivmm.migration.progress import MigrationProgress
+from trivmm.vm import ExitReason, Vm, open_vm
+
+__all__ = ["Vmm", "VmmEnd", "VmmOptions", "open_vmm"]
+
+LOG: Final = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@attrs.frozen
+class VmmOptions:
+    """``stay_after_migration``: keep serving (and be ready to receive) after the VM migrated away.
+    ``stay_after_shutdown``: keep serving after the guest powered off (Cloud Hypervisor's ``--no-shutdown``)."""
+
+    stay_after_migration: bool = False
+    stay_after_shutdown: bool = False
+
+
+@attrs.frozen
+class VmmEnd:
+    """Why the process has nothing left to do: ``kind`` as ``ExitReason.kind``, or ``asked`` (vmm.shutdown)."""
+
+    kind: str
+    reason: ExitReason | None = None
+
+
+@attrs.define(eq=False)
+class _Outcome(Generic[T]):
+    """What a task of the Vmm nursery came to, for whoever waits: a value or an error, once."""
+
+    _value: T | None = None
+    _error: BaseException | None = None
+    _known: trio.Event = attrs.field(factory=trio.Event)
+
+    def set(self, value: T) -> None:
+        self._value = value
+        self._known.set()
+
+    def fail(self, error: BaseException) -> None:
+        self._error = error
+        self._known.set()
+
+    @property
+    def known(self) -> bool:
+        return self._known.is_set()
+
+    async def get(self) -> T:
+        """Bounded by the operation whose outcome it is."""
+        await self._known.wait()
+        if self._error is not None:
+            raise self._error
+        return self._value  # type: ignore[return-value]
+
+
+@attrs.define(eq=False)
+class _Slot:
+    """The one VM's place: taken while it is being made, received, used and closed."""
+
+    what: str
+    vm: Vm | None = None
+    cancel: Callable[[], None] | None = None
+    close: trio.Event = attrs.field(factory=trio.Event)
+    gone: trio.Event = attrs.field(factory=trio.Event)
+    booted: trio.Event = attrs.field(factory=trio.Event)
+
+
+@attrs.define(eq=False)
+class Vmm:
+    """The service. Its methods are the API's verbs; they raise ``TrivmmError`` and never end the nursery."""
+
+    hypervisor: Hypervisor
+    deadlines: Deadlines
+    options: VmmOptions
+    _nursery: trio.Nursery
+    _slot: _Slot | None = attrs.field(default=None, init=False)
+    _sending: _Outcome[None] | None = attrs.field(default=None, init=False)
+    _last_progress: MigrationProgress | None = attrs.field(default=None, init=False)
+    _end: _Outcome[VmmEnd] = attrs.field(factory=_Outcome, init=False)
+
+    # --- reading -----------------------------------------------------------------------------------------------
+
+    @property
+    def vm(self) -> Vm:
+        """:raises VmNotCreated: when there is none."""
+        if self._slot is None or self._slot.vm is None:
+            raise VmNotCreated
+        return self._slot.vm
+
+    @property
+    def progress(self) -> MigrationProgress | None:
+        """Of the migration that runs, or of the last one, which may have taken the VM away."""
+        if self._slot is not None and self._slot.vm is not None and self._slot.vm.migration_progress is not None:
+            return self._slot.vm.migration_progress
+        return self._last_progress
+
+    @property
+    def memory_pages(self) -> int:
+        """Of the VM, or 0."""
+        return 0 if self._slot is None or self._slot.vm is None else self._slot.vm.config.memory.size >> 12
+
+    @property
+    def stuck(self) -> tuple[str, ...]:
+        return () if self._slot is None or self._slot.vm is None else tuple(getattr(self._slot.vm, "stuck", ()))
+
+    async def ended(self) -> VmmEnd:
+        """Wait until the process has nothing left to do. Bounded by the caller: it is a VM's life."""
+        return await self._end.get()
+
+    def shut_down(self) -> None:
+        """vmm.shutdown: answers at once; the owner of the ``open_vmm`` block ends it."""
+        self._finish(VmmEnd("asked"))
+
+    # --- one VM ------------------------------------------------------------------------------------------------
+
+    async def create(self, config: VmConfig) -> Vm:
+        """:raises WrongState: there is one. :raises ConfigError: / :raises HypervisorError: it can't be."""
+        slot = self._take("create")
+        outcome: _Outcome[Vm] = _Outcome()
+        self._nursery.start_soon(self._live, slot, open_vm(config, hypervisor=self.hypervisor), _same, outcome)
+        return await outcome.get()
+
+    async def delete(self) -> None:
+        """End the VM, whatever its state, and forget it. Without one there is nothing to do."""
+        if self._slot is None:
+            return
+        self._changing("delete")
+        await self._close()
+
+    async def boot(self) -> None:
+        self._changing("boot")
+        vm, slot = self.vm, self._slot
+        await vm.boot()
+        if slot is not None:
+            slot.booted.set()
+            slot.booted = trio.Event()
+
+    async def pause(self) -> None:
+        self._changing("pause")
+        await self.vm.pause()
+
+    async def resume(self) -> None:
+        self._changing("resume")
+        await self.vm.resume()
+
+    async def shutdown(self) -> None:
+        self._changing("shutdown")
+        await self.vm.shutdown()
+
+    # --- migration ---------------------------------------------------------------------------------------------
+
+    async def send_migration(self, data: SendMigrationData) -> None:
+        """Move the VM away. The migration is a task of the Vmm nursery; this waits for its outcome.
+
+        :raises MigrationError: / :raises DeadlineError: it failed, the VM runs. :raises VmMigrating: one runs."""
+        vm = self.vm
+        self._changing("send-migration")
+        self._sending = outcome = _Outcome[None]()
+        self._nursery.start_soon(self._send, vm, data, outcome, name="send-migration")
+        await outcome.get()
+
+    async def _send(self, vm: Vm, data: SendMigrationData, outcome: _Outcome[None]) -> None:
+        try:
+            await vm.migrate_to(
+                data.destination_url,
+                downtime_ms=data.downtime_ms,
+                timeout_s=data.timeout_s,
+                timeout_strategy=data.timeout_strategy.lower(),
+                on_progress=self._note,
+            )
+        except Exception as error:
+            LOG.warning("send-migration failed: %s", error)
+            self._sending = None
+            outcome.fail(error)
+        except BaseException:
+            self._sending = None
+            outcome.fail(MigrationCancelled("the migration was cancelled: the VMM is shutting down"))
+            raise
+        else:
+            self._last_progress = vm.migration_progress or self._last_progress
+            self._sending = None
+            if self.options.stay_after_migration:
+                await self._close()
+            outcome.set(None)
+
+    def _note(self, progress: MigrationProgress) -> None:
+        self._last_progress = progress
+
+    async def receive_migration(self, url: str) -> None:
+        """Listen at ``url``, take one VM in. :raises WrongState: there is a VM. :raises MigrationError: it failed."""
+        slot = self._take("receive-migration")
+        outcome: _Outcome[Vm] = _Outcome()
+        self._last_progress = None
+        incoming = open_incoming(url, hypervisor=self.hypervisor, deadlines=self.deadlines)
+        self._nursery.start_soon(self._live, slot, incoming, _received, outcome, name="receive-migration")
+        await outcome.get()
+
+    def cancel_migration(self) -> None:
+        """Ask the migration that runs, in either direction, to roll back. :raises WrongState: none runs."""
+        slot = self._slot
+        if self._sending is not None and slot is not None and slot.vm is not None and slot.vm.cancel_migration():
+            return
+        if slot is not None and slot.vm is None and slot.cancel is not None and slot.what == "receive-migration":
+            slot.cancel()
+            return
+        raise WrongState("cancel-migration", "not migrating", "migrating")
+
+    # --- the VM's task -----------------------------------------------------------------------------------------
+
+    def _take(self, what: str) -> _Slot:
+        if self._slot is not None:
+            raise WrongState(
+                what, "there already" if self._slot.vm else f"in the middle of {self._slot.what}", "deleted first"
+            )
+        self._slot = _Slot(what)
+        return self._slot
+
+    def _changing(self, operation: str) -> None:
+        if self._sending is not None:
+            raise VmMigrating(operation)
+        if self._slot is not None and self._slot.vm is None:
+            raise WrongState(operation, f"in the middle of {self._slot.what}", "there")
+
+    async def _live(
+        self,
+        slot: _Slot,
+        scope: AbstractAsyncContextManager[Any],
+        obtain: Callable[[Any], Any],
+        outcome: _Outcome[Vm],
+    ) -> None:
+        """One VM from its making to its end: a task of the Vmm nursery that fails nobody else."""
+        try:
+            with trio.CancelScope() as cancel:
+                slot.cancel = cancel.cancel
+                async with scope as opened:
+                    slot.vm = vm = await obtain(opened)
+                    slot.cancel = None
+                    outcome.set(vm)
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(self._watch, slot, vm)
+                        await slot.close.wait()
+                        nursery.cancel_scope.cancel()
+            if not outcome.known:
+                outcome.fail(MigrationCancelled(f"{slot.what} was cancelled; nothing runs here"))
+        except Exception as error:
+            if outcome.known:
+                LOG.critical("the VM's task failed: %s", error, exc_info=error)
+            else:
+                outcome.fail(error)
+        except BaseException:
+            if not outcome.known:
+                outcome.fail(TrivmmError(f"{slot.what}: the VMM is shutting down"))
+            raise
+        finally:
+            self._slot = None
+            slot.gone.set()
+
+    async def _watch(self, slot: _Slot, vm: Vm) -> None:
+        """Tells the process what the end of a VM means for it."""
+        while True:
+            booted = slot.booted
+            reason = await vm.wait()
+            LOG.info("the VM ended: %s", reason.kind)
+            if reason.kind == "migrated":
+                if self._sending is not None:
+                    await self._sending.get()  # its client is answered first
+                if self.options.stay_after_migration:
+                    return
+            stays = reason.kind == "shutdown" or (reason.kind == "poweroff" and self.options.stay_after_shutdown)
+            if not stays:
+                self._finish(VmmEnd(reason.kind, reason))
+                return
+            await booted.wait()
+
+    async def _close(self) -> None:
+        """Ends the VM's task. Bounded: ``open_vm`` ends within its own deadlines."""
+        slot = self._slot
+        if slot is not None:
+            slot.close.set()
+            await slot.gone.wait()
+
+    def _finish(self, end: VmmEnd) -> None:
+        if not self._end.known:
+            self._end.set(end)
+
+
+async def _same(vm: Vm) -> Vm:
+    return vm
+
+
+async def _received(incoming: Any) -> Vm:
+    vm: Vm = await incoming.receive()
+    return vm
+
+
+@asynccontextmanager
+async def open_vmm(
+    hypervisor: Hypervisor, *, deadlines: Deadlines | None = None, options: VmmOptions | None = None
+) -> AsyncIterator[Vmm]:
+    """The service for the length of the block; at its end a migration rolls back and the VM ends, each bounded.
+
+    ``hypervisor`` stays the caller's: it closes it. What the block raises leaves it unwrapped."""
+    failure: BaseException | None = None
+    async with trio.open_nursery() as nursery:
+        try:
+            yield Vmm(hypervisor, deadlines or Deadlines(), options or VmmOptions(), nursery)
+        except trio.Cancelled:
+            raise
+        except BaseException as error:
+            failure = error  # raised again outside the nursery, so that it isn't wrapped in a group
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
