@@ -217,7 +217,11 @@ class Vm:
         except BaseException:
             board.close()
             raise
-        machine.resume()
+        try:
+            machine.resume()
+        except BaseException:
+            await self._end()
+            raise
         self._exit, self._exited = None, trio.Event()
         self.state = VmState.RUNNING
 
@@ -237,6 +241,8 @@ class Vm:
         try:
             async with open_machine(board, self.deadlines, driver=self._driver, gate_open=gate_open) as machine:
                 task_status.started(machine)
+                # If start() was cancelled meanwhile it waits for this task: leave before the shield, not after.
+                await trio.lowlevel.checkpoint_if_cancelled()
                 # Shielded: when the VM nursery is cancelled, the owner (a migration) must roll back on a machine
                 # that still works; close() then ends it. Bounded by close(), which always sets the event.
                 with trio.CancelScope(shield=True):
@@ -334,6 +340,8 @@ class Vm:
 
         async with self.ownership.lease(MIGRATION):
             machine = self._machine_in("migrate", VmState.RUNNING, VmState.PAUSED)
+            if self.in_doubt:
+                raise WrongState("migrate", "Paused, in doubt", "resumed or shut down by you first")
             self._tell("migration-started")
             try:
                 with trio.CancelScope() as scope:

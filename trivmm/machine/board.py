@@ -134,6 +134,8 @@ class Board:
     # --- dirty log -------------------------------------------------------------------------------------------
 
     def start_dirty_log(self) -> None:
+        for region in self.memory.regions:  # the first round sends every touched page anyway
+            lib.tv_dirty_take(region.dirty, ffi.new("uint64_t[]", region.bitmap_words), region.bitmap_words)
         self.vm.set_dirty_log(True)
         self._dirty_logging = True
 
@@ -224,6 +226,9 @@ class Board:
     def counters(self) -> dict[str, dict[str, int]]:
         counted = {slot.backend.name: slot.backend.counters() | slot.lifecycle.counters() for slot in self.devices}
         counted["_serial"] = self.serial.counters()
+        for cpu in self.cpus:
+            if hasattr(cpu, "counters"):
+                counted[f"_vcpu{cpu.index}"] = cpu.counters()
         counted["_bus"] = {
             f"{space.name}_unhandled_{kind}": getattr(space, f"unhandled_{kind}")
             for space in (self.pio, self.mmio)

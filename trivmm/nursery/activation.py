@@ -197,12 +197,9 @@ class DeviceLifecycle:
 
     # --- the actor: a task of the device nursery -------------------------------------------------------------
 
-    async def run(
-        self, workers: trio.Nursery, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-    ) -> None:
+    async def run(self, workers: trio.Nursery) -> None:
         """Serve this device for ever. ``workers`` is where its queue workers live: the device nursery too."""
         self._token = trio.lowlevel.current_trio_token()
-        task_status.started()
         self._poke()
         while True:
             await self._wake.wait()

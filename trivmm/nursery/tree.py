@@ -64,6 +64,12 @@ class Machine:
         if self.crash is None:
             self.crash = error
 
+    def take_failure(self, vcpu: Vcpu, error: Exception) -> None:
+        """A vCPU's program ended with an error of ours. The VM can't go on, but its owner's program can."""
+        logger.critical("%s: internal error, the VM stops: %s", vcpu.describe_wait(), error, exc_info=error)
+        self.take_crash(GuestCrash(vcpu.index, f"internal error: {error}", vcpu.cpu.describe()))
+        self._note_request(GuestRequest("crash", str(error)))
+
     def _note_request(self, request: GuestRequest) -> None:
         if self.guest_request is None or request.kind == "crash":
             self.guest_request = request
@@ -254,28 +260,33 @@ async def open_machine(
         vcpu_type(index, cpu, board.handle_exit, vcpus.on_change, machine.take_request, machine.take_crash, board.clock)
         for index, cpu in enumerate(board.cpus)
     ]
+    vcpus.on_failure = machine.take_failure
     scopes: list[trio.CancelScope] = []
 
-    async def shielded(
-        run: Callable[..., Awaitable[None]], *args: Any, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-    ) -> None:
+    async def shielded(run: Callable[..., Awaitable[None]], *args: Any) -> None:
         with trio.CancelScope(shield=True) as scope:
             scopes.append(scope)
-            await run(*args, task_status=task_status)
+            await run(*args)
 
+    failure: BaseException | None = None
     async with trio.open_nursery() as device_nursery:
         try:
             if not gate_open:
                 machine._gate_closed = True
+            # start_soon, not start: a cancelled start() would wait for tasks that shield themselves.
             for slot in board.devices:
                 if not gate_open:
                     slot.lifecycle.close_gate()
-                await device_nursery.start(shielded, slot.lifecycle.run, device_nursery)
-            await device_nursery.start(shielded, board.serial.run)
+                device_nursery.start_soon(shielded, slot.lifecycle.run, device_nursery, name=slot.lifecycle.name)
+            device_nursery.start_soon(shielded, board.serial.run, name="serial")
             async with trio.open_nursery() as vcpu_nursery:
                 try:
                     await vcpus.start(vcpu_nursery)
                     yield machine
+                except trio.Cancelled:
+                    raise
+                except BaseException as error:
+                    failure = error  # raised again outside the nurseries, so that it isn't wrapped in groups
                 finally:
                     with trio.CancelScope(shield=True):  # bounded: vcpu_stop
                         try:
@@ -284,9 +295,12 @@ async def open_machine(
                             board.note_stuck(str(error))
         finally:
             with trio.CancelScope(shield=True):  # bounded: quiesce, device_stop and drain
+                await trio.lowlevel.checkpoint()  # actors that were only just started get their first step
                 try:
                     await machine.close_gate(deadlines.device_stop)
                 except DeadlineError as error:
                     board.note_stuck(str(error))
             for scope in scopes:
                 scope.cancel()
+    if failure is not None:
+        raise failure

@@ -36,6 +36,10 @@ async def thread_driver(vcpu: Vcpu) -> str:
     )
 
 
+def _raise_failure(vcpu: Vcpu, error: Exception) -> None:
+    raise error
+
+
 @attrs.define(eq=False)
 class VcpuSet:
     """``driver`` runs one vCPU until it stops (:func:`thread_driver`, or the scripted one of ``trivmm.testing``)."""
@@ -43,6 +47,8 @@ class VcpuSet:
     vcpus: Sequence[Vcpu]
     deadlines: Deadlines
     driver: Driver = thread_driver
+    on_failure: Callable[[Vcpu, Exception], None] = attrs.field(default=_raise_failure, init=False)
+    """Called in the trio thread when a vCPU's program raises; set by the machine."""
     _changed: trio.Event = attrs.field(factory=trio.Event, init=False)
     _token: trio.lowlevel.TrioToken | None = attrs.field(default=None, init=False)
     _scopes: list[trio.CancelScope] = attrs.field(factory=list, init=False)
@@ -70,6 +76,8 @@ class VcpuSet:
                 except trio.Cancelled:
                     vcpu.request_stop()  # only stop() cancels this scope, after its deadline
                     raise
+                except Exception as error:
+                    self.on_failure(vcpu, error)
         finally:
             vcpu.state = VcpuRunState.STOPPED  # the thread is gone, whatever it last said
             self._left -= 1

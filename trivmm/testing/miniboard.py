@@ -109,8 +109,7 @@ class Slot:
 
 
 class _Serial:
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        task_status.started()
+    async def run(self) -> None:
         await trio.sleep_forever()
 
     async def drain(self, at_most_s: float) -> None:

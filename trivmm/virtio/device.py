@@ -45,7 +45,9 @@ class WorkerDevice:
             name = f"{self.name}_q{queue.index}"
             worker = QueueWorker(name, native, self.memory, queue, activation.features, self._broken)
             self._workers.append(worker)
-            await workers.start(worker.run)
+            # Not ``start``: cancelled at the wrong moment it would wait for the worker, which shields itself.
+            workers.start_soon(worker.run, name=name)
+        await trio.lowlevel.checkpoint()
 
     def _broken(self, problem: str) -> None:
         self.on_broken(problem)

@@ -125,7 +125,7 @@ class DeviceBackend(Protocol):
     def write_config(self, offset: int, data: bytes) -> None: ...
 
     async def activate(self, activation: Activation, workers: trio.Nursery) -> None:
-        """Start the queue workers with ``workers.start``; every queue is processed once, notified or not.
+        """Start the queue workers with ``workers.start_soon``; every queue is processed once, notified or not.
 
         Cancellation leaves nothing running after ``stop``. :raises TrivmmError: → NEEDS_RESET."""
 

@@ -81,11 +81,11 @@ class QueueWorker:
         if self._kick_fd >= 0:
             lib.tv_worker_stop(ffi.addressof(self._worker))
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def run(self) -> None:
+        """Start with ``start_soon``; ``done`` is set at the end, whatever happens."""
         self._memory.hold()  # a thread stuck in the kernel keeps guest memory until it returns
         try:
             with trio.CancelScope(shield=True):
-                task_status.started()
                 broken = await trio.to_thread.run_sync(
                     lib.tv_worker_run,
                     ffi.addressof(self._worker),
