@@ -20,7 +20,7 @@ import attrs
 
 from trivmm.errors import ConfigError, DeadlineError, PauseTimeout
 
-__all__ = ["TABLE", "Deadline", "Deadlines"]
+__all__ = ["TABLE", "Deadline", "Deadlines", "markdown_table"]
 
 
 @attrs.frozen
@@ -123,3 +123,10 @@ class Deadlines:
         if scope.cancelled_caught:
             said = diagnosis if isinstance(diagnosis, str) else diagnosis()
             raise row.error(name, limit_s, said)
+
+
+def markdown_table() -> str:
+    """The table as the README shows it."""
+    rows = ["| name | default | on expiry |", "| --- | --- | --- |"]
+    rows += [f"| {row.name} | {row.default_s:g} s | {row.expiry} |" for row in _ROWS]
+    return "\n".join(rows)
