@@ -222,7 +222,9 @@ class Vm:
         except BaseException:
             await self._end()
             raise
-        self._exit, self._exited = None, trio.Event()
+        self._exit = None
+        if self._exited.is_set():  # else somebody may wait on it already: since before boot, or since before a reboot
+            self._exited = trio.Event()
         self.state = VmState.RUNNING
 
     async def _run(self, board: Board, *, gate_open: bool = True) -> Machine:

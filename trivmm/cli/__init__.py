@@ -60,11 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UsageError, ConfigError) as error:
         say_error(error)
         return EXIT_USAGE
-    except TrivmmError as error:
+    except BrokenPipeError:  # our reader went away: nobody is left to be told
+        sys.stderr.close()
+        return EXIT_FAILED
+    except (TrivmmError, OSError) as error:
         say_error(error)
         return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # our reader went away: nobody is left to be told
-        sys.stderr.close()
-        return EXIT_FAILED

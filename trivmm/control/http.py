@@ -107,7 +107,7 @@ class HttpConnection:
                 if isinstance(event, h11.Request):
                     self._head = event
                     length = dict(event.headers).get(b"content-length")
-                    if length is not None and (len(length) > 19 or int(length) > MAX_BODY):
+                    if length is not None and int(length) > MAX_BODY:
                         return self._too_large()
                 elif isinstance(event, h11.Data):
                     if len(self._body) + len(event.data) > MAX_BODY:
@@ -115,12 +115,13 @@ class HttpConnection:
                     self._body += event.data
                 elif isinstance(event, h11.EndOfMessage):
                     return self._whole()
-        except h11.RemoteProtocolError as error:
+        except (h11.RemoteProtocolError, ValueError) as error:  # ValueError: a Content-Length of 5000 digits
             if self._ended:
                 self.state = State.CLOSED  # it closed in the middle of a request: nobody is there to be told
                 return None
             self.state = State.ANSWERING
-            return Bad(error_response(error.error_status_hint, "malformed request", str(error)))
+            status = getattr(error, "error_status_hint", 400)
+            return Bad(error_response(status, "malformed request", str(error)))
 
     def _whole(self) -> Request:
         assert self._head is not None

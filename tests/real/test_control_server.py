@@ -1,0 +1,397 @@
+"""The API on a real unix socket: Cloud Hypervisor's client, ours, codes, deadlines, descriptors, and the end."""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import re
+import socket
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from trivmm.config import PayloadConfig, VmConfig
+from trivmm.control.client import ApiError, ApiUnreachable, Client
+from trivmm.control.contract import NOT_YET_ROUTES
+from trivmm.control.http import Request, Response
+from trivmm.control.server import open_server
+from trivmm.deadlines import Deadlines
+from trivmm.errors import ConfigError, MigrationError
+from trivmm.testing.control import ChRemoteError, Stage, ch_remote, open_stage
+from trivmm.vm import ExitReason
+from trivmm.vmm import VmmOptions
+
+CONFIG = VmConfig(PayloadConfig("/boot/vmlinux", "console=ttyS0 ü"))
+BODY = {"payload": {"kernel": "/boot/vmlinux", "cmdline": "console=ttyS0 ü"}}
+LIMIT_S = 30
+
+StageOf = Callable[..., Any]
+
+
+@pytest.fixture
+def stage_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> StageOf:
+    def make(options: VmmOptions | None = None, **limits: float) -> Any:
+        return open_stage(monkeypatch, tmp_path, CONFIG, options=options, **limits)
+
+    return make
+
+
+async def ch(stage: Stage, method: str, command: str, body: object = None) -> Any:
+    """A call by ch-remote's way of reading, in a thread."""
+    text = None if body is None else json.dumps(body)
+    with trio.fail_after(LIMIT_S):
+        found = await trio.to_thread.run_sync(ch_remote, stage.path, method, command, text)
+    return None if found is None else json.loads(found)
+
+
+def raw(path: str, data: bytes, *, fds: list[int] | None = None) -> bytes:
+    """Send bytes, then read to the end of the connection."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(20)
+        sock.connect(path)
+        if fds:
+            sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
+        else:
+            sock.sendall(data)
+        found = b""
+        while piece := sock.recv(4096):
+            found += piece
+        return found
+
+
+async def test_a_vm_driven_as_ch_remote_does(stage_of: StageOf) -> None:
+    async with stage_of() as stage:
+        ping = await ch(stage, "GET", "vmm.ping")
+        assert ping["pid"] == os.getpid()
+        assert set(ping) >= {"version", "build_version", "features"}
+        for command in ("vm.boot", "vm.pause", "vm.resume", "vm.shutdown"):
+            with pytest.raises(ChRemoteError) as caught:
+                await ch(stage, "PUT", command)
+            assert caught.value.status == 404
+        assert await ch(stage, "PUT", "vm.create", BODY) is None
+        info = await ch(stage, "GET", "vm.info")
+        assert info["state"] == "Created"
+        assert info["config"]["payload"]["cmdline"] == "console=ttyS0 ü"
+        with pytest.raises(ChRemoteError) as caught:
+            await ch(stage, "PUT", "vm.pause")
+        assert caught.value.status == 500
+        assert json.loads(caught.value.body or "") == [
+            "vm.pause failed",
+            "pause: the VM is Created; it must be Running",
+        ]
+        for command, state in [
+            ("boot", "Running"),
+            ("pause", "Paused"),
+            ("resume", "Running"),
+            ("shutdown", "Shutdown"),
+        ]:
+            assert await ch(stage, "PUT", f"vm.{command}") is None
+            assert (await ch(stage, "GET", "vm.info"))["state"] == state
+        assert await ch(stage, "GET", "vm.counters") == {"_rng": {"activations": 3}}
+        assert await ch(stage, "PUT", "vm.boot") is None
+        assert await ch(stage, "PUT", "vm.delete") is None
+        assert stage.vms[0].closed
+        with pytest.raises(ChRemoteError) as caught:
+            await ch(stage, "GET", "vm.info")
+        assert caught.value.status == 404
+        assert await ch(stage, "PUT", "vm.delete") is None
+        assert await ch(stage, "PUT", "vmm.shutdown") is None
+        with trio.fail_after(LIMIT_S):
+            assert (await stage.vmm.ended()).kind == "asked"
+
+
+async def test_routes_that_do_not_exist_yet_say_so_by_name(stage_of: StageOf) -> None:
+    async with stage_of() as stage, Client(stage.path) as client:
+        for name in NOT_YET_ROUTES:
+            with pytest.raises(ApiError) as caught:
+                await client.call("PUT", name, {})
+            assert caught.value.status == 501
+            assert caught.value.messages[-1] == f"{name} is not supported yet"
+
+
+@pytest.mark.parametrize(
+    ("method", "route", "body", "status"),
+    [
+        ("GET", "vm.nothing", None, 404),
+        ("GET", "vm.boot", None, 400),
+        ("PUT", "vm.info", None, 400),
+        ("DELETE", "vm.info", None, 400),
+        ("PUT", "vm.boot", {}, 400),
+        ("PUT", "vm.create", None, 400),
+        ("PUT", "vm.create", {"payload": {}}, 400),
+        ("PUT", "vm.create", {"payload": {"kernel": "/refused"}}, 500),
+        ("PUT", "vm.send-migration", {"destination_url": "unix:/x"}, 404),
+        ("PUT", "vm.cancel-migration", None, 500),
+    ],
+)
+async def test_codes(stage_of: StageOf, method: str, route: str, body: Any, status: int) -> None:
+    async with stage_of() as stage, Client(stage.path) as client:
+        with pytest.raises(ApiError) as caught:
+            await client.call(method, route, body)
+        assert caught.value.status == status
+        assert len(caught.value.messages) >= 2
+        assert (await client.ping())["hypervisor"] == "fake"  # the server goes on
+        assert await client.migration_progress() is None
+
+
+async def test_one_vm_at_a_time(stage_of: StageOf) -> None:
+    async with stage_of() as stage, Client(stage.path) as client:
+        await client.create(CONFIG)
+        for refused in (client.create(BODY), client.receive_migration("unix:/x")):
+            with pytest.raises(ApiError, match="there already"):
+                await refused
+        assert (await client.info())["config"]["payload"]["kernel"] == "/boot/vmlinux"
+
+
+async def test_a_migration_away_is_answered_and_then_the_process_has_nothing_left_to_do(stage_of: StageOf) -> None:
+    async with stage_of() as stage, Client(stage.path) as client:
+        await client.create(BODY)
+        await client.boot()
+        with trio.fail_after(LIMIT_S):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(lambda: client.send_migration("unix:/x", downtime_ms=50, timeout_strategy="Ignore"))
+                while not stage.vms[0].migrate_options:  # the request is on its way
+                    await client.ping()
+                for refused in (client.pause, client.boot, client.delete, client.shutdown):
+                    with pytest.raises(ApiError, match="the VM is migrating") as caught:
+                        await refused()
+                    assert caught.value.status == 500
+                with pytest.raises(ApiError, match="the VM is migrating"):
+                    await client.send_migration("unix:/y")
+                assert (await client.info())["state"] == "Running"  # reads always work
+                assert await client.counters()
+                stage.vms[0].let_migrate.set()
+            assert (await stage.vmm.ended()).kind == "migrated"
+        options = stage.vms[0].migrate_options
+        assert (options["url"], options["downtime_ms"], options["timeout_s"], options["timeout_strategy"]) == (
+            "unix:/x",
+            50,
+            None,
+            "ignore",
+        )
+
+
+async def test_after_a_migration_it_can_stay_and_receive(stage_of: StageOf) -> None:
+    async with stage_of(VmmOptions(stay_after_migration=True)) as stage, Client(stage.path) as client:
+        await client.create(BODY)
+        await client.boot()
+        stage.vms[0].let_migrate.set()
+        await client.send_migration("unix:/x")
+        assert stage.vms[0].closed
+        with pytest.raises(ApiError, match="not created"):
+            await client.info()
+        with trio.fail_after(LIMIT_S):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(client.receive_migration, "unix:/back")
+                while not stage.incoming:
+                    await client.ping()
+                with pytest.raises(ApiError, match="in the middle of receive-migration"):
+                    await client.create(BODY)
+                stage.incoming[0].arrived.set()
+        assert stage.incoming[0].url == "unix:/back"
+        assert (await client.info())["state"] == "Running"
+
+
+async def test_a_failed_migration_is_an_answer_and_nothing_else(stage_of: StageOf) -> None:
+    async with stage_of() as stage, Client(stage.path) as client:
+        await client.create(BODY)
+        await client.boot()
+        vm = stage.vms[0]
+        vm.let_migrate.set()
+        try:
+            raise MigrationError("the link broke") from OSError("connection reset")
+        except MigrationError as error:
+            vm.migration_ends = error
+        with pytest.raises(ApiError) as caught:
+            await client.send_migration("unix:/x")
+        assert (caught.value.status, caught.value.messages) == (
+            500,
+            ("vm.send-migration failed", "the link broke", "connection reset"),
+        )
+        await client.pause()
+        await client.resume()
+        vm.migration_ends = None
+        await client.send_migration("unix:/x")
+        assert (await stage.vmm.ended()).kind == "migrated"
+
+
+async def test_a_migration_can_be_cancelled_in_either_direction(stage_of: StageOf) -> None:
+    async with stage_of() as stage, Client(stage.path) as client:
+        outcomes: list[str] = []
+
+        async def noted(call: Callable[[str], Any]) -> None:
+            with pytest.raises(ApiError) as caught:
+                await call("unix:/x")
+            outcomes.append(str(caught.value))
+
+        async def cancelled(call: Callable[[str], Any], begun: Callable[[], object]) -> None:
+            with trio.fail_after(LIMIT_S):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(noted, call)
+                    while not begun():
+                        await client.ping()
+                    await client.cancel_migration()
+
+        await cancelled(client.receive_migration, lambda: stage.incoming)
+        await client.create(BODY)
+        await client.boot()
+        await cancelled(client.send_migration, lambda: stage.vms[0].migrate_options)
+        assert all("cancelled" in outcome for outcome in outcomes)
+        assert (await client.info())["state"] == "Running"
+
+
+@pytest.mark.parametrize("kind", ["poweroff", "crash"])
+async def test_the_guest_ends_the_process(stage_of: StageOf, kind: str) -> None:
+    async with stage_of() as stage, Client(stage.path) as client:
+        await client.create(BODY)
+        await client.boot()
+        await client.shutdown()  # ours does not
+        await client.boot()
+        await trio.testing.wait_all_tasks_blocked()
+        if kind == "crash":
+            stage.vms[0].crash()
+        else:
+            stage.vms[0].end(ExitReason("poweroff"))
+        with trio.fail_after(LIMIT_S):
+            end = await stage.vmm.ended()
+        assert end.kind == kind
+        assert (end.reason is not None and end.reason.crash is not None) == (kind == "crash")
+
+
+async def test_no_shutdown_outlives_the_guests_power_off(stage_of: StageOf) -> None:
+    async with stage_of(VmmOptions(stay_after_shutdown=True)) as stage, Client(stage.path) as client:
+        await client.create(BODY)
+        await client.boot()
+        stage.vms[0].end(ExitReason("poweroff"))
+        await trio.testing.wait_all_tasks_blocked()
+        assert (await client.info())["state"] == "Shutdown"
+        await client.boot()
+        stage.vms[0].crash()
+        with trio.fail_after(LIMIT_S):
+            assert (await stage.vmm.ended()).kind == "crash"
+
+
+async def test_at_the_end_a_running_call_answers_500_and_then_closes(stage_of: StageOf) -> None:
+    answers: list[bytes] = []
+
+    async def ask(path: str, data: bytes) -> None:
+        answers.append(await trio.to_thread.run_sync(raw, path, data))
+
+    with trio.fail_after(LIMIT_S):
+        async with trio.open_nursery() as nursery, stage_of() as stage:
+            body = b'{"receiver_url":"unix:/x"}'
+            request = b"PUT /api/v1/vm.receive-migration HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s"
+            nursery.start_soon(ask, stage.path, request % (len(body), body))
+            async with Client(stage.path) as client:
+                while not stage.incoming:
+                    await client.ping()
+    assert answers[0].startswith(b"HTTP/1.1 500 \r\n")
+    assert json.loads(answers[0].partition(b"\r\n\r\n")[2]) == [
+        "vm.receive-migration was cancelled",
+        "the VMM is shutting down",
+    ]
+
+
+async def test_descriptors_that_a_client_passes_are_closed(stage_of: StageOf) -> None:
+    async with stage_of() as stage:
+        before = len(os.listdir("/proc/self/fd"))
+        request = b"GET /api/v1/vmm.ping HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        answer = await trio.to_thread.run_sync(lambda: raw(stage.path, request, fds=[0] * 5))
+        assert answer.startswith(b"HTTP/1.1 200 \r\n")
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(os.listdir("/proc/self/fd")) <= before + 1  # a spare worker thread's own, at the most
+
+
+@pytest.mark.parametrize("data", [b"PUT /api/v1/vm.create HTTP/1.1\r\nHo", b""])
+async def test_a_client_that_stops_in_the_middle_is_closed_at_its_deadline(stage_of: StageOf, data: bytes) -> None:
+    async with stage_of(api_read=0.2, api_idle=0.2) as stage:
+        with trio.fail_after(LIMIT_S):
+            assert await trio.to_thread.run_sync(raw, stage.path, data) == b""
+
+
+async def test_an_oversized_request_reads_its_refusal(stage_of: StageOf) -> None:
+    async with stage_of() as stage:
+        data = b"PUT /api/v1/vm.create HTTP/1.1\r\nHost: x\r\nContent-Length: 3000000\r\n\r\n" + bytes(3_000_000)
+        answer = await trio.to_thread.run_sync(raw, stage.path, data)
+        assert answer.startswith(b"HTTP/1.1 413 \r\n")
+        assert b"Connection: close" in answer
+
+
+async def test_pipelined_requests_are_answered_in_order(stage_of: StageOf) -> None:
+    async with stage_of() as stage:
+        get = b"GET /api/v1/%s HTTP/1.1\r\nHost: x\r\n%s\r\n"
+        data = get % (b"vmm.ping", b"") + get % (b"vm.info", b"") + get % (b"x", b"Connection: close\r\n")
+        answer = await trio.to_thread.run_sync(raw, stage.path, data)
+        assert re.findall(rb"HTTP/1.1 (\d+) \r", answer) == [b"200", b"404", b"404"]
+
+
+async def test_a_bug_in_a_handler_is_one_500(tmp_path: Path) -> None:
+    async def handler(request: Request) -> Response:
+        raise ZeroDivisionError("oops")
+
+    path = str(tmp_path / "s")
+    async with open_server(path, handler, Deadlines()):
+        with pytest.raises(ChRemoteError) as caught:
+            await trio.to_thread.run_sync(ch_remote, path, "GET", "x")
+    assert caught.value.status == 500
+    assert "ZeroDivisionError" in (caught.value.body or "")
+
+
+async def _nobody(request: Request) -> Response:
+    return Response(204)
+
+
+async def test_the_sockets_life(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    async with open_server(str(path), _nobody, Deadlines()):
+        assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+        with pytest.raises(ConfigError, match="in use by another process"):
+            async with open_server(str(path), _nobody, Deadlines()):
+                pass
+        assert await trio.to_thread.run_sync(ch_remote, str(path), "PUT", "x") is None  # the first one goes on
+    assert names_in(tmp_path) == []
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+def leave_a_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    path.with_name(path.name + ".lock").touch()
+
+
+async def test_a_stale_socket_is_removed_and_nothing_else_is(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    leave_a_socket(path)
+    async with open_server(str(path), _nobody, Deadlines()):
+        pass
+    assert names_in(tmp_path) == []
+    with socket.socket(socket.AF_UNIX) as alive:  # serves without our lock
+        alive.bind(str(path))
+        alive.listen()
+        with pytest.raises(ConfigError, match="in use"):
+            async with open_server(str(path), _nobody, Deadlines()):
+                pass
+        os.unlink(path)
+    (tmp_path / "s").write_text("mine")
+    with pytest.raises(ConfigError, match="not a socket"):
+        async with open_server(str(path), _nobody, Deadlines()):
+            pass
+    assert (tmp_path / "s").read_text() == "mine"
+    for bad in ("", "x" * 200, str(tmp_path / "no" / "s")):
+        with pytest.raises(ConfigError):
+            async with open_server(bad, _nobody, Deadlines()):
+                pass
+
+
+async def test_a_client_without_a_server(tmp_path: Path) -> None:
+    async with Client(str(tmp_path / "nobody")) as client:
+        with pytest.raises(ApiUnreachable, match="nobody"):
+            await client.ping()
