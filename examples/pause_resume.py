@@ -18,7 +18,7 @@ async def main() -> None:
             except PauseTimeout as late:
                 print("rolled back:", late.diagnosis)
                 continue
-            print("paused:", vm.state.value, [vcpu for vcpu in vm.info()["vcpus"]])
+            print("paused:", vm.state.value, vm.info()["vcpus"])
             await vm.resume()
         print("running:", vm.state.value)
 

@@ -11,11 +11,11 @@ from setuptools.command.build_py import build_py
 GUEST = Path(__file__).resolve().parent.parent / "trivmm" / "guest"
 ELF = GUEST / "probe.elf"
 # Freestanding, no SSE (ring 0 may be emulated), no red zone (interrupts on the same stack), not position-independent.
-FLAGS = (
+FLAGS = shlex.split(
     "-m64 -O2 -Wall -Wextra -std=gnu11 -ffreestanding -fno-pic -no-pie -mno-red-zone -mgeneral-regs-only "
     "-fno-stack-protector -fcf-protection=none -fno-asynchronous-unwind-tables -fno-tree-loop-distribute-patterns "
     "-nostdlib -static -Wl,--build-id=none -Wl,-z,noexecstack -Wl,--no-warn-rwx-segments"
-).split()
+)
 
 
 def build_guest() -> Path:

@@ -53,7 +53,9 @@ trio.run(main, *sys.argv[1:])
 
 
 def peer(role: str, url: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", PEER, role, url], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", PEER, role, url], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:

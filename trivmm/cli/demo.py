@@ -13,7 +13,7 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -35,6 +35,7 @@ START_LIMIT_S: Final = 30.0  # a process's start, a guest's boot: seconds at the
 READY_LIMIT_S: Final = 120.0
 MOVE_LIMIT_S: Final = 180.0
 POLL_S: Final = 0.05
+LISTENING: Final = "0A"  # TCP_LISTEN as /proc/net/tcp spells it
 
 
 @attrs.frozen
@@ -71,7 +72,7 @@ class Host:
 async def open_host(name: str, folder: Path, hypervisor: str) -> AsyncIterator[Host]:
     """A VMM process that stays after its VM has migrated away, so that it can receive it again."""
     api, log = folder / f"{name}.sock", folder / f"{name}.log"
-    command = [sys.executable, "-m", "trivmm", "--api-socket", f"path={api}", "--hypervisor", hypervisor]
+    command = [sys.executable, "-P", "-m", "trivmm", "--api-socket", f"path={api}", "--hypervisor", hypervisor]
     command += ["--stay-after-migration"]
     with log.open("wb") as out:
         process = await trio.lowlevel.open_process(command, stdin=-3, stdout=out, stderr=out)
@@ -107,6 +108,8 @@ class Console:
     _text: str = ""
 
     def report(self) -> ProbeReport:
+        if not self.path.exists():
+            return parse_report("")
         with self.path.open("rb") as file:
             file.seek(self._at)
             new = file.read()
@@ -167,7 +170,8 @@ async def _move(source: Host, target: Host, url: str, options: DemoOptions, view
             nursery.start_soon(receive)
             nursery.start_soon(watch)
             try:
-                await _until_listening(url)
+                with trio.move_on_after(START_LIMIT_S):
+                    await _until(lambda: _listens(url))  # the receiver listens as soon as its request is served
                 await source.client.send_migration(url, downtime_ms=options.downtime_ms)
                 final = await source.client.migration_progress()
                 if final is not None:
@@ -184,19 +188,19 @@ async def _move(source: Host, target: Host, url: str, options: DemoOptions, view
     return row
 
 
-async def _until_listening(url: str) -> None:
-    """The receiver listens as soon as its request is served; give it that moment."""
+def _listens(url: str) -> bool:
     kind, _, where = url.partition(":")
-    with trio.move_on_after(START_LIMIT_S):
-        while True:
-            if kind == "unix" and os.path.exists(where):
-                return
-            if kind == "tcp":
-                port = int(where.rpartition(":")[2])
-                listening = Path("/proc/net/tcp").read_text().splitlines()[1:]
-                if any(line.split()[1].endswith(f":{port:04X}") and line.split()[3] == "0A" for line in listening):
-                    return
-            await trio.sleep(POLL_S)
+    if kind == "unix":
+        return os.path.exists(where)
+    port = int(where.rpartition(":")[2])
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return any(row[1].endswith(f":{port:04X}") and row[3] == LISTENING for row in rows)
+
+
+async def _until(true: Callable[[], bool]) -> None:
+    """Poll what only another process can tell. Bounded by the caller."""
+    while not true():  # noqa: ASYNC110 - there is no event to wait for
+        await trio.sleep(POLL_S)
 
 
 async def run_demo(options: DemoOptions) -> int:
@@ -218,8 +222,7 @@ async def run_demo(options: DemoOptions) -> int:
                 await first.client.boot()
                 console = Console(serial)
                 with trio.move_on_after(READY_LIMIT_S) as scope:
-                    while not (serial.exists() and console.report().ready):
-                        await trio.sleep(POLL_S)
+                    await _until(lambda: console.report().ready)
                 if scope.cancelled_caught:
                     raise DemoError(f"the probe guest did not get ready: {first.last_words()}")
                 source, target = first, second
