@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import attrs
+import trio
 
 from trivmm.config import PayloadConfig, VmConfig
 from trivmm.deadlines import Deadlines
@@ -52,7 +53,8 @@ class Incoming:
             try:
                 await self._receiver.receive(self._build, self._note)
             except BaseException:
-                await self.vm.abandon()
+                with trio.CancelScope(shield=True):
+                    await self.vm.abandon()  # noqa: ASYNC102 - bounded inside
                 raise
             self.vm.adopt()
             return self.vm

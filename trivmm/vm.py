@@ -220,7 +220,7 @@ class Vm:
         try:
             machine.resume()
         except BaseException:
-            await self._end()
+            await self._end()  # noqa: ASYNC102 - shields and bounds itself
             raise
         self._exit = None
         if self._exited.is_set():  # else somebody may wait on it already: since before boot, or since before a reboot

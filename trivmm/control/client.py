@@ -49,7 +49,7 @@ class Client:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._http.__aexit__(kind, error, trace)
+        await self._http.__aexit__(kind, error, trace)  # noqa: ASYNC102 - closes sockets, waits for nobody
 
     async def call(self, method: str, route: str, body: object = None) -> Any:
         """``route`` such as ``vm.info``; ``body`` is JSON-able, None sends none. Gives the answer's JSON, or None."""

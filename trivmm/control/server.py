@@ -171,7 +171,8 @@ async def _answer(
         response = await handler(request)
     except trio.Cancelled:
         response = error_response(500, f"{request.name} was cancelled", "the VMM is shutting down")
-        await _send(sock, http.answer(response, close=True), deadlines)
+        with trio.move_on_after(deadlines.api_write, shield=True):
+            await _send(sock, http.answer(response, close=True), deadlines)
         raise
     except Exception as error:  # a bug of ours: the client gets an answer, the log the traceback
         LOG.exception("API handler failed")

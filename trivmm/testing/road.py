@@ -55,18 +55,15 @@ class Road:
             except Exception as error:  # the sender's error says more; this one is there for when it has none
                 problems.append(error)
 
+        report: MigrationReport | None = None
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(receive)
                 try:
                     report = await self.vm.migrate_to(incoming.url, **options)
-                except BaseException as error:
-                    failure: BaseException | None = error
-                else:
-                    failure = None
-            if failure is not None:
-                raise failure
-            if problems:
+                except Exception as error:  # raised below, outside the nursery, so that it isn't wrapped in a group
+                    problems.insert(0, error)
+            if problems or report is None:
                 raise problems[0]
         except BaseException:
             leave.set()
