@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import logging
 import os
 import select
 import struct
@@ -18,10 +19,13 @@ from typing import Any, Final
 
 import attrs
 
+from trivmm.errors import HypervisorError
 from trivmm.hypervisor.base import VmBackend
 from trivmm.migration.fields import Fields
 
 __all__ = ["ENTRY_SIZE", "NO_VECTOR", "MsixTable"]
+
+logger = logging.getLogger(__name__)
 
 NO_VECTOR: Final = 0xFFFF
 ENTRY_SIZE: Final = 16
@@ -45,6 +49,7 @@ class MsixTable:
     def __init__(self, vm: VmBackend, vectors: int) -> None:
         self._vm = vm
         self._control = 0
+        self.refused = 0
         self.live = False
         self._vectors: list[_Vector] = []
         try:
@@ -116,7 +121,12 @@ class MsixTable:
             # Taken out and written again: an eventfd that is readable when it is connected injects, but the kernel
             # leaves its count, which would look pending at the next mask.
             held = _drain(vector.fd)
-            vector.token, vector.routed = self._vm.connect_msi(vector.fd, address, data), wanted
+            try:
+                vector.token, vector.routed = self._vm.connect_msi(vector.fd, address, data), wanted
+            except HypervisorError as error:  # a message that no interrupt controller takes: the guest's mistake
+                self.refused += 1
+                if self.refused == 1:
+                    logger.warning("an MSI-X message (address %#x, data %#x) is refused: %s", address, data, error)
             if held:
                 os.eventfd_write(vector.fd, 1)
 

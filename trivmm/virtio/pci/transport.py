@@ -7,6 +7,7 @@ come from vCPU threads and never block: registers are behind one short lock, dev
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 import threading
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from trivmm._native import ffi, lib
-from trivmm.errors import TrivmmError
+from trivmm.errors import HypervisorError, TrivmmError
 from trivmm.hypervisor.base import VmBackend
 from trivmm.machine.bus import Outcome
 from trivmm.machine.pci.config_space import PciConfigSpace
@@ -25,6 +26,8 @@ from trivmm.virtio.pci.msix import MsixTable
 from trivmm.virtio.port import Activation, DeviceBackend, DeviceStatusPort, QueueConfig, Ticket
 
 __all__ = ["VirtioPciTransport"]
+
+logger = logging.getLogger(__name__)
 
 VENDOR: Final = 0x1AF4
 DEVICE_BASE: Final = 0x1040
@@ -69,6 +72,7 @@ class VirtioPciTransport:
         self._queue_irqs = [self._new_irq() for _ in range(queues)]
         self._doorbells = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(queues)]
         self._doorbells_at: int | None = None
+        self._rung: set[int] = set()  # queues whose doorbell the hypervisor has
         self.config = PciConfigSpace(
             vendor_id=VENDOR,
             device_id=DEVICE_BASE + device.device_type,
@@ -255,10 +259,16 @@ class VirtioPciTransport:
             return
         for index, fd in enumerate(self._doorbells):
             at = NOTIFY + index * NOTIFY_MULTIPLIER
-            if self._doorbells_at is not None:
+            if index in self._rung and self._doorbells_at is not None:
                 self._vm.remove_doorbell(fd, self._doorbells_at + at)
-            if mapped is not None:
+            self._rung.discard(index)
+            if mapped is None:
+                continue
+            try:
                 self._vm.add_doorbell(fd, mapped + at)
+                self._rung.add(index)
+            except HypervisorError as error:  # it works without, only slower: the write then comes to bar_write
+                logger.warning("%s: no doorbell for queue %d: %s", self.name, index, error)
         self._doorbells_at = mapped
 
     def connect_interrupts(self) -> None:

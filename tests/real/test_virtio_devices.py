@@ -1,0 +1,271 @@
+"""virtio-blk and virtio-rng with their real worker threads, real files, and the mock driver as the guest."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from trivmm.config import DiskConfig, RngConfig
+from trivmm.errors import ConfigError
+from trivmm.machine.memory import GuestMemory
+from trivmm.testing.driver import WRITE, Descriptor, MockDriver
+from trivmm.virtio.block import BlockDevice
+from trivmm.virtio.device import WorkerDevice
+from trivmm.virtio.port import Activation
+from trivmm.virtio.rng import RngDevice
+
+VERSION_1 = 1 << 32
+FLUSH = 1 << 9
+HEADER, DATA, STATUS = 0x100000, 0x101000, 0x140000
+IN, OUT, T_FLUSH, GET_ID = 0, 1, 4, 8
+
+
+@pytest.fixture
+def memory() -> Iterator[GuestMemory]:
+    made = GuestMemory([(0, 4 << 20)])
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def driver(memory: GuestMemory) -> Iterator[MockDriver]:
+    made = MockDriver(memory)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(range(256)) * 256)  # 128 sectors
+    return path
+
+
+@asynccontextmanager
+async def active(
+    device: WorkerDevice, driver: MockDriver, features: int = VERSION_1 | FLUSH, **where: int
+) -> AsyncIterator[None]:
+    async with trio.open_nursery() as workers:
+        await device.activate(Activation(1, features, (driver.config(**where),)), workers)
+        try:
+            yield
+        finally:
+            with trio.move_on_after(10, shield=True):
+                await device.stop()
+
+
+async def answered(driver: MockDriver, count: int = 1) -> list[tuple[int, int]]:
+    """Wait for interrupts until ``count`` chains are used."""
+    found: list[tuple[int, int]] = []
+    with trio.fail_after(20):
+        while len(found) < count:
+            await trio.lowlevel.wait_readable(driver.call)
+            driver.interrupts()
+            found += driver.used()
+    return found
+
+
+def request(driver: MockDriver, kind: int, sector: int, length: int, writable: bool) -> None:
+    driver.memory.write(HEADER, struct.pack("<IIQ", kind, 0, sector))
+    driver.memory.write(STATUS, b"\xaa")
+    parts = [Descriptor(HEADER, 16)]
+    if length:
+        parts.append(Descriptor(DATA, length, WRITE if writable else 0))
+    parts.append(Descriptor(STATUS, 1, WRITE))
+    driver.offer(driver.chain(*parts))
+    driver.ring()
+
+
+async def do(driver: MockDriver, kind: int, sector: int = 0, length: int = 0, writable: bool = True) -> tuple[int, int]:
+    """(status byte, used length)"""
+    request(driver, kind, sector, length, writable)
+    ((_, used),) = await answered(driver)
+    return driver.memory.read(STATUS, 1)[0], used
+
+
+async def test_read_write_flush_and_identity(memory: GuestMemory, driver: MockDriver, image: Path) -> None:
+    device = BlockDevice(DiskConfig(str(image), serial="a-serial"), memory, "_disk0")
+    async with active(device, driver):
+        assert await do(driver, IN, 1, 1024) == (0, 1025)
+        assert memory.read(DATA, 1024) == image.read_bytes()[512:1536]
+        memory.write(DATA, b"w" * 512)
+        assert await do(driver, OUT, 127, 512, writable=False) == (0, 1)
+        assert image.read_bytes()[127 * 512 :] == b"w" * 512
+        assert await do(driver, T_FLUSH) == (0, 1)
+        assert await do(driver, GET_ID, 0, 20) == (0, 21)
+        assert memory.read(DATA, 20) == b"a-serial".ljust(20, b"\0")
+    assert device.counters()["read_bytes"] == 1024
+    assert device.counters()["write_ops"] == 1
+    device.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "sector", "length", "writable", "status"),
+    [
+        (IN, 128, 512, True, 1),
+        (IN, 127, 1024, True, 1),
+        (IN, (1 << 64) - 1, 512, True, 1),
+        (IN, 1 << 55, 512, True, 1),
+        (IN, 0, 100, True, 1),
+        (OUT, 128, 512, False, 1),
+        (77, 0, 512, True, 2),
+    ],
+)
+async def test_what_cannot_be_is_answered_so(
+    memory: GuestMemory,
+    driver: MockDriver,
+    image: Path,
+    kind: int,
+    sector: int,
+    length: int,
+    writable: bool,
+    status: int,
+) -> None:
+    before = image.read_bytes()
+    device = BlockDevice(DiskConfig(str(image)), memory, "_disk0")
+    async with active(device, driver):
+        assert (await do(driver, kind, sector, length, writable))[0] == status
+        assert (await do(driver, IN, 0, 512))[0] == 0, "the queue goes on"
+    assert image.read_bytes() == before
+    device.close()
+
+
+async def test_a_read_only_disk_is_not_written(memory: GuestMemory, driver: MockDriver, image: Path) -> None:
+    before = image.read_bytes()
+    image.chmod(0o444)
+    device = BlockDevice(DiskConfig(str(image), readonly=True), memory, "_disk0")
+    assert device.features & 1 << 5
+    async with active(device, driver):
+        assert (await do(driver, OUT, 0, 512, writable=False))[0] == 1
+    assert image.read_bytes() == before
+    device.close()
+
+
+async def test_an_image_that_shrank_is_an_io_error(memory: GuestMemory, driver: MockDriver, image: Path) -> None:
+    device = BlockDevice(DiskConfig(str(image)), memory, "_disk0")
+    os.truncate(image, 512)
+    async with active(device, driver):
+        assert (await do(driver, IN, 8, 512))[0] == 1
+    device.close()
+
+
+async def test_a_request_without_room_for_its_status_breaks_the_queue(
+    memory: GuestMemory, driver: MockDriver, image: Path
+) -> None:
+    device = BlockDevice(DiskConfig(str(image)), memory, "_disk0")
+    told = trio.Event()
+    problems: list[str] = []
+
+    def broken(problem: str) -> None:
+        problems.append(problem)
+        told.set()
+
+    device.on_broken = broken
+    async with active(device, driver):
+        driver.offer(driver.chain(Descriptor(HEADER, 16)))
+        driver.ring()
+        with trio.fail_after(20):
+            await told.wait()
+    assert "without room" in problems[0]
+    device.close()
+
+
+async def test_work_that_was_queued_but_not_notified_is_served(
+    memory: GuestMemory, driver: MockDriver, image: Path
+) -> None:
+    """A kick lost over a restore: every queue is looked at once when its worker starts."""
+    device = BlockDevice(DiskConfig(str(image)), memory, "_disk0")
+    async with active(device, driver):
+        await do(driver, IN, 0, 512)
+    ((_, next_avail, next_used),) = device.positions()
+    assert (next_avail, next_used) == (1, 1)
+    driver.memory.write(HEADER, struct.pack("<IIQ", IN, 0, 3))
+    driver.offer(driver.chain(Descriptor(HEADER, 16), Descriptor(DATA, 512, WRITE), Descriptor(STATUS, 1, WRITE)))
+    async with active(device, driver, next_avail=next_avail, next_used=next_used):
+        assert await answered(driver) == [(0, 513)]
+    device.close()
+
+
+async def test_stopping_is_prompt_and_safe_at_any_time(memory: GuestMemory, driver: MockDriver, image: Path) -> None:
+    device = BlockDevice(DiskConfig(str(image)), memory, "_disk0")
+    where = {"next_avail": 0, "next_used": 0}
+    for _ in range(100):
+        async with active(device, driver, **where):
+            pass
+    await device.stop()
+    device.close()
+
+
+async def test_rng_fills_what_is_offered(memory: GuestMemory, driver: MockDriver) -> None:
+    device = RngDevice(RngConfig(), memory)
+    async with active(device, driver):
+        driver.offer(driver.chain(Descriptor(DATA, 5000, WRITE), Descriptor(DATA + 8192, 100, WRITE)))
+        driver.ring()
+        assert await answered(driver) == [(0, 5100)]
+        assert memory.read(DATA, 5000) != bytes(5000)
+        assert memory.read(DATA + 8192, 100) != bytes(100)
+    assert device.counters()["bytes"] == 5100
+    device.close()
+
+
+async def test_rng_with_a_source_that_has_nothing_can_be_stopped(
+    memory: GuestMemory, driver: MockDriver, tmp_path: Path
+) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    keep = os.open(fifo, os.O_RDWR | os.O_NONBLOCK)
+    device = RngDevice(RngConfig(str(fifo)), memory)
+    async with active(device, driver):
+        driver.offer(driver.chain(Descriptor(DATA, 64, WRITE)))
+        driver.ring()
+    assert device.positions() == ((0, 0, 0),), "the chain went back: it is served by the next worker"
+    os.write(keep, b"e" * 10)
+    async with active(device, driver):
+        assert await answered(driver) == [(0, 10)]
+    device.close()
+    os.close(keep)
+
+
+# --- images ------------------------------------------------------------------------------------------------------
+
+
+def test_locks_exclude_and_can_be_handed_over(memory: GuestMemory, image: Path) -> None:
+    first = BlockDevice(DiskConfig(str(image)), memory, "_disk0")
+    with pytest.raises(ConfigError, match=r"disks\.path.*in use"):
+        BlockDevice(DiskConfig(str(image)), memory, "_disk0")
+    incoming = BlockDevice(DiskConfig(str(image)), memory, "_disk0", lock=False)
+    with pytest.raises(ConfigError, match="in use"):
+        incoming.take_locks()
+    first.release_locks()
+    incoming.take_locks()
+    with pytest.raises(ConfigError, match="in use"):
+        first.take_locks()
+    incoming.close()
+    first.take_locks()
+    first.take_locks()
+    first.close()
+
+
+def test_readers_share_and_exclude_a_writer(memory: GuestMemory, image: Path) -> None:
+    readers = [BlockDevice(DiskConfig(str(image), readonly=True), memory, f"_disk{n}") for n in range(2)]
+    with pytest.raises(ConfigError, match="in use"):
+        BlockDevice(DiskConfig(str(image)), memory, "_disk2")
+    for reader in readers:
+        reader.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("absent.img", "No such file"), (".", "directory"), ("fifo", "neither a file"), ("a\0b", "null")],
+)
+def test_what_is_no_image(memory: GuestMemory, tmp_path: Path, name: str, message: str) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(ConfigError, match=message):
+        BlockDevice(DiskConfig(f"{tmp_path}/{name}"), memory, "_disk0")
+    assert not (tmp_path / "absent.img").exists(), "never created"

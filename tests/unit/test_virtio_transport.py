@@ -1,0 +1,326 @@
+"""The virtio-pci transport as a driver sees it: registers, MSI-X, the config-access window, save and load."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from trivmm.errors import HypervisorError, ProtocolError
+from trivmm.machine.bus import AddressSpace
+from trivmm.machine.pci import PciBus
+from trivmm.testing.miniboard import BareDevice
+from trivmm.testing.scripted import ScriptedVm
+from trivmm.virtio.pci import VirtioPciTransport
+from trivmm.virtio.port import Activation, Ticket
+
+STATUS = 0x14
+NOTIFY = 0x6000
+TABLE = 0x8000
+PBA = 0x48000
+
+
+class Status:
+    """A lifecycle that only remembers."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.taken: list[Activation] = []
+        self.accepted: list[bool] = []
+
+    def read_status(self) -> int:
+        return self.status
+
+    def write_status(self, value: int, accept_features: Any, snapshot: Any) -> Ticket | None:
+        self.status = value
+        if value & 8:
+            self.accepted.append(accept_features())
+        if value & 4:
+            self.taken.append(snapshot(7))
+            return Ticket("_dev0", 7, "activation")
+        return None
+
+
+@pytest.fixture
+def vm() -> ScriptedVm:
+    return ScriptedVm(())
+
+
+@pytest.fixture
+def transport(vm: ScriptedVm) -> Iterator[VirtioPciTransport]:
+    made = VirtioPciTransport(BareDevice(queue_sizes=(256, 64), features=1 << 32 | 0x25), vm)
+    made.status = Status()
+    PciBus(AddressSpace("mmio")).add(made)
+    yield made
+    made.close()
+
+
+def read(transport: VirtioPciTransport, offset: int, size: int) -> int:
+    return int.from_bytes(transport.bar_read(0, offset, size), "little")
+
+
+def write(transport: VirtioPciTransport, offset: int, size: int, value: int) -> Any:
+    return transport.bar_write(0, offset, value.to_bytes(size, "little"))
+
+
+def set_up_queue(transport: VirtioPciTransport, index: int = 0, size: int = 16, vector: int = 1) -> None:
+    write(transport, 0x16, 2, index)
+    write(transport, 0x18, 2, size)
+    write(transport, 0x1A, 2, vector)
+    for register, gpa in ((0x20, 0x1000), (0x28, 0x2000), (0x30, 0x1_0000_3000)):
+        write(transport, register, 4, gpa & 0xFFFF_FFFF)
+        write(transport, register + 4, 4, gpa >> 32)
+    write(transport, 0x1C, 2, 1)
+
+
+def test_identity_and_capabilities(transport: VirtioPciTransport) -> None:
+    config = transport.config
+    assert struct.unpack("<HH", config.read(0, 4)) == (0x1AF4, 0x1044)
+    assert config.read(8, 1) == b"\1", "revision 1: modern"
+    assert config.read(0x3D, 1) == b"\0", "no interrupt pin"
+    kinds = []
+    at = config.read(0x34, 1)[0]
+    while at:
+        cap, following = config.read(at, 2)
+        kinds.append((cap, config.read(at + 3, 1)[0] if cap == 9 else None))
+        at = following
+    assert kinds == [(9, 1), (9, 3), (9, 4), (9, 2), (9, 5), (0x11, None)], "Cloud Hypervisor's order"
+
+
+def test_features_are_read_in_halves_and_settle(transport: VirtioPciTransport) -> None:
+    halves = []
+    for select in (0, 1, 2):
+        write(transport, 0x00, 4, select)
+        halves.append(read(transport, 0x04, 4))
+    assert halves == [0x25, 1, 0]
+    for select, value in ((0, 0x05), (1, 1)):
+        write(transport, 0x08, 4, select)
+        write(transport, 0x0C, 4, value)
+    write(transport, STATUS, 1, 8)
+    assert transport.status.accepted == [True]
+    write(transport, 0x0C, 4, 0)
+    assert transport.common.acked == 1 << 32 | 5, "settled once FEATURES_OK is set"
+
+
+@pytest.mark.parametrize(("low", "high", "good"), [(0x25, 1, True), (0x25, 0, False), (0x40, 1, False), (0, 3, False)])
+def test_a_legal_subset_with_version_1(transport: VirtioPciTransport, low: int, high: int, good: bool) -> None:
+    for select, value in ((0, low), (1, high)):
+        write(transport, 0x08, 4, select)
+        write(transport, 0x0C, 4, value)
+    write(transport, STATUS, 1, 8)
+    assert transport.status.accepted == [good]
+
+
+@pytest.mark.parametrize(("offset", "size"), [(0, 1), (0, 2), (1, 4), (0x14, 2), (0x14, 4), (0x18, 4), (0x1F, 1)])
+def test_odd_widths_read_all_ones_and_write_nothing(transport: VirtioPciTransport, offset: int, size: int) -> None:
+    before = transport.common.save()
+    write(transport, offset, size, 0)
+    assert transport.common.save() == before
+    assert read(transport, offset, size) == (1 << 8 * size) - 1
+
+
+def test_a_queue_that_is_not_there_reads_size_0(transport: VirtioPciTransport) -> None:
+    assert read(transport, 0x12, 2) == 2
+    write(transport, 0x16, 2, 2)
+    assert read(transport, 0x18, 2) == 0
+    assert read(transport, 0x1A, 2) == 0xFFFF
+
+
+def test_queue_registers_and_the_private_copy(transport: VirtioPciTransport) -> None:
+    set_up_queue(transport)
+    assert read(transport, 0x30, 8) == 0x1_0000_3000, "64-bit fields are read whole too"
+    ticket = write(transport, STATUS, 1, 0xF)
+    assert isinstance(ticket, Ticket)
+    (queue,) = transport.status.taken[0].queues
+    assert (queue.index, queue.size, queue.desc_gpa, queue.used_gpa) == (0, 16, 0x1000, 0x1_0000_3000)
+    write(transport, 0x20, 4, 0xBAD0)
+    write(transport, 0x18, 2, 64)
+    assert read(transport, 0x20, 4) == 0x1000, "a live queue's registers are settled"
+    assert read(transport, 0x18, 2) == 16
+
+
+@pytest.mark.parametrize("size", [0, 3, 100, 512])
+def test_a_size_that_cannot_be_is_ignored(transport: VirtioPciTransport, size: int) -> None:
+    write(transport, 0x18, 2, size)
+    assert read(transport, 0x18, 2) == 256
+
+
+def test_misaligned_rings_are_refused_at_the_snapshot(transport: VirtioPciTransport) -> None:
+    write(transport, 0x20, 4, 0x1008)
+    write(transport, 0x1C, 2, 1)
+    with pytest.raises(ValueError, match="aligned"):
+        transport.snapshot(1)
+
+
+def test_a_vector_beyond_the_table_reads_back_as_none(transport: VirtioPciTransport) -> None:
+    write(transport, 0x1A, 2, 3)
+    assert read(transport, 0x1A, 2) == 0xFFFF
+    write(transport, 0x10, 2, 2)
+    assert read(transport, 0x10, 2) == 2
+
+
+def test_isr_is_read_to_clear(transport: VirtioPciTransport) -> None:
+    transport.signal_config_change()
+    assert read(transport, 0x2000, 1) == 2
+    assert read(transport, 0x2000, 1) == 0
+
+
+def test_a_notification_rings_the_doorbell(transport: VirtioPciTransport, vm: ScriptedVm) -> None:
+    write(transport, NOTIFY + 4, 2, 1)
+    mapped = transport.config.bars[0].mapped
+    assert os.eventfd_read(vm.doorbells[mapped + NOTIFY + 4]) == 1
+    write(transport, NOTIFY + 8, 2, 2)  # a queue that is not there
+
+
+# --- the config-access capability, section 4.1.4.9 ---------------------------------------------------------------
+
+
+def window(transport: VirtioPciTransport, offset: int, length: int, bar: int = 0) -> int:
+    at = transport.config.read(0x34, 1)[0]
+    while transport.config.read(at + 3, 1) != b"\5":
+        at = transport.config.read(at + 1, 1)[0]
+    transport.config_write(at + 4, bytes([bar]))
+    transport.config_write(at + 8, struct.pack("<I", offset))
+    transport.config_write(at + 12, struct.pack("<I", length))
+    return at + 16
+
+
+def test_the_window_reads_writes_and_activates(transport: VirtioPciTransport, vm: ScriptedVm) -> None:
+    data = window(transport, 0x12, 2)
+    assert transport.config_read(data, 2) == b"\2\0"
+    set_up_queue(transport)
+    data = window(transport, STATUS, 1)
+    assert isinstance(transport.config_write(data, b"\x0f"), Ticket), "the barrier holds through the window too"
+    data = window(transport, NOTIFY, 2)
+    transport.config_write(data, b"\0\0")
+    assert os.eventfd_read(vm.doorbells[transport.config.bars[0].mapped + NOTIFY]) == 1
+
+
+@pytest.mark.parametrize(("offset", "length", "bar"), [(0x12, 3, 0), (0x13, 2, 0), (0x12, 2, 1), (0x80000, 4, 0)])
+def test_a_window_that_points_nowhere(transport: VirtioPciTransport, offset: int, length: int, bar: int) -> None:
+    data = window(transport, offset, length, bar)
+    transport.config_read(data, 4)
+    assert transport.config_write(data, b"\xff\xff\xff\xff") is None
+
+
+# --- MSI-X -------------------------------------------------------------------------------------------------------
+
+
+def enable_msix(transport: VirtioPciTransport, control: int = 0x8000) -> None:
+    at = transport.config.read(0x34, 1)[0]
+    while transport.config.read(at, 1) != b"\x11":
+        at = transport.config.read(at + 1, 1)[0]
+    transport.config_write(at + 2, struct.pack("<H", control))
+
+
+def set_vector(transport: VirtioPciTransport, index: int, data: int, masked: int = 0) -> None:
+    for word, value in enumerate((0xFEE0_0000, 0, data, masked)):
+        write(transport, TABLE + 16 * index + 4 * word, 4, value)
+
+
+def routes(vm: ScriptedVm) -> set[tuple[int, int]]:
+    return {(address, data) for _, address, data in vm.msi.values()}
+
+
+def test_a_masked_vector_has_no_route_and_its_eventfd_is_its_pending_bit(
+    transport: VirtioPciTransport, vm: ScriptedVm
+) -> None:
+    transport.connect_interrupts()
+    enable_msix(transport)
+    set_vector(transport, 1, 0x51)
+    assert routes(vm) == {(0xFEE0_0000, 0x51)}
+    write(transport, TABLE + 16 + 12, 4, 1)
+    assert routes(vm) == set()
+    assert read(transport, PBA, 8) == 0
+    os.eventfd_write(transport.msix.fd_of(1), 1)
+    assert read(transport, PBA, 8) == 0b10
+    write(transport, TABLE + 16 + 12, 4, 0)
+    assert routes(vm) == {(0xFEE0_0000, 0x51)}
+    assert os.eventfd_read(transport.msix.fd_of(1)) == 1, "still there when the route is: it injects at once"
+
+
+def test_function_mask_disable_and_new_messages(transport: VirtioPciTransport, vm: ScriptedVm) -> None:
+    transport.connect_interrupts()
+    set_vector(transport, 0, 0x50)
+    assert routes(vm) == set(), "not enabled"
+    enable_msix(transport)
+    assert routes(vm) == {(0xFEE0_0000, 0x50)}
+    enable_msix(transport, 0xC000)
+    assert routes(vm) == set()
+    enable_msix(transport)
+    write(transport, TABLE + 8, 4, 0x60)
+    assert routes(vm) == {(0xFEE0_0000, 0x60)}
+    transport.disconnect_interrupts()
+    assert routes(vm) == set()
+    transport.connect_interrupts()
+    assert routes(vm) == {(0xFEE0_0000, 0x60)}
+
+
+def test_a_message_that_the_hypervisor_refuses_is_the_guests_mistake(
+    transport: VirtioPciTransport, vm: ScriptedVm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(fd: int, address: int, data: int) -> int:
+        raise HypervisorError("KVM_SET_GSI_ROUTING", "refused")
+
+    monkeypatch.setattr(vm, "connect_msi", refuse)
+    transport.connect_interrupts()
+    enable_msix(transport)
+    set_vector(transport, 0, 0x50)
+    assert transport.msix.refused >= 1
+    monkeypatch.undo()
+    set_vector(transport, 0, 0x51)
+    assert routes(vm) == {(0xFEE0_0000, 0x51)}
+
+
+# --- save and load -----------------------------------------------------------------------------------------------
+
+
+def test_everything_travels(transport: VirtioPciTransport) -> None:
+    transport.connect_interrupts()
+    enable_msix(transport)
+    set_vector(transport, 1, 0x51, masked=1)
+    set_up_queue(transport, index=1, size=32, vector=1)
+    write(transport, 0x10, 2, 0)
+    os.eventfd_write(transport.msix.fd_of(1), 1)
+    transport.signal_config_change()
+    transport.disconnect_interrupts()
+    saved = json.loads(json.dumps(transport.save()))
+
+    vm = ScriptedVm(())
+    other = VirtioPciTransport(BareDevice(queue_sizes=(256, 64), features=1 << 32 | 0x25), vm)
+    bus = PciBus(AddressSpace("mmio"))
+    bus.add(other)
+    for _ in range(2):  # again after an undo
+        other.load(saved)
+        bus.place()
+        assert other.save() == saved
+    (queue,) = other.snapshot(3).queues
+    assert (queue.index, queue.size) == (1, 32)
+    assert queue.irq.fd == other.msix.fd_of(1)
+    other.connect_interrupts()
+    assert routes(vm) == set(), "vector 1 is masked, vector 0 never set up"
+    write(other, TABLE + 16 + 12, 4, 0)
+    assert (0xFEE0_0000, 0x51) in routes(vm)
+    other.close()
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("common", "queues", [[3, 0, 0, 0, 0, 0]] * 2),
+        ("common", "queues", []),
+        ("common", "acked", -1),
+        ("msix", "table", "AAAA"),
+        ("msix", "pending", [99]),
+        ("msix", "control", "x"),
+    ],
+)
+def test_hostile_state_is_refused(transport: VirtioPciTransport, part: str, key: str, value: object) -> None:
+    saved = json.loads(json.dumps(transport.save()))
+    saved[part][key] = value
+    with pytest.raises((ProtocolError, ValueError)):
+        transport.load(saved)
