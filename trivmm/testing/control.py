@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -11,6 +12,7 @@ from typing import Any
 import attrs
 import trio
 
+import trivmm
 from trivmm.config import VmConfig
 from trivmm.control.routes import Router
 from trivmm.control.server import open_server
@@ -172,6 +174,11 @@ async def open_stage(
         open_server(path, Router(vmm), deadlines),
     ):
         yield Stage(vmm, path, vms, incoming)
+
+
+def command_environment() -> dict[str, str]:
+    """For a ``python -m trivmm`` in another folder: the trivmm that this process runs, installed or not."""
+    return {**os.environ, "PYTHONPATH": str(Path(trivmm.__file__).parent.parent)}
 
 
 class ChRemoteError(Exception):

@@ -1,0 +1,213 @@
+"""The command line in processes of its own: one line for each mistake, its exit code, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from trivmm.testing.control import ch_remote, command_environment
+
+LIMIT_S = 60
+TRIVMM = [sys.executable, "-m", "trivmm"]
+
+
+def trivmm(*arguments: str, folder: Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*TRIVMM, *arguments],
+        cwd=folder,
+        env=command_environment(),
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+
+
+@contextmanager
+def serving(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A VMM that serves on a.sock in ``folder``; ended by the test, or else killed."""
+    process = subprocess.Popen(
+        [*TRIVMM, "--api-socket", "path=a.sock", *arguments],
+        cwd=folder,
+        env=command_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_until_it_serves(folder / "a.sock", process)
+        yield process
+    finally:
+        process.kill()
+        process.communicate(timeout=LIMIT_S)
+
+
+def wait_until_it_serves(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise AssertionError(f"ended with {process.returncode}: {process.communicate()[1]}")
+        try:
+            ch_remote(str(path), "GET", "vmm.ping")
+            return
+        except OSError:
+            time.sleep(0.05)  # it is starting; nothing tells us when but the socket itself
+    raise AssertionError("it does not serve")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--kernl", "x"], "--kernl: unknown option; did you mean --kernel?"),
+        (["run", "--kernel"], "argument --kernel: expected one argument"),
+        (["frobnicate"], "frobnicate: unknown command"),
+        (["run"], "nothing to do"),
+        (["--net", "tap=t"], "--net: not supported yet; leave it out"),
+        (["--firmware=x"], "--firmware: not supported yet; give --kernel a PVH ELF"),
+        (["--memory", "size=1G"], "--memory: there is no --kernel"),
+        (["--kernel", "k", "--memory", "size=0"], "memory.size = 0: no memory; give a size such as 512M"),
+        (["--kernel", "k", "--memory", "size=1"], "memory.size = 1: not a multiple"),
+        (["--kernel", "k", "--cpus", "boot=0"], "cpus.boot_vcpus = 0: out of range"),
+        (["--kernel", "k", "--cpus", "boot=999"], "cpus.boot_vcpus = 999: out of range"),
+        (["--kernel", "k", "--cpus", "boot"], "--cpus boot = '': no value"),
+        (["--kernel", "k", "--console", "tty"], "console.mode = 'Tty': virtio-console is not supported yet"),
+        (["--kernel", "k", "--seccomp", "true"], "--seccomp = 'true': there is no seccomp filter yet"),
+        (["--kernel", "k", "--deadlines", "paus=1"], "--deadlines paus = '1': unknown key; did you mean pause?"),
+        (["--kernel", "k", "--log-file", "no/where"], "--log-file = 'no/where': No such file or directory"),
+        (["--api-socket", "path="], "--api-socket = 'path=': no path"),
+        (["--api-socket", "no/where/a.sock", "--hypervisor", "soft"], "--api-socket = 'no/where/a.sock': cannot make"),
+        (["--api-socket", "a.sock", "--hypervisor", "xen"], "--hypervisor = 'xen': unknown hypervisor"),
+        (["remote", "ping"], "--api-socket: missing"),
+        (["remote", "--api-socket", "x", "pong"], "pong: unknown verb; did you mean ping?"),
+        (["remote", "--api-socket", "x", "resize"], "resize: not supported yet"),
+        (["remote", "--api-socket", "x", "pause", "now"], "pause now: the verb takes no argument"),
+        (["remote", "--api-socket", "x", "send-migration"], "send-migration: give destination_url="),
+        (["remote", "--api-socket", "x", "create", "nofile"], "create nofile: No such file or directory"),
+        (["doctor", "--jsn"], "--jsn: unknown option; did you mean --json?"),
+        (["demo", "--moves", "many"], "argument --moves: invalid int value"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, arguments: list[str], said: str) -> None:
+    done = trivmm(*arguments, folder=tmp_path)
+    assert done.stderr.startswith(f"error: {said}"), done.stderr
+    assert done.stderr.count("\n") == 1
+    assert (done.returncode, done.stdout) == (2, "")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.soft
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--kernel", "missing"], "payload.kernel = 'missing': "),
+        (["--kernel", "text"], "payload.kernel = 'text': not an ELF"),
+        (["--kernel", "."], "payload.kernel = '.': "),
+        (["--kernel", "text", "--disk", "path=gone"], "disks.path = 'gone': "),
+        (["--kernel", "text", "--disk", "path=."], "disks.path = '.': "),
+        (["--kernel", "text", "--memory", "size=512T"], "memory.size = "),
+    ],
+)
+def test_a_mistake_found_at_boot_is_the_same(tmp_path: Path, arguments: list[str], said: str) -> None:
+    pytest.importorskip("unicorn")
+    (tmp_path / "text").write_text("not a kernel, though long enough to look at: " * 10)
+    done = trivmm(*arguments, "--api-socket", "path=a.sock", "--hypervisor", "soft", folder=tmp_path)
+    assert done.stderr.startswith(f"error: {said}"), done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.returncode == 2
+    assert os.listdir(tmp_path) == ["text"]
+
+
+def test_help_and_version(tmp_path: Path) -> None:
+    for arguments in ([], ["--help"], ["remote", "--help"], ["doctor", "--help"], ["demo", "--help"], ["--version"]):
+        done = trivmm(*arguments, folder=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "trivmm" in done.stdout
+
+
+def test_remote_is_light(tmp_path: Path) -> None:
+    code = "import sys; from trivmm.cli import main; main(['remote', '--api-socket', 'x', 'ping']); print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=command_environment(),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=True,
+    )
+    heavy = {"trio", "httpx", "h11", "cattrs", "rich", "trivmm._native", "asyncio"}
+    assert not heavy & set(done.stdout.split())
+
+
+def test_doctor(tmp_path: Path) -> None:
+    done = trivmm("doctor", folder=tmp_path)
+    report = json.loads(done.stdout)
+    assert done.returncode == (0 if report["runs"] else 1)
+    for row in report["rows"]:
+        assert row["present"] or row["remedy"], row
+
+
+@pytest.mark.soft
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGHUP, 0)])
+def test_signals_end_a_server_and_leave_nothing(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    pytest.importorskip("unicorn")
+    with serving(tmp_path, "--hypervisor", "soft") as process:
+        process.send_signal(number)
+        out, err = process.communicate(timeout=LIMIT_S)
+    assert (process.returncode, out, err) == (code, "", "")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.soft
+def test_remote_drives_a_server(tmp_path: Path) -> None:
+    pytest.importorskip("unicorn")
+    with serving(tmp_path, "--hypervisor", "soft") as process:
+
+        def remote(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+            return trivmm("remote", "--api-socket", "a.sock", *arguments, folder=tmp_path, stdin=stdin)
+
+        assert json.loads(remote("ping").stdout)["pid"] == process.pid
+        second = trivmm("--api-socket", "path=a.sock", "--hypervisor", "soft", folder=tmp_path)
+        assert second.returncode == 2
+        assert "in use by another process" in second.stderr
+        done = remote("info")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("error: vm.info failed: VM is not created")
+        (tmp_path / "vm.json").write_text(json.dumps({"payload": {"kernel": "/nowhere/vmlinux"}}))
+        assert remote("create", "vm.json").returncode == 0
+        assert json.loads(remote("info").stdout)["state"] == "Created"
+        done = remote("boot")
+        assert done.returncode == 1
+        assert "payload.kernel = '/nowhere/vmlinux': " in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert remote("delete").returncode == 0
+        assert remote("create", stdin='{"payload":{}}').returncode == 1
+        assert remote("create", stdin=json.dumps({"payload": {"kernel": "k"}})).returncode == 0
+        assert json.loads(remote("counters").stdout) == {}
+        assert remote("shutdown-vmm").returncode == 0
+        assert process.wait(timeout=LIMIT_S) == 0
+    assert os.listdir(tmp_path) == ["vm.json"]
+    done = remote("ping")
+    assert done.returncode == 1
+    assert "is a VMM serving there?" in done.stderr
+
+
+def test_remote_does_not_wait_for_ever(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(tmp_path / "a.sock"))
+        silent.listen()
+        done = trivmm("remote", "--api-socket", "a.sock", "--timeout", "0.2", "ping", folder=tmp_path)
+    assert done.returncode == 1
+    assert "no answer to vmm.ping within 0.2 s" in done.stderr
