@@ -27,7 +27,9 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "flake8-async" else ()) for name in COMMANDS]
+)
 def test_clean(name: str, tmp_path: Path) -> None:
     words = [str(tmp_path) if word == "CACHE" else word for word in COMMANDS[name]]
     # mypy reads the installed package, so it must not run where the source tree shadows it
