@@ -163,12 +163,12 @@ def test_there_and_back_by_ch_remotes_client(tmp_path: Path, transport: str) -> 
         for number in (1, 2):
             target = serve(number)
             url = url_of(number)
-            failures: list[BaseException] = []
+            failures: list[Exception] = []
 
-            def receive(number: int = number, url: str = url, failures: list[BaseException] = failures) -> None:
+            def receive(number: int = number, url: str = url, failures: list[Exception] = failures) -> None:
                 try:
                     ask(number, "PUT", "vm.receive-migration", receiver_url=url)
-                except BaseException as error:
+                except Exception as error:
                     failures.append(error)
 
             receiving = threading.Thread(target=receive)
