@@ -31,8 +31,9 @@ import attrs
 
 __all__ = ["ProbeReport", "parse_report", "probe_cmdline", "probe_path"]
 
-READY: Final = re.compile(r"^PROBE ready cpus=(\d+) pages=(\d+)$", re.MULTILINE)
-REPORT: Final = re.compile(r"^PROBE (t=\d+(?: \w+=\d+)+)$", re.MULTILINE)
+# Numbers of at most 20 digits, the widest of 64 bits: what a guest prints never makes int() raise.
+READY: Final = re.compile(r"^PROBE ready cpus=([0-9]{1,20}) pages=([0-9]{1,20})$", re.MULTILINE)
+REPORT: Final = re.compile(r"^PROBE (t=[0-9]{1,20}(?: \w+=[0-9]{1,20})+)$", re.MULTILINE)
 PROBLEM: Final = re.compile(r"^PROBE (?!t=|ready|off|reboot|absent)(.+)$", re.MULTILINE)
 
 
@@ -68,7 +69,7 @@ def parse_report(text: str) -> ProbeReport:
     lines = REPORT.findall(text)
     values: dict[str, int] = {}
     if lines:
-        known = {field.name for field in attrs.fields(ProbeReport)}
+        known = {field.name for field in attrs.fields(ProbeReport)} - {"ready", "cpus", "reports", "problems"}
         pairs = (word.split("=", 1) for word in lines[-1].split())
         values = {name: int(value) for name, value in pairs if name in known}
     return ProbeReport(

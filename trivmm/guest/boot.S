@@ -45,7 +45,7 @@ pvh_entry:
     movl $page_dirs + 0x2007, pdpt + 16
     movl $page_dirs + 0x3007, pdpt + 24
     movl $pdpt + 7, pml4
-    movl $pdpt_high + 7, pml4 + 8 /* 512 GiB to 1 TiB: 64-bit BARs, mapped on demand */
+    movl $pdpt_high + 7, pml4 + 8 /* 512 GiB to 1 TiB: 64-bit BARs, mapped on demand, as from 4 GiB on */
     xor %esi, %esi /* CPU 0 */
     jmp enter_long
 
@@ -163,7 +163,7 @@ ap_index: .long 0
 
     .bss
     .align 4096
-    .globl pml4, pdpt_high, idt, tss, kernel_stacks, user_stacks
+    .globl pml4, pdpt, pdpt_high, idt, tss, kernel_stacks, user_stacks
 pml4: .skip 4096
 pdpt: .skip 4096
 pdpt_high: .skip 4096

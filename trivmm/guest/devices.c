@@ -22,6 +22,7 @@ struct cycle {
 };
 
 struct device_counters rng_counters, blk_counters;
+volatile uint64_t device_errors;
 
 static struct rings rng_rings __attribute__((aligned(4096))), blk_rings __attribute__((aligned(4096)));
 static struct vdev rng = {.name = "rng", .vector = IRQ_BASE, .rings = &rng_rings};
@@ -38,6 +39,7 @@ static struct {
 static uint64_t blk_data[SECTOR / 8];
 static volatile uint8_t blk_status;
 static uint32_t sector_generation[4096];
+static uint8_t sector_in_doubt[4096]; /* a write of it did not end: old or new content */
 static uint32_t blk_sector;
 static int blk_writing;
 
@@ -53,11 +55,22 @@ void devices_find(void)
     }
     if (!options.sectors || options.sectors > 4096)
         options.sectors = 4096;
+    if (options.cycle_blk && blk.config) {
+        uint64_t capacity = *(volatile uint32_t *)blk.config | (uint64_t)*(volatile uint32_t *)(blk.config + 4) << 32;
+        if (capacity && capacity < options.sectors)
+            options.sectors = (uint32_t)capacity;
+    }
 }
 
 static uint64_t wanted_features(void)
 {
     return VERSION_1 | (options.event_idx ? EVENT_IDX : 0) | (options.indirect ? INDIRECT : 0);
+}
+
+static void device_error(const char *what, uint64_t which, uint64_t want, uint64_t got)
+{
+    __atomic_fetch_add(&device_errors, 1, __ATOMIC_SEQ_CST);
+    note_problem(what, which, want, got);
 }
 
 static void describe(struct vdev *dev, uint32_t at, volatile void *address, uint32_t length, uint16_t flags)
@@ -77,8 +90,7 @@ static void rng_check(uint32_t length)
 {
     uint64_t first = *(volatile uint64_t *)entropy;
     if (!length || length > RNG_BYTES || first == last_entropy) {
-        counters[0].errors++;
-        note_problem("LOST entropy", length, 0, first);
+        device_error("LOST entropy", length, 0, first);
     }
     last_entropy = first;
 }
@@ -97,6 +109,8 @@ static void blk_submit(void)
     uint32_t sector = blk_writing ? blk_sector : (blk_sector + options.sectors - 7 * 5) % options.sectors;
     if (!blk_writing && !sector_generation[sector])
         sector = blk_sector;
+    if (blk_writing)
+        sector_in_doubt[sector] = 1; /* until its status says otherwise */
     blk_header.type = blk_writing ? 1 : 0;
     blk_header.sector = sector;
     for (uint32_t i = 0; i < SECTOR / 8; i++)
@@ -113,19 +127,20 @@ static void blk_check(void)
     uint32_t sector = (uint32_t)blk_header.sector;
     uint32_t want = sector_generation[sector];
     if (blk_status) {
-        counters[0].errors++;
-        note_problem("BLK status, sector", sector, 0, blk_status);
+        device_error("BLK status, sector", sector, 0, blk_status);
         return;
     }
     if (blk_writing) {
         sector_generation[sector]++;
+        sector_in_doubt[sector] = 0;
         return;
     }
+    if (sector_in_doubt[sector])
+        return;
     for (uint32_t i = 0; i < SECTOR / 8; i++) {
         if (blk_data[i] == sector_word(sector, want, i))
             continue;
-        counters[0].errors++;
-        note_problem("LOST sector", sector, sector_word(sector, want, i), blk_data[i]);
+        device_error("LOST sector", sector, sector_word(sector, want, i), blk_data[i]);
         return;
     }
 }

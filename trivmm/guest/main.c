@@ -15,7 +15,7 @@ struct counters counters[MAX_CPUS];
 
 extern uint8_t gdt[], idt[], tss[], kernel_stacks[], irq_stubs[], exception_stubs[], irq_spurious[];
 extern uint8_t trampoline[], trampoline_end[];
-extern uint64_t pdpt_high[];
+extern uint64_t pdpt[], pdpt_high[];
 
 static uint64_t page_directories[64][512] __attribute__((aligned(4096)));
 static uint32_t directories_used;
@@ -59,11 +59,11 @@ void setup_tables(void)
 
 /* --- ring 3 ------------------------------------------------------------------------------------------------------ */
 
-/* Map the 2 MiB around an address from 512 GiB to 1 TiB (the low 4 GiB are mapped already). */
+/* Map the 2 MiB around an address below 1 TiB (the low 4 GiB are mapped already). */
 void *map_mmio(uint64_t address)
 {
     if (address >> 32) {
-        uint64_t *slot = &pdpt_high[address >> 30 & 511];
+        uint64_t *slot = &(address >> 39 ? pdpt_high : pdpt)[address >> 30 & 511];
         if (!*slot)
             *slot = (uint64_t)page_directories[directories_used++ % 64] | 7;
         uint64_t *directory = (uint64_t *)(*slot & ~0xfffull);
@@ -203,7 +203,7 @@ static void power_off(void)
 
 static void report(uint64_t began, uint64_t beats, uint64_t gap)
 {
-    uint64_t dirtied = 0, checked = 0, errors = 0;
+    uint64_t dirtied = 0, checked = 0, errors = device_errors;
     for (uint32_t cpu = 0; cpu < options.cpus; cpu++) {
         dirtied += counters[cpu].dirtied;
         checked += counters[cpu].checked;

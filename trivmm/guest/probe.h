@@ -94,6 +94,7 @@ struct device_counters {
     volatile uint64_t activations, ios, stuck, needs_reset, raced;
 };
 extern struct device_counters rng_counters, blk_counters;
+extern volatile uint64_t device_errors;
 void devices_find(void);
 void devices_step(void);
 void devices_race(uint64_t now);

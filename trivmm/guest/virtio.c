@@ -7,6 +7,7 @@
 #define CFG_ISR 3
 #define CFG_DEVICE 4
 #define CFG_PCI 5
+#define MAX_CAPS 48 /* all that fit into 256 bytes: a list that bites its tail ends */
 #define MSI_ADDRESS 0xfee00000u
 
 static void pci_select(uint32_t slot, uint32_t offset)
@@ -49,7 +50,8 @@ int vdev_find(struct vdev *dev, uint16_t device_id)
         if (pci_read(slot, 0, 4) != ((uint32_t)device_id << 16 | 0x1af4))
             continue;
         pci_write(slot, 4, 2, pci_read(slot, 4, 2) | 6); /* memory, bus master */
-        for (uint32_t cap = pci_read(slot, 0x34, 1); cap; cap = pci_read(slot, cap + 1, 1)) {
+        uint32_t budget = MAX_CAPS;
+        for (uint32_t cap = pci_read(slot, 0x34, 1); cap && budget--; cap = pci_read(slot, cap + 1, 1)) {
             uint32_t id = pci_read(slot, cap, 1);
             if (id == CAP_MSIX) {
                 uint32_t table = pci_read(slot, cap + 4, 4);
