@@ -134,7 +134,7 @@ class Receiver:
         tracker = Tracker()
         if progress is not None:
             tracker.callback = progress
-        result: DestinationMachine | Exception = MigrationError("discarded")
+        result: DestinationMachine | Exception | None = None
         # The guard is shielded at COMMIT, together with everything inside: from there a verdict is certain.
         with trio.CancelScope() as guard:
             async with trio.open_nursery() as strangers:
@@ -145,6 +145,10 @@ class Receiver:
                     result = error
                 finally:
                     strangers.cancel_scope.cancel()
+        if result is None:
+            # Cancelled, and the guard's shield made its end absorb that: out here the cancellation shows again.
+            await trio.lowlevel.checkpoint()
+            raise MigrationError("discarded")
         if isinstance(result, Exception):
             raise result
         return result, tracker.report()
