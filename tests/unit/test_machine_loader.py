@@ -82,7 +82,8 @@ def test_a_kernel_lands_where_it_belongs(memory: GuestMemory, tmp_path: Path, wi
     assert memory.read(MIB + len(CODE), 0x3000) == bytes(0x3000)
     assert memory.read(0x20000, 14) == b"console=ttyS0\0"
     info = struct.unpack("<IIIIQQQQII", memory.read(0x6000, 56))
-    assert info == (0x336EC578, 1, 0, 0, 0, 0x20000, 0, 0x7000, 3, 0)
+    assert info == (0x336EC578, 1, 0, 0, 0, 0x20000, 0xA0000, 0x7000, 3, 0)
+    assert memory.read(0xA0000, 8) == b"RSD PTR "
     assert struct.unpack("<QQII", memory.read(0x7000, 24)) == (0, 0xA0000, 1, 0)
     assert struct.unpack("<QQII", memory.read(0x7018, 24)) == (MIB, 15 * MIB, 1, 0)
 

@@ -106,7 +106,7 @@ class Board:
         """Put kernel, command line, initramfs and boot data into RAM and point the boot vCPU at them.
 
         :raises ConfigError: naming the payload's field and what is wrong with the file."""
-        boot = load_payload(self.memory, self.config.payload)
+        boot = load_payload(self.memory, self.config.payload, len(self.cpus))
         self.cpus[0].set_boot_state(boot.entry_gpa, boot.start_info_gpa)
 
     def check_payload(self) -> None:

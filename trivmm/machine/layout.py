@@ -12,6 +12,7 @@ PVH_MEMMAP: Final = 0x7000
 CMDLINE_START: Final = 0x20000
 CMDLINE_MAX_SIZE: Final = 0x10000
 EBDA_START: Final = 0xA0000  # end of usable low RAM
+ACPI_START: Final = EBDA_START  # the RSDP and all it leads to; RAM that the memory map leaves out
 HIGH_RAM_START: Final = 0x100000
 
 MMIO_HOLE_START: Final = 0xC000_0000  # 3 GiB

@@ -15,6 +15,7 @@ import attrs
 from trivmm.config import PayloadConfig
 from trivmm.errors import ConfigError, GuestMemoryError
 from trivmm.machine import layout
+from trivmm.machine.acpi import acpi_tables
 from trivmm.machine.elf import CHUNK, Segment, UserFile, parse_kernel
 from trivmm.machine.memory import PAGE_SIZE, GuestMemory
 
@@ -54,16 +55,18 @@ def memory_map(ranges: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int, int
     return tuple(found)
 
 
-def load_payload(memory: GuestMemory, payload: PayloadConfig, rsdp_gpa: int = 0) -> BootEntry:
-    """Everything that a PVH guest needs to start.
+def load_payload(memory: GuestMemory, payload: PayloadConfig, vcpus: int = 1) -> BootEntry:
+    """Everything that a PVH guest needs to start; ``vcpus`` are listed in the ACPI tables.
 
     :raises ConfigError: for whatever is wrong with kernel, initramfs or command line; RAM may then be half written.
     """
     cmdline = _cmdline(payload.cmdline)
+    tables = acpi_tables(vcpus)
     taken = [
         (layout.PVH_START_INFO, PAGE_SIZE, "the start info"),
         (layout.PVH_MEMMAP, PAGE_SIZE, "the memory map"),
         (layout.CMDLINE_START, len(cmdline), "the command line"),
+        (layout.ACPI_START, len(tables), "the ACPI tables"),
     ]
     with UserFile("payload.kernel", payload.kernel) as file:
         image = parse_kernel(file)
@@ -75,7 +78,7 @@ def load_payload(memory: GuestMemory, payload: PayloadConfig, rsdp_gpa: int = 0)
                 memory.write(segment.gpa + position, data)
             for gpa in range(segment.gpa + segment.filesz, segment.end, CHUNK):
                 memory.write(gpa, ZEROS[: min(CHUNK, segment.end - gpa)])
-    _write_boot_data(memory, cmdline, initramfs, rsdp_gpa)
+    _write_boot_data(memory, cmdline, initramfs, tables)
     return BootEntry(image.entry_gpa, layout.PVH_START_INFO, initramfs)
 
 
@@ -118,7 +121,7 @@ def _load_initramfs(memory: GuestMemory, path: str | None, segments: tuple[Segme
         return gpa, file.size
 
 
-def _write_boot_data(memory: GuestMemory, cmdline: bytes, initramfs: tuple[int, int] | None, rsdp_gpa: int) -> None:
+def _write_boot_data(memory: GuestMemory, cmdline: bytes, initramfs: tuple[int, int] | None, tables: bytes) -> None:
     entries = memory_map(tuple((region.gpa, region.size) for region in memory.regions))
     module = MODULE.pack(*initramfs, 0, 0) if initramfs else b""
     info = START_INFO.pack(
@@ -128,13 +131,14 @@ def _write_boot_data(memory: GuestMemory, cmdline: bytes, initramfs: tuple[int, 
         1 if initramfs else 0,
         layout.PVH_MODLIST if initramfs else 0,
         layout.CMDLINE_START,
-        rsdp_gpa,
+        layout.ACPI_START,
         layout.PVH_MEMMAP,
         len(entries),
         0,
     )
     try:
         memory.write(layout.CMDLINE_START, cmdline)
+        memory.write(layout.ACPI_START, tables)
         memory.write(layout.PVH_START_INFO, info)
         memory.write(layout.PVH_MODLIST, module)
         memory.write(layout.PVH_MEMMAP, b"".join(MEMMAP_ENTRY.pack(*entry, 0) for entry in entries))
