@@ -1,0 +1,111 @@
+"""Each word of the probe guest's command line, without a migration in the way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import trio
+
+from trivmm import CpusConfig, Deadlines, DiskConfig, MemoryConfig, PayloadConfig, SerialConfig, Vm, VmConfig, VmEvent
+from trivmm.guest import ProbeReport, parse_report, probe_cmdline, probe_path
+from trivmm.vm import open_vm
+
+pytestmark = pytest.mark.kvm
+
+LIMIT_S = 120  # generous: about 1 % of all events take 0.1 to 1 s on a busy host
+ENOUGH = 20  # activations of each device
+
+
+def probe_config(folder: Path, *, cpus: int, sectors: int = 256, **options: object) -> VmConfig:
+    disk = folder / "disk.img"
+    disk.write_bytes(bytes(512 * sectors))
+    cmdline = probe_cmdline(cpus=cpus, report=200, rate=300, mem=8, cycle="rng,blk", **options)
+    return VmConfig(
+        PayloadConfig(str(probe_path()), cmdline),
+        cpus=CpusConfig(cpus),
+        memory=MemoryConfig(64 << 20),
+        disks=(DiskConfig(str(disk)),),
+        serial=SerialConfig("File", str(folder / "serial.txt")),
+        deadlines=Deadlines(pause=10, downtime=5, quiesce=5),
+    )
+
+
+def report_of(folder: Path) -> ProbeReport:
+    return parse_report((folder / "serial.txt").read_text(errors="replace"))
+
+
+async def worked(vm: Vm, folder: Path) -> ProbeReport:
+    """The first report after both devices were activated, used and checked often enough."""
+    report = report_of(folder)
+    while min(report.rng_act, report.blk_act) < ENOUGH and not report.problems:
+        await vm.console_output()
+        report = report_of(folder)
+    return report
+
+
+@pytest.mark.parametrize(
+    ("cpus", "options"),
+    [
+        (1, {"event_idx": 1}),
+        (1, {"indirect": 1}),
+        (1, {"window": 1}),
+        (2, {"window": 1, "race": 1, "event_idx": 1, "indirect": 1}),
+        (8, {}),
+    ],
+    ids=["event_idx", "indirect", "window", "all-and-race", "eight-vcpus"],
+)
+async def test_devices_cycle(tmp_path: Path, cpus: int, options: dict[str, int]) -> None:
+    with trio.fail_after(LIMIT_S):
+        async with open_vm(probe_config(tmp_path, cpus=cpus, **options)) as vm:
+            await vm.boot()
+            report = await worked(vm, tmp_path)
+            assert (report.problems, report.errors, report.stuck, report.needs_reset) == ((), 0, 0, 0)
+            assert report.cpus == cpus
+            assert report.dirtied > 0
+            assert report.checked > report.pages
+            assert bool(report.raced) == ("race" in options)
+            if not report.raced:
+                assert report.rng_ios >= 2 * (report.rng_act - 1)
+
+
+async def test_a_disk_smaller_than_asked_for(tmp_path: Path) -> None:
+    with trio.fail_after(LIMIT_S):
+        async with open_vm(probe_config(tmp_path, cpus=1, sectors=8)) as vm:
+            await vm.boot()
+            assert (await worked(vm, tmp_path)).problems == ()
+
+
+async def test_once_powers_off(tmp_path: Path) -> None:
+    with trio.fail_after(LIMIT_S):
+        async with open_vm(probe_config(tmp_path, cpus=1, once=5)) as vm:
+            await vm.boot()
+            assert (await vm.wait()).kind == "poweroff"
+    assert "PROBE off" in (tmp_path / "serial.txt").read_text()
+
+
+async def test_reboot_begins_anew(tmp_path: Path) -> None:
+    rebooted = trio.Event()
+
+    def note(event: VmEvent) -> None:
+        if event.kind == "rebooted":
+            rebooted.set()
+
+    with trio.fail_after(LIMIT_S):
+        async with open_vm(probe_config(tmp_path, cpus=2, reboot=5)) as vm:
+            vm.observe(note)
+            await vm.boot()
+            await rebooted.wait()
+            while (tmp_path / "serial.txt").read_text(errors="replace").count("PROBE ready") < 2:
+                await vm.console_output()
+            assert vm.reboots >= 1
+            assert report_of(tmp_path).problems == ()
+
+
+async def test_q_on_the_console_powers_off(tmp_path: Path) -> None:
+    with trio.fail_after(LIMIT_S):
+        async with open_vm(probe_config(tmp_path, cpus=1)) as vm:
+            await vm.boot()
+            await vm.wait_for_console("PROBE ready")
+            vm.console_input(b"q")
+            assert (await vm.wait()).kind == "poweroff"
