@@ -1,0 +1,53 @@
+"""The probe guest on the soft CPU: the ring features, the config window, the checker's self-test, and power-off."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import trio
+
+from trivmm.config import CpusConfig, DiskConfig, MemoryConfig, PayloadConfig, SerialConfig, VmConfig
+from trivmm.guest import ProbeReport, parse_report, probe_cmdline, probe_path
+from trivmm.hypervisor.soft import SoftHypervisor
+from trivmm.vm import open_vm
+
+BOUND_S = 120.0
+pytestmark = [
+    pytest.mark.soft,
+    pytest.mark.skipif(importlib.util.find_spec("unicorn") is None, reason="the soft extra is not installed"),
+]
+
+
+async def last_words(folder: Path, **options: object) -> ProbeReport:
+    """Everything the guest said until it powered itself off."""
+    disk, serial = folder / "disk.img", folder / "serial.txt"
+    disk.write_bytes(bytes(1 << 20))
+    config = VmConfig(
+        PayloadConfig(str(probe_path()), probe_cmdline(cpus=1, report=200, mem=8, cycle="rng,blk", **options)),
+        cpus=CpusConfig(1),
+        memory=MemoryConfig(64 << 20),
+        disks=(DiskConfig(str(disk)),),
+        serial=SerialConfig("File", str(serial)),
+    )
+    with trio.fail_after(BOUND_S):
+        async with open_vm(config, hypervisor=SoftHypervisor()) as vm:
+            await vm.boot()
+            assert (await vm.wait()).kind == "poweroff"
+    return parse_report(serial.read_text(errors="replace"))
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 1, "event_idx": 1}, {"indirect": 1}], ids=repr)
+async def test_devices_cycle(tmp_path: Path, options: dict[str, int]) -> None:
+    report = await last_words(tmp_path, rate=300, once=20, **options)
+    assert (report.problems, report.errors, report.stuck, report.needs_reset) == ((), 0, 0, 0)
+    assert report.rng_act + report.blk_act >= 20
+    assert min(report.rng_ios, report.blk_ios) > 0
+    assert report.dirtied > 0
+
+
+async def test_the_guest_sees_what_is_spoiled(tmp_path: Path) -> None:
+    report = await last_words(tmp_path, corrupt=1, once=1)
+    assert report.errors == 2
+    assert {problem.split()[0] for problem in report.problems} == {"LOST", "STALE"}
