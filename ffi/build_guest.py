@@ -6,6 +6,7 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
+from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 GUEST = Path(__file__).resolve().parent.parent / "trivmm" / "guest"
@@ -32,6 +33,14 @@ def build_guest() -> Path:
 
 class BuildWithGuest(build_py):
     """``build_py`` that makes the ELF first, so that it is packaged as data."""
+
+    def run(self) -> None:
+        build_guest()
+        super().run()
+
+
+class BuildExtWithGuest(build_ext):
+    """The same for ``setup.py build_ext --inplace``, which runs no ``build_py``."""
 
     def run(self) -> None:
         build_guest()
