@@ -136,15 +136,24 @@ class Receiver:
             tracker.callback = progress
         result: DestinationMachine | Exception | None = None
         # The guard is shielded at COMMIT, together with everything inside: from there a verdict is certain.
+        door = trio.CancelScope(shield=True)
+
+        async def keep_door() -> None:
+            # Shielded, and closed by us: a cancellation that reached this task in the very moment in which COMMIT is
+            # read would come out of it after the guard is shielded, and take the nursery with it.
+            with door:
+                async with trio.open_nursery() as strangers:
+                    await self._accept_strangers(strangers)
+
         with trio.CancelScope() as guard:
-            async with trio.open_nursery() as strangers:
-                strangers.start_soon(self._accept_strangers, strangers)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(keep_door)
                 try:
                     result = await self._serve(factory, tracker, guard)
                 except Exception as error:
                     result = error
                 finally:
-                    strangers.cancel_scope.cancel()
+                    door.cancel()
         if result is None:
             # Cancelled, and the guard's shield made its end absorb that: out here the cancellation shows again.
             await trio.lowlevel.checkpoint()
