@@ -21,10 +21,10 @@ from trivmm.control.contract import NOT_YET_ROUTES
 from trivmm.control.http import Request, Response
 from trivmm.control.server import open_server
 from trivmm.deadlines import Deadlines
-from trivmm.errors import ConfigError, MigrationError
+from trivmm.errors import ConfigError, MigrationError, TrivmmError
 from trivmm.testing.control import ChRemoteError, Stage, ch_remote, open_stage
 from trivmm.vm import ExitReason
-from trivmm.vmm import VmmOptions
+from trivmm.vmm import Vmm, VmmOptions
 
 CONFIG = VmConfig(PayloadConfig("/boot/vmlinux", "console=ttyS0 ü"))
 BODY = {"payload": {"kernel": "/boot/vmlinux", "cmdline": "console=ttyS0 ü"}}
@@ -340,6 +340,22 @@ async def test_a_bug_in_a_handler_is_one_500(tmp_path: Path) -> None:
             await trio.to_thread.run_sync(ch_remote, path, "GET", "x")
     assert caught.value.status == 500
     assert "ZeroDivisionError" in (caught.value.body or "")
+
+
+async def test_an_error_that_is_its_own_cause_is_answered_all_the_same(stage_of: StageOf) -> None:
+    """A loop in an error's chain once held the whole event loop, the guest's exits with it."""
+
+    def broken(*_: object) -> None:
+        first, second = TrivmmError("outer"), TrivmmError("inner")
+        first.__cause__, second.__cause__ = second, first
+        raise first
+
+    async with stage_of() as stage:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Vmm, "cancel_migration", broken)
+            with pytest.raises(ChRemoteError) as caught:
+                await ch(stage, "PUT", "vm.cancel-migration")
+    assert json.loads(caught.value.body or "") == ["vm.cancel-migration failed", "outer", "inner"]
 
 
 async def _nobody(request: Request) -> Response:

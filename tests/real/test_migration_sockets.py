@@ -17,6 +17,7 @@ from trivmm._native import ffi, lib
 from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError, DeadlineError, MigrationError, TrivmmError
 from trivmm.migration import messages as m
+from trivmm.migration.channel import LinkLost
 from trivmm.migration.link import Link
 from trivmm.migration.progress import MigrationProgress, MigrationReport, Phase
 from trivmm.migration.receiver import open_receiver
@@ -303,6 +304,24 @@ async def test_a_port_in_use_is_named() -> None:
     with pytest.raises(ConfigError, match="cannot listen"):
         await listen(parse_url(first.url, "x"), LIMITS)
     first.close()
+
+
+async def test_a_lost_link_is_an_error_whose_chain_ends(tmp_path: Path) -> None:
+    path = tmp_path / "m.sock"
+    with socket.socket(socket.AF_UNIX) as peer, trio.fail_after(30):
+        peer.bind(str(path))
+        peer.listen(1)
+        link = Link(await SocketDialer(UnixAddress(str(path)), LIMITS).dial(), Session(source=True))
+        peer.accept()[0].close()
+        with pytest.raises(LinkLost) as caught:
+            await link.send(m.Setup(bytes(16), {}, ()))
+        await link.close()
+    chain: list[BaseException] = []
+    error: BaseException | None = caught.value
+    while error is not None:
+        assert error not in chain
+        chain.append(error)
+        error = error.__cause__
 
 
 async def test_a_new_receiver_takes_over_from_one_that_only_answers_questions(tmp_path: Path) -> None:

@@ -159,7 +159,9 @@ def _chain(error: BaseException) -> list[str]:
     """Messages from ``error`` to its root cause, along ``raise … from``."""
     messages: list[str] = []
     cause: BaseException | None = error
-    while cause is not None and len(messages) < MAX_CAUSES:
+    seen: set[int] = set()
+    while cause is not None and len(seen) < MAX_CAUSES and id(cause) not in seen:
+        seen.add(id(cause))
         text = str(cause) or type(cause).__name__
         if not messages or text not in messages[-1]:
             messages.append(text)

@@ -49,19 +49,23 @@ class Link:
         try:
             await self.channel.send(data)
         except LinkLost as error:
-            raise await self._last_word(error) from error
+            if (said := await self._last_word()) is not None:
+                raise said from error
+            raise
 
     async def send_pages(self, dirty: DirtySet, limit: int, counts: PageCounts) -> bool:
         self.session.sent(MessageType.PAGES)
         try:
             return await self.channel.send_pages(dirty, limit, counts)
         except LinkLost as error:
-            raise await self._last_word(error) from error
+            if (said := await self._last_word()) is not None:
+                raise said from error
+            raise
 
-    async def _last_word(self, error: LinkLost) -> MigrationError:
-        """A peer that closed the connection may have said why: that is the better error."""
+    async def _last_word(self) -> PeerAborted | None:
+        """What a peer that closed the connection said before, if anything: a better error than the lost link."""
         if self.state not in BEFORE_COMMIT:
-            return error  # after COMMIT an ABORT is a verdict, and not to be swallowed here
+            return None  # after COMMIT an ABORT is a verdict, and not to be swallowed here
         with trio.move_on_after(FAREWELL_S):
             try:
                 await self.receive()
@@ -69,7 +73,7 @@ class Link:
                 return said
             except (MigrationError, DeadlineError):
                 pass
-        return error
+        return None
 
     async def receive(self, landing: Landing | None = None, report: Callable[[], None] | None = None) -> Message:
         """The peer's next message. Pages land in ``landing`` where the session allows any.
