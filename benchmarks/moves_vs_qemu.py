@@ -68,7 +68,7 @@ def guest_is_whole(serial: Path) -> None:
 async def ours(folder: Path, mib: int, cmdline: str) -> tuple[float, float]:
     """Seconds of the move, and its downtime in milliseconds."""
     a, b, serial = folder / "a.sock", folder / "b.sock", folder / "ours.txt"
-    command = [sys.executable, "-m", "trivmm", "--api-socket"]
+    command = [sys.executable, "-P", "-m", "trivmm", "--api-socket"]
     guest = [f"path={a}", "--kernel", str(probe_path()), "--cmdline", cmdline, "--memory", f"size={mib}M"]
     guest += ["--cpus", "boot=1", "--serial", f"file={serial}", "--console", "off", "--hypervisor", "kvm"]
     guest.append("--stay-after-migration")

@@ -45,7 +45,7 @@ def memory_of(pid: int) -> dict[str, float]:
 
 
 def whole_process(mib: int) -> tuple[float, dict[str, float]]:
-    command = [sys.executable, "-m", "trivmm", "--kernel", str(probe_path()), "--cmdline", CMDLINE]
+    command = [sys.executable, "-P", "-m", "trivmm", "--kernel", str(probe_path()), "--cmdline", CMDLINE]
     command += ["--memory", f"size={mib}M", "--cpus", "boot=1", "--serial", "tty", "--console", "off"]
     began = time.perf_counter()
     running = subprocess.Popen([*command, "--hypervisor", "kvm"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)

@@ -44,7 +44,7 @@ class Host:
 
 @contextmanager
 def vmm_process(api: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-P", "-m", "trivmm", "--api-socket", f"path={api}", *options]
+    command = [sys.executable, "-m", "trivmm", "--api-socket", f"path={api}", *options]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
         yield process

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import trivmm as trivmm_package
 from trivmm.testing.control import ch_remote, command_environment
 
 LIMIT_S = 60
@@ -134,6 +136,22 @@ def test_help_and_version(tmp_path: Path) -> None:
         done = trivmm(*arguments, folder=tmp_path)
         assert (done.returncode, done.stderr) == (0, "")
         assert "trivmm" in done.stdout
+
+
+def test_a_tree_that_was_never_built_says_so_in_one_line(tmp_path: Path) -> None:
+    package = Path(trivmm_package.__file__).parent
+    shutil.copytree(package, tmp_path / "trivmm", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    ended = subprocess.run(
+        [*TRIVMM, "--kernel", "x"],
+        env={**command_environment(), "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"error: {tmp_path}: not built here; `pip install")
+    assert ended.stderr.count("\n") == 1
 
 
 def test_remote_is_light(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Final
 
 from trivmm.cli.parser import USAGE, UsageError
@@ -39,6 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif not arguments:
         print(USAGE)
         return 0
+    if command != "remote" and find_spec("trivmm._native") is None:
+        here = Path(__file__).parents[2]
+        say_error(f"{here}: not built here; `pip install {here}`, then run trivmm from anywhere else")
+        return EXIT_USAGE
     try:
         match command:
             case "remote":
