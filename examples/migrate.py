@@ -26,7 +26,7 @@ async def main() -> None:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(incoming.receive)
                 report = await vm.migrate_to(incoming.url, downtime_ms=1000, on_progress=show)
-            print(f"moved; downtime {report.downtime_ms:.1f} ms")
+            print(f"moved; downtime {report.downtime.total_ms:.1f} ms")
             with trio.fail_after(120):
                 await incoming.vm.wait_for_console("PROBE t=")
             print("running there:", incoming.vm.state.value)

@@ -96,7 +96,7 @@ class Vm:
     _migration: trio.CancelScope | None = attrs.field(default=None, init=False)
     _observers: list[Callable[[VmEvent], None]] = attrs.field(factory=list, init=False)
     _last_board: Board | None = attrs.field(default=None, init=False)
-    _booted_once: trio.Event = attrs.field(factory=trio.Event, init=False)
+    _new_board: trio.Event = attrs.field(factory=trio.Event, init=False)  # set, and replaced, with every board
 
     # --- reading: always possible ----------------------------------------------------------------------------
 
@@ -172,9 +172,8 @@ class Vm:
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(until, self._exited.wait)
-            if board is None:
-                nursery.start_soon(until, self._booted_once.wait)
-            else:
+            nursery.start_soon(until, self._new_board.wait)  # a reboot brings a new console
+            if board is not None:
                 nursery.start_soon(until, board.serial.subscribe(seen).receive)
 
     def console_input(self, data: bytes) -> None:
@@ -233,7 +232,8 @@ class Vm:
         machine: Machine = await self._nursery.start(self._machine_task, board, gate_open)
         machine.on_guest_request = self._asked_set
         self._machine, self._last_board = machine, board
-        self._booted_once.set()
+        self._new_board.set()
+        self._new_board = trio.Event()
         return machine
 
     async def _machine_task(
