@@ -503,6 +503,34 @@ static int has_landed(const struct tv_page_intake *job, uint32_t slot, uint64_t 
     return (int)(job->landed[slot][page / 64] >> (page % 64) & 1);
 }
 
+/* A frame of pages that all landed before: they are allocated, so the socket may fill them in place. Nothing runs on
+ * this RAM yet, and a bad CRC or a cut frame ends the migration and this memory with it. */
+static int fill_pages(struct tv_page_intake *job, uint32_t slot, const uint8_t *body, uint32_t count, uint32_t *crcs)
+{
+    uint8_t *hva = job->memory->regions[slot].hva;
+    struct iovec parts[TV_FRAME_PAGES];
+    uint32_t runs = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        uint8_t *to = hva + (uint64_t)get32(body + 8 + i * 8) * TV_PAGE_SIZE;
+        if (runs && (uint8_t *)parts[runs - 1].iov_base + parts[runs - 1].iov_len == to)
+            parts[runs - 1].iov_len += TV_PAGE_SIZE;
+        else
+            parts[runs++] = (struct iovec){to, TV_PAGE_SIZE};
+    }
+    int reason = receive_parts(job, parts, runs);
+    if (reason != TV_PAGES_DONE)
+        return reason;
+    for (uint32_t i = 0; i < count;) {
+        uint64_t page = get32(body + 8 + i * 8);
+        uint32_t run = 1;
+        while (i + run < count && get32(body + 8 + (i + run) * 8) == page + run)
+            run++;
+        crc_pages(hva + page * TV_PAGE_SIZE, run, crcs + i);
+        i += run;
+    }
+    return TV_PAGES_DONE;
+}
+
 /* Put whole pages into RAM that landed before, or not. Fresh ones go through the region's memfd and not through its
  * mapping: that needs no page fault and no zeroing first (twice as fast), and memory that ran out is an errno, not a
  * SIGBUS. Those that landed before are allocated; for them a plain copy is the faster way. */
@@ -545,16 +573,24 @@ static int take_pages(struct tv_page_intake *job, const uint8_t *body, uint32_t 
             return bad(job, TV_BAD_PAGE, slot, page);
         after = page + 1;
     }
-    struct iovec part = {job->staging, payload};
-    int reason = receive_parts(job, &part, 1);
+    uint32_t crcs[TV_FRAME_PAGES], landed_before = 0;
+    while (landed_before < count && has_landed(job, slot, get32(body + 8 + landed_before * 8)))
+        landed_before++;
+    int in_place = landed_before == count, reason;
+    if (in_place) {
+        reason = fill_pages(job, slot, body, count, crcs);
+    } else {
+        struct iovec part = {job->staging, payload};
+        reason = receive_parts(job, &part, 1);
+        if (reason == TV_PAGES_DONE)
+            crc_pages(job->staging, count, crcs);
+    }
     if (reason != TV_PAGES_DONE)
         return reason;
-    uint32_t crcs[TV_FRAME_PAGES];
-    crc_pages(job->staging, count, crcs);
     for (uint32_t i = 0; i < count; i++)
         if (crcs[i] != get32(body + 12 + i * 8))
             return bad(job, TV_BAD_PAGE_CRC, slot, get32(body + 8 + i * 8));
-    for (uint32_t i = 0; i < count;) {
+    for (uint32_t i = in_place ? count : 0; i < count;) {
         uint64_t page = get32(body + 8 + i * 8);
         uint32_t run = 1;
         int landed = has_landed(job, slot, page);
@@ -602,9 +638,9 @@ static int take_zero(struct tv_page_intake *job, const uint8_t *body, uint32_t b
     return TV_PAGES_DONE;
 }
 
-/* Receive page frames into guest RAM, each checked before it lands, until a frame comes that is none (its header, unchecked beyond what
- * tells the two apart, is left in job->header: DONE), about max_pages were taken (BUDGET, between two frames) or
- * it can't go on. After anything but DONE and BUDGET the stream is good for nothing. Runs on any one thread. */
+/* Receive page frames into guest RAM, each one's page numbers checked before anything lands and its CRCs before it
+ * counts, until a frame comes that is none (its header, unchecked beyond what tells the two apart, is left in
+ * job->header: DONE), about max_pages were taken (BUDGET, between two frames) or it can't go on. After anything but DONE and BUDGET the stream is good for nothing. Runs on any one thread. */
 int tv_pages_receive(struct tv_page_intake *job)
 {
     uint64_t limit = job->sent_pages + job->zero_pages + job->max_pages;

@@ -25,7 +25,7 @@
 
 #define TV_FRAME_MAGIC 0x674d5654u /* "TVMg" */
 #define TV_FRAME_HEADER 24u
-#define TV_FRAME_PAGES 64u /* pages a frame: 256 KiB, a staging buffer that fits an L2 cache */
+#define TV_FRAME_PAGES 128u /* pages a frame: 512 KiB; fewer, and its wake-ups show; more, and a slow link is held long */
 #define TV_FRAME_RUNS 512u /* zero runs a frame: 4 KiB of body */
 #define TV_TYPE_PAGES 16u
 #define TV_TYPE_ZERO 17u

@@ -17,11 +17,11 @@ from trivmm.errors import ProtocolError
 from trivmm.machine.memory import GuestMemory
 from trivmm.migration import wire
 from trivmm.migration.pages import DirtySet, Landing, page_frames
-from trivmm.migration.wire import MessageType
+from trivmm.migration.wire import FRAME_PAGES, PAGE_BYTES, MessageType
 
 DONE, BUDGET, KICKED, STALLED, ERRNO, EOF, BAD = range(7)
 MIB = 1 << 20
-STAGING = ffi.new("uint8_t[]", 64 * 4096)
+STAGING = ffi.new("uint8_t[]", FRAME_PAGES * PAGE_BYTES)
 END = wire.encode_frame(MessageType.ROUND_END, b'{"round":1}')
 
 
@@ -86,7 +86,7 @@ def scribble(memory: GuestMemory, seed: int) -> None:
 
 
 def send_job(pair: Pair, dirty: DirtySet, **more: Any) -> tuple[Any, Any]:
-    staging = ffi.new("uint8_t[]", 64 * 4096 + 64)
+    staging = ffi.new("uint8_t[]", FRAME_PAGES * PAGE_BYTES + 64)
     aligned = ffi.cast("uint8_t *", (int(ffi.cast("uintptr_t", staging)) + 63) & ~63)
     job = ffi.new("struct tv_page_send *")
     job.fd, job.kick_fd, job.stall_ms, job.grace_ms = pair.a.fileno(), pair.kick_a, 20_000, 1000
@@ -305,6 +305,30 @@ def test_nonsense_is_refused_by_both(frame: bytes, memory: GuestMemory) -> None:
     assert got is not None
     with pytest.raises(ProtocolError):
         Landing(memory).take(got)
+
+
+def test_pages_that_landed_before_are_filled_in_place_and_checked_all_the_same(memory: GuestMemory) -> None:
+    numbers = [0, 1, 2, 7, 8, 100]
+    frames = [pages_frame(0, numbers)]
+    new = [bytes([number]) * 4096 for number in numbers]
+    body = struct.pack("<II", 0, len(numbers))
+    body += b"".join(struct.pack("<II", *pair) for pair in zip(numbers, map(wire.crc32c, new), strict=True))
+    frames.append(wire.encode_frame(MessageType.PAGES, body, b"".join(new)))
+    bad = bytearray(frames[1])
+    bad[-1] ^= 1
+    made = Pair("unix")
+    try:
+        made.a.sendall(b"".join(frames))
+        landing = Landing(memory)
+        assert lib.tv_pages_receive(intake(made, landing, max_pages=2 * len(numbers))) == BUDGET
+        assert [memory.read(number * 4096, 4096) for number in numbers] == new
+        assert memory.read(3 * 4096, 4096) == bytes(4096)
+        made.a.sendall(bad)
+        job = intake(made, landing)
+        assert lib.tv_pages_receive(job) == BAD
+        assert job.bad_page == 100
+    finally:
+        made.close()
 
 
 def test_fuzzed_streams_never_crash_the_receiver(memory: GuestMemory) -> None:

@@ -119,7 +119,7 @@ def header(magic: bytes = b"TVMg", version: int = 1, kind: int = 4, length: int 
         (header(length=8, body=9), "bad length"),
         (header(length=4096, body=0), "bad length"),
         (header(kind=16, length=16 + 4097, body=16), "bad length"),
-        (header(kind=16, length=16 + 65 * 4096, body=16), "bad length"),
+        (header(kind=16, length=16 + (wire.FRAME_PAGES + 1) * 4096, body=16), "bad length"),
         (header()[:-1] + b"\0", "bad header CRC"),
     ],
 )

@@ -27,7 +27,7 @@ from trivmm.migration.wire import FRAME_PAGES, HEADER_BYTES, PAGE_BYTES, VERSION
 __all__ = ["Channel", "LinkLost", "SocketChannel", "StreamChannel"]
 
 INTAKE_PAGES: Final = 32768  # pages between two progress reports of a receiver: some tenth of a second
-GRACE_MS: Final = 100  # how long a cancelled sender may take to end its frame, so that the stream stays usable
+GRACE_MS: Final = 200  # how long a cancelled sender may take to end its frame, so that the stream stays usable
 RECEIVE_CHUNK: Final = 65536
 DONE, BUDGET, KICKED, STALLED, ERRNO, EOF, BAD = range(7)  # enum tv_pages_reason
 BAD_LENGTH, BAD_BODY_CRC, BAD_SLOT, BAD_PAGE, BAD_PAGE_CRC = range(1, 6)  # enum tv_pages_problem

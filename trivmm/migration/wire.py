@@ -65,7 +65,7 @@ SUPPORTED: Final = (1,)  # current and previous; there is no previous yet
 HEADER: Final = struct.Struct("<4sHHIIII")
 HEADER_BYTES: Final = HEADER.size
 PAGE_BYTES: Final = 4096
-FRAME_PAGES: Final = 64  # as TV_FRAME_PAGES in ffi/pages.h, where the reason stands
+FRAME_PAGES: Final = 128  # as TV_FRAME_PAGES in ffi/pages.h, where the reason stands
 FRAME_RUNS: Final = 512
 SMALL: Final = 16 << 10  # a body with at most one reason in it
 
