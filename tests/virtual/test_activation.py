@@ -230,6 +230,25 @@ async def test_a_failed_activation_opens_the_barrier(autojump_clock: Clock) -> N
         assert board.cpus[0].registers["status"] == DRIVER_READY | 64
 
 
+async def test_a_guest_cannot_flood_the_log_with_failures(
+    autojump_clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fail(generation: int) -> None:
+        raise OSError("no such back end")
+
+    def again_and_again(cpu: Any) -> Guest:
+        for _ in range(200):
+            yield activate()
+            yield reset()
+
+    deadlines = Deadlines()
+    board = MiniBoard([BareDevice(on_activate=fail)], again_and_again, deadlines=deadlines)
+    async with running(board, deadlines):
+        await trio.sleep(60)
+        assert board.devices[0].lifecycle.failures == 200
+    assert 1 <= len([record for record in caplog.records if "needs a reset" in record.message]) <= 8
+
+
 async def test_an_activation_past_its_deadline_needs_a_reset_and_can_be_reset(autojump_clock: Clock) -> None:
     def stubborn(cpu: Any) -> Guest:
         yield activate()

@@ -331,7 +331,8 @@ class DeviceLifecycle:
             self._activation = None
             self.failures += 1
             ticket = self._ticket
-        logger.error("device %s needs a reset: %s", self.name, problem)
+        if self.failures & (self.failures - 1) == 0:  # 1st, 2nd, 4th, …: a guest can have as many as it likes
+            logger.error("device %s needs a reset (number %d): %s", self.name, self.failures, problem)
         self.transport.signal_config_change()
         if ticket is not None:
             ticket.settle()

@@ -72,6 +72,7 @@ class VirtioPciTransport:
         self._queue_irqs = [self._new_irq() for _ in range(queues)]
         self._doorbells = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(queues)]
         self._doorbells_at: int | None = None
+        self._lost_doorbells = 0
         self._rung: set[int] = set()  # queues whose doorbell the hypervisor has
         self.config = PciConfigSpace(
             vendor_id=VENDOR,
@@ -268,7 +269,9 @@ class VirtioPciTransport:
                 self._vm.add_doorbell(fd, mapped + at)
                 self._rung.add(index)
             except HypervisorError as error:  # it works without, only slower: the write then comes to bar_write
-                logger.warning("%s: no doorbell for queue %d: %s", self.name, index, error)
+                self._lost_doorbells += 1
+                if self._lost_doorbells == 1:  # a guest that moves its BARs about can bring this on at will
+                    logger.warning("%s: no doorbell for queue %d: %s", self.name, index, error)
         self._doorbells_at = mapped
 
     def connect_interrupts(self) -> None:
