@@ -183,10 +183,10 @@ async def run(sizes: list[int], rate: int, runs: int, *, quiet: bool) -> list[Fi
         cmdline = probe_cmdline(cpus=1, rate=rate, report=200)
         mine: list[tuple[float, float]] = []
         theirs: list[tuple[float, float]] = []
-        for _ in range(runs):
-            mine.append(await once(ours, mib, cmdline))
-            if have_qemu:
-                theirs.append(await once(qemu, mib, cmdline))
+        for number in range(runs):
+            turns = [(ours, mine), (qemu, theirs)] if have_qemu else [(ours, mine)]
+            for which, found in turns if number % 2 == 0 else reversed(turns):  # neither is always the second
+                found.append(await once(which, mib, cmdline))
             if not quiet:
                 print(f"{mib} MiB: ours {mine[-1]}", f"QEMU {theirs[-1]}" if theirs else "", file=sys.stderr)
         if theirs:
