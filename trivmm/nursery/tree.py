@@ -233,9 +233,17 @@ class Machine:
         self.guest_request = GuestRequest(state.reset_pending, "before migration") if state.reset_pending else None
 
     async def start(self) -> None:
-        """On COMMIT, with the locks taken: the machine runs, or stays paused as its state says."""
-        self.board.committed()
-        self._reopen()
+        """On COMMIT, with the locks taken: the machine runs, or stays paused as its state says.
+
+        Whatever it raises comes before the first guest instruction, with the locks given back: the source, told so,
+        takes them at once."""
+        try:
+            self.board.committed()
+            self._reopen()
+        except BaseException:
+            for slot in self.board.devices:
+                slot.backend.release_locks()
+            raise
         if self.guest_request is not None:
             self.on_guest_request()
 
