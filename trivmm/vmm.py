@@ -252,14 +252,17 @@ class Vmm:
     ) -> None:
         """One VM from its making to its end: a task of the Vmm nursery that fails nobody else."""
         try:
-            with trio.CancelScope() as cancel:
-                slot.cancel = cancel.cancel
-                async with scope as opened:
-                    slot.vm = vm = await obtain(opened)
-                    slot.cancel = None
-                    outcome.set(vm)
+            async with scope as opened:
+                # Around the making only: a VM that came in spite of a cancellation (that came after COMMIT) runs
+                # nowhere else, and stays.
+                with trio.CancelScope() as cancel:
+                    slot.cancel = cancel.cancel
+                    slot.vm = await obtain(opened)
+                slot.cancel = None
+                if slot.vm is not None:
+                    outcome.set(slot.vm)
                     async with trio.open_nursery() as nursery:
-                        nursery.start_soon(self._watch, slot, vm)
+                        nursery.start_soon(self._watch, slot, slot.vm)
                         await slot.close.wait()
                         nursery.cancel_scope.cancel()
             if not outcome.known:

@@ -245,6 +245,21 @@ async def test_a_migration_can_be_cancelled_in_either_direction(stage_of: StageO
         assert (await client.info())["state"] == "Running"
 
 
+async def test_a_cancellation_that_comes_after_commit_does_not_end_the_vm_that_came(stage_of: StageOf) -> None:
+    """Its source has been told, or is about to be, that the VM runs here: nobody else would run it."""
+    async with stage_of() as stage, Client(stage.path) as client:
+        with trio.fail_after(LIMIT_S):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(client.receive_migration, "unix:/x")
+                while not stage.incoming:
+                    await client.ping()
+                stage.incoming[0].guard.shield = True
+                await client.cancel_migration()
+                stage.incoming[0].arrived.set()
+            assert (await client.info())["state"] == "Running"
+            await client.pause()
+
+
 @pytest.mark.parametrize("kind", ["poweroff", "crash"])
 async def test_the_guest_ends_the_process(stage_of: StageOf, kind: str) -> None:
     async with stage_of() as stage, Client(stage.path) as client:

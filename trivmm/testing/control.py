@@ -115,13 +115,17 @@ class FakeVm:
 
 @attrs.define(eq=False)
 class FakeIncoming:
+    """``guard.shield`` True is what COMMIT does to a receiver: from there a cancellation comes too late."""
+
     url: str
     config: VmConfig
     arrived: trio.Event = attrs.field(factory=trio.Event)
     fails: BaseException | None = None
+    guard: trio.CancelScope = attrs.field(factory=trio.CancelScope)
 
     async def receive(self) -> FakeVm:
-        await self.arrived.wait()
+        with self.guard:
+            await self.arrived.wait()
         if self.fails is not None:
             raise self.fails
         vm = FakeVm(self.config)
