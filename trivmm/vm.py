@@ -293,6 +293,8 @@ class Vm:
                 self.in_doubt = False
             machine.resume()
             self.state = VmState.RUNNING
+            if machine.guest_request is not None:
+                self._asked_set()  # it came while nobody carried it out: in doubt, or in the moment of the pause
             self._tell("resumed")
 
     async def shutdown(self) -> None:
@@ -389,6 +391,8 @@ class Vm:
                 if machine is None or machine.guest_request is None or self.in_doubt:
                     continue
                 request = machine.guest_request
+                if self.state is VmState.PAUSED and request.kind != "crash":
+                    continue  # resume() asks again: a paused VM neither reboots nor goes away by itself
                 logger.info("the guest asks for %s (%s)", request.kind, request.why)
                 crash = machine.crash
                 await self._end()

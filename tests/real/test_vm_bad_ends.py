@@ -7,7 +7,7 @@ the guest asked for is carried out by somebody.
 from __future__ import annotations
 
 import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Generator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import attrs
 import pytest
 import trio
+import trio.testing
 
 from trivmm import (
     Deadlines,
@@ -28,12 +29,15 @@ from trivmm import (
     open_incoming,
     open_vm,
 )
-from trivmm.errors import CommitRefused, ConfigError, TrivmmError
+from trivmm.errors import CommitRefused, ConfigError, MigrationInDoubt, TrivmmError
 from trivmm.guest import probe_path
-from trivmm.testing.scripted import ScriptedHypervisor
+from trivmm.hypervisor.base import IoOut, VcpuExit
+from trivmm.nursery.tree import Machine
+from trivmm.testing.scripted import Compute, ScriptedHypervisor
 from trivmm.virtio.block.image import Image
 
 LIMIT_S = 60
+RESET = IoOut(0x600, 1, b"\x01")
 
 
 @pytest.fixture
@@ -57,6 +61,21 @@ def lock_is_free(config: VmConfig) -> bool:
     finally:
         image.close()
     return True
+
+
+class Guest:
+    """A vCPU that computes until it is asked, then does one thing, once in all its lives."""
+
+    def __init__(self, then: VcpuExit) -> None:
+        self.asked = False
+        self.then: VcpuExit | None = then
+
+    def __call__(self, cpu: Any) -> Generator[Any, bytes | None, None]:
+        while not self.asked:
+            yield Compute(0.001)
+        then, self.then = self.then, None
+        if then is not None:
+            yield then
 
 
 @asynccontextmanager
@@ -105,3 +124,99 @@ async def test_a_destination_that_cannot_start_gives_the_locks_back_before_it_sa
             assert (source.state, source.in_doubt) == (VmState.RUNNING, False)
             assert target.state is not VmState.RUNNING
             assert not lock_is_free(config)
+
+
+def ask_before(monkeypatch: pytest.MonkeyPatch, guest: Guest, verb: str) -> None:
+    """The guest asks, and the machine has heard it, in the very moment in which the machine begins ``verb``."""
+    heard = trio.Event()
+    note, begin = Machine._note_request, getattr(Machine, verb)
+
+    def noted(self: Machine, request: Any) -> None:
+        note(self, request)
+        heard.set()
+
+    async def begun(self: Machine, *args: Any) -> None:
+        guest.asked = True
+        await heard.wait()
+        await begin(self, *args)
+
+    monkeypatch.setattr(Machine, "_note_request", noted)
+    monkeypatch.setattr(Machine, verb, begun)
+
+
+def hold_commit(monkeypatch: pytest.MonkeyPatch) -> trio.Event:
+    """A destination that stands still between taking the locks and its verdict, until the event."""
+    go = trio.Event()
+
+    async def start(self: Machine) -> None:
+        await go.wait()
+
+    monkeypatch.setattr(Machine, "start", start)
+    return go
+
+
+async def in_doubt(source: Vm, move: Callable[..., Any], **options: Any) -> None:
+    with pytest.raises(MigrationInDoubt):
+        await move(**options)
+    assert (source.state, source.in_doubt) == (VmState.PAUSED, True)
+
+
+async def test_a_silent_destination_leaves_the_source_paused_and_resume_needs_the_locks(
+    config: VmConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold_commit(monkeypatch)
+    with trio.fail_after(LIMIT_S):
+        async with two_sides(config, tmp_path) as (source, target, move):
+            await in_doubt(source, move)
+            assert set(source.info()["vcpus"]) == {"paused"}
+            assert lock_is_free(config)  # both sides gave it up: whoever runs the VM takes it first
+            with pytest.raises(TrivmmError, match="in doubt"):
+                await source.migrate_to("unix:/nowhere")
+            other = Image(config.disks[0].path, readonly=False, lock=True)
+            with pytest.raises(ConfigError, match="in use by another"):
+                await source.resume()
+            assert (source.state, source.in_doubt) == (VmState.PAUSED, True)
+            other.close()
+            await source.resume()
+            assert (source.state, source.in_doubt) == (VmState.RUNNING, False)
+            assert not lock_is_free(config)
+            assert target.state is not VmState.RUNNING
+            await source.pause()
+            await source.resume()
+
+
+async def test_a_reboot_that_the_guest_asked_for_before_the_doubt_is_carried_out_on_resume(
+    config: VmConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the VM is Running with every vCPU parked for ever."""
+    guest = Guest(RESET)
+    hold_commit(monkeypatch)
+    with trio.fail_after(LIMIT_S):
+        async with two_sides(config, tmp_path, guest) as (source, _, move):
+            ask_before(monkeypatch, guest, "stop")
+            await in_doubt(source, move)
+            assert source.reboots == 0
+            rebooted = trio.Event()
+            source.observe(lambda event: rebooted.set() if event.kind == "rebooted" else None)
+            await source.resume()
+            await rebooted.wait()
+            assert (source.state, source.reboots) == (VmState.RUNNING, 1)
+
+
+async def test_a_paused_vm_does_not_reboot_before_it_is_resumed(
+    config: VmConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guest asks in the very moment in which it is paused."""
+    guest = Guest(RESET)
+    rebooted = trio.Event()
+    with trio.fail_after(LIMIT_S):
+        async with open_vm(config, hypervisor=ScriptedHypervisor(guest)) as vm:
+            await vm.boot()
+            vm.observe(lambda event: rebooted.set() if event.kind == "rebooted" else None)
+            ask_before(monkeypatch, guest, "pause")
+            await vm.pause()
+            await trio.testing.wait_all_tasks_blocked()
+            assert (vm.state, vm.reboots) == (VmState.PAUSED, 0)
+            await vm.resume()
+            await rebooted.wait()
+            assert (vm.state, vm.reboots) == (VmState.RUNNING, 1)
