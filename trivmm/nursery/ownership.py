@@ -34,16 +34,17 @@ class Ownership:
     async def lease(self, operation: str, *, wait_for_migration: bool = False) -> AsyncIterator[None]:
         """Own the VM for the length of the block.
 
-        ``wait_for_migration``: the control loop, which carries out a guest's own reset, outwaits a migration
-        (whose deadline bounds it); everybody else is refused.
+        ``wait_for_migration``: the control loop, which carries out a guest's own reset, outwaits whoever owns the VM
+        (each bounds itself, a migration by its own ``timeout_s``); everybody else is refused.
 
         :raises VmMigrating: when a migration owns it.
         :raises DeadlineError: ``lease``, when another operation does not end."""
+        if wait_for_migration:
+            await self.free()
         while self.holder is not None:
-            if self.holder == MIGRATION and not wait_for_migration:
+            if self.holder == MIGRATION:
                 raise VmMigrating(operation)
-            name = "migration" if self.holder == MIGRATION else "lease"
-            with self.deadlines.enter(name, f"{operation} waits for {self.holder}"):
+            with self.deadlines.enter("lease", f"{operation} waits for {self.holder}"):
                 await self._freed.wait()
         self.holder = operation
         try:
