@@ -271,6 +271,30 @@ async def test_locks_released_for_a_late_commit_are_taken_back(
     world.close()
 
 
+async def test_in_doubt_stays_in_doubt_when_the_locks_come_back_a_moment_later(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """What the owner is told (paused, in doubt) is what is: no second try starts the machine behind its back."""
+    world = World.make()
+    world.source.release_s = 0.4  # too late for COMMIT: undone, locks first
+    take = world.source.take_locks
+    tries = 0
+
+    async def taken_by_somebody_for_a_moment() -> None:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            raise ConfigError("disks[0].path", "disk.img", "locked by another process", "stop it")
+        await take()
+
+    world.source.take_locks = taken_by_somebody_for_a_moment  # type: ignore[method-assign]
+    await world.run()
+    assert isinstance(world.sent, MigrationInDoubt)
+    assert not world.source.running
+    assert world.seen[-1].phase is Phase.IN_DOUBT
+    world.close()
+
+
 async def test_refused_locks_bring_the_source_back(autojump_clock: trio.testing.MockClock) -> None:
     world = World.make()
     take = world.destination.take_locks

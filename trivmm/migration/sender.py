@@ -226,7 +226,9 @@ class _Sender:
         self.tracker.reason = reason
         end = Phase.CANCELLED if cancelled else Phase.FAILED
         try:
-            if self._switchover is not None:
+            if isinstance(error, MigrationInDoubt):
+                end = Phase.IN_DOUBT  # that was an undo's verdict, and the VM's owner is told so: no second try
+            elif self._switchover is not None:
                 await self._switchover.restore()
         except MigrationInDoubt:
             end = Phase.IN_DOUBT
