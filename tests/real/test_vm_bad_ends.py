@@ -32,6 +32,7 @@ from trivmm import (
 from trivmm.errors import CommitRefused, ConfigError, MigrationInDoubt, TrivmmError
 from trivmm.guest import probe_path
 from trivmm.hypervisor.base import IoOut, VcpuExit
+from trivmm.migration.progress import MigrationProgress
 from trivmm.nursery.tree import Machine
 from trivmm.testing.scripted import Compute, ScriptedHypervisor
 from trivmm.virtio.block.image import Image
@@ -220,3 +221,31 @@ async def test_a_paused_vm_does_not_reboot_before_it_is_resumed(
             await vm.resume()
             await rebooted.wait()
             assert (vm.state, vm.reboots) == (VmState.RUNNING, 1)
+
+
+class StalledSink:
+    """A terminal that somebody stopped with Ctrl-S."""
+
+    async def send(self, data: bytes) -> int:
+        await trio.sleep_forever()
+        return 0
+
+    def close(self) -> None:
+        pass
+
+
+async def test_a_stalled_serial_sink_does_not_use_up_the_downtime(config: VmConfig, tmp_path: Path) -> None:
+    """What it does not take travels with the VM; waiting for it must leave time for the rest of the switchover."""
+    config = attrs.evolve(config, deadlines=attrs.evolve(config.deadlines, downtime=1.0))
+    with trio.fail_after(LIMIT_S):
+        async with two_sides(config, tmp_path) as (source, target, move):
+            assert source._machine is not None
+            serial = source._machine.board.serial
+            serial.attach_sink(StalledSink())
+            serial.write(0, b"x")
+            reports: list[MigrationProgress] = []
+            await move(on_progress=reports.append)
+            assert reports[-1].attempts == 1
+            assert target.state is VmState.RUNNING
+            while target.console_tail != b"x":
+                await target.console_output()

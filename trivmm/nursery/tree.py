@@ -14,9 +14,10 @@ migration port (``trivmm.migration.port``), since pausing, closing the gate and 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 import trio
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 __all__ = ["Machine", "open_machine"]
 
 logger = logging.getLogger(__name__)
+
+DRAIN_SHARE: Final = 0.25  # of the downtime that is left: a sink that stalls must not use up all of it
 
 
 @attrs.define(eq=False)
@@ -114,8 +117,9 @@ class Machine:
             for vcpu in self.vcpus.vcpus:
                 vcpu.request_pause()
 
-    async def close_gate(self, at_most_s: float) -> None:
+    async def close_gate(self, at_most_s: float, *, drain_s: float = math.inf) -> None:
         """Switchover step 2: no activation starts or takes effect, no queue takes a chain, in-flight work ends.
+        Serial output may take ``drain`` or ``drain_s``, whichever is less: what is left is part of the state.
 
         :raises DeadlineError: ``quiesce``, naming the device; the gate may be half closed: :meth:`undo`."""
         self._gate_closed = True
@@ -129,7 +133,7 @@ class Machine:
             async with trio.open_nursery() as nursery:
                 for slot in self.board.devices:
                     nursery.start_soon(slot.lifecycle.quiesce)
-                nursery.start_soon(self.board.serial.drain, min(self.deadlines.drain, at_most_s))
+                nursery.start_soon(self.board.serial.drain, min(self.deadlines.drain, at_most_s, drain_s))
 
     # --- migration port: source ------------------------------------------------------------------------------
 
@@ -164,7 +168,8 @@ class Machine:
         ends = trio.current_time() + at_most_s
         try:
             await self._pause_vcpus(at_most_s)
-            await self.close_gate(max(0.0, ends - trio.current_time()))
+            left = max(0.0, ends - trio.current_time())
+            await self.close_gate(left, drain_s=left * DRAIN_SHARE)
             self.board.disconnect_interrupts()
             self._interrupts_connected = False
         except BaseException:
