@@ -225,6 +225,7 @@ class Vm:
         if self._exited.is_set():  # else somebody may wait on it already: since before boot, or since before a reboot
             self._exited = trio.Event()
         self.state = VmState.RUNNING
+        self.in_doubt = False  # its board took the locks afresh
 
     async def _run(self, board: Board, *, gate_open: bool = True) -> Machine:
         """Start the machine's task in the VM nursery; it owns ``board`` once this returns."""
@@ -309,7 +310,11 @@ class Vm:
         async with self.ownership.lease("reboot"):
             self._machine_in("reboot", VmState.RUNNING, VmState.PAUSED)
             await self._end()
-            await self._boot(reboot=True)
+            try:
+                await self._boot(reboot=True)
+            except BaseException:
+                self._finish(ExitReason("shutdown"))
+                raise
             self.reboots += 1
 
     # --- migration -------------------------------------------------------------------------------------------
@@ -401,7 +406,7 @@ class Vm:
                         await self._boot(reboot=True)
                     except Exception as error:
                         logger.error("reboot failed: %s", error)
-                        self._finish(ExitReason("shutdown"))
+                        self._finish(ExitReason("crash", GuestCrash(0, f"its reboot failed: {error}", "")))
                     else:
                         self.reboots += 1
                         self._tell("rebooted")

@@ -249,3 +249,53 @@ async def test_a_stalled_serial_sink_does_not_use_up_the_downtime(config: VmConf
             assert target.state is VmState.RUNNING
             while target.console_tail != b"x":
                 await target.console_output()
+
+
+def own_kernel(config: VmConfig, folder: Path) -> tuple[VmConfig, Path]:
+    kernel = folder / "kernel.elf"
+    shutil.copy(probe_path(), kernel)
+    return attrs.evolve(config, payload=attrs.evolve(config.payload, kernel=str(kernel))), kernel
+
+
+async def test_a_reboot_that_fails_leaves_a_vm_that_is_shut_down(config: VmConfig, tmp_path: Path) -> None:
+    config, kernel = own_kernel(config, tmp_path)
+    with trio.fail_after(LIMIT_S):
+        async with open_vm(config, hypervisor=ScriptedHypervisor()) as vm:
+            await vm.boot()
+            kernel.unlink()
+            with pytest.raises(ConfigError, match=r"kernel\.elf"):
+                await vm.reboot()
+            assert vm.state is VmState.SHUTDOWN
+            assert (await vm.wait()).kind == "shutdown"
+            shutil.copy(probe_path(), kernel)
+            await vm.boot()
+            assert vm.state is VmState.RUNNING
+
+
+async def test_a_reboot_out_of_doubt_takes_the_locks_and_ends_the_doubt(
+    config: VmConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold_commit(monkeypatch)
+    with trio.fail_after(LIMIT_S):
+        async with two_sides(config, tmp_path) as (source, _, move):
+            await in_doubt(source, move)
+            await source.reboot()
+            assert (source.state, source.in_doubt) == (VmState.RUNNING, False)
+            assert not lock_is_free(config)
+
+
+async def test_a_guests_reboot_that_fails_is_the_end_of_the_vm_and_not_an_operators_shutdown(
+    config: VmConfig, tmp_path: Path
+) -> None:
+    """A process that serves nobody but this VM must learn that it has nothing left to do."""
+    config, kernel = own_kernel(config, tmp_path)
+    guest = Guest(RESET)
+    with trio.fail_after(LIMIT_S):
+        async with open_vm(config, hypervisor=ScriptedHypervisor(guest)) as vm:
+            await vm.boot()
+            kernel.unlink()
+            guest.asked = True
+            reason = await vm.wait()
+            assert reason.kind == "crash"
+            assert reason.crash is not None
+            assert "kernel.elf" in str(reason.crash)
