@@ -123,13 +123,16 @@ class Vm:
         return b"" if self._last_board is None else self._last_board.serial.tail()
 
     def observe(self, callback: Callable[[VmEvent], None]) -> None:
-        """Call back in the trio thread on every event. Callbacks must be quick and must not raise."""
+        """Call back in the trio thread on every event. Callbacks must be quick; what one raises is logged."""
         self._observers.append(callback)
 
     def _tell(self, kind: str, device: str | None = None, generation: int = 0) -> None:
         event = VmEvent(kind, device, generation, time.monotonic())
         for callback in self._observers:
-            callback(event)
+            try:
+                callback(event)
+            except Exception:  # it would end whoever tells: a device's actor, the control loop, a migration's verdict
+                logger.exception("an observer failed at %s; the VM goes on", kind)
 
     def info(self) -> dict[str, Any]:
         """JSON-able: state, RAM in use, device tree (names, slots), vCPU states, migration."""

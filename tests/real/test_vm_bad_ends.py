@@ -25,6 +25,7 @@ from trivmm import (
     SerialConfig,
     Vm,
     VmConfig,
+    VmEvent,
     VmState,
     open_incoming,
     open_vm,
@@ -299,3 +300,24 @@ async def test_a_guests_reboot_that_fails_is_the_end_of_the_vm_and_not_an_operat
             assert reason.kind == "crash"
             assert reason.crash is not None
             assert "kernel.elf" in str(reason.crash)
+
+
+async def test_an_observer_that_raises_harms_nobody_else(config: VmConfig, caplog: pytest.LogCaptureFixture) -> None:
+    """Events come from device actors too: what an observer raises there would end the servicer of activations."""
+    seen: list[str] = []
+
+    def faulty(event: VmEvent) -> None:
+        raise ZeroDivisionError("an observer's own bug")
+
+    with trio.fail_after(LIMIT_S):
+        async with open_vm(config, hypervisor=ScriptedHypervisor()) as vm:
+            vm.observe(faulty)
+            vm.observe(lambda event: seen.append(event.kind))
+            await vm.boot()
+            assert vm._machine is not None
+            for slot in vm._machine.board.devices:
+                slot.lifecycle.power_on()
+                await slot.lifecycle.settled()
+            await vm.shutdown()
+    assert seen == ["booted", "reset", "reset", "shutdown"]
+    assert "an observer's own bug" in caplog.text
