@@ -45,6 +45,7 @@ __all__ = ["PARK_SLICE_S", "ExitHandler", "Operation", "Vcpu", "VcpuRunState", "
 PARK_SLICE_S: Final = 1.0  # a parked vCPU looks at its request word at least this often, even if a kick were lost
 THROTTLE_PERIOD_S: Final = 0.01  # one duty cycle; short against a guest's own timeouts
 
+FATAL: Final = (TripleFault, InternalError, FailEntry, Halted)
 PAUSE: Final = 1
 STOP: Final = 2
 
@@ -206,6 +207,8 @@ class Vcpu:
         # (a page-crossing MMIO store returns a second exit). Whatever it asks for is honoured after the pause.
         while type(reason := (yield "finish")) is not Interrupted and reason is not None:
             self._serve(reason)
+            if isinstance(reason, FATAL):
+                break  # a vCPU that can't go on may say so for ever: there is nothing left to finish
         if self.state is not _S.PAUSED:
             self._enter(_S.PAUSED)
         self.on_change()
@@ -250,7 +253,7 @@ class Vcpu:
                 answer = self.handle(self.index, reason)
             case SystemEvent(kind):
                 answer = GuestRequest("poweroff" if kind == "shutdown" else kind, "system event")
-            case TripleFault() | InternalError() | FailEntry() | Halted():
+            case TripleFault() | InternalError() | FailEntry() | Halted():  # FATAL
                 answer = self._crash(reason)
             case _:
                 answer = None
