@@ -30,10 +30,17 @@ from trivmm import (
     open_incoming,
     open_vm,
 )
-from trivmm.errors import CommitRefused, ConfigError, MigrationInDoubt, TrivmmError
+from trivmm.errors import (
+    CommitRefused,
+    ConfigError,
+    MigrationCancelled,
+    MigrationError,
+    MigrationInDoubt,
+    TrivmmError,
+)
 from trivmm.guest import probe_path
-from trivmm.hypervisor.base import IoOut, VcpuExit
-from trivmm.migration.progress import MigrationProgress
+from trivmm.hypervisor.base import IoOut, TripleFault, VcpuExit
+from trivmm.migration.progress import MigrationProgress, Phase
 from trivmm.nursery.tree import Machine
 from trivmm.testing.scripted import Compute, ScriptedHypervisor
 from trivmm.virtio.block.image import Image
@@ -321,3 +328,69 @@ async def test_an_observer_that_raises_harms_nobody_else(config: VmConfig, caplo
             await vm.shutdown()
     assert seen == ["booted", "reset", "reset", "shutdown"]
     assert "an observer's own bug" in caplog.text
+
+
+@pytest.mark.parametrize("where", ["precopy", "switchover"])
+async def test_a_guest_that_crashes_in_mid_migration_fails_it_and_is_reported_here(
+    config: VmConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    guest = Guest(TripleFault())
+    begin = Machine.start_dirty_log
+
+    def began(self: Machine) -> None:
+        guest.asked = where == "precopy"
+        begin(self)
+
+    monkeypatch.setattr(Machine, "start_dirty_log", began)
+    ask_before(monkeypatch, guest, "stop")
+    with trio.fail_after(LIMIT_S):
+        async with two_sides(config, tmp_path, guest) as (source, target, move):
+            with pytest.raises(MigrationError, match="the guest crashed: triple fault"):
+                await move()
+            reason = await source.wait()
+            assert reason.kind == "crash"
+            assert reason.crash is not None
+            assert reason.crash.reason == "triple fault"
+            assert source.state is VmState.SHUTDOWN
+            assert target.state is not VmState.RUNNING
+            assert lock_is_free(config)
+
+
+async def test_closing_the_source_in_mid_migration_rolls_back_and_ends_it(config: VmConfig, tmp_path: Path) -> None:
+    """The VM's block is left while its migration runs in another task: that ends first, cancelled, then the VM."""
+    hypervisor = ScriptedHypervisor()
+    url = f"unix:{tmp_path}/m.sock"
+    ended: list[BaseException] = []
+    with trio.fail_after(LIMIT_S):
+        async with open_incoming(url, hypervisor=hypervisor, deadlines=config.deadlines) as incoming:
+            async with trio.open_nursery() as nursery:
+
+                async def receive() -> None:
+                    with pytest.raises(MigrationError, match="cancelled"):
+                        await incoming.receive()
+
+                nursery.start_soon(receive)
+                async with open_vm(config, hypervisor=hypervisor) as source:
+                    await source.boot()
+                    half_way = trio.Event()
+
+                    def note(progress: MigrationProgress) -> None:
+                        if progress.phase is Phase.SWITCHOVER:
+                            half_way.set()
+
+                    async def move() -> None:
+                        try:
+                            await source.migrate_to(url, on_progress=note)
+                        except MigrationCancelled as error:
+                            ended.append(error)
+                            assert source.state is VmState.RUNNING
+
+                    nursery.start_soon(move)
+                    await half_way.wait()
+                assert source.state is VmState.SHUTDOWN
+                assert (await source.wait()).kind == "shutdown"
+            assert ended, "the migration was not cancelled"
+            assert incoming.vm.state is not VmState.RUNNING
+        assert all(("close",) in vm.calls for vm in hypervisor.vms)
+        assert all(vm.calls.count(("set_dirty_log", True)) == vm.calls.count(("set_dirty_log", False)) for vm in hypervisor.vms)
+        assert lock_is_free(config)

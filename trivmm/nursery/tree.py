@@ -23,7 +23,7 @@ import attrs
 import trio
 
 from trivmm.deadlines import Deadlines
-from trivmm.errors import DeadlineError, GuestCrash, HypervisorError, TrivmmError
+from trivmm.errors import DeadlineError, GuestCrash, HypervisorError, MigrationError, TrivmmError
 from trivmm.machine.bus import GuestRequest
 from trivmm.migration.state import MachineState, SavedVcpu
 from trivmm.nursery.vcpu import Vcpu
@@ -178,10 +178,14 @@ class Machine:
 
     def save(self) -> MachineState:
         """Step 4, after :meth:`stop`. Vcpus are read after the interrupt routes are gone: what the kernel had
-        queued is in the LAPIC by now."""
+        queued is in the LAPIC by now.
+
+        :raises MigrationError: when the guest crashed: that is reported where it happened, and does not travel."""
+        request = self.guest_request
+        if request is not None and request.kind == "crash":
+            raise MigrationError(f"the guest crashed: {request.why}")
         vcpus = tuple(SavedVcpu(vcpu.index, vcpu.cpu.save(), self._barrier_of(vcpu)) for vcpu in self.vcpus.vcpus)
         devices, board = self.board.save()
-        request = self.guest_request
         return MachineState(
             vcpus=vcpus,
             vmm=self.board.vm.save(),
