@@ -41,7 +41,8 @@ class VmmOptions:
 
 @attrs.frozen
 class VmmEnd:
-    """Why the process has nothing left to do: ``kind`` as ``ExitReason.kind``, or ``asked`` (vmm.shutdown)."""
+    """Why the process has nothing left to do: ``kind`` as ``ExitReason.kind``, ``asked`` (vmm.shutdown), or ``failed``:
+    a fault of ours ended the VM."""
 
     kind: str
     reason: ExitReason | None = None
@@ -270,6 +271,7 @@ class Vmm:
         except Exception as error:
             if outcome.known:
                 LOG.critical("the VM's task failed: %s", error, exc_info=error)
+                self._finish(VmmEnd("failed"))
             else:
                 outcome.fail(error)
         except BaseException:

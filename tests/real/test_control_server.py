@@ -278,6 +278,19 @@ async def test_the_guest_ends_the_process(stage_of: StageOf, kind: str) -> None:
         assert (end.reason is not None and end.reason.crash is not None) == (kind == "crash")
 
 
+async def test_a_vm_whose_task_fails_ends_the_process(stage_of: StageOf) -> None:
+    """A fault of ours took the VM's nursery down. Nobody would ever tell a process without a socket to end."""
+    async with stage_of() as stage, Client(stage.path) as client:
+        await client.create(BODY)
+        await client.boot()
+        stage.vms[0].wait_fails = ZeroDivisionError("a bug")
+        stage.vms[0].end(ExitReason("poweroff"))
+        with trio.fail_after(LIMIT_S):
+            assert (await stage.vmm.ended()).kind == "failed"
+        with pytest.raises(ApiError, match="not created"):
+            await client.info()
+
+
 async def test_no_shutdown_outlives_the_guests_power_off(stage_of: StageOf) -> None:
     async with stage_of(VmmOptions(stay_after_shutdown=True)) as stage, Client(stage.path) as client:
         await client.create(BODY)

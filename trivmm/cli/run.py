@@ -185,7 +185,7 @@ async def _run_vmm(options: RunOptions, watchdog: Watchdog) -> int:
             if end.reason is not None and end.reason.crash is not None:
                 _tell_crash(end.reason.crash)
                 return EXIT_CRASH
-            return 0
+            return EXIT_FAILED if end.kind == "failed" else 0
     except (ConfigError, HypervisorError) as error:
         say_error(error)
         return EXIT_USAGE

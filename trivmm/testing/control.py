@@ -42,6 +42,7 @@ class FakeVm:
     migration_ends: BaseException | None = None
     migration_progress: Any = None
     boot_fails: BaseException | None = None
+    wait_fails: BaseException | None = None
     migrate_options: dict[str, Any] = attrs.field(factory=dict)
     closed: bool = False
     _exit: ExitReason | None = None
@@ -84,6 +85,8 @@ class FakeVm:
 
     async def wait(self) -> ExitReason:
         await self._exited.wait()
+        if self.wait_fails is not None:
+            raise self.wait_fails
         assert self._exit is not None
         return self._exit
 
