@@ -392,5 +392,7 @@ async def test_closing_the_source_in_mid_migration_rolls_back_and_ends_it(config
             assert ended, "the migration was not cancelled"
             assert incoming.vm.state is not VmState.RUNNING
         assert all(("close",) in vm.calls for vm in hypervisor.vms)
-        assert all(vm.calls.count(("set_dirty_log", True)) == vm.calls.count(("set_dirty_log", False)) for vm in hypervisor.vms)
+        assert all(
+            vm.calls.count(("set_dirty_log", True)) == vm.calls.count(("set_dirty_log", False)) for vm in hypervisor.vms
+        )
         assert lock_is_free(config)

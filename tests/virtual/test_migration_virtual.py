@@ -487,6 +487,37 @@ async def test_the_link_dies_within_running(autojump_clock: trio.testing.MockClo
     world.close()
 
 
+async def test_a_destination_that_gave_up_and_left_before_commit_came_is_believed(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Its ABORT is there to be read although COMMIT can't be sent any more, and nobody is left to be asked."""
+    world = World.make()
+    process, gone = trio.CancelScope(), trio.Event()
+
+    async def tap(stream: TappedStream, data: bytes) -> bytes:
+        if data[6] == MessageType.COMMIT:
+            process.cancel()
+            await gone.wait()
+            world.net.down = True
+        return data
+
+    world.net.source_tap = tap
+    async with trio.open_nursery() as nursery:
+
+        async def destination() -> None:
+            with process:
+                async with trio.open_nursery() as lingering:
+                    await world.receive(lingering)
+            gone.set()
+
+        nursery.start_soon(destination)
+        await world.send()
+    world.check()
+    assert isinstance(world.sent, CommitRefused)
+    assert world.source.running
+    world.close()
+
+
 async def test_the_link_dies_after_commit_and_nobody_answers_any_more(autojump_clock: trio.testing.MockClock) -> None:
     world = World.make()
 

@@ -13,7 +13,7 @@ from trivmm.nursery.ownership import MIGRATION, Ownership
 LIMITS = Deadlines(lease=1, migration=2)
 
 
-async def hold(owner: Ownership, operation: str, seconds: float, task_status: trio.TaskStatus[None]) -> None:
+async def hold(owner: Ownership, operation: str, seconds: float, *, task_status: trio.TaskStatus[None]) -> None:
     async with owner.lease(operation):
         task_status.started()
         await trio.sleep(seconds)
@@ -27,11 +27,7 @@ async def test_the_control_loop_outwaits_whoever_owns_the_vm(
     control loop must still be there afterwards: its end would be the VM's."""
     owner = Ownership(LIMITS)
     async with trio.open_nursery() as nursery:
-
-        async def holder(*, task_status: trio.TaskStatus[None]) -> None:
-            await hold(owner, operation, 50, task_status)
-
-        await nursery.start(holder)
+        await nursery.start(hold, owner, operation, 50)
         async with owner.lease("guest request", wait_for_migration=True):
             assert owner.holder == "guest request"
 

@@ -47,33 +47,32 @@ class Link:
         data = encode_message(message)
         self.session.sent(TYPE_OF[type(message)])
         try:
-            await self.channel.send(data)
+            return await self.channel.send(data)
         except LinkLost as error:
-            if (said := await self._last_word()) is not None:
-                raise said from error
-            raise
+            lost = error
+        raise await self._last_word(lost)
 
     async def send_pages(self, dirty: DirtySet, limit: int, counts: PageCounts) -> bool:
         self.session.sent(MessageType.PAGES)
         try:
             return await self.channel.send_pages(dirty, limit, counts)
         except LinkLost as error:
-            if (said := await self._last_word()) is not None:
-                raise said from error
-            raise
+            lost = error
+        raise await self._last_word(lost)
 
-    async def _last_word(self) -> PeerAborted | None:
+    async def _last_word(self, lost: LinkLost) -> LinkLost | PeerAborted:
         """What a peer that closed the connection said before, if anything: a better error than the lost link."""
         if self.state not in BEFORE_COMMIT:
-            return None  # after COMMIT an ABORT is a verdict, and not to be swallowed here
+            return lost  # after COMMIT an ABORT is a verdict, and not to be swallowed here
         with trio.move_on_after(FAREWELL_S):
             try:
                 await self.receive()
             except PeerAborted as said:
+                said.__cause__ = lost
                 return said
             except (MigrationError, DeadlineError):
                 pass
-        return None
+        return lost
 
     async def receive(self, landing: Landing | None = None, report: Callable[[], None] | None = None) -> Message:
         """The peer's next message. Pages land in ``landing`` where the session allows any.

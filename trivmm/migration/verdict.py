@@ -16,6 +16,7 @@ import trio
 
 from trivmm.deadlines import Deadlines
 from trivmm.errors import DeadlineError, MigrationError, ProtocolError
+from trivmm.migration.channel import LinkLost
 from trivmm.migration.link import FAREWELL_S, Link
 from trivmm.migration.messages import Abort, Commit, Done, Query, Refused, Running, Verdict
 from trivmm.migration.steps import Session
@@ -56,7 +57,10 @@ async def ask_for_verdict(link: Link, dialer: Dialer, session_id: bytes, deadlin
 
 
 async def _commit(link: Link, session_id: bytes) -> Outcome:
-    await link.send(Commit(session_id))
+    try:
+        await link.send(Commit(session_id))
+    except LinkLost as error:
+        LOG.info("%s: what the peer said before it left still counts", error)
     match await link.receive():
         case Running():
             outcome = Outcome(True)
