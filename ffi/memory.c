@@ -1,6 +1,22 @@
+#define _GNU_SOURCE
 #include "memory.h"
 
 #include <string.h>
+#include <sys/mman.h>
+
+/* Map `size` bytes of a memfd shared, without reserving swap. NULL and errno when that fails. Any thread. */
+void *tv_memory_map(int memfd, uint64_t size)
+{
+    void *mapped = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, memfd, 0);
+    return mapped == MAP_FAILED ? NULL : mapped;
+}
+
+/* Takes some 40 ms a GiB that was touched, without the GIL (the mmap module unmaps with it). Any thread; nothing may
+ * look at the mapping any more. */
+void tv_memory_unmap(void *mapped, uint64_t size)
+{
+    munmap(mapped, size);
+}
 
 /* Copy into guest RAM and mark it dirty. 0, or -1 when the range is not inside one region. Any thread. */
 int tv_memory_write(struct tv_memory *mem, uint64_t gpa, const uint8_t *from, uint64_t len)

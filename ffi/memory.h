@@ -61,6 +61,8 @@ static inline void tv_mark_dirty(struct tv_memory *mem, uint64_t gpa, uint64_t l
         __atomic_fetch_or(&region->dirty[page / 64], 1ull << (page % 64), __ATOMIC_RELEASE);
 }
 
+void *tv_memory_map(int memfd, uint64_t size);
+void tv_memory_unmap(void *mapped, uint64_t size);
 int tv_memory_write(struct tv_memory *mem, uint64_t gpa, const uint8_t *from, uint64_t len);
 int tv_memory_read(struct tv_memory *mem, uint64_t gpa, uint8_t *to, uint64_t len);
 void tv_dirty_take(uint64_t *log, uint64_t *into, uint64_t words);

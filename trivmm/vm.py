@@ -72,6 +72,12 @@ class VmEvent:
     at_s: float
 
 
+def _set_event() -> trio.Event:
+    event = trio.Event()
+    event.set()
+    return event
+
+
 @attrs.define(eq=False)
 class Vm:
     """One VM, from :func:`open_vm` (or ``open_incoming``) to the end of that block. Use from one trio program."""
@@ -88,7 +94,7 @@ class Vm:
     )
     reboots: int = attrs.field(default=0, init=False)
     _machine: Machine | None = attrs.field(default=None, init=False)
-    _machine_ended: trio.Event = attrs.field(factory=trio.Event, init=False)
+    _machine_ended: trio.Event = attrs.field(factory=_set_event, init=False)  # everything of it is closed and freed
     _end_machine: trio.Event = attrs.field(factory=trio.Event, init=False)
     _exit: ExitReason | None = attrs.field(default=None, init=False)
     _exited: trio.Event = attrs.field(factory=trio.Event, init=False)
@@ -205,16 +211,14 @@ class Vm:
         async with self.ownership.lease("boot"):
             if self.state not in (VmState.CREATED, VmState.SHUTDOWN) or self._machine is not None:
                 raise WrongState("boot", self.state.value, "Created or Shutdown")
+            await self._end()  # of a machine that ended by itself, if that still goes on
             await self._boot()
             self._tell("booted")
 
     async def _boot(self, *, reboot: bool = False) -> None:
         board = build_board(self.config, self.hypervisor, on_event=self._tell, reboot=reboot)
         try:
-            if self._driver is thread_driver:  # a kernel of hundreds of MiB would hold up the trio thread
-                await trio.to_thread.run_sync(board.load_payload)
-            else:
-                board.load_payload()
+            await self._aside(board.load_payload)  # a kernel of hundreds of MiB would hold up the trio thread
             machine = await self._run(board)
         except BaseException:
             board.close()
@@ -233,7 +237,11 @@ class Vm:
     async def _run(self, board: Board, *, gate_open: bool = True) -> Machine:
         """Start the machine's task in the VM nursery; it owns ``board`` once this returns."""
         self._end_machine, self._machine_ended = trio.Event(), trio.Event()
-        machine: Machine = await self._nursery.start(self._machine_task, board, gate_open)
+        try:
+            machine: Machine = await self._nursery.start(self._machine_task, board, gate_open)
+        except BaseException:
+            self._machine_ended.set()
+            raise
         machine.on_guest_request = self._asked_set
         self._machine, self._last_board = machine, board
         self._new_board.set()
@@ -256,12 +264,23 @@ class Vm:
         finally:
             if ended is self._machine_ended:
                 self._machine = None
-            board.close()
-            ended.set()
+            try:
+                board.disconnect()
+                with trio.CancelScope(shield=True):
+                    await self._aside(board.free)
+            finally:
+                ended.set()
+
+    async def _aside(self, work: Callable[[], None]) -> None:
+        """Off the trio thread; in it under virtual time, whose clock would jump meanwhile."""
+        if self._driver is thread_driver:
+            await trio.to_thread.run_sync(work, limiter=trio.CapacityLimiter(1))  # nobody else's threads in its way
+        else:
+            work()
 
     async def _end(self) -> None:
         """End the machine, if there is one. Shielded, bounded inside by vcpu_stop, device_stop and quiesce."""
-        if self._machine is None:
+        if self._machine_ended.is_set():
             return
         with trio.CancelScope(shield=True):
             self._end_machine.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import trio
 
 from trivmm import CpusConfig, Deadlines, DiskConfig, MemoryConfig, PayloadConfig, SerialConfig, Vm, VmConfig, VmEvent
 from trivmm.guest import ProbeReport, parse_report, probe_cmdline, probe_path
-from trivmm.vm import open_vm
+from trivmm.machine.memory import GuestMemory
+from trivmm.vm import VmState, open_vm
 
 pytestmark = pytest.mark.kvm
 
@@ -109,3 +111,27 @@ async def test_q_on_the_console_powers_off(tmp_path: Path) -> None:
             await vm.wait_for_console("PROBE ready")
             vm.console_input(b"q")
             assert (await vm.wait()).kind == "poweroff"
+
+
+async def test_freeing_a_guests_memory_holds_up_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel takes seconds for a big guest; meanwhile the other VMs of this process must run."""
+    freeing, go_on, free = trio.Event(), threading.Event(), GuestMemory.close
+
+    def slow(memory: GuestMemory) -> None:
+        if threading.current_thread() is not threading.main_thread():  # the workers' holds end in the trio thread
+            trio.from_thread.run_sync(freeing.set)
+            assert go_on.wait(LIMIT_S)
+        free(memory)
+
+    monkeypatch.setattr(GuestMemory, "close", slow)
+    with trio.fail_after(LIMIT_S):
+        async with open_vm(probe_config(tmp_path, cpus=1)) as vm:
+            await vm.boot()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(vm.shutdown)
+                await freeing.wait()
+                assert vm.state is VmState.RUNNING
+                go_on.set()
+            assert vm.state is VmState.SHUTDOWN
+            await vm.boot()
+            await vm.wait_for_console("PROBE ready")

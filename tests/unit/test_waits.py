@@ -79,7 +79,7 @@ EXCUSED: dict[str, str] = {
     "virtio/device.py:WorkerDevice.stop": CALLER,
     "virtio/pci/msix.py:_readable": "select.poll() makes an object; it is asked with timeout 0",
     "virtio/queue/worker.py:QueueWorker.run": THREAD,
-    "vm.py:Vm._boot": "reads local files; a hung file system is the kernel's, and boot's caller may bound it",
+    "vm.py:Vm._aside": "reads local files or frees memory; a hung file system is the kernel's own",
     "vm.py:Vm._control": SCOPE,
     "vm.py:Vm._machine_task": "ended by Vm._end, which every way out of open_vm calls",
     "vm.py:Vm.console_output.until": CALLER,

@@ -72,6 +72,7 @@ class Board:
     clock: Callable[[], float] = time.monotonic
     _dirty_logging: bool = False
     _closed: bool = False
+    _freed: bool = False
 
     # --- exits: vCPU threads ---------------------------------------------------------------------------------
 
@@ -241,6 +242,11 @@ class Board:
 
     def close(self) -> None:
         """Close everything, in the reverse order of the build. Idempotent. A stuck thread keeps guest memory."""
+        self.disconnect()
+        self.free()
+
+    def disconnect(self) -> None:
+        """The quick half of :meth:`close`: nothing of the outside is held any more. In the trio thread."""
         if self._closed:
             return
         self._closed = True
@@ -250,6 +256,13 @@ class Board:
         self.serial.close()
         for cpu in self.cpus:
             cpu.close()
+
+    def free(self) -> None:
+        """The other half, after it: blocks while the kernel frees what the guest touched, some 0.2 s a GiB. In any
+        thread."""
+        if self._freed:
+            return
+        self._freed = True
         self.vm.close()
         if not self.stuck:
             self.memory.close()
