@@ -96,14 +96,21 @@ async def ours(folder: Path, mib: int, cmdline: str, held: Held) -> tuple[float,
         await appears(b)
         await guest_ready(serial)
         async with Client(str(a)) as source, Client(str(b)) as target, trio.open_nursery() as nursery:
-            nursery.start_soon(target.receive_migration, url)
+            arrived = trio.Event()
+
+            async def receive() -> None:
+                await target.receive_migration(url)
+                arrived.set()
+
+            nursery.start_soon(receive)
             await appears(folder / "move.sock")
             held.release()
             began = time.perf_counter()
-            await source.send_migration(url, downtime_ms=LIMIT_MS)
+            nursery.start_soon(partial(source.send_migration, url, downtime_ms=LIMIT_MS))
+            await arrived.wait()
             took = time.perf_counter() - began
+        async with Client(str(a)) as source:
             progress = await source.migration_progress() or {}
-            nursery.cancel_scope.cancel()
         await trio.sleep(0.5)
         guest_is_whole(serial)
     return took, sum((progress.get("actual_downtime") or {}).values())

@@ -640,7 +640,8 @@ static int take_zero(struct tv_page_intake *job, const uint8_t *body, uint32_t b
 
 /* Receive page frames into guest RAM, each one's page numbers checked before anything lands and its CRCs before it
  * counts, until a frame comes that is none (its header, unchecked beyond what tells the two apart, is left in
- * job->header: DONE), about max_pages were taken (BUDGET, between two frames) or it can't go on. After anything but DONE and BUDGET the stream is good for nothing. Runs on any one thread. */
+ * job->header: DONE), about max_pages were taken (BUDGET, between two frames) or it can't go on. After anything but
+ * DONE and BUDGET the stream is good for nothing. Runs on any one thread. */
 int tv_pages_receive(struct tv_page_intake *job)
 {
     uint64_t limit = job->sent_pages + job->zero_pages + job->max_pages;
