@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,10 +37,10 @@ def trivmm(*arguments: str, folder: Path, stdin: str = "") -> subprocess.Complet
 
 
 @contextmanager
-def serving(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+def serving(folder: Path, *arguments: str, command: Sequence[str] = TRIVMM) -> Iterator[subprocess.Popen[str]]:
     """A VMM that serves on a.sock in ``folder``; ended by the test, or else killed."""
     process = subprocess.Popen(
-        [*TRIVMM, "--api-socket", "path=a.sock", *arguments],
+        [*command, "--api-socket", "path=a.sock", *arguments],
         cwd=folder,
         env=command_environment(),
         stdin=subprocess.DEVNULL,
@@ -186,6 +186,46 @@ def test_signals_end_a_server_and_leave_nothing(tmp_path: Path, number: signal.S
         out, err = process.communicate(timeout=LIMIT_S)
     assert (process.returncode, out, err) == (code, "", "")
     assert os.listdir(tmp_path) == []
+
+
+WEDGED = """
+import sys, time
+from contextlib import asynccontextmanager
+
+import trio
+
+import trivmm.vmm
+from trivmm.cli import main
+
+whole = trivmm.vmm.open_vmm
+
+
+@asynccontextmanager
+async def wedged(*arguments, **options):
+    async with whole(*arguments, **options) as vmm:
+        try:
+            yield vmm
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(time.sleep, 300, thread_name="a wedged worker")
+
+
+trivmm.vmm.open_vmm = wedged
+sys.exit(main())
+"""
+
+
+@pytest.mark.soft
+def test_a_thread_that_never_ends_does_not_keep_the_process(tmp_path: Path) -> None:
+    pytest.importorskip("unicorn")
+    options = ("--hypervisor", "soft", "--deadlines", "shutdown_grace=0.5")
+    with serving(tmp_path, *options, command=[sys.executable, "-c", WEDGED]) as process:
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=LIMIT_S)
+    assert (process.returncode, out) == (1, "")
+    assert err.startswith("error: deadline shutdown_grace (0.5 s) expired: still there: ")
+    assert "a wedged worker" in err
+    assert err.count("\n") == 1
 
 
 @pytest.mark.soft
