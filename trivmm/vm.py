@@ -266,15 +266,16 @@ class Vm:
                 self._machine = None
             try:
                 board.disconnect()
-                with trio.CancelScope(shield=True):
-                    await self._aside(board.free)
+                with trio.move_on_after(self.deadlines.free, shield=True):
+                    await self._aside(board.free, abandon=True)  # nothing of the VM looks at the board any more
             finally:
                 ended.set()
 
-    async def _aside(self, work: Callable[[], None]) -> None:
+    async def _aside(self, work: Callable[[], None], *, abandon: bool = False) -> None:
         """Off the trio thread; in it under virtual time, whose clock would jump meanwhile."""
         if self._driver is thread_driver:
-            await trio.to_thread.run_sync(work, limiter=trio.CapacityLimiter(1))  # nobody else's threads in its way
+            mine = trio.CapacityLimiter(1)  # nobody else's threads in its way
+            await trio.to_thread.run_sync(work, limiter=mine, abandon_on_cancel=abandon)
         else:
             work()
 
