@@ -1,5 +1,13 @@
 #include "softgate.h"
 
+#include <x86intrin.h>
+
+/* The host's time stamp counter, which is the guest's as well: the engine's RDTSC reads it. Any thread. */
+uint64_t tv_tsc(void)
+{
+    return __rdtsc();
+}
+
 /* Called by the engine before each instruction, on the vCPU's thread, without the GIL: touches no Python. */
 void tv_soft_gate_hook(void *engine, uint64_t address, uint32_t size, void *opaque)
 {

@@ -21,6 +21,7 @@ struct tv_soft_gate {
 };
 
 void tv_soft_gate_hook(void *engine, uint64_t address, uint32_t size, void *gate);
+uint64_t tv_tsc(void);
 uintptr_t tv_soft_gate_address(void);
 void tv_soft_gate_init(struct tv_soft_gate *gate, uintptr_t stop);
 void tv_soft_gate_ask(struct tv_soft_gate *gate);

@@ -36,6 +36,7 @@ pytestmark = [
 ]
 
 from trivmm.hypervisor.soft import SoftHypervisor  # noqa: E402
+from trivmm.hypervisor.soft.lapic import TIMER_HZ  # noqa: E402
 from trivmm.hypervisor.soft.vcpu import SoftVcpu  # noqa: E402
 from trivmm.hypervisor.soft.vm import SoftVm  # noqa: E402
 
@@ -167,13 +168,18 @@ class Guest:
     def until(self, wanted: Callable[[VcpuExit], bool]) -> VcpuExit:
         """Run, noting every exit, until one is wanted."""
         end = time.monotonic() + BOUND_S
-        while time.monotonic() < end:
-            reason = self.cpu.run()
-            self.log.append(reason)
-            if wanted(reason):
-                return reason
-            if isinstance(reason, TripleFault):
-                break
+        bell = threading.Timer(BOUND_S, self.cpu.kick)
+        bell.start()
+        try:
+            while time.monotonic() < end:
+                reason = self.cpu.run()
+                self.log.append(reason)
+                if wanted(reason):
+                    return reason
+                if isinstance(reason, TripleFault):
+                    break
+        finally:
+            bell.cancel()
         raise AssertionError(f"not seen; last exits {self.log[-5:]}\n{self.cpu.describe()}")
 
     def until_port(self, port: int) -> bytes:
@@ -543,6 +549,85 @@ def test_page_fault_reaches_the_guest_with_address_and_code(build: Build) -> Non
     guest.until_port(0x81)
 
 
+def test_faults_that_follow_each_other_are_no_double_fault(build: Build) -> None:
+    """Each one was delivered before the next happened. The engine, which delivers none itself, thinks otherwise."""
+    guest = build(
+        """
+        .macro TELL vector, code
+        on_\\vector:
+        .if \\code
+          pop %rax
+        .endif
+          mov $\\vector, %al
+          out %al, $0x80
+          movq $1f, (%rsp)
+          mov $next, %rax
+          mov (%rax), %rbx
+          addq $8, (%rax)
+          mov (%rbx), %rbx
+          mov %rbx, (%rsp)
+          iretq
+        1:
+        .endm
+        main:
+          GATE 0, on_0
+          GATE 8, on_8
+          GATE 13, on_13
+          GATE 14, on_14
+          mov $order, %rax
+          jmp *(%rax)
+        page: movabs $0x123456789000, %rdi
+          movl $1, (%rdi)
+        protection: movabs $0x8000000000000000, %rdi
+          movl $1, (%rdi)
+        division: xor %ecx, %ecx
+          div %ecx
+        end: out %al, $0x81
+          hlt
+        TELL 0, 0
+        TELL 8, 1
+        TELL 13, 1
+        TELL 14, 1
+        .balign 8
+        next: .quad order + 8
+        order: .quad page, page, protection, protection, page, division, division, protection, division, page, end
+        """
+    )
+    guest.until_port(0x81)
+    told = [reason.data[0] for reason in guest.log if isinstance(reason, IoOut) and reason.port == 0x80]
+    assert told == [14, 14, 13, 13, 14, 0, 0, 13, 0, 14]
+
+
+def test_cpuid_tells_the_clocks(build: Build) -> None:
+    """A guest that can't calibrate by counting finds the TSC's rate and the LAPIC timer's in leaf 15H."""
+    guest = build(
+        """
+        main:
+          xor %eax, %eax
+          cpuid
+          out %eax, $0x80
+          mov $0x15, %eax
+          xor %ecx, %ecx
+          cpuid
+          out %eax, $0x80
+          mov %ebx, %eax
+          out %eax, $0x80
+          mov %ecx, %eax
+          out %eax, $0x81
+        """
+    )
+    crystal = int.from_bytes(guest.until_port(0x81), "little")
+    highest, below, above = (
+        int.from_bytes(reason.data, "little")
+        for reason in guest.log
+        if isinstance(reason, IoOut) and reason.port == 0x80
+    )
+    assert highest >= 0x15
+    assert crystal == TIMER_HZ
+    assert (crystal // 1000) * above < 1 << 32  # Linux computes in 32 bits
+    assert 100e6 < crystal * above / below < 10e9
+
+
 def test_undefined_instruction_and_division(build: Build) -> None:
     guest = build(
         """
@@ -753,6 +838,59 @@ def test_8259_and_pit_interrupt_through_lint0(build: Build) -> None:
         guest.vm.connect_irq(fd, 4)
         guest.until_port(0x80)
         for _ in range(3):
+            os.eventfd_write(fd, 1)
+            guest.until_port(0x81)
+        guest.vm.disconnect_irq(fd, 4)
+    finally:
+        os.close(fd)
+
+
+def test_the_io_apic_interrupts_through_the_lapic(build: Build) -> None:
+    guest = build(
+        """
+        .macro IOAPIC register, value
+          mov $0xfec00000, %ebx
+          movb $\\register, (%rbx)
+          movl $\\value, 0x10(%rbx)
+        .endm
+        main:
+          GATE 0x60, on_pit
+          GATE 0x64, on_serial
+          APIC 0xf0, 0x1ff
+          APIC 0x350, 0x10700
+          IOAPIC 0x11, 0
+          IOAPIC 0x10, 0x60
+          IOAPIC 0x19, 0
+          IOAPIC 0x18, 0x8064
+          mov $0x34, %al
+          out %al, $0x43
+          mov $0xe8, %al
+          out %al, $0x40
+          mov $3, %al
+          out %al, $0x40
+        1: sti
+          hlt
+          cli
+          cmp $5, %r12d
+          jb 1b
+          IOAPIC 0x10, 0x10060
+          out %al, $0x80
+          sti
+        2: hlt
+          jmp 2b
+        on_pit: inc %r12d
+          APIC 0xb0, 0
+          iretq
+        on_serial: APIC 0xb0, 0
+          out %al, $0x81
+          iretq
+        """
+    )
+    fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    try:
+        guest.vm.connect_irq(fd, 4)
+        guest.until_port(0x80)
+        for _ in range(3):  # level triggered: each one needs the EOI of the one before
             os.eventfd_write(fd, 1)
             guest.until_port(0x81)
         guest.vm.disconnect_irq(fd, 4)

@@ -10,6 +10,7 @@ the instruction completes and the next one does not begin.
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -30,6 +31,30 @@ PAGE: Final = 0x1000
 _CTL_TLB_FLUSH: Final = uc_const.UC_CTL_TLB_FLUSH | uc_const.UC_CTL_IO_WRITE << 30
 
 
+HIGHEST_LEAF: Final = 0xD  # of the engine's CPU
+TSC_LEAF: Final = 0x15
+RATIO_OF: Final = 1000  # the TSC's rate is told in thousandths of the crystal's
+VENDOR: Final = (0x756E_6547, 0x6C65_746E, 0x4965_6E69)  # EBX, ECX, EDX
+CPUID_REGISTERS: Final = (x86.UC_X86_REG_RAX, x86.UC_X86_REG_RBX, x86.UC_X86_REG_RCX, x86.UC_X86_REG_RDX)
+
+
+class Clock:
+    """The rate of the TSC, told from two looks that lie far enough apart."""
+
+    ENOUGH_NS: Final = 50_000_000
+
+    def __init__(self) -> None:
+        self._tsc, self._ns = int(lib.tv_tsc()), time.monotonic_ns()
+        self._khz = 0
+
+    def tsc_khz(self) -> int:
+        """Sleeps for what is missing to 50 ms since the start, once. The vCPU's thread only."""
+        if not self._khz:
+            time.sleep(max(0, self._ns + self.ENOUGH_NS - time.monotonic_ns()) / 1e9)
+            self._khz = (int(lib.tv_tsc()) - self._tsc) * 1_000_000 // (time.monotonic_ns() - self._ns)
+        return self._khz
+
+
 class Stop:
     """Why :meth:`Engine.run` came back."""
 
@@ -43,7 +68,8 @@ class Stop:
 
 class Engine:
     """``read_mmio(gpa, size)``, ``write_mmio(gpa, size, value)``, ``read_port(port, size)`` and
-    ``write_port(port, size, value)`` are called inside :meth:`run`, in the middle of an instruction."""
+    ``write_port(port, size, value)`` are called inside :meth:`run`, in the middle of an instruction. ``crystal_hz`` is
+    what the local APIC's timer counts: CPUID tells it, and the TSC's ratio to it."""
 
     def __init__(
         self,
@@ -51,6 +77,7 @@ class Engine:
         write_mmio: Callable[[int, int, int], None],
         read_port: Callable[[int, int], int],
         write_port: Callable[[int, int, int], None],
+        crystal_hz: int,
     ) -> None:
         if tuple(_unicorn.__version__.split(".")[:3]) != tuple(str(part) for part in ENGINE_VERSION):
             wanted = ".".join(map(str, ENGINE_VERSION))
@@ -73,6 +100,8 @@ class Engine:
         stop = ctypes.cast(self._library.uc_emu_stop, ctypes.c_void_p).value
         lib.tv_soft_gate_init(self.gate, stop)
         self._read_mmio, self._write_mmio = read_mmio, write_mmio
+        self._crystal_hz = crystal_hz
+        self._clock = Clock()
         self._add_gate()
         self._uc.ctl_exits_enabled(True)  # no address ends a run
         self._uc.hook_add(uc_const.UC_HOOK_INTR, self._on_exception)
@@ -94,6 +123,8 @@ class Engine:
             x86.UC_X86_INS_OUT,
         )
 
+        self._uc.hook_add(uc_const.UC_HOOK_INSN, self._on_cpuid, None, 1, 0, x86.UC_X86_INS_CPUID)
+
     def _add_gate(self) -> None:
         handle = ctypes.c_size_t()
         status = self._library.uc_hook_add(
@@ -107,6 +138,24 @@ class Engine:
         )
         if status:
             raise HypervisorError("uc_hook_add", f"error {status}")
+
+    def _on_cpuid(self, uc: Any, _data: Any) -> int:
+        """Leaf 15H, and a highest leaf that reaches it; the engine answers the others. Intel SDM vol. 2, CPUID.
+
+        A guest can't calibrate its clocks here by counting loops, since every access to a timer leaves the engine."""
+        leaf = uc.reg_read(x86.UC_X86_REG_EAX)
+        if leaf == 0:
+            answer = (TSC_LEAF, *VENDOR)
+        elif leaf == TSC_LEAF:
+            ratio = self._clock.tsc_khz() * 1000 * RATIO_OF // self._crystal_hz
+            answer = (RATIO_OF, ratio, self._crystal_hz, 0)
+        elif HIGHEST_LEAF < leaf < TSC_LEAF:
+            answer = (0, 0, 0, 0)
+        else:
+            return 0
+        for register, value in zip(CPUID_REGISTERS, answer, strict=True):
+            uc.reg_write(register, value)
+        return 1
 
     def _on_syscall(self, _uc: Any, _data: Any) -> None:
         self._syscalled = True

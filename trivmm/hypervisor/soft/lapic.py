@@ -6,6 +6,7 @@ vector. Not here: x2APIC, the TSC deadline (CPUID offers neither), INIT and SIPI
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import attrs
@@ -13,7 +14,7 @@ import attrs
 __all__ = ["LAPIC_SIZE", "Lapic"]
 
 LAPIC_SIZE: Final = 0x1000
-TIMER_HZ: Final = 1_000_000_000  # bus clock; one tick a nanosecond before the divider
+TIMER_HZ: Final = 25_000_000  # the crystal of CPUID 15H, whose ratio guests compute in 32 bits
 VERSION: Final = 0x0005_0014  # xAPIC, six LVT entries
 
 LVT_MASKED: Final = 1 << 16
@@ -56,6 +57,7 @@ class Lapic:
     armed_at: int = 0
     expires: int | None = None
     nmi: bool = False
+    on_eoi: Callable[[int], None] | None = None  # the broadcast, with the vector
 
     # --- the guest's side ------------------------------------------------------------------------------------
 
@@ -186,8 +188,12 @@ class Lapic:
         self.isr |= 1 << vector
 
     def eoi(self) -> None:
-        if self.isr:
-            self.isr &= ~(1 << self.isr.bit_length() - 1)
+        if not self.isr:
+            return
+        vector = self.isr.bit_length() - 1
+        self.isr &= ~(1 << vector)
+        if self.on_eoi is not None:
+            self.on_eoi(vector)
 
     # --- timer -----------------------------------------------------------------------------------------------
 

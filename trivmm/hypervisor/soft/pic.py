@@ -166,15 +166,14 @@ class LegacyChips:
 
     # --- time ------------------------------------------------------------------------------------------------
 
-    def next_event(self) -> int | None:
-        return None if self.master.imr & 1 else self.timer.next_interrupt()
-
-    def tick(self, now: int) -> None:
+    def tick(self, now: int) -> bool:
+        """Whether the PIT's output rose: IRQ 0, which is on the 8259 already."""
         due = self.timer.next_interrupt()
         if due is None or now < due:
-            return
+            return False
         self.timer.fired = max(self.timer.fired + 1, self.timer.ticks(now) // self.timer.reload)
         self.raise_line(0)
+        return True
 
     # --- ports -----------------------------------------------------------------------------------------------
 

@@ -46,10 +46,11 @@ from trivmm.hypervisor.soft.env import (
     HF_SS32,
     RBX,
 )
-from trivmm.hypervisor.soft.lapic import LAPIC_SIZE
+from trivmm.hypervisor.soft.ioapic import IOAPIC_SIZE
+from trivmm.hypervisor.soft.lapic import LAPIC_SIZE, TIMER_HZ
 from trivmm.hypervisor.soft.paging import GuestFault, Virtual
 from trivmm.hypervisor.soft.pic import PORTS
-from trivmm.machine.layout import LAPIC_START
+from trivmm.machine.layout import IOAPIC_START, LAPIC_START
 
 if TYPE_CHECKING:
     from trivmm.hypervisor.soft.vm import SoftVm
@@ -81,7 +82,7 @@ class SoftVcpu:
         self._vm = vm
         self._lapic = vm.lapic
         self._chips = vm.chips
-        self._engine = Engine(self._read_mmio, self._write_mmio, self._read_port, self._write_port)
+        self._engine = Engine(self._read_mmio, self._write_mmio, self._read_port, self._write_port, TIMER_HZ)
         self._engine.map_ram(tuple(vm.slots.values()))
         self._gate = self._engine.gate
         self._writes: deque[IoOut | MmioWrite] = deque()
@@ -148,7 +149,8 @@ class SoftVcpu:
                 return Interrupted()
             now = time.monotonic_ns()
             self._lapic.tick(now)
-            self._chips.tick(now)
+            if self._chips.tick(now):
+                vm.pulse(0)
             if vm.collect(0) or self._code_changed:
                 self._code_changed = False
                 engine.flush_code()
@@ -234,6 +236,7 @@ class SoftVcpu:
             event = Event(vector, "exception", env.error_code & 0xFFFF_FFFF)
         env.exception_is_int = 0
         env.error_code = 0
+        env.old_exception = -1  # delivered here; the emulator would take the next fault for one in this delivery
         return self._deliver(event)
 
     def _deliver(self, event: Event) -> VcpuExit | None:
@@ -278,7 +281,7 @@ class SoftVcpu:
     def _halt(self) -> None:
         """Wait for an interrupt or a kick, at most until the next timer."""
         now = time.monotonic_ns()
-        due = [each for each in (self._lapic.expires, self._chips.next_event()) if each is not None]
+        due = [each for each in (self._lapic.expires, self._vm.next_pit_interrupt()) if each is not None]
         wait_s = min([HALT_SLICE_S, *((each - now) / 1e9 for each in due)])
         if wait_s > 0 and self._vm.collect(wait_s):
             self._code_changed = True
@@ -296,6 +299,8 @@ class SoftVcpu:
         if LAPIC_START <= gpa < LAPIC_START + LAPIC_SIZE:
             register = self._lapic.read(gpa & 0xFF0, time.monotonic_ns())
             return register >> (gpa & 3) * 8 & (1 << size * 8) - 1 if gpa & 0xF < 4 else 0
+        if IOAPIC_START <= gpa < IOAPIC_START + IOAPIC_SIZE:
+            return self._vm.ioapic.read(gpa & 0xFC) >> (gpa & 3) * 8 & (1 << size * 8) - 1
         return self._ask(MmioRead(gpa, size), size)
 
     def _write_mmio(self, gpa: int, size: int, value: int) -> None:
@@ -303,6 +308,10 @@ class SoftVcpu:
             if gpa & 0xF == 0 and size == 4:
                 self._lapic.write(gpa & 0xFF0, value, time.monotonic_ns())
                 self._ask_if_deliverable()
+            return
+        if IOAPIC_START <= gpa < IOAPIC_START + IOAPIC_SIZE:
+            if gpa & 3 == 0:  # the index may be written as a byte
+                self._vm.ioapic.write(gpa & 0xFC, value & (1 << size * 8) - 1)
             return
         doorbell = self._vm.doorbells.get(gpa)
         if doorbell is not None:

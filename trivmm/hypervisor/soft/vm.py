@@ -1,8 +1,8 @@
-"""A soft VM: memory slots, doorbells, interrupt sources and the PC's old chips, around one emulated CPU.
+"""A soft VM: memory slots, doorbells, interrupt sources, the PC's old chips and its I/O APIC, around one emulated CPU.
 
 Interrupt sources are eventfds in one epoll set. The vCPU's thread looks into it between slices of guest code and
 sleeps on it when the guest halts: there is no other thread. What it takes from an eventfd is at once in the LAPIC
-or in the 8259s, and so part of the saved state; after ``disconnect`` it takes nothing any more.
+or in the 8259s and the I/O APIC, and so part of the saved state; after ``disconnect`` it takes nothing any more.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from trivmm.errors import HypervisorError, NotSupported
 from trivmm.hypervisor.base import VcpuBackend, VmmState
 from trivmm.hypervisor.soft.engine import PHYSICAL_END
 from trivmm.hypervisor.soft.env import ENGINE_VERSION
+from trivmm.hypervisor.soft.ioapic import IoApic
 from trivmm.hypervisor.soft.lapic import Lapic
 from trivmm.hypervisor.soft.paging import Physical
 from trivmm.hypervisor.soft.pic import LegacyChips
@@ -45,19 +46,23 @@ class Source:
 
 @attrs.define(eq=False)
 class SoftVm:
-    """``lapic`` and ``chips`` are the vCPU thread's; the tables are guarded by ``_lock``."""
+    """``lapic``, ``chips`` and ``ioapic`` are the vCPU thread's; the tables are guarded by ``_lock``."""
 
     name: str = "soft"
     live_copy: bool = False
     physical: Physical = attrs.field(factory=Physical)
     lapic: Lapic = attrs.field(factory=Lapic)
     chips: LegacyChips = attrs.field(factory=LegacyChips)
+    ioapic: IoApic = attrs.field(factory=IoApic)
     doorbells: dict[int, int] = attrs.field(factory=dict)
     slots: dict[int, tuple[int, int, int]] = attrs.field(factory=dict)
     _sources: dict[int, Source] = attrs.field(factory=dict, init=False)
     _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False)
     _epoll: select.epoll = attrs.field(factory=select.epoll, init=False)
     _vcpu: SoftVcpu | None = attrs.field(default=None, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.lapic.on_eoi = self.ioapic.end_of_interrupt
 
     # --- memory ----------------------------------------------------------------------------------------------
 
@@ -146,18 +151,34 @@ class SoftVm:
                     self.lapic.message(source.address, source.data)
                 else:
                     self.chips.raise_line(source.gsi)
+                    self.pulse(source.gsi)
         return device
+
+    def pulse(self, pin: int) -> None:
+        """An edge on an I/O APIC line; the ISA lines are there one to one, as in KVM. The vCPU's thread only."""
+        message = self.ioapic.pulse(pin)
+        if message is not None:
+            self.lapic.message(*message)
+
+    def next_pit_interrupt(self) -> int | None:
+        """When the PIT next raises IRQ 0, in monotonic nanoseconds; None when it won't, or nobody would notice."""
+        if self.chips.master.imr & 1 and not self.ioapic.is_open(0):
+            return None
+        return self.chips.timer.next_interrupt()
 
     # --- saved state -----------------------------------------------------------------------------------------
 
     def save(self) -> VmmState:
-        return VmmState(STATE_KIND, {"chips": json.dumps(self.chips.save(time.monotonic_ns())).encode()})
+        chips = self.chips.save(time.monotonic_ns()) | {"ioapic": self.ioapic.save()}
+        return VmmState(STATE_KIND, {"chips": json.dumps(chips).encode()})
 
     def load(self, state: VmmState) -> None:
         if state.kind != STATE_KIND:
             raise HypervisorError("soft VM state", f"saved by {state.kind!r}, this is {STATE_KIND!r}", "use the same")
         try:
-            self.chips.load(json.loads(state.blobs["chips"]), time.monotonic_ns())
+            chips = json.loads(state.blobs["chips"])
+            self.chips.load(chips, time.monotonic_ns())
+            self.ioapic.load(chips["ioapic"])
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise HypervisorError("soft VM state", f"its chips make no sense ({error!r})") from error
 
