@@ -1,0 +1,96 @@
+"""A distribution's kernel, as a stranger gets it: fetched by apt, unpacked, with an initramfs around init.c."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import attrs
+import pytest
+
+PACKAGE = "linux-image-cloud-amd64"
+TOOLS = ("apt-get", "apt-cache", "dpkg-deb", "gcc", "lz4", "xz", "zstd")
+LIMIT_S = 600
+MODULES = (
+    "virtio_ring",
+    "virtio",
+    "virtio_pci_legacy_dev",
+    "virtio_pci_modern_dev",
+    "virtio_pci",
+    "virtio_blk",
+    "virtio-rng",
+)
+UNPACK = {
+    b"\x02\x21\x4c\x18": ["lz4", "-dc"],
+    b"\xfd7zX": ["xz", "-dc"],
+    b"\x28\xb5\x2f\xfd": ["zstd", "-dc"],
+    b"\x1f\x8b\x08\x00": ["gzip", "-dc"],
+}
+
+
+def run(*command: str, folder: Path, data: bytes | None = None) -> bytes:
+    done = subprocess.run(command, cwd=folder, input=data, capture_output=True, timeout=LIMIT_S, check=False)
+    if done.returncode:
+        raise OSError(f"{command[0]}: {done.stderr.decode(errors='replace').strip()}")
+    return done.stdout
+
+
+def fetch(folder: Path) -> Path:
+    """The unpacked package. Skips where there is no apt, or nowhere to fetch from."""
+    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)} to fetch and unpack a kernel")
+    try:
+        depends = run("apt-cache", "depends", PACKAGE, folder=folder).decode()
+        package = next(line.split()[-1] for line in depends.splitlines() if "Depends: linux-image-" in line)
+        run("apt-get", "download", package, folder=folder)
+    except (OSError, StopIteration) as error:
+        pytest.skip(f"cannot fetch {PACKAGE}: {error}")
+    run("dpkg-deb", "-x", next(folder.glob("*.deb")).name, "root", folder=folder)
+    return folder / "root"
+
+
+def unpack_kernel(image: Path, into: Path) -> None:
+    """The ELF file in a bzImage: Linux's Documentation/arch/x86/boot.rst, payload_offset and payload_length."""
+    raw = image.read_bytes()
+    offset, length = struct.unpack_from("<II", raw, 0x248)
+    start = (raw[0x1F1] + 1) * 512 + offset
+    payload = raw[start : start + length - 4]  # the last four bytes are its size unpacked
+    into.write_bytes(run(*UNPACK[payload[:4]], folder=into.parent, data=payload))
+
+
+def _entry(name: str, mode: int, data: bytes = b"", device: tuple[int, int] = (0, 0)) -> bytes:
+    numbers = (0, mode, 0, 0, 1, 0, len(data), 0, 0, *device, len(name) + 1, 0)
+    head = b"070701" + b"".join(f"{number:08x}".encode() for number in numbers) + name.encode() + b"\0"
+    return head + bytes(-len(head) % 4) + data + bytes(-len(data) % 4)
+
+
+def make_initramfs(root: Path, init: Path, into: Path) -> None:
+    """A newc archive: Linux's Documentation/driver-api/early-userspace/buffer-format.rst."""
+    parts = [_entry(name, 0o40755) for name in ("dev", "modules")]
+    parts += [_entry("dev/console", 0o20600, device=(5, 1)), _entry("init", 0o100755, init.read_bytes())]
+    for name in MODULES:
+        for file in root.glob(f"**/{name}.ko*"):
+            raw = file.read_bytes()
+            data = run("xz", "-dc", folder=root, data=raw) if file.suffix == ".xz" else raw
+            parts.append(_entry(f"modules/{name}.ko", 0o100644, data))
+    into.write_bytes(b"".join(parts) + _entry("TRAILER!!!", 0))
+
+
+@attrs.frozen
+class Linux:
+    kernel: Path
+    initramfs: Path
+
+
+@pytest.fixture(scope="session")
+def linux(tmp_path_factory: pytest.TempPathFactory) -> Linux:
+    folder = tmp_path_factory.mktemp("linux")
+    found = Linux(folder / "vmlinux", folder / "initramfs")
+    root = fetch(folder)
+    unpack_kernel(next(root.glob("boot/vmlinuz-*")), found.kernel)
+    run("gcc", "-O1", "-static", "-o", str(folder / "init"), str(Path(__file__).with_name("init.c")), folder=folder)
+    make_initramfs(root, folder / "init", found.initramfs)
+    return found

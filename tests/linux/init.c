@@ -1,0 +1,71 @@
+/* The init of a Linux guest: loads virtio's drivers, then writes, reads back and asks for random bytes, and powers
+ * off. Every round is a line, so that a lost or a doubled one is seen. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/reboot.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#define ROUNDS 60
+#define BLOCK 4096
+
+static const char *const MODULES[] = {"virtio_ring",           "virtio",     "virtio_pci_legacy_dev",
+                                      "virtio_pci_modern_dev", "virtio_pci", "virtio_blk",
+                                      "virtio-rng"};
+
+static void load(const char *name)
+{
+    char path[64];
+    snprintf(path, sizeof path, "/modules/%s.ko", name);
+    int fd = open(path, O_RDONLY);
+    if (fd < 0)
+        return; /* built into this kernel */
+    if (syscall(SYS_finit_module, fd, "", 0) && errno != EEXIST)
+        printf("GUEST problem: module %s: %s\n", name, strerror(errno));
+    close(fd);
+}
+
+static int open_soon(const char *path, int flags)
+{
+    const struct timespec pause = {0, 100000000};
+    for (int tries = 0; tries < 100; tries++) {
+        int fd = open(path, flags);
+        if (fd >= 0)
+            return fd;
+        nanosleep(&pause, NULL);
+    }
+    printf("GUEST problem: %s: %s\n", path, strerror(errno));
+    return -1;
+}
+
+int main(void)
+{
+    static char _Alignas(BLOCK) out[BLOCK], in[BLOCK];
+    const struct timespec pause = {0, 100000000};
+
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    mount("dev", "/dev", "devtmpfs", 0, NULL);
+    for (unsigned i = 0; i < sizeof MODULES / sizeof *MODULES; i++)
+        load(MODULES[i]);
+    int disk = open_soon("/dev/vda", O_RDWR | O_DIRECT), random = open_soon("/dev/hwrng", O_RDONLY);
+    for (unsigned long round = 0; round < ROUNDS; round++) {
+        unsigned char bytes[8] = {0};
+        off_t at = (off_t)(round % 64) * BLOCK;
+        memset(out, (int)('a' + round % 26), sizeof out);
+        snprintf(out, sizeof out, "round %lu", round);
+        int good = pwrite(disk, out, BLOCK, at) == BLOCK && !fsync(disk) && pread(disk, in, BLOCK, at) == BLOCK &&
+                   !memcmp(in, out, BLOCK);
+        int got = (int)read(random, bytes, sizeof bytes);
+        printf("GUEST round %lu disk %s rng %d\n", round, good ? "good" : "bad", got);
+        nanosleep(&pause, NULL);
+    }
+    sync();
+    printf("GUEST done\n");
+    reboot(RB_POWER_OFF);
+    return 1;
+}

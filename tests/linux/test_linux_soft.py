@@ -1,0 +1,57 @@
+"""A distribution's Linux, with its own drivers, on the soft CPU: boots, uses its devices, moves there and back.
+
+The kernel is fetched by apt at each run; nothing of it is in the repository.
+"""
+
+from __future__ import annotations
+
+import re
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from trivmm import Deadlines, DiskConfig, MemoryConfig, PayloadConfig, SerialConfig, VmConfig, open_incoming, open_vm
+
+pytest.importorskip("unicorn", reason="the soft extra is not installed")
+pytestmark = [pytest.mark.slow, pytest.mark.soft]
+
+from trivmm.hypervisor.soft import SoftHypervisor  # noqa: E402
+
+LIMIT_S = 900
+CMDLINE = "console=ttyS0 mitigations=off panic=-1 cryptomgr.notests"
+MOVES_AT = (10, 20, 30)  # rounds of the guest
+LAST = 59
+
+
+async def test_linux_boots_uses_its_devices_and_moves(linux: Any, tmp_path: Path) -> None:
+    disk, serial = tmp_path / "disk.img", tmp_path / "serial.txt"
+    disk.write_bytes(bytes(4 << 20))
+    config = VmConfig(
+        PayloadConfig(str(linux.kernel), CMDLINE, initramfs=str(linux.initramfs)),
+        memory=MemoryConfig(256 << 20),
+        disks=(DiskConfig(str(disk)),),
+        serial=SerialConfig("File", str(serial)),
+        deadlines=Deadlines(pause=10, downtime=30),  # one vCPU of an emulator, stopped while its memory is copied
+    )
+    with trio.fail_after(LIMIT_S):
+        async with AsyncExitStack() as stack:
+            vm = await stack.enter_async_context(open_vm(config, hypervisor=SoftHypervisor()))
+            await vm.boot()
+            for number, at in enumerate(MOVES_AT):
+                await vm.wait_for_console(f"GUEST round {at} ")
+                listening = open_incoming(f"unix:{tmp_path}/{number}.sock", hypervisor=SoftHypervisor())
+                incoming = await stack.enter_async_context(listening)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(incoming.receive)
+                    await vm.migrate_to(incoming.url)
+                assert (await vm.wait()).kind == "migrated"
+                vm = incoming.vm
+            assert (await vm.wait()).kind == "poweroff"
+    said = serial.read_text(errors="replace")
+    assert "GUEST problem" not in said
+    rounds = re.findall(r"GUEST round (\d+) disk (\w+) rng (-?\d+)", said)
+    assert rounds == [(str(number), "good", "8") for number in range(LAST + 1)]
+    assert disk.read_bytes()[4096 * 7 :].startswith(b"round 7\0")
