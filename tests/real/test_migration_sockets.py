@@ -271,6 +271,17 @@ def test_bad_urls_name_the_field(url: str) -> None:
         parse_url(url, "destination_url")
 
 
+@pytest.mark.parametrize("host", ["a..b", "x" * 300, "\u0663", "xn--\u0663", "a\0b"])
+async def test_a_host_name_that_cannot_be_one_is_named(host: str) -> None:
+    source = FakeSource(DiskLock(), LIMITS)
+    with pytest.raises(MigrationError, match="cannot connect"):
+        await send(source, f"tcp:{host}:1")
+    assert source.running
+    source.close()
+    with pytest.raises(ConfigError, match="receiver_url"):
+        await listen(parse_url(f"tcp:{host}:1", "receiver_url"), LIMITS)
+
+
 async def test_a_stale_socket_is_replaced_and_a_live_one_is_not(tmp_path: Path) -> None:
     path = tmp_path / "m.sock"
     stale = socket.socket(socket.AF_UNIX)

@@ -100,8 +100,8 @@ class SocketDialer:
                     stream = await trio.open_unix_socket(self.address.path)
                 else:
                     stream = await trio.open_tcp_stream(self.address.host, self.address.port)
-        except OSError as error:
-            why = error.strerror or str(error)
+        except (OSError, ValueError) as error:  # ValueError: a host name that can't be one (IDNA, NUL)
+            why = getattr(error, "strerror", None) or str(error)
             raise LinkLost(f"{self.address}: cannot connect ({why}); is a receiver waiting there?") from error
         return _channel(stream.socket, str(self.address), self.deadlines)
 
@@ -220,8 +220,9 @@ async def listen(address: Address, deadlines: Deadlines, field: str = "receiver_
             )
         family, kind, proto, _, where = found[0]
         sock = trio.socket.socket(family, kind, proto)
-    except OSError as error:
-        raise ConfigError(field, str(address), error.strerror or str(error), REMEDY) from error
+    except (OSError, ValueError) as error:  # ValueError: a host name that can't be one (IDNA, NUL)
+        why = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(field, str(address), why, REMEDY) from error
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
