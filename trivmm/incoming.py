@@ -66,7 +66,7 @@ class Incoming:
         if setup.get("hypervisor") != self.hypervisor.name:
             raise ConfigError(
                 "hypervisor",
-                setup.get("hypervisor"),
+                f"{setup.get('hypervisor')!s:.80}",
                 f"this side runs {self.hypervisor.name}",
                 "start both sides with the same --hypervisor",
             )

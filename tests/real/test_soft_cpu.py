@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import subprocess
 import threading
@@ -24,6 +25,7 @@ from trivmm.hypervisor.base import (
     TripleFault,
     VcpuExit,
     VcpuState,
+    VmmState,
 )
 from trivmm.machine.memory import GuestMemory
 from trivmm.nursery.vcpu import Vcpu, drive_thread
@@ -1114,6 +1116,10 @@ def test_foreign_and_damaged_states_are_refused(build: Build) -> None:
         with pytest.raises(HypervisorError, match="no sense"):
             guest.cpu.load(VcpuState(saved.kind, {**saved.blobs, "run": damaged}))
     guest.cpu.load(saved)
+    chips = guest.vm.save()
+    wild_chips = re.sub(rb'"port61": *[0-9]+', b'"port61": 1e999', chips.blobs["chips"])
+    with pytest.raises(HypervisorError, match="no sense"):
+        guest.vm.load(VmmState(chips.kind, {**chips.blobs, "chips": wild_chips}))
 
 
 def test_hostile_registers_hurt_only_the_guest(build: Build) -> None:

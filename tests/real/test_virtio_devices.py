@@ -269,3 +269,9 @@ def test_what_is_no_image(memory: GuestMemory, tmp_path: Path, name: str, messag
     with pytest.raises(ConfigError, match=message):
         BlockDevice(DiskConfig(f"{tmp_path}/{name}"), memory, "_disk0")
     assert not (tmp_path / "absent.img").exists(), "never created"
+
+
+def test_a_serial_that_is_no_text_leaks_nothing(memory: GuestMemory, image: Path) -> None:
+    before = os.listdir("/proc/self/fd")
+    BlockDevice(DiskConfig(str(image), serial="\ud800"), memory, "_disk0").close()
+    assert os.listdir("/proc/self/fd") == before

@@ -12,10 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trivmm._native import ffi, lib
+from trivmm.config import DiskConfig, PayloadConfig, VmConfig
 from trivmm.errors import ProtocolError
 from trivmm.hypervisor.base import VcpuState, VmmState
 from trivmm.migration import messages as m
 from trivmm.migration import wire
+from trivmm.migration.setup import config_from_setup, config_to_setup
 from trivmm.migration.state import MachineState, SavedVcpu
 from trivmm.migration.steps import FROM_DESTINATION, FROM_SOURCE, Session, SessionState
 
@@ -30,6 +32,11 @@ STATE = MachineState(
     board={"serial": {"lsr": 96}},
     reset_pending="reset",
     run=False,
+)
+# "status" is a device's own: its shape is only looked at when it is loaded, by int(), which inf escapes from
+STATE_JSON = (
+    '{"vcpus":[],"vmm":{"kind":"kvm/1","blobs":{}},"devices":{"rng":{"status":%s}},"board":{},'
+    '"reset_pending":null,"run":true}'
 )
 EVERY: list[m.Message] = [
     m.Setup(ID, {"cpus": {"boot_vcpus": 2}, "text": "ä"}, ((0, 1 << 21), (1 << 32, 1 << 21))),
@@ -153,6 +160,7 @@ def parse(kind: wire.MessageType, body: bytes) -> m.Message:
         ("COMMIT", b'{"session":"' + b"zz" * 16 + b'"}'),
         ("VERDICT", b'{"verdict":"maybe","reason":""}'),
         ("ABORT", b'{"reason":"' + b"x" * 3000 + b'"}'),
+        ("STATE", (STATE_JSON % "1e999").encode()),
         ("STATE", b"[" * 100_000),
         ("STATE", b'{"a":' * 100_000),
         ("SETUP", json.dumps({"session": ID.hex(), "machine": {}, "memory": [[0, 4095]]}).encode()),
@@ -169,6 +177,20 @@ def parse(kind: wire.MessageType, body: bytes) -> m.Message:
 def test_bad_bodies_are_protocol_errors(kind: str, body: bytes) -> None:
     with pytest.raises(ProtocolError):
         parse(wire.MessageType[kind], body)
+
+
+def test_a_setup_with_text_that_is_none_is_refused() -> None:
+    good = config_to_setup(VmConfig(PayloadConfig("k"), disks=(DiskConfig("d", serial="s"),)))
+    assert config_to_setup(config_from_setup(json.loads(json.dumps(good)))) == good
+    good["disks"][0]["serial"] = "\ud800"
+    with pytest.raises(ProtocolError, match="malformed"):
+        config_from_setup(good)
+
+
+def test_a_reason_stays_one_line() -> None:
+    said = parse(wire.MessageType.ABORT, json.dumps({"reason": "disk full \n\x1b[2JTraceback \ud800ä"}).encode())
+    assert said == m.Abort(r"disk full \n\x1b[2JTraceback \ud800ä")
+    assert m.Abort("plain") == parse(wire.MessageType.ABORT, b'{"reason":"plain"}')
 
 
 def change(value: Any, path: str, new: Any) -> Any:
@@ -188,6 +210,7 @@ def change(value: Any, path: str, new: Any) -> Any:
         ("vcpus", [0] * 9),
         ("vcpus.0.index", 8),
         ("vcpus.0.index", 1),
+        ("vcpus.1.index", 5),
         ("vcpus.0.kind", None),
         ("vcpus.0.blobs", {"a": "*"}),
         ("vcpus.0.blobs", {str(i): "" for i in range(65)}),

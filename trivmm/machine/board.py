@@ -168,7 +168,7 @@ class Board:
         mine = self.describe()
         for part in ("hypervisor", "ram", "devices"):
             if setup.get(part) != mine[part]:
-                raise MigrationError(f"the sender's {part} is {setup.get(part)!r}, here it is {mine[part]!r}")
+                raise MigrationError(f"the sender's {part} is {setup.get(part)!r:.200}, here it is {mine[part]!r}")
 
     def save(self) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
         """(devices by name, fixed parts by name), JSON-able; after the machine stopped."""

@@ -27,6 +27,13 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a number here")
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):  # 1e999, which parse_constant does not see
+        raise ValueError(f"{text[:SHOWN]} is no finite number")
+    return value
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
@@ -37,7 +44,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def load_json(what: str, body: bytes) -> dict[str, Any]:
     """The JSON object in ``body``. :raises ProtocolError: when it is none; ``what`` names it."""
     try:
-        value = json.loads(body.decode("ascii"), parse_constant=_no_constant, object_pairs_hook=_unique)
+        value = json.loads(
+            body.decode("ascii"), parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_unique
+        )
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"{what}: not JSON ({_show(str(error) or 'nested too deep')})") from error
     if not isinstance(value, dict):
@@ -79,6 +88,11 @@ class Fields:
             raise self._wrong(name, value, f"a string of at most {limit} characters")
         return value
 
+    def line(self, name: str, limit: int) -> str:
+        """A text that people read: line breaks and terminal controls in it come out escaped, so it stays one line."""
+        text = self.text(name, limit)
+        return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
     def maybe_text(self, name: str, limit: int) -> str | None:
         if name in self._left and self._left[name] is None:
             del self._left[name]
@@ -97,7 +111,7 @@ class Fields:
         value = self._take(name)
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= high:
             raise self._wrong(name, value, f"a number from 0 to {high:g}")
-        if not math.isfinite(value):  # pragma: no cover - parse_constant keeps these out
+        if not math.isfinite(value):  # pragma: no cover - load_json keeps these out
             raise self._wrong(name, value, "finite")
         return float(value)
 

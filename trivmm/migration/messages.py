@@ -236,7 +236,7 @@ def parse_message(frame: Frame) -> Message:
         case MessageType.SETUP_OK:
             message = SetupOk(fields.number("resume_ms", MAX_MS))
         case MessageType.SETUP_FAIL:
-            message = SetupFail(fields.text("reason", MAX_REASON))
+            message = SetupFail(fields.line("reason", MAX_REASON))
         case MessageType.ROUND_END:
             message = RoundEnd(fields.integer("round", 0, MAX_ROUND))
         case MessageType.ROUND_ACK:
@@ -244,7 +244,7 @@ def parse_message(frame: Frame) -> Message:
         case MessageType.READY:
             message = Ready(fields.number("resume_ms", MAX_MS))
         case MessageType.UNDO:
-            message = Undo(fields.text("reason", MAX_REASON))
+            message = Undo(fields.line("reason", MAX_REASON))
         case MessageType.UNDONE:
             message = Undone()
         case MessageType.COMMIT:
@@ -252,16 +252,16 @@ def parse_message(frame: Frame) -> Message:
         case MessageType.RUNNING:
             message = Running(fields.number("resume_ms", MAX_MS))
         case MessageType.REFUSED:
-            message = Refused(fields.text("reason", MAX_REASON))
+            message = Refused(fields.line("reason", MAX_REASON))
         case MessageType.DONE:
             message = Done()
         case MessageType.QUERY:
             message = Query(_session(fields))
         case MessageType.VERDICT:
-            message = Verdict(fields.text("verdict", MAX_REASON), fields.text("reason", MAX_REASON))
+            message = Verdict(fields.text("verdict", MAX_REASON), fields.line("reason", MAX_REASON))
             if message.verdict not in VERDICTS:
                 raise ProtocolError(f"VERDICT: {message.verdict!r} is not one of {', '.join(VERDICTS)}")
         case _:
-            message = Abort(fields.text("reason", MAX_REASON))
+            message = Abort(fields.line("reason", MAX_REASON))
     fields.end()
     return message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import attrs
@@ -42,6 +43,7 @@ def config_from_setup(value: object) -> VmConfig:
 def _text(value: object, _: object) -> str:
     if not isinstance(value, str) or len(value) > 1 << 16:
         raise ValueError(f"{value!r:.80} is not text")
+    os.fsencode(value)  # a lone surrogate, which JSON can spell, is a ValueError
     return value
 
 

@@ -68,8 +68,8 @@ def state_from_json(value: object) -> MachineState:
     """:raises ProtocolError: names the field that is missing, unknown, of a wrong type or out of bounds."""
     fields = Fields("state", value)
     vcpus = tuple(_vcpu(place, each) for place, each in enumerate(fields.array("vcpus", MAX_VCPUS)))
-    if len({vcpu.index for vcpu in vcpus}) != len(vcpus):
-        raise ProtocolError("state.vcpus: an index comes twice")
+    if [vcpu.index for vcpu in vcpus] != list(range(len(vcpus))):
+        raise ProtocolError(f"state.vcpus: indices {[vcpu.index for vcpu in vcpus]} are not 0, 1, … in order")
     inner = Fields("state.vmm", fields.object("vmm"))
     vmm = VmmState(inner.text("kind", MAX_NAME), inner.blobs("blobs", MAX_BLOBS, MAX_BLOB_BYTES))
     inner.end()

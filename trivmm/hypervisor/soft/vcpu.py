@@ -412,7 +412,7 @@ class SoftVcpu:
             raw, halted = state.blobs["cpu"], bool(run["halted"])
             self._engine.load(raw)
             self._lapic.load(run["lapic"], time.monotonic_ns())
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise HypervisorError("soft vCPU state", f"it makes no sense ({error!r})") from error
         self._halted = halted
         self._writes.clear()

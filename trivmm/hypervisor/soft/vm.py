@@ -179,7 +179,7 @@ class SoftVm:
             chips = json.loads(state.blobs["chips"])
             self.chips.load(chips, time.monotonic_ns())
             self.ioapic.load(chips["ioapic"])
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise HypervisorError("soft VM state", f"its chips make no sense ({error!r})") from error
 
     def close(self) -> None:

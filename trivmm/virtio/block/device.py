@@ -63,7 +63,7 @@ class BlockDevice(WorkerDevice):
         if serial is None:
             about = os.fstat(self.image.fd)
             serial = f"{about.st_dev:x}{about.st_rdev:x}{about.st_ino:x}"
-        return serial.encode()[:20].ljust(20, b"\0")
+        return serial.encode(errors="replace")[:20].ljust(20, b"\0")
 
     def _make_worker(self, queue: QueueConfig, features: int) -> Any:
         native = ffi.new("struct tv_block *")
