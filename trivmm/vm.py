@@ -100,6 +100,7 @@ class Vm:
     _exited: trio.Event = attrs.field(factory=trio.Event, init=False)
     _asked: trio.Event = attrs.field(factory=trio.Event, init=False)
     _migration: trio.CancelScope | None = attrs.field(default=None, init=False)
+    _closing: bool = attrs.field(default=False, init=False)
     _observers: list[Callable[[VmEvent], None]] = attrs.field(factory=list, init=False)
     _last_board: Board | None = attrs.field(default=None, init=False)
     _new_board: trio.Event = attrs.field(factory=trio.Event, init=False)  # set, and replaced, with every board
@@ -239,8 +240,10 @@ class Vm:
         self._end_machine, self._machine_ended = trio.Event(), trio.Event()
         try:
             machine: Machine = await self._nursery.start(self._machine_task, board, gate_open)
-        except BaseException:
+        except BaseException as error:
             self._machine_ended.set()
+            if self._closing and isinstance(error, RuntimeError):  # its nursery is closed: it ended during the boot
+                raise WrongState("boot", "at its end", "there until it has booted") from error
             raise
         machine.on_guest_request = self._asked_set
         self._machine, self._last_board = machine, board
@@ -440,6 +443,7 @@ class Vm:
 
     async def _close(self) -> None:
         """The bounded end: owner, vCPUs, devices. Shielded by the caller."""
+        self._closing = True
         if self.cancel_migration():
             with trio.move_on_after(self.deadlines.rollback + self.deadlines.commit):
                 await self.ownership.free()

@@ -37,6 +37,7 @@ from trivmm.errors import (
     MigrationError,
     MigrationInDoubt,
     TrivmmError,
+    WrongState,
 )
 from trivmm.guest import probe_path
 from trivmm.hypervisor.base import IoOut, TripleFault, VcpuExit
@@ -396,3 +397,31 @@ async def test_closing_the_source_in_mid_migration_rolls_back_and_ends_it(config
             vm.calls.count(("set_dirty_log", True)) == vm.calls.count(("set_dirty_log", False)) for vm in hypervisor.vms
         )
         assert lock_is_free(config)
+
+
+async def test_a_vm_that_is_closed_while_it_boots_says_so(config: VmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    loading, closed = trio.Event(), trio.Event()
+
+    async def slow(self: Vm, work: Callable[[], None], *, abandon: bool = False) -> None:
+        if not abandon:  # the payload
+            loading.set()
+            await closed.wait()
+        work()
+
+    monkeypatch.setattr(Vm, "_aside", slow)
+    refused: list[Exception] = []
+
+    async def boot(vm: Vm) -> None:
+        try:
+            await vm.boot()
+        except WrongState as error:
+            refused.append(error)
+
+    with trio.fail_after(LIMIT_S):
+        async with trio.open_nursery() as nursery:
+            async with open_vm(config, hypervisor=ScriptedHypervisor()) as vm:
+                nursery.start_soon(boot, vm)
+                await loading.wait()
+            closed.set()
+    assert [str(error) for error in refused] == ["boot: the VM is at its end; it must be there until it has booted"]
+    assert lock_is_free(config)
