@@ -88,6 +88,7 @@ def wait_until_it_serves(path: Path, process: subprocess.Popen[str]) -> None:
         (["--kernel", "k", "--seccomp", "true"], "--seccomp = 'true': there is no seccomp filter yet"),
         (["--kernel", "k", "--deadlines", "paus=1"], "--deadlines paus = '1': unknown key; did you mean pause?"),
         (["--kernel", "k", "--log-file", "no/where"], "--log-file = 'no/where': No such file or directory"),
+        (["--api-socket", "x.sock", "--log-file", ""], "--log-file = '': No such file or directory"),
         (["--api-socket", "path="], "--api-socket = 'path=': no path"),
         (["--api-socket", "no/where/a.sock", "--hypervisor", "soft"], "--api-socket = 'no/where/a.sock': cannot make"),
         (["--api-socket", "a.sock", "--hypervisor", "xen"], "--hypervisor = 'xen': unknown hypervisor"),
@@ -107,6 +108,14 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, arguments: list[s
     assert done.stderr.count("\n") == 1
     assert (done.returncode, done.stdout) == (2, "")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_log_that_nobody_reads_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    done = trivmm("--api-socket", "x.sock", "--log-file", "fifo", folder=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("error: --log-file = 'fifo': No such device"), done.stderr
+    assert os.listdir(tmp_path) == ["fifo"]
 
 
 @pytest.mark.soft

@@ -96,6 +96,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def _set_up_log(options: RunOptions) -> None:
     try:
+        if options.log_file is not None:  # a FIFO that nobody reads is an error here, where logging's open would hang
+            os.close(os.open(options.log_file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o666))
         logging.basicConfig(
             filename=options.log_file,
             level=LEVELS[min(options.verbose, len(LEVELS) - 1)],
