@@ -90,6 +90,7 @@ def wait_until_it_serves(path: Path, process: subprocess.Popen[str]) -> None:
         (["--kernel", "k", "--log-file", "no/where"], "--log-file = 'no/where': No such file or directory"),
         (["--api-socket", "x.sock", "--log-file", ""], "--log-file = '': No such file or directory"),
         (["--api-socket", "path="], "--api-socket = 'path=': no path"),
+        (["--api-socket", "pth=a.sock"], "--api-socket pth = 'a.sock': unknown key; did you mean path?"),
         (["--api-socket", "no/where/a.sock", "--hypervisor", "soft"], "--api-socket = 'no/where/a.sock': cannot make"),
         (["--api-socket", "a.sock", "--hypervisor", "xen"], "--hypervisor = 'xen': unknown hypervisor"),
         (["remote", "ping"], "--api-socket: missing"),

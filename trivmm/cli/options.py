@@ -239,7 +239,8 @@ def parse_socket(text: str) -> str:
     """``path=FILE`` or just ``FILE``. :raises ConfigError:"""
     if text.startswith("fd="):
         raise ConfigError("--api-socket", text, "a passed descriptor is not supported yet", "give path=FILE")
-    path = parse_pairs("--api-socket", text, ("path",))["path"] if text.startswith("path=") else text
+    keyed = text.partition("=")[0].isidentifier() and "=" in text  # a file of such a name is ./NAME=…
+    path = parse_pairs("--api-socket", text, ("path",))["path"] if keyed else text
     if not path:
         raise ConfigError("--api-socket", text, "no path", "give path=FILE")
     return path
