@@ -240,10 +240,13 @@ class Vm:
         self._end_machine, self._machine_ended = trio.Event(), trio.Event()
         try:
             machine: Machine = await self._nursery.start(self._machine_task, board, gate_open)
-        except BaseException as error:
+        except RuntimeError as error:
             self._machine_ended.set()
-            if self._closing and isinstance(error, RuntimeError):  # its nursery is closed: it ended during the boot
+            if self._closing:  # its nursery is closed: it ended during the boot
                 raise WrongState("boot", "at its end", "there until it has booted") from error
+            raise
+        except BaseException:
+            self._machine_ended.set()
             raise
         machine.on_guest_request = self._asked_set
         self._machine, self._last_board = machine, board
