@@ -235,7 +235,7 @@ async def test_a_slow_reader_loses_nothing() -> None:
     assert bytes(got) == bytes(each & 0xFF for each in range(total))
 
 
-async def test_a_sink_that_fails_is_replaced(serial: Serial) -> None:
+async def test_a_sink_that_fails_is_named_and_replaced(serial: Serial, caplog: pytest.LogCaptureFixture) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     serial.attach_sink(FdSink(writer))
@@ -246,6 +246,9 @@ async def test_a_sink_that_fails_is_replaced(serial: Serial) -> None:
             assert await serial.drain(20)
             nursery.cancel_scope.cancel()
     assert isinstance(serial.sink_error, BrokenPipeError)
+    assert [record.getMessage() for record in caplog.records] == [
+        "serial: cannot write the output any more ([Errno 32] Broken pipe); the guest goes on without it"
+    ]
     assert serial.tail() == b"x"
 
 

@@ -4,7 +4,8 @@ Owned by the board; :meth:`Serial.run` is a task of the device nursery. vCPU thr
 them without Python (``tv_uart_pio`` is a hook of the KVM run loop; ``Serial.native`` is its argument).
 
 Nothing is lost: a byte leaves the ring only when the sink has taken it, a slow sink fills the ring, LSR.THRE goes
-away and the guest waits. A sink that fails (disk full, reader gone) is named in ``sink_error`` and replaced by none.
+away and the guest waits. A sink that fails (disk full, reader gone) is logged, named in ``sink_error`` and replaced by
+none.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import base64
 import binascii
 import errno
+import logging
 import os
 import stat
 from typing import Any, Final, Protocol
@@ -25,6 +27,8 @@ from trivmm.machine.bus import Outcome
 from trivmm.migration.fields import Fields
 
 __all__ = ["COM1", "COM1_IRQ", "FdSink", "NullSink", "Serial", "Sink", "open_sink"]
+
+logger = logging.getLogger(__name__)
 
 COM1: Final = (0x3F8, 8)  # first port and count
 COM1_IRQ: Final = 4
@@ -193,6 +197,7 @@ class Serial:
             sent = await sink.send(piece)
         except OSError as error:
             self.sink_error = error
+            logger.warning("serial: cannot write the output any more (%s); the guest goes on without it", error)
             if self._sink is sink:
                 self.attach_sink(NullSink())
             return True
