@@ -28,7 +28,14 @@ __all__ = [
 
 MAX_VCPUS: Final = 8  # the probe guest's and the state format's limit; KVM itself allows more
 MAX_DISKS: Final = 24  # PCI slots 1..31 less rng, console and room for hotplug
+MAX_ID: Final = 128  # characters; an id names threads, log lines, counters and state
 ALIGNMENT: Final = 2 << 20  # RAM sizes: one x86 large page, so that a region never splits one
+
+
+def _check_id(field: str, value: str | None) -> None:
+    if value is not None and (len(value) > MAX_ID or not value.isprintable()):
+        shown = value if len(value) <= MAX_ID else value[:MAX_ID] + "…"
+        raise ConfigError(field, shown, "not a name", f"give at most {MAX_ID} printable characters, or leave it out")
 
 
 @attrs.frozen
@@ -86,12 +93,18 @@ class DiskConfig:
     queue_size: int = 128
     pci_device_id: int | None = None
 
+    def __attrs_post_init__(self) -> None:
+        _check_id("disks.id", self.id)
+
 
 @attrs.frozen
 class RngConfig:
     src: str = "/dev/urandom"
     id: str | None = None
     pci_device_id: int | None = None
+
+    def __attrs_post_init__(self) -> None:
+        _check_id("rng.id", self.id)
 
 
 @attrs.frozen

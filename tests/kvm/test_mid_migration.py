@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from trivmm import (
     VmEvent,
     VmState,
 )
+from trivmm.errors import MigrationError
 from trivmm.guest import ProbeReport, parse_report, probe_cmdline, probe_path
 from trivmm.testing.road import Road, open_road
 from trivmm.virtio.port import Activation
@@ -170,6 +172,28 @@ async def test_a_destination_without_the_kernel_refuses_at_setup(tmp_path: Path)
             kernel.write_bytes(probe_path().read_bytes())
             await road.move(f"unix:{tmp_path}/n.sock")
             assert road.vm.state is VmState.RUNNING
+
+
+async def test_a_destination_with_a_shorter_disk_refuses_at_setup(tmp_path: Path) -> None:
+    """And one with a longer disk shows the guest the sender's: the capacity does not change under a driver."""
+    image = tmp_path / "disk.img"
+    with trio.fail_after(LIMIT_S):
+        async with open_road(config_of(tmp_path)) as road:
+            await road.vm.wait_for_console("PROBE ready")
+            image.rename(tmp_path / "elsewhere.img")
+            image.write_bytes(bytes(2 << 20))
+            with pytest.raises(MigrationError, match=r"disk\.img.*has 4096 sectors, the sender's disk has 8192"):
+                await road.move(f"unix:{tmp_path}/m.sock")
+            assert road.vm.state is VmState.RUNNING
+            (tmp_path / "elsewhere.img").replace(image)
+            os.truncate(image, 8 << 20)
+            await road.move(f"unix:{tmp_path}/n.sock")
+            os.truncate(image, 4 << 20)  # what the guest was told of is there, so that it can be moved on
+            await road.move(f"unix:{tmp_path}/o.sock")
+            before = report_of(tmp_path)
+            while report_of(tmp_path).blk_act <= before.blk_act + 5:
+                await road.vm.console_output()
+            assert report_of(tmp_path).errors == 0
 
 
 @pytest.mark.parametrize("example", sorted(path.name for path in EXAMPLES.glob("*.py")))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
 from trivmm.config import DiskConfig, RngConfig
-from trivmm.errors import ConfigError
+from trivmm.errors import ConfigError, TrivmmError
 from trivmm.machine.memory import GuestMemory
 from trivmm.testing.driver import WRITE, Descriptor, MockDriver
 from trivmm.virtio.block import BlockDevice
@@ -214,6 +216,21 @@ async def test_rng_fills_what_is_offered(memory: GuestMemory, driver: MockDriver
     device.close()
 
 
+@pytest.mark.parametrize(("name", "message"), [("", "is a directory"), ("empty", "is empty"), ("none", "cannot open")])
+def test_what_is_no_source_of_entropy(memory: GuestMemory, tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "empty").touch()
+    with pytest.raises(ConfigError, match=rf"rng\.src = .*{message}.*; give /dev/urandom"):
+        RngDevice(RngConfig(str(tmp_path / name)), memory)
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "\x1b[2J", "x" * 129])
+def test_an_id_is_a_name(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"disks\.id = .{1,140}: not a name"):
+        DiskConfig("x", id=name)
+    with pytest.raises(ConfigError, match=r"rng\.id = .{1,140}: not a name"):
+        RngConfig(id=name)
+
+
 async def test_rng_with_a_source_that_has_nothing_can_be_stopped(
     memory: GuestMemory, driver: MockDriver, tmp_path: Path
 ) -> None:
@@ -275,3 +292,62 @@ def test_a_serial_that_is_no_text_leaks_nothing(memory: GuestMemory, image: Path
     before = os.listdir("/proc/self/fd")
     BlockDevice(DiskConfig(str(image), serial="\ud800"), memory, "_disk0").close()
     assert os.listdir("/proc/self/fd") == before
+
+
+async def test_a_destinations_disk_is_the_senders(memory: GuestMemory, driver: MockDriver, image: Path) -> None:
+    source = BlockDevice(DiskConfig(str(image)), memory, "_disk0")
+    described = json.loads(json.dumps(source.describe()))
+    copy = image.with_name("copy.img")
+    copy.write_bytes(image.read_bytes() + bytes(512))
+    device = BlockDevice(DiskConfig(str(copy)), memory, "_disk0")
+    device.become(described)
+    assert device.read_config(0, 8) == source.read_config(0, 8)
+    async with active(source, driver):
+        assert await do(driver, GET_ID, 0, 20) == (0, 21)
+    identity = memory.read(DATA, 20)
+    memory.write(DATA, bytes(20))
+    other = MockDriver(memory, base=0x20000)
+    async with active(device, other):
+        assert await do(other, GET_ID, 0, 20) == (0, 21)
+        assert memory.read(DATA, 20) == identity
+        assert (await do(other, IN, 128, 512))[0] == 1  # what the sender's disk has not
+    other.close()
+    device.close()
+    source.close()
+
+
+def test_a_description_that_makes_no_sense_is_refused(memory: GuestMemory, image: Path) -> None:
+    device = BlockDevice(DiskConfig(str(image)), memory, "_disk0")
+    described = device.describe()
+    for name in described:
+        for bad in (None, -1, "x", "_" * 40, [None], 1 << 70):
+            with pytest.raises(TrivmmError, match=rf"_disk0: .*{name} is "):
+                device.become(described | {name: bad})
+        with pytest.raises(TrivmmError, match=f"{name}' is missing"):
+            device.become({key: value for key, value in described.items() if key != name})
+    with pytest.raises(TrivmmError, match="unknown field 'colour'"):
+        device.become(described | {"colour": "red"})
+    assert device.describe() == described
+    device.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "resize", "complaint"),
+    [
+        ({}, 127 * 512, r"disks\.path = .*copy\.img.*127 sectors, the sender's disk has 128.*full copy"),
+        ({"readonly": True}, 128 * 512, r"_disk0: the sender's features is \d+, here it is \d+"),
+        ({"queue_size": 64}, 128 * 512, r"_disk0: the sender's queue_sizes is \[128\], here it is \[64\]"),
+    ],
+)
+async def test_a_destinations_disk_that_is_another_is_refused(
+    memory: GuestMemory, image: Path, options: dict[str, Any], resize: int, complaint: str
+) -> None:
+    source = BlockDevice(DiskConfig(str(image)), memory, "_disk0")
+    described = source.describe()
+    source.close()
+    copy = image.with_name("copy.img")
+    copy.write_bytes(bytes(resize))
+    device = BlockDevice(DiskConfig(str(copy), **options), memory, "_disk0")
+    with pytest.raises(TrivmmError, match=complaint):
+        device.become(described)
+    device.close()

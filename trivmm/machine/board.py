@@ -29,8 +29,10 @@ from trivmm.machine.memory import GuestMemory
 from trivmm.machine.pci import CONFIG_PORTS, PciBus
 from trivmm.machine.pvh import load_payload
 from trivmm.machine.serial import COM1, COM1_IRQ, Serial, open_sink
+from trivmm.migration.fields import Fields
 from trivmm.migration.setup import config_to_setup
 from trivmm.migration.state import MachineState
+from trivmm.migration.statejson import MAX_DEVICES
 from trivmm.nursery.activation import DeviceLifecycle
 from trivmm.virtio.block import BlockDevice
 from trivmm.virtio.device import WorkerDevice
@@ -159,16 +161,37 @@ class Board:
         return {
             "config": config_to_setup(self.config),
             "hypervisor": self.vm.name,
-            "ram": [[region.gpa, region.size] for region in self.memory.regions],
-            "devices": {slot.backend.name: slot.pci_slot for slot in self.devices},
+            "ram": self._ram(),
+            "devices": {
+                slot.backend.name: {"slot": slot.pci_slot, "device": slot.backend.describe()} for slot in self.devices
+            },
         }
 
+    def _ram(self) -> list[list[int]]:
+        return [[region.gpa, region.size] for region in self.memory.regions]
+
     def check_setup(self, setup: dict[str, Any]) -> None:
-        """:raises MigrationError: where this board is not the one that the sender has."""
-        mine = self.describe()
-        for part in ("hypervisor", "ram", "devices"):
-            if setup.get(part) != mine[part]:
-                raise MigrationError(f"the sender's {part} is {setup.get(part)!r:.200}, here it is {mine[part]!r}")
+        """Make this board the one that the sender has. :raises TrivmmError: naming what it can't be."""
+        fields = Fields("SETUP", setup)
+        fields.object("config")  # read already: the board is made of it
+        for part, here in (("hypervisor", self.vm.name), ("ram", self._ram())):
+            there = fields.anything(part)
+            if there != here:
+                raise MigrationError(f"the sender's {part} is {there!r:.200}, here it is {here!r}")
+        devices = fields.objects("devices", MAX_DEVICES)
+        fields.end()
+        mine = {slot.backend.name: slot for slot in self.devices}
+        if set(devices) != set(mine):
+            raise MigrationError(f"the sender's devices are {sorted(devices)!r:.200}, here they are {sorted(mine)}")
+        for name, described in devices.items():
+            each = Fields(name, described)
+            pci_slot = each.anything("slot")
+            if pci_slot != mine[name].pci_slot:
+                raise MigrationError(
+                    f"{name}: the sender's PCI slot is {pci_slot!r:.80}, here it is {mine[name].pci_slot}"
+                )
+            mine[name].backend.become(each.object("device"))
+            each.end()
 
     def save(self) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
         """(devices by name, fixed parts by name), JSON-able; after the machine stopped."""

@@ -14,7 +14,7 @@ from trivmm.hypervisor.base import VcpuState, VmmState
 from trivmm.migration.fields import Fields
 from trivmm.migration.state import MachineState, SavedVcpu
 
-__all__ = ["state_from_json", "state_to_json"]
+__all__ = ["MAX_DEVICES", "state_from_json", "state_to_json"]
 
 MAX_NAME: Final = 256  # device names and kinds are short words
 MAX_BLOBS: Final = 64  # a KVM vCPU has about 15 parts

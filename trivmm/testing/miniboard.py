@@ -73,6 +73,12 @@ class BareDevice:
     def load(self, state: dict[str, Any]) -> None:
         return None
 
+    def describe(self) -> dict[str, Any]:
+        return {}
+
+    def become(self, described: dict[str, Any]) -> None:
+        return None
+
     def release_locks(self) -> None:
         self.locked = False
 

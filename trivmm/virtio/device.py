@@ -7,7 +7,9 @@ from typing import Any, Final
 
 import trio
 
+from trivmm.errors import MigrationError
 from trivmm.machine.memory import GuestMemory
+from trivmm.migration.fields import Fields
 from trivmm.virtio.port import Activation, QueueConfig
 from trivmm.virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, QueueWorker
 
@@ -83,6 +85,21 @@ class WorkerDevice:
     def load(self, state: dict[str, Any]) -> None:
         if state:
             raise ValueError(f"{self.name}: unknown state {sorted(state)}")
+
+    def describe(self) -> dict[str, Any]:
+        return {"type": self.device_type, "features": self.features, "queue_sizes": list(self.queue_sizes)}
+
+    def become(self, described: dict[str, Any]) -> None:
+        fields = Fields(self.name, described)
+        for key, mine in WorkerDevice.describe(self).items():
+            theirs = fields.anything(key)
+            if theirs != mine:
+                raise MigrationError(f"{self.name}: the sender's {key} is {theirs!r:.80}, here it is {mine}")
+        self._become(fields)
+        fields.end()
+
+    def _become(self, fields: Fields) -> None:
+        """A subclass's share of :meth:`become`."""
 
     def release_locks(self) -> None:
         return None

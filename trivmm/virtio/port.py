@@ -150,6 +150,14 @@ class DeviceBackend(Protocol):
     def take_locks(self) -> None:
         """:raises ConfigError: when another process has them."""
 
+    def describe(self) -> dict[str, Any]:
+        """What the driver was told of the device and may count on wherever it moves to; JSON-able."""
+
+    def become(self, described: dict[str, Any]) -> None:
+        """Before its first activation: be the device that a sender described.
+
+        :raises TrivmmError: where it can't, naming what differs."""
+
     def counters(self) -> dict[str, int]: ...
 
     def close(self) -> None: ...

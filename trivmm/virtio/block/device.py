@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 from typing import Any, Final
 
 from trivmm._native import ffi, lib
 from trivmm.config import DiskConfig
-from trivmm.errors import ConfigError
+from trivmm.errors import ConfigError, ProtocolError
 from trivmm.machine.memory import GuestMemory
+from trivmm.migration.fields import Fields
 from trivmm.virtio.block.image import SECTOR, Image
 from trivmm.virtio.device import RING_FEATURES, WorkerDevice
 from trivmm.virtio.port import QueueConfig
@@ -25,6 +27,7 @@ F_MQ: Final = 1 << 12
 
 MAX_QUEUES: Final = 16  # worker threads a disk; more than any guest here has vCPUs
 MAX_QUEUE_SIZE: Final = 1024
+ID_BYTES: Final = 20  # section 5.2.6.2: what GET_ID gives
 CONFIG: Final = struct.Struct("<QII HBB I BBH I BBH")  # section 5.2.4 up to num_queues and padding
 COUNTERS: Final = ("read_ops", "write_ops", "flush_ops", "read_bytes", "write_bytes", "errors")
 
@@ -52,10 +55,8 @@ class BlockDevice(WorkerDevice):
         if config.num_queues > 1:
             self.features |= F_MQ
         self._id = self._identity(config.serial)
-        self._config = CONFIG.pack(
-            self.image.sectors, 0, max(size - 2, 1), 0, 0, 0, SECTOR, 0, 0, 0, 0, 0, 0, config.num_queues
-        )
-        self.config_size = len(self._config)
+        self._sectors = self.image.sectors
+        self.config_size = CONFIG.size
         self._counted = dict.fromkeys(COUNTERS, 0)
 
     def _identity(self, serial: str | None) -> bytes:
@@ -63,20 +64,40 @@ class BlockDevice(WorkerDevice):
         if serial is None:
             about = os.fstat(self.image.fd)
             serial = f"{about.st_dev:x}{about.st_rdev:x}{about.st_ino:x}"
-        return serial.encode(errors="replace")[:20].ljust(20, b"\0")
+        return serial.encode(errors="replace")[:ID_BYTES].ljust(ID_BYTES, b"\0")
 
     def _make_worker(self, queue: QueueConfig, features: int) -> Any:
         native = ffi.new("struct tv_block *")
         native.fd = self.image.fd
         native.readonly = self.image.readonly
         native.write_through = not features & F_FLUSH
-        native.sectors = self.image.sectors
+        native.sectors = self._sectors
         ffi.memmove(native.id, self._id, len(self._id))
         lib.tv_block_init(native)
         return native
 
     def read_config(self, offset: int, size: int) -> bytes:
-        return self._config[offset : offset + size].ljust(size, b"\xff")
+        seg_max = max(self.queue_sizes[0] - 2, 1)
+        space = CONFIG.pack(self._sectors, 0, seg_max, 0, 0, 0, SECTOR, 0, 0, 0, 0, 0, 0, len(self.queue_sizes))
+        return space[offset : offset + size].ljust(size, b"\xff")
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"sectors": self._sectors, "identity": self._id.hex()}
+
+    def _become(self, fields: Fields) -> None:
+        """Capacity and identity are the sender's: this image may be a longer one, with another inode."""
+        sectors = fields.integer("sectors", 0, (1 << 64) - 1)
+        identity = fields.text("identity", 2 * ID_BYTES)
+        if not re.fullmatch(f"[0-9a-f]{{{2 * ID_BYTES}}}", identity):
+            raise ProtocolError(f"{self.name}: identity is {identity!r}, not {ID_BYTES} bytes in hexadecimal")
+        if sectors > self.image.sectors:
+            raise ConfigError(
+                "disks.path",
+                self.image.path,
+                f"has {self.image.sectors} sectors, the sender's disk has {sectors}",
+                "give the same image, or a full copy of it",
+            )
+        self._sectors, self._id = sectors, bytes.fromhex(identity)
 
     def release_locks(self) -> None:
         self.image.release_lock()

@@ -33,9 +33,12 @@ class RngDevice(WorkerDevice):
             self._fd = os.open(config.src, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
         except (OSError, ValueError) as error:
             raise ConfigError("rng.src", config.src, f"cannot open it ({error})", "give /dev/urandom") from error
-        if stat.S_ISDIR(os.fstat(self._fd).st_mode):
+        about = os.fstat(self._fd)
+        empty = stat.S_ISREG(about.st_mode) and about.st_size == 0
+        if empty or stat.S_ISDIR(about.st_mode):
             self.close()
-            raise ConfigError("rng.src", config.src, "is a directory", "give /dev/urandom")
+            what = "is empty: it has no entropy to give" if empty else "is a directory"
+            raise ConfigError("rng.src", config.src, what, "give /dev/urandom")
         self._bytes = 0
         self._errors = 0
 
