@@ -33,7 +33,7 @@ __all__ = ["SendOptions", "send", "send_over"]
 LOG: Final = logging.getLogger(__name__)
 MAX_ATTEMPTS: Final = 5
 FIRST_BACK_OFF_S: Final = 0.1  # doubles with every undone switchover
-IDLE_ROUND_S: Final = 0.02  # between two rounds that have next to nothing to send
+IDLE_ROUND_S: Final = 0.05  # between rounds with next to nothing to send: each costs the guest its write faults
 IDLE_PAGES: Final = 64
 STRATEGIES: Final = ("cancel", "ignore")
 
