@@ -12,6 +12,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "softgate.h"
+
 #define TV_PAGE_SHIFT 12
 #define TV_PAGE_SIZE 4096ull
 #define TV_MAX_REGIONS 8
@@ -26,6 +28,7 @@ struct tv_region {
 struct tv_memory {
     uint32_t count;
     struct tv_region regions[TV_MAX_REGIONS];
+    struct tv_soft_gate *gate; /* of the CPU that translates code from here; NULL for one that reads it itself */
 };
 
 /* The region that holds [gpa, gpa + len), or NULL. Never wraps: the arithmetic is done on offsets. */

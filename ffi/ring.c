@@ -153,11 +153,14 @@ void tv_queue_unpop(struct tv_queue *queue)
     queue->chains--;
 }
 
-/* Put a served chain on the used ring. Its data pages are marked already. */
+/* Put a served chain on the used ring. Its data pages are marked already. `length` of 1 is a status byte, which is no
+ * code; more may be a program that a polling driver runs as soon as it sees the used index. */
 void tv_queue_push(struct tv_queue *queue, uint16_t head, uint32_t length)
 {
     uint64_t offset = 4 + 8ull * (queue->next_used % queue->size);
     uint32_t element[2] = {head, length};
+    if (length > 1 && queue->memory->gate)
+        tv_soft_gate_code(queue->memory->gate);
     memcpy(queue->used + offset, element, sizeof element);
     tv_mark_dirty(queue->memory, queue->used_gpa + offset, sizeof element);
     queue->next_used++;

@@ -29,7 +29,7 @@ uintptr_t tv_soft_gate_address(void)
 /* `stop` is the address of the engine's stop function; called on the vCPU's thread only. */
 void tv_soft_gate_init(struct tv_soft_gate *gate, uintptr_t stop)
 {
-    gate->request = 0;
+    gate->request = gate->code = 0;
     gate->stopped = 0;
     gate->budget = 0;
     gate->stop = (int (*)(void *))stop;
@@ -45,4 +45,18 @@ void tv_soft_gate_ask(struct tv_soft_gate *gate)
 void tv_soft_gate_clear(struct tv_soft_gate *gate)
 {
     __atomic_store_n(&gate->request, 0, __ATOMIC_SEQ_CST);
+}
+
+/* Memory that may hold code was written, and the guest has not been told of it yet. Any thread, any time. The order
+ * makes it exact: the guest learns of the write by reading memory, and before its next instruction the gate stops. */
+void tv_soft_gate_code(struct tv_soft_gate *gate)
+{
+    __atomic_store_n(&gate->code, 1, __ATOMIC_SEQ_CST);
+    tv_soft_gate_ask(gate);
+}
+
+/* Whether code is to be translated anew. The vCPU's thread only, after tv_soft_gate_clear. */
+int tv_soft_gate_take_code(struct tv_soft_gate *gate)
+{
+    return __atomic_exchange_n(&gate->code, 0, __ATOMIC_SEQ_CST);
 }

@@ -6,7 +6,7 @@
  *
  * Invariants
  *  - `struct tv_soft_gate` is allocated by Python and outlives the engine that has tv_soft_gate_hook installed.
- *  - `request` may be set by any thread at any time and is cleared by the vCPU's thread only.
+ *  - `request` and `code` may be set by any thread at any time and are cleared by the vCPU's thread only.
  *  - `budget`, `stopped` and `stop` belong to the vCPU's thread.
  */
 #ifndef TV_SOFTGATE_H
@@ -15,6 +15,7 @@
 
 struct tv_soft_gate {
     int32_t request; /* non-zero: stop before the next instruction */
+    int32_t code;    /* non-zero: guest memory that may hold code was written; translate it anew */
     int32_t stopped; /* set by the hook when it stopped the engine: tells a stop from a HLT */
     int64_t budget;  /* instructions left in this slice */
     int (*stop)(void *engine);
@@ -26,5 +27,7 @@ uintptr_t tv_soft_gate_address(void);
 void tv_soft_gate_init(struct tv_soft_gate *gate, uintptr_t stop);
 void tv_soft_gate_ask(struct tv_soft_gate *gate);
 void tv_soft_gate_clear(struct tv_soft_gate *gate);
+void tv_soft_gate_code(struct tv_soft_gate *gate);
+int tv_soft_gate_take_code(struct tv_soft_gate *gate);
 
 #endif

@@ -15,6 +15,7 @@ from pathlib import Path
 import attrs
 import pytest
 
+from trivmm._native import lib
 from trivmm.errors import HypervisorError, NotSupported
 from trivmm.hypervisor.base import (
     Interrupted,
@@ -29,6 +30,7 @@ from trivmm.hypervisor.base import (
 )
 from trivmm.machine.memory import GuestMemory
 from trivmm.nursery.vcpu import Vcpu, drive_thread
+from trivmm.testing.driver import MockDriver
 from trivmm.virtio.port import Ticket
 
 pytest.importorskip("unicorn", reason="the soft extra is not installed")
@@ -1161,3 +1163,34 @@ def test_code_that_the_host_changed_runs_after_a_flush(build: Build) -> None:
     guest.memory.write(ENTRY + at + 1, b"\x02")
     guest.vm.flush_code()
     assert guest.until_port(0x80) == b"\x02"
+
+
+def test_code_that_a_polled_device_wrote_runs_anew(build: Build) -> None:
+    """A boot loader's way: no interrupt, it watches the used index and jumps into what was read."""
+    guest = build(
+        """
+        main:
+          mov $0x300000, %ebx
+          movl $0xc301b0, (%rbx) /* mov $1, %al; ret */
+          mov $0x18002, %esi     /* the used index */
+        1: mov (%rsi), %cx
+          call *%rbx
+          out %al, $0x80
+        2: cmp %cx, (%rsi)
+          je 2b
+          jmp 1b
+        """
+    )
+    guest.memory.tell(guest.cpu.gate)
+    driver = MockDriver(guest.memory)
+    try:
+        queue = driver.open()
+        assert guest.until_port(0x80) == b"\x01"
+        for value in (2, 3, 4):
+            guest.memory.write(0x300001, bytes([value]))
+            device = threading.Timer(0.05, lib.tv_queue_push, (queue, 0, 512))
+            device.start()
+            assert guest.until_port(0x80) == bytes([value])
+            device.join()
+    finally:
+        driver.close()

@@ -61,6 +61,7 @@ class GuestMemory:
         self.regions: tuple[MemoryRegion, ...] = ()
         self._lock = threading.Lock()
         self._holds = 1
+        self._gate: Any = None
         try:
             for slot, (gpa, size) in enumerate(ranges):
                 self.regions += (self._map(slot, gpa, size),)
@@ -103,6 +104,12 @@ class GuestMemory:
         """Write and mark dirty. :raises GuestMemoryError: when the range is not inside one region."""
         if lib.tv_memory_write(self.native, gpa, ffi.from_buffer("uint8_t[]", data), len(data)):
             raise GuestMemoryError(gpa, len(data), "write")
+
+    def tell(self, gate: Any) -> None:
+        """Devices tell ``gate`` (cffi ``struct tv_soft_gate *``) what they wrote before they tell the guest: a CPU that
+        translates code has to do it anew. Before any worker starts; the gate is kept as long as this memory."""
+        self._gate = gate
+        self.native.gate = gate
 
     def hold(self) -> None:
         """Keep the mapping until :meth:`close` was called once more."""

@@ -84,13 +84,12 @@ class SoftVcpu:
         self._chips = vm.chips
         self._engine = Engine(self._read_mmio, self._write_mmio, self._read_port, self._write_port, TIMER_HZ)
         self._engine.map_ram(tuple(vm.slots.values()))
-        self._gate = self._engine.gate
+        self.gate = self._gate = self._engine.gate
         self._writes: deque[IoOut | MmioWrite] = deque()
         self._rung_end = 0  # where a doorbell write of this instruction ended: its second half belongs to it
         self._undo_to: tuple[int, tuple[int, ...]] | None = None  # (RIP, registers) before a forbidden port access
         self._halted = False
         self._kicked = False
-        self._code_changed = False
         self._closed = False
         self._closing = threading.Lock()
         self.kick_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -110,8 +109,7 @@ class SoftVcpu:
             lib.tv_soft_gate_ask(self._gate)
 
     def code_changed(self) -> None:
-        self._code_changed = True
-        lib.tv_soft_gate_ask(self._gate)
+        lib.tv_soft_gate_code(self._gate)
 
     # --- thread ----------------------------------------------------------------------------------------------
 
@@ -151,8 +149,8 @@ class SoftVcpu:
             self._lapic.tick(now)
             if self._chips.tick(now):
                 vm.pulse(0)
-            if vm.collect(0) or self._code_changed:
-                self._code_changed = False
+            vm.collect(0)
+            if lib.tv_soft_gate_take_code(gate):
                 engine.flush_code()
             budget = SLICE
             if self._interrupt_waits():
@@ -283,8 +281,8 @@ class SoftVcpu:
         now = time.monotonic_ns()
         due = [each for each in (self._lapic.expires, self._vm.next_pit_interrupt()) if each is not None]
         wait_s = min([HALT_SLICE_S, *((each - now) / 1e9 for each in due)])
-        if wait_s > 0 and self._vm.collect(wait_s):
-            self._code_changed = True
+        if wait_s > 0:
+            self._vm.collect(wait_s)
 
     # --- accesses, in the middle of an instruction -----------------------------------------------------------
 

@@ -132,27 +132,22 @@ class SoftVm:
                 with suppress(OSError, ValueError):  # closed already: the kernel has forgotten it
                     self._epoll.unregister(fd)
 
-    def collect(self, timeout_s: float) -> bool:
+    def collect(self, timeout_s: float) -> None:
         """Wait at most ``timeout_s`` for an interrupt source or a kick; take what the sources hold. The vCPU's
-        thread only. The kick eventfd is left alone: it is the vCPU's to read.
-
-        True when a device interrupted: it has written memory, perhaps code that the guest runs next."""
+        thread only. The kick eventfd is left alone: it is the vCPU's to read."""
         ready = self._epoll.poll(timeout_s, EVENTS_AT_ONCE)
         if not ready:
-            return False
-        device = False
+            return
         with self._lock:
             for fd, _events in ready:
                 source = self._sources.get(fd)
                 if source is None or not _take(fd):
                     continue
                 if source.gsi is None:
-                    device = True
                     self.lapic.message(source.address, source.data)
                 else:
                     self.chips.raise_line(source.gsi)
                     self.pulse(source.gsi)
-        return device
 
     def pulse(self, pin: int) -> None:
         """An edge on an I/O APIC line; the ISA lines are there one to one, as in KVM. The vCPU's thread only."""
