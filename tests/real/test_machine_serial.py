@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -290,6 +292,27 @@ async def test_feed_waits_for_room(serial: Serial) -> None:
                     read += serial.read(0, 1)
             await done.wait()
             nursery.cancel_scope.cancel()
+
+
+def test_output_into_a_file_shares_its_position_with_everybody_else(tmp_path: Path) -> None:
+    """``trivmm --serial tty > log 2>&1``: the guest's lines and ours follow each other."""
+    said = """
+import trio
+from trivmm.config import SerialConfig
+from trivmm.machine.serial import open_sink
+sink = open_sink(SerialConfig("Tty"))
+for line in (b"one\\n", b"three\\n"):
+    trio.run(sink.send, line)
+    print("between", flush=True)
+sink.close()
+"""
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        file.write(b"before\n")
+        file.flush()
+        subprocess.run([sys.executable, "-c", said], stdout=file, check=True, timeout=60)
+        file.write(b"after\n")
+    assert log.read_text().split() == ["before", "one", "between", "three", "between", "after"]
 
 
 def test_bad_sinks(tmp_path: Path) -> None:

@@ -96,7 +96,11 @@ def open_sink(config: SerialConfig, *, incoming: bool = False) -> Sink:
     if config.mode in ("Off", "Null"):
         return NullSink()
     if config.mode == "Tty":
-        try:  # an open file description of our own: O_NONBLOCK on a shared one would surprise its other users
+        # An open file description of our own: O_NONBLOCK on a shared one would surprise its other users. A regular file
+        # needs none, and with a position of its own our log, or the shell's next line, overwrites what the guest says.
+        if stat.S_ISREG(os.fstat(1).st_mode):
+            return FdSink(os.dup(1))
+        try:
             return FdSink(os.open("/proc/self/fd/1", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY))
         except OSError:  # a socket, or no /proc
             return FdSink(os.dup(1))
