@@ -223,6 +223,20 @@ def test_what_is_no_source_of_entropy(memory: GuestMemory, tmp_path: Path, name:
         RngDevice(RngConfig(str(tmp_path / name)), memory)
 
 
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 2048])
+def test_a_disks_queue_holds_a_request(memory: GuestMemory, image: Path, size: int) -> None:
+    """Header, data and status are three descriptors, and ``seg_max`` of one segment is told for them."""
+    with pytest.raises(ConfigError, match=r"disks\.queue_size = .*give a power of two, 4 to 1024"):
+        BlockDevice(DiskConfig(str(image), queue_size=size), memory, "_disk0")
+
+
+def test_a_full_request_of_the_smallest_queue_fits_it(memory: GuestMemory, image: Path) -> None:
+    device = BlockDevice(DiskConfig(str(image), queue_size=4), memory, "_disk0")
+    (seg_max,) = struct.unpack("<I", device.read_config(12, 4))
+    assert seg_max + 2 <= 4
+    device.close()
+
+
 @pytest.mark.parametrize("name", ["two\nlines", "\x1b[2J", "x" * 129])
 def test_an_id_is_a_name(name: str) -> None:
     with pytest.raises(ConfigError, match=r"disks\.id = .{1,140}: not a name"):

@@ -26,7 +26,7 @@ F_FLUSH: Final = 1 << 9
 F_MQ: Final = 1 << 12
 
 MAX_QUEUES: Final = 16  # worker threads a disk; more than any guest here has vCPUs
-MAX_QUEUE_SIZE: Final = 1024
+MIN_QUEUE_SIZE, MAX_QUEUE_SIZE = 4, 1024  # a request is a header, a segment of data and a status at least
 ID_BYTES: Final = 20  # section 5.2.6.2: what GET_ID gives
 CONFIG: Final = struct.Struct("<QII HBB I BBH I BBH")  # section 5.2.4 up to num_queues and padding
 COUNTERS: Final = ("read_ops", "write_ops", "flush_ops", "read_bytes", "write_bytes", "errors")
@@ -43,10 +43,9 @@ class BlockDevice(WorkerDevice):
         if not 1 <= config.num_queues <= MAX_QUEUES:
             raise ConfigError("disks.num_queues", config.num_queues, "out of range", f"give 1 to {MAX_QUEUES}")
         size = config.queue_size
-        if not 2 <= size <= MAX_QUEUE_SIZE or size & (size - 1):
-            raise ConfigError(
-                "disks.queue_size", size, "not a queue size", f"give a power of two, 2 to {MAX_QUEUE_SIZE}"
-            )
+        if not MIN_QUEUE_SIZE <= size <= MAX_QUEUE_SIZE or size & (size - 1):
+            limits = f"{MIN_QUEUE_SIZE} to {MAX_QUEUE_SIZE}"
+            raise ConfigError("disks.queue_size", size, "not a queue size", f"give a power of two, {limits}")
         self.image = Image(config.path, readonly=config.readonly, lock=lock)
         self.queue_sizes = (size,) * config.num_queues
         self.features = RING_FEATURES | F_SEG_MAX | F_BLK_SIZE | F_FLUSH
@@ -77,7 +76,7 @@ class BlockDevice(WorkerDevice):
         return native
 
     def read_config(self, offset: int, size: int) -> bytes:
-        seg_max = max(self.queue_sizes[0] - 2, 1)
+        seg_max = self.queue_sizes[0] - 2
         space = CONFIG.pack(self._sectors, 0, seg_max, 0, 0, 0, SECTOR, 0, 0, 0, 0, 0, 0, len(self.queue_sizes))
         return space[offset : offset + size].ljust(size, b"\xff")
 
