@@ -59,7 +59,7 @@ static int in_range(const struct tv_block *block, uint64_t sector, uint64_t leng
     return length % SECTOR == 0 && sector <= block->sectors && length / SECTOR <= block->sectors - sector;
 }
 
-/* Gives the status; *written counts the data bytes put into the driver's buffers. */
+/* Gives the status; *written counts the data bytes put into the driver's buffers, from the first one on. */
 static int serve_request(struct tv_block *block, struct tv_chain *chain, const struct header *header, uint64_t room,
                          uint64_t *written)
 {
@@ -111,7 +111,7 @@ static int64_t serve(struct tv_worker *worker, struct tv_chain *chain)
     if (status != S_OK)
         block->errors++;
     tv_chain_write(worker->queue.memory, chain, room, &status, 1);
-    return (int64_t)(written + 1);
+    return (int64_t)(written == room ? room + 1 : written); /* no gap in it (virtio 1.2 section 2.7.8.2) */
 }
 
 void tv_block_init(struct tv_block *block)

@@ -138,6 +138,20 @@ async def test_what_cannot_be_is_answered_so(
     device.close()
 
 
+@pytest.mark.parametrize(("kind", "length", "status", "used"), [(IN, 1000, 1, 0), (77, 512, 2, 0), (GET_ID, 40, 0, 20)])
+async def test_the_used_length_counts_no_byte_that_was_not_written(
+    memory: GuestMemory, driver: MockDriver, image: Path, kind: int, length: int, status: int, used: int
+) -> None:
+    """Virtio 1.2 section 2.7.8.2: ``len`` bytes from the first writable one on. The status byte, the last of the
+    buffers, counts only where everything before it was written."""
+    device = BlockDevice(DiskConfig(str(image)), memory, "_disk0")
+    memory.write(DATA, b"\xaa" * length)
+    async with active(device, driver):
+        assert await do(driver, kind, 0, length) == (status, used)
+    assert memory.read(DATA + used, length - used) == b"\xaa" * (length - used)
+    device.close()
+
+
 async def test_a_read_only_disk_is_not_written(memory: GuestMemory, driver: MockDriver, image: Path) -> None:
     before = image.read_bytes()
     image.chmod(0o444)
