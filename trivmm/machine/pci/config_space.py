@@ -4,8 +4,9 @@ Owned by its function and as long-lived. Any vCPU thread may call it; one short 
 keeps a register whole. What a guest may change is one mask over the 256 bytes; everything else ignores writes.
 
 The header follows PCI Local Bus 3.0, chapter 6. As in Cloud Hypervisor the command register reads 0 at first
-although the BARs, which the VMM has assigned, decode from the start; from the guest's first write of the command
-register on, its memory-enable bit decides. A BAR that was written with all-ones is being *sized* and does not decode.
+although the BARs, which the VMM has assigned, decode from the start; once the guest has set its memory-enable bit,
+that bit decides. (Before, a driver that only adds the bus-master bit would turn its device off unknowingly.) A BAR
+that was written with all-ones is being *sized* and does not decode.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class PciConfigSpace:
         self._bytes = bytearray(CONFIG_SIZE)
         self._writable = bytearray(CONFIG_SIZE)
         self._sizing: set[int] = set()  # offsets of BAR registers that hold the answer to a sizing write
-        self._command_written = False
+        self._was_enabled = False
         self._next_capability = FIRST_CAPABILITY
         self._capability_link = CAPABILITIES
         self._put(0x00, vendor_id, 2)
@@ -149,8 +150,7 @@ class PciConfigSpace:
             for position, value in enumerate(data, offset):
                 mask = self._writable[position]
                 self._bytes[position] = self._bytes[position] & ~mask | value & mask
-            if offset <= COMMAND + 1 and offset + size > COMMAND:
-                self._command_written = True
+            self._was_enabled |= bool(self._bytes[COMMAND] & MEMORY_ENABLE)
             changed = decoded != self.memory_enabled
             if BAR0 <= offset < BAR0 + 4 * BARS:
                 register = offset & ~3
@@ -173,7 +173,7 @@ class PciConfigSpace:
     @property
     def memory_enabled(self) -> bool:
         """Whether memory BARs decode."""
-        return not self._command_written or bool(self._bytes[COMMAND] & MEMORY_ENABLE)
+        return not self._was_enabled or bool(self._bytes[COMMAND] & MEMORY_ENABLE)
 
     def bar_address(self, index: int) -> int:
         """The address that the BAR's registers hold now, wherever it may be mapped."""
@@ -203,7 +203,7 @@ class PciConfigSpace:
         try:
             return {
                 "registers": self._bytes.hex(),
-                "command_written": self._command_written,
+                "was_enabled": self._was_enabled,
                 "sizing": sorted(self._sizing),
             }
         finally:
@@ -215,7 +215,7 @@ class PciConfigSpace:
         :raises ProtocolError: when the state is malformed or is another device's."""
         fields = Fields("pci config", state)
         text = fields.text("registers", 2 * CONFIG_SIZE)
-        command_written = fields.boolean("command_written")
+        was_enabled = fields.boolean("was_enabled")
         sizing = fields.array("sizing", BARS)
         fields.end()
         try:
@@ -231,7 +231,7 @@ class PciConfigSpace:
         self._acquire()
         try:
             self._bytes[:] = registers
-            self._command_written = command_written
+            self._was_enabled = was_enabled
             self._sizing = set(sizing)
             self.layout_version += 1
         finally:
