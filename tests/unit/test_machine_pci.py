@@ -234,6 +234,8 @@ def test_two_bars_swap_places() -> None:
     assert functions[0].config.bars[0].mapped is None
     guest.write(2, 0x10, first)
     assert [each.config.bars[0].mapped for each in functions] == [second, first]
+    told = [each.log[-2:] for each in functions]
+    assert told == [[{0: None}, {0: second}], [{0: None}, {0: first}]], "each left its place before one came"
 
 
 def test_slots() -> None:

@@ -138,11 +138,14 @@ class PciBus:
     def place(self) -> None:
         """Make the MMIO address space agree with all BAR registers; also after ``load``."""
         with _held(self._placement_lock, "placement"):
-            moved = self._unmap_moved()
-            moved |= self._map_wanted()
-            for slot, function in self.functions.items():
-                if slot in moved:
-                    function.bars_changed()
+            # Told in two rounds: where two BARs change places, a doorbell can't be set where the other's still is.
+            self._tell(self._unmap_moved())
+            self._tell(self._map_wanted())
+
+    def _tell(self, moved: set[int]) -> None:
+        for slot, function in self.functions.items():
+            if slot in moved:
+                function.bars_changed()
 
     def _unmap_moved(self) -> set[int]:
         moved = set()
