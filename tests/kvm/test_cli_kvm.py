@@ -144,7 +144,7 @@ def test_there_and_back_by_ch_remotes_client(tmp_path: Path, transport: str) -> 
     def ask(number: int, method: str, command: str, **body: object) -> object:
         text = json.dumps(body) if body else None
         found = ch_remote(str(tmp_path / f"{number}.sock"), method, command, text)
-        return None if found is None else json.loads(found)
+        return json.loads(found) if found else None
 
     def url_of(number: int) -> str:
         return f"unix:{tmp_path}/move{number}.sock" if transport == "unix" else f"tcp:127.0.0.1:{_free_port()}"

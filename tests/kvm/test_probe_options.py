@@ -9,7 +9,7 @@ import attrs
 import pytest
 import trio
 
-from trivmm import CpusConfig, Deadlines, DiskConfig, MemoryConfig, PayloadConfig, SerialConfig, Vm, VmConfig, VmEvent
+from trivmm import CpusConfig, Deadlines, DiskConfig, Event, MemoryConfig, PayloadConfig, SerialConfig, Vm, VmConfig
 from trivmm.guest import ProbeReport, parse_report, probe_cmdline, probe_path
 from trivmm.machine.memory import GuestMemory
 from trivmm.vm import VmState, open_vm
@@ -90,13 +90,13 @@ async def test_once_powers_off(tmp_path: Path) -> None:
 async def test_reboot_begins_anew(tmp_path: Path) -> None:
     rebooted = trio.Event()
 
-    def note(event: VmEvent) -> None:
-        if event.kind == "rebooted":
+    def note(event: Event) -> None:
+        if event.event == "rebooted":
             rebooted.set()
 
     with trio.fail_after(LIMIT_S):
         async with open_vm(probe_config(tmp_path, cpus=2, reboot=5)) as vm:
-            vm.observe(note)
+            vm.events.listen(note)
             await vm.boot()
             await rebooted.wait()
             while (tmp_path / "serial.txt").read_text(errors="replace").count("PROBE ready") < 2:

@@ -116,7 +116,7 @@ async def test_a_machine_moves(autojump_clock: trio.testing.MockClock) -> None:
     assert world.destination.loads == 1
     assert not world.source.running
     phases = [each.phase for each in world.seen]
-    order = [Phase.PRECOPY, Phase.SWITCHOVER, Phase.COMMIT, Phase.DONE]
+    order = [Phase.SETUP, Phase.PRECOPY, Phase.SWITCHOVER, Phase.COMMIT, Phase.DONE]
     assert [each for i, each in enumerate(phases) if i == 0 or phases[i - 1] is not each] == order
     assert world.sent.timeline[-1].last
     # DONE was heard: nobody waited for questions

@@ -178,10 +178,9 @@ async def _move(source: Host, target: Host, url: str, options: DemoOptions, view
                 with trio.move_on_after(START_LIMIT_S):
                     await _until(lambda: _listens(url))  # the receiver listens as soon as its request is served
                 await source.client.send_migration(url, downtime_ms=options.downtime_ms)
-                final = await source.client.migration_progress()
-                if final is not None:
-                    row.take(final)
-                    view.progress(row, final)
+                final = await source.client.migration_outcome()
+                row.take(final)
+                view.progress(row, final)
             except TrivmmError as error:
                 problems.append(error)
                 nursery.cancel_scope.cancel()

@@ -19,6 +19,7 @@ from trivmm.errors import ConfigError
 __all__ = [
     "parse_console",
     "parse_deadlines",
+    "parse_event_monitor",
     "parse_pairs",
     "parse_receive",
     "parse_send",
@@ -244,6 +245,18 @@ def parse_socket(text: str) -> str:
     if not path:
         raise ConfigError("--api-socket", text, "no path", "give path=FILE")
     return path
+
+
+def parse_event_monitor(text: str) -> tuple[str | None, int | None]:
+    """(path, None) of ``path=FILE``, or (None, descriptor) of ``fd=N``. :raises ConfigError:"""
+    pairs = parse_pairs("--event-monitor", text, ("path", "fd"))
+    if len(pairs) != 1:
+        raise ConfigError("--event-monitor", text, "neither path nor fd, or both", "give path=FILE or fd=N")
+    if "fd" in pairs:
+        return None, parse_integer("--event-monitor fd", pairs["fd"])
+    if not pairs["path"]:
+        raise ConfigError("--event-monitor", text, "no path", "give path=FILE")
+    return pairs["path"], None
 
 
 def parse_deadlines(texts: Iterable[str]) -> Deadlines:

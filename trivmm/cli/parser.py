@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final, NoReturn
 
 import trivmm
+from trivmm.control.contract import CONTRACT_VERSION
 
 __all__ = ["REFUSED", "USAGE", "Parser", "UsageError", "run_parser"]
 
@@ -31,7 +34,6 @@ REFUSED: Final = {
     "--dbus-system-bus": "use --api-socket",
     "--debug-console": "use --serial",
     "--device": "leave it out: VFIO is not there yet",
-    "--event-monitor": "poll vm.info over --api-socket",
     "--firmware": "give --kernel a PVH ELF",
     "--fs": "leave it out",
     "--fw-cfg-config": "leave it out",
@@ -95,10 +97,17 @@ class Parser(argparse.ArgumentParser):
         return self.parse_args(list(arguments))
 
 
+def version_text(program: str) -> str:
+    """Management software asks ``cloud-hypervisor --version`` and parses the first line, so whoever installs a symlink
+    of that name to ``trivmm`` gets the version of the contract there, and ours after it."""
+    ours = f"trivmm v{trivmm.__version__}"
+    return f"cloud-hypervisor v{CONTRACT_VERSION}\n{ours}" if Path(program).name == "cloud-hypervisor" else ours
+
+
 def run_parser() -> Parser:
     """Options as Cloud Hypervisor spells them; defaults are filled in by ``trivmm.cli.options``."""
     parser = Parser("trivmm", USAGE)
-    parser.add_argument("-V", "--version", action="version", version=f"trivmm v{trivmm.__version__}")
+    parser.add_argument("-V", "--version", action="version", version=version_text(sys.argv[0]))
     vm = parser.add_argument_group("the VM")
     vm.add_argument("--kernel", metavar="FILE", help="an ELF with a PVH entry note (a vmlinux)")
     vm.add_argument("--cmdline", metavar="TEXT", help="the kernel's command line")
@@ -117,6 +126,9 @@ def run_parser() -> Parser:
     vm.add_argument("--console", metavar="off", help="virtio-console: only off yet (off)")
     vmm = parser.add_argument_group("the VMM")
     vmm.add_argument("--api-socket", metavar="path=FILE", help="serve the HTTP API on this unix socket")
+    vmm.add_argument(
+        "--event-monitor", metavar="path=FILE|fd=N", help="write what happens there, as JSON; a FIFO may lack a reader"
+    )
     vmm.add_argument("--hypervisor", metavar="auto|kvm|soft", default="auto", help="what runs guest code (auto)")
     vmm.add_argument(
         "--deadlines",

@@ -53,6 +53,7 @@ class RunOptions:
     stay_after_shutdown: bool
     log_file: str | None
     verbose: int
+    event_monitor: str | None
 
 
 def parse_run(arguments: Sequence[str]) -> RunOptions:
@@ -79,6 +80,7 @@ def parse_run(arguments: Sequence[str]) -> RunOptions:
         given.no_shutdown,
         given.log_file,
         given.verbose,
+        given.event_monitor,
     )
 
 
@@ -157,8 +159,10 @@ async def _serve(options: RunOptions, watchdog: Watchdog) -> int:
 
 async def _run_vmm(options: RunOptions, watchdog: Watchdog) -> int:
     """The Vmm nursery's whole life; gives the exit code. What the user did wrong is told here, in one line."""
+    from trivmm.cli.event_monitor import open_event_monitor
     from trivmm.control.routes import Router
     from trivmm.control.server import open_server
+    from trivmm.events import EventBus
     from trivmm.vmm import VmmOptions, open_vmm
 
     hypervisor = None
@@ -167,8 +171,10 @@ async def _run_vmm(options: RunOptions, watchdog: Watchdog) -> int:
         if hypervisor.note:
             LOG.warning("%s", hypervisor.note)
         behaviour = VmmOptions(options.stay_after_migration, options.stay_after_shutdown)
+        events = EventBus()
         async with (
-            open_vmm(hypervisor, deadlines=options.deadlines, options=behaviour) as vmm,
+            open_event_monitor(options.event_monitor, events, options.deadlines),
+            open_vmm(hypervisor, deadlines=options.deadlines, options=behaviour, events=events) as vmm,
             AsyncExitStack() as stack,
         ):
             if options.api_socket is not None:

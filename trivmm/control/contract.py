@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-__all__ = ["API_ROOT", "NOT_YET_KEYS", "NOT_YET_ROUTES", "REQUIRED_KEYS"]
+__all__ = ["API_ROOT", "CONTRACT_VERSION", "NOT_YET_KEYS", "NOT_YET_ROUTES", "REQUIRED_KEYS"]
 
 API_ROOT: Final = "/api/v1/"
+CONTRACT_VERSION: Final = "54.0.0"  # of Cloud Hypervisor, whose API this is
 
 REQUIRED_KEYS: Final[Mapping[str, tuple[str, ...]]] = {
     "VmConfig": ("payload",),
@@ -115,9 +116,7 @@ NOT_YET_ROUTES: Final = frozenset(
         "vm.coredump",
         "vm.nmi",
         "vm.power-button",
-        "vm.reboot",
         "vm.remove-device",
-        "vm.resize",
         "vm.resize-disk",
         "vm.resize-zone",
         "vm.restore",

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import enum
 import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Final
 
 import attrs
@@ -41,6 +43,7 @@ class Response:
 
     status: int
     body: bytes | None = None
+    stream: Callable[[], AbstractAsyncContextManager[AsyncIterator[bytes]]] | None = None
 
     @classmethod
     def of(cls, value: object, status: int = 200) -> Response:

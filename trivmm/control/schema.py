@@ -72,6 +72,15 @@ class ReceiveMigrationData:
     receiver_url: str
 
 
+@attrs.frozen
+class ResizeData:
+    """``desired_ram`` and ``desired_balloon`` in bytes; None: as it is."""
+
+    desired_vcpus: int | None = None
+    desired_ram: int | None = None
+    desired_balloon: int | None = None
+
+
 CLASSES: Final[Mapping[str, type]] = {
     "VmConfig": VmConfig,
     "PayloadConfig": PayloadConfig,
@@ -83,6 +92,7 @@ CLASSES: Final[Mapping[str, type]] = {
     "ConsoleConfig": ConsoleConfig,
     "SendMigrationData": SendMigrationData,
     "ReceiveMigrationData": ReceiveMigrationData,
+    "VmResize": ResizeData,
 }
 NESTED: Final[Mapping[str, str]] = {
     "payload": "PayloadConfig",
@@ -115,6 +125,11 @@ def load_config(value: object, *, deadlines: Deadlines | None = None) -> VmConfi
 def load_send(value: object) -> SendMigrationData:
     """:raises ConfigError: as :func:`load_config`."""
     return _structured(_checked("SendMigrationData", value, ""), SendMigrationData)
+
+
+def load_resize(value: object) -> ResizeData:
+    """:raises ConfigError: as :func:`load_config`."""
+    return _structured(_checked("VmResize", value, ""), ResizeData)
 
 
 def load_receive(value: object) -> ReceiveMigrationData:

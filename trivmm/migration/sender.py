@@ -83,9 +83,12 @@ async def send_over(
 ) -> MigrationReport:
     """:func:`send` with any :class:`~trivmm.migration.transports.Dialer`."""
     session_id = secrets.token_bytes(SESSION_BYTES)
-    tracker = Tracker(session=session_id.hex())
+    limit_ms = options.downtime_ms or source.deadlines.downtime * 1000
+    size = sum(region.size for region in source.memory.regions)
+    tracker = Tracker(session=session_id.hex(), transport=dialer.transport, memory_bytes=size, limit_ms=limit_ms)
     if progress is not None:
         tracker.callback = progress
+    tracker.push()
     return await _Sender(source, dialer, options, tracker, session_id).run()
 
 
@@ -179,6 +182,7 @@ class _Sender:
 
     async def _stop_and_copy(self, switchover: Switchover) -> None:
         """Without a dirty log: stop first, then copy all of it. The downtime is as long as that takes."""
+        self.tracker.limit_ms = math.inf
         why = await switchover.attempt(NO_LIMIT)
         if why is not None:
             raise MigrationError(f"the machine can't be stopped: {why}")

@@ -75,6 +75,10 @@ def parse_url(url: str, field: str) -> Address:
 
 
 class Dialer(Protocol):
+    @property
+    def transport(self) -> str:
+        """What carries the stream: ``unix``, ``tcp``, ``memory``."""
+
     async def dial(self) -> Channel:
         """:raises LinkLost: nobody listens there. :raises DeadlineError: (connect)."""
 
@@ -92,6 +96,10 @@ class Listener(Protocol):
 class SocketDialer:
     address: Address
     deadlines: Deadlines
+
+    @property
+    def transport(self) -> str:
+        return "unix" if isinstance(self.address, UnixAddress) else "tcp"
 
     async def dial(self) -> Channel:
         try:
