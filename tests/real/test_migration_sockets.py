@@ -289,7 +289,7 @@ async def test_a_stale_socket_is_replaced_and_a_live_one_is_not(tmp_path: Path) 
     stale.close()
     first = await listen(UnixAddress(str(path)), LIMITS)
     assert path.stat().st_mode & 0o777 == 0o600
-    with pytest.raises(ConfigError, match="another process listens"):
+    with pytest.raises(ConfigError, match="in use by another process"):
         await listen(UnixAddress(str(path)), LIMITS)
     assert path.exists()
     first.close()
@@ -298,7 +298,7 @@ async def test_a_stale_socket_is_replaced_and_a_live_one_is_not(tmp_path: Path) 
     foreign = socket.socket(socket.AF_UNIX)
     foreign.bind(str(path))
     foreign.listen()
-    with pytest.raises(ConfigError, match="another process listens"):
+    with pytest.raises(ConfigError, match="in use by another process"):
         await listen(UnixAddress(str(path)), LIMITS)
     foreign.close()
     path.unlink()

@@ -1,22 +1,19 @@
 """The API server: h11 on trio over a unix socket.
 
-The socket has mode 0600 and a lock file beside it, which outlives crashes but not its lock: a stale socket is
-removed, one in use is refused. Both files go away with the server. Reads are ``recvmsg``: descriptors that a client
-passes are received and, as nothing here uses them, closed. A request has ``api_read`` from its first byte to its
-last, a response ``api_write``, an idle connection ``api_idle``; a running handler is bounded by its own operation.
-When the server is cancelled, a call that runs is cancelled, answers 500 with its JSON, and then the connection closes.
+The socket is :mod:`trivmm.unixsocket`'s: mode 0600, a lock file beside it; both go away with the server. Reads are
+``recvmsg``: descriptors that a client passes are received and, as nothing here uses them, closed. A request has
+``api_read`` from its first byte to its last, a response ``api_write``, an idle connection ``api_idle``; a running
+handler is bounded by its own operation. When the server is cancelled, a call that runs is cancelled, answers 500 with
+its JSON, and then the connection closes.
 """
 
 from __future__ import annotations
 
 import array
 import contextlib
-import errno
-import fcntl
 import logging
 import os
 import socket
-import stat
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Final, TypeAlias
@@ -25,14 +22,13 @@ import trio
 
 from trivmm.control.http import Bad, HttpConnection, Request, Response, State, error_response
 from trivmm.deadlines import Deadlines
-from trivmm.errors import ConfigError, DeadlineError
+from trivmm.errors import DeadlineError
+from trivmm.unixsocket import listen_unix
 
 __all__ = ["Handler", "open_server", "serve_connection"]
 
 LOG: Final = logging.getLogger(__name__)
-BACKLOG: Final = 16
 MAX_CONNECTIONS: Final = 64  # each costs a task and a descriptor; more are told 503
-MAX_UNIX_PATH: Final = 107  # sun_path less its final zero
 READ_BYTES: Final = 64 << 10
 MAX_FDS: Final = 253  # the kernel's SCM_MAX_FD: no message carries more
 LINGER_S: Final = 1.0
@@ -64,65 +60,12 @@ async def open_server(path: str, handler: Handler, deadlines: Deadlines) -> Asyn
 
 @contextmanager
 def _listening(path: str) -> Iterator[trio.socket.SocketType]:
-    if not path or "\0" in path or len(os.fsencode(path)) > MAX_UNIX_PATH:
-        raise ConfigError("--api-socket", path, f"a socket path has 1 to {MAX_UNIX_PATH} bytes", "give another")
-    lock_path = path + ".lock"
-    lock = _locked(path, lock_path)
-    made: tuple[int, int] | None = None
-    raw = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    made = listen_unix(path, "--api-socket")
     try:
-        _remove_stale(path)
-        try:
-            os.fchmod(raw.fileno(), 0o600)  # before bind: the socket is never there with a wider mode
-            raw.bind(path)
-            there = os.lstat(path)
-            made = (there.st_dev, there.st_ino)
-            raw.listen(BACKLOG)
-        except OSError as error:
-            raise ConfigError("--api-socket", path, f"cannot listen ({error.strerror})", "give another") from error
-        with trio.socket.from_stdlib_socket(raw) as listener:
+        with trio.socket.from_stdlib_socket(made.sock) as listener:
             yield listener
     finally:
-        raw.close()
-        with contextlib.suppress(OSError):
-            there = os.lstat(path)
-            if (there.st_dev, there.st_ino) == made:
-                os.unlink(path)
-        with contextlib.suppress(OSError):
-            os.unlink(lock_path)
-        os.close(lock)
-
-
-def _locked(path: str, lock_path: str) -> int:
-    """The lock file, open and locked. A file that was unlinked while we locked it is tried again."""
-    while True:
-        try:
-            fd = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        except OSError as error:
-            remedy = "give a path in a directory that exists and is yours"
-            raise ConfigError("--api-socket", path, f"cannot make {lock_path} ({error.strerror})", remedy) from error
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(fd).st_nlink:
-                return fd
-        except BlockingIOError:
-            os.close(fd)
-            raise ConfigError("--api-socket", path, "in use by another process", "give another path") from None
-        os.close(fd)
-
-
-def _remove_stale(path: str) -> None:
-    """Under the lock: a socket there that nobody answers was left by a killed process."""
-    try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise ConfigError("--api-socket", path, "exists and is not a socket", "give another path")
-    except FileNotFoundError:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-        code = probe.connect_ex(path)
-    if code != errno.ECONNREFUSED:
-        raise ConfigError("--api-socket", path, "in use by another process", "give another path")
-    os.unlink(path)
+        made.close()
 
 
 async def _accept(listener: trio.socket.SocketType, handler: Handler, deadlines: Deadlines) -> None:

@@ -1,17 +1,12 @@
 """Where a migration goes and comes in: ``unix:/path`` and ``tcp:host:port`` URLs, dialling, listening.
 
 A :class:`Dialer` makes channels to the destination (more than one over a life: a verdict is asked for on a new
-one); a :class:`Listener` accepts them. A unix listener holds a lock file beside its socket, so that a socket left by
-a killed process is removed and one in use never is; both files go away with the listener.
+one); a :class:`Listener` accepts them. Unix ones are :mod:`trivmm.unixsocket`'s.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
 import socket
-import stat
 from typing import Final, Protocol, TypeAlias
 
 import attrs
@@ -20,13 +15,12 @@ import trio
 from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError
 from trivmm.migration.channel import Channel, LinkLost, SocketChannel
+from trivmm.unixsocket import UnixListener, check_path, listen_unix
 
 __all__ = ["Address", "Dialer", "Listener", "SocketDialer", "TcpAddress", "UnixAddress", "listen", "parse_url"]
 
 BACKLOG: Final = 16
-MAX_UNIX_PATH: Final = 107  # sun_path less its final zero
 SEND_BUFFER: Final = 4 << 20  # asked for; the kernel gives what net.core.wmem_max allows
-LOCK_TRIES: Final = 10  # each lost race means that another listener came and went in between
 REMEDY: Final = "give unix:/path or tcp:host:port"
 
 
@@ -55,10 +49,7 @@ def parse_url(url: str, field: str) -> Address:
     scheme, _, rest = url.partition(":")
     if scheme == "unix":
         path = rest.removeprefix("//")
-        if not path or "\0" in path:
-            raise ConfigError(field, url, "no path", REMEDY)
-        if len(os.fsencode(path)) > MAX_UNIX_PATH:
-            raise ConfigError(field, url, f"a socket path has at most {MAX_UNIX_PATH} bytes", "give a shorter one")
+        check_path(path, field, url)
         return UnixAddress(path)
     if scheme == "tcp":
         host, colon, port = rest.removeprefix("//").rpartition(":")
@@ -125,10 +116,12 @@ def _channel(sock: trio.socket.SocketType, name: str, deadlines: Deadlines) -> S
 class SocketListener:
     """``url`` has the real port where 0 was asked for."""
 
-    def __init__(self, sock: trio.socket.SocketType, address: Address, lock: _PathLock | None, d: Deadlines) -> None:
+    def __init__(
+        self, sock: trio.socket.SocketType, address: Address, files: UnixListener | None, d: Deadlines
+    ) -> None:
         self.url = str(address)
         self._sock = sock
-        self._lock = lock
+        self._files = files
         self._deadlines = d
         self._closed = False
 
@@ -147,80 +140,16 @@ class SocketListener:
         if self._closed:
             return
         self._closed = True
-        if self._lock:
-            self._lock.unlink_socket()
         self._sock.close()
-        if self._lock:
-            self._lock.release()
-
-
-class _PathLock:
-    """Who holds it may remove and make the socket at ``path``. Held by a listener for its life."""
-
-    def __init__(self, path: str, field: str, url: str) -> None:
-        self._path = path
-        self._lock_path = path + ".lock"
-        self._inode: tuple[int, int] | None = None
-        for _ in range(LOCK_TRIES):
-            try:
-                fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            except OSError as error:
-                raise ConfigError(field, url, f"cannot make {self._lock_path} ({error.strerror})", REMEDY) from error
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                ours, there = os.fstat(fd), os.stat(self._lock_path)
-            except BlockingIOError:
-                os.close(fd)
-                raise ConfigError(field, url, "another process listens there", "give another path") from None
-            except FileNotFoundError:
-                os.close(fd)
-                continue
-            if (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino):
-                self._fd = fd
-                return
-            os.close(fd)
-        raise ConfigError(field, url, "the lock file keeps changing", "give another path")
-
-    def clear_stale(self, field: str, url: str) -> None:
-        """Remove a socket that nobody listens on. :raises ConfigError: it is in use, or not a socket."""
-        try:
-            if not stat.S_ISSOCK(os.lstat(self._path).st_mode):
-                raise ConfigError(field, url, "exists and is not a socket", "give another path")
-        except FileNotFoundError:
-            return
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.setblocking(False)
-            try:
-                probe.connect(self._path)
-            except ConnectionRefusedError:
-                os.unlink(self._path)
-                return
-            except OSError as error:
-                raise ConfigError(field, url, f"in use ({error.strerror})", "give another path") from error
-        raise ConfigError(field, url, "another process listens there", "give another path")
-
-    def made_socket(self) -> None:
-        there = os.stat(self._path)
-        self._inode = (there.st_dev, there.st_ino)
-
-    def unlink_socket(self) -> None:
-        try:
-            there = os.lstat(self._path)
-            if (there.st_dev, there.st_ino) == self._inode:
-                os.unlink(self._path)
-        except FileNotFoundError:
-            pass
-
-    def release(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._lock_path)
-        os.close(self._fd)
+        if self._files is not None:
+            self._files.close()
 
 
 async def listen(address: Address, deadlines: Deadlines, field: str = "receiver_url") -> SocketListener:
     """A unix socket gets mode 0600. :raises ConfigError: the address can't be had."""
     if isinstance(address, UnixAddress):
-        return _listen_unix(address, deadlines, field)
+        made = listen_unix(address.path, field, str(address), backlog=BACKLOG)
+        return SocketListener(trio.socket.from_stdlib_socket(made.sock), address, made, deadlines)
     try:
         with deadlines.enter("connect", f"{address}: the name does not resolve"):
             found = await trio.socket.getaddrinfo(
@@ -243,24 +172,4 @@ async def listen(address: Address, deadlines: Deadlines, field: str = "receiver_
         raise ConfigError(field, str(address), f"cannot listen ({error.strerror})", "give a free port") from error
     except BaseException:
         sock.close()
-        raise
-
-
-def _listen_unix(address: UnixAddress, deadlines: Deadlines, field: str) -> SocketListener:
-    lock = _PathLock(address.path, field, str(address))
-    try:
-        lock.clear_stale(field, str(address))
-        raw = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            os.fchmod(raw.fileno(), 0o600)  # before bind: the socket is never there with a wider mode
-            raw.bind(address.path)
-            lock.made_socket()
-            raw.listen(BACKLOG)
-            return SocketListener(trio.socket.from_stdlib_socket(raw), address, lock, deadlines)
-        except OSError as error:
-            raw.close()
-            lock.unlink_socket()
-            raise ConfigError(field, str(address), f"cannot listen ({error.strerror})", REMEDY) from error
-    except BaseException:
-        lock.release()
         raise
