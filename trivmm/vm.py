@@ -35,8 +35,8 @@ from trivmm.hypervisor.base import Hypervisor
 from trivmm.hypervisor.select import choose_hypervisor
 from trivmm.machine.board import Board, build_board
 from trivmm.migration.progress import MigrationProgress, MigrationReport
-from trivmm.migration.sender import SendOptions, send
-from trivmm.migration.transports import parse_url
+from trivmm.migration.sender import SendOptions, send, socket_dialer
+from trivmm.migration.transports import Dialer
 from trivmm.nursery.ownership import MIGRATION, Ownership
 from trivmm.nursery.tree import Machine, open_machine
 from trivmm.nursery.vcpus import Driver, thread_driver
@@ -44,6 +44,8 @@ from trivmm.nursery.vcpus import Driver, thread_driver
 __all__ = ["ExitReason", "Vm", "VmState", "driver_of", "open_vm", "vm_scope"]
 
 logger = logging.getLogger(__name__)
+
+Dial = Callable[[str, Deadlines], Dialer]
 
 
 class VmState(enum.Enum):
@@ -374,12 +376,14 @@ class Vm:
         timeout_strategy: str = "cancel",
         on_progress: Callable[[MigrationProgress], None] | None = None,
         on_accepted: Callable[[], None] | None = None,
+        dial: Dial = socket_dialer,
     ) -> MigrationReport:
         """Move the VM to the receiver at ``url`` (``unix:PATH``, ``tcp:HOST:PORT``), live.
 
         Runs in the caller's task. Until COMMIT every failure, cancellation included, leaves the VM running here
         and the next migration possible. Afterwards the VM is SHUTDOWN here and ``wait`` gives ``migrated``.
-        ``on_accepted`` is called once, when arguments, state and lease are checked and the migration begins.
+        ``on_accepted`` is called once, when arguments, state and lease are checked and the migration begins. ``dial``
+        is how ``url`` is reached.
 
         :raises ConfigError: / :raises WrongState: the request makes no sense, or not now.
         :raises MigrationError: failed before COMMIT, the VM runs.
@@ -391,7 +395,7 @@ class Vm:
             timeout_strategy=timeout_strategy.lower(),
         )
 
-        parse_url(url, "destination_url")
+        dialer = dial(url, self.deadlines)
         before, told = self._activated, 0
 
         def note(progress: MigrationProgress) -> None:
@@ -414,7 +418,7 @@ class Vm:
                     self._migration = scope
                     if on_accepted is not None:
                         on_accepted()
-                    report = await send(machine, url, options, note)
+                    report = await send(machine, dialer, options, note)
                 if scope.cancelled_caught:
                     raise MigrationCancelled("the migration was cancelled; the VM runs here")
             except MigrationInDoubt as error:

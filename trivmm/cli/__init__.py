@@ -1,4 +1,5 @@
-"""The command line: ``trivmm [run] …``, ``trivmm remote …``, ``trivmm doctor``, ``trivmm demo``.
+"""The command line: ``trivmm [run] …``, ``trivmm remote …``, ``trivmm doctor``, ``trivmm demo``,
+``trivmm fake``.
 
 Exit codes: 0 done; 1 something failed; 2 the user's mistake, one line on stderr; 3 the guest crashed; 130 interrupted.
 Each command's module is imported when it is used: ``trivmm remote`` never imports trio.
@@ -33,10 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; gives the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command, rest = ("run", arguments)
-    if arguments and arguments[0] in ("run", "remote", "doctor", "demo"):
+    if arguments and arguments[0] in ("run", "remote", "doctor", "demo", "fake"):
         command, rest = arguments[0], arguments[1:]
     elif arguments and not arguments[0].startswith("-"):
-        say_error(UsageError(f"{arguments[0]}: unknown command; use run, remote, doctor or demo"))
+        say_error(UsageError(f"{arguments[0]}: unknown command; use run, remote, doctor, demo or fake"))
         return EXIT_USAGE
     elif not arguments:
         print(USAGE)
@@ -59,6 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from trivmm.cli.demo_command import demo
 
                 return demo(rest)
+            case "fake":
+                from trivmm.cli.fake import fake
+
+                return fake(rest)
             case _:
                 from trivmm.cli.run import run
 

@@ -24,7 +24,8 @@ trivmm: a virtual machine monitor on trio
   trivmm --api-socket path=FILE      serve the API only
   trivmm remote --api-socket FILE …  drive a running VMM (trivmm remote --help)
   trivmm doctor                      what this host can do, and remedies
-  trivmm demo                        a guest moves live between two processes"""
+  trivmm demo                        a guest moves live between two processes
+  trivmm fake --api-socket path=…    the API without a guest, failing on cue (trivmm fake --help)"""
 
 # Cloud Hypervisor's options that do not exist here, each with what to do instead.
 REFUSED: Final = {

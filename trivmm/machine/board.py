@@ -72,6 +72,7 @@ class Board:
     devices: list[DeviceSlot] = attrs.field(factory=list)
     stuck: list[str] = attrs.field(factory=list)
     clock: Callable[[], float] = time.monotonic
+    needs_payload: bool = True
     _dirty_logging: bool = False
     _closed: bool = False
     _freed: bool = False
@@ -109,6 +110,8 @@ class Board:
         """Put kernel, command line, initramfs and boot data into RAM and point the boot vCPU at them.
 
         :raises ConfigError: naming the payload's field and what is wrong with the file."""
+        if not self.needs_payload:
+            return
         boot = load_payload(self.memory, self.config.payload, len(self.cpus))
         self.cpus[0].set_boot_state(boot.entry_gpa, boot.start_info_gpa)
 
@@ -116,6 +119,8 @@ class Board:
         """A destination boots nothing now, but the guest may ask it for a reboot later.
 
         :raises ConfigError: when the kernel can't be used on this host."""
+        if not self.needs_payload:
+            return
         with UserFile("payload.kernel", self.config.payload.kernel) as file:
             parse_kernel(file)
 
@@ -383,6 +388,7 @@ def _assemble(config: VmConfig, hypervisor: Hypervisor, memory: GuestMemory, vm:
     fixed = {"pci": pci, "serial": serial, "cmos": cmos, "debug_port": debug_port}
     board = Board(config, memory, vm, pio, mmio, pci, serial, fixed)
     board.clock = getattr(hypervisor, "clock", time.monotonic)
+    board.needs_payload = hypervisor.needs_payload
     return board
 
 

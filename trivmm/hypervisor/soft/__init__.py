@@ -18,6 +18,7 @@ class SoftHypervisor:
     """The back end for ``--hypervisor soft``. Holds nothing of its own."""
 
     name: ClassVar[str] = "soft"
+    needs_payload = True
 
     def __init__(self) -> None:
         self.max_vcpus = 1
