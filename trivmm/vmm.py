@@ -17,6 +17,7 @@ import trio
 
 from trivmm.config import VmConfig
 from trivmm.control.schema import SendMigrationData
+from trivmm.control.unknown import UnknownKeys
 from trivmm.deadlines import Deadlines
 from trivmm.errors import MigrationCancelled, TrivmmError, VmMigrating, VmNotCreated, WrongState
 from trivmm.hypervisor.base import Hypervisor
@@ -96,6 +97,7 @@ class Vmm:
     deadlines: Deadlines
     options: VmmOptions
     _nursery: trio.Nursery
+    unknown_keys: UnknownKeys = attrs.field(factory=UnknownKeys, init=False)
     _slot: _Slot | None = attrs.field(default=None, init=False)
     _sending: _Outcome[None] | None = attrs.field(default=None, init=False)
     _last_progress: MigrationProgress | None = attrs.field(default=None, init=False)

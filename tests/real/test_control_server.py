@@ -28,6 +28,7 @@ from trivmm.vmm import Vmm, VmmOptions
 
 CONFIG = VmConfig(PayloadConfig("/boot/vmlinux", "console=ttyS0 ü"))
 BODY = {"payload": {"kernel": "/boot/vmlinux", "cmdline": "console=ttyS0 ü"}}
+CPUS = {"boot_vcpus": 1, "max_vcpus": 1}
 LIMIT_S = 30
 
 StageOf = Callable[..., Any]
@@ -114,6 +115,34 @@ async def test_routes_that_do_not_exist_yet_say_so_by_name(stage_of: StageOf) ->
             assert caught.value.messages[-1] == f"{name} is not supported yet"
 
 
+async def test_unknown_keys_fail_nothing_and_are_counted(stage_of: StageOf) -> None:
+    async with stage_of() as stage:
+        assert (await ch(stage, "GET", "vmm.ping"))["unknown_keys"] == {}
+        assert await ch(stage, "PUT", "vm.create", {**BODY, "colour": None, "cpus": CPUS | {"sockets": 1}}) is None
+        assert await ch(stage, "PUT", "vm.boot") is None
+        stage.vms[0].let_migrate.set()
+        move = {"destination_url": "unix:/x", "preserve_source": False, "urgent": [True]}
+        assert await ch(stage, "PUT", "vm.send-migration", move) is None
+        assert (await ch(stage, "GET", "vmm.ping"))["unknown_keys"] == {
+            "VmConfig.colour": 1,
+            "CpusConfig.sockets": 1,
+            "SendMigrationData.urgent": 1,
+        }
+
+
+async def test_errors_speak_json(stage_of: StageOf) -> None:
+    async with stage_of() as stage, Client(stage.path) as client:
+        for body, said in [
+            ({**BODY, "watchdog": True}, "watchdog = true: not supported yet; leave it out, or false"),
+            ({**BODY, "disks": [{"path": None}]}, "disks[0].path = null: missing; give it"),
+            ({**BODY, "rng": {"src": ["é"]}}, 'rng.src = ["é"]: wrong type; give text'),
+        ]:
+            with pytest.raises(ApiError) as caught:
+                await client.call("PUT", "vm.create", body)
+            assert caught.value.status == 400
+            assert caught.value.messages[-1].startswith(said)
+
+
 @pytest.mark.parametrize(
     ("method", "route", "body", "status"),
     [
@@ -123,7 +152,7 @@ async def test_routes_that_do_not_exist_yet_say_so_by_name(stage_of: StageOf) ->
         ("DELETE", "vm.info", None, 400),
         ("PUT", "vm.boot", {}, 400),
         ("PUT", "vm.create", None, 400),
-        ("PUT", "vm.create", {"payload": {}}, 400),
+        ("PUT", "vm.create", [], 400),
         ("PUT", "vm.create", {"payload": {"kernel": "/refused"}}, 500),
         ("PUT", "vm.send-migration", {"destination_url": "unix:/x"}, 404),
         ("PUT", "vm.cancel-migration", None, 500),

@@ -17,6 +17,7 @@ import trivmm
 from trivmm.control.contract import NOT_YET_ROUTES
 from trivmm.control.http import Request, Response, error_response
 from trivmm.control.schema import dump_config, load_config, load_receive, load_send, parse_json
+from trivmm.control.unknown import Unknown
 from trivmm.errors import ConfigError, TrivmmError, VmNotCreated
 from trivmm.migration.progress import MigrationProgress
 from trivmm.vmm import Vmm
@@ -29,11 +30,12 @@ FEATURES: Final = ("live-migration",)
 
 @attrs.frozen
 class Route:
-    """``load`` turns the body into the verb's argument; None: the route takes no body."""
+    """``load`` turns the body into the verb's argument, and tells a collector the keys that it doesn't know; None: the
+    route takes no body."""
 
     method: str
     run: Callable[[Vmm, Any], Awaitable[Response]]
-    load: Callable[[object], object] | None = None
+    load: Callable[[object, Unknown], object] | None = None
 
 
 async def _ping(vmm: Vmm, _: None) -> Response:
@@ -45,6 +47,7 @@ async def _ping(vmm: Vmm, _: None) -> Response:
             "features": [*FEATURES, vmm.hypervisor.name],
             "hypervisor": vmm.hypervisor.name,
             "note": vmm.hypervisor.note,
+            "unknown_keys": vmm.unknown_keys.counts,
         }
     )
 
@@ -142,7 +145,7 @@ class Router:
         argument: object = None
         if route.load is not None:
             try:
-                argument = route.load(parse_json(request.body))
+                argument = route.load(parse_json(request.body), self.vmm.unknown_keys)
             except ConfigError as error:
                 return error_response(400, "bad request", *_chain(error))
         elif request.method == "PUT" and request.body:
