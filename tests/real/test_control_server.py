@@ -10,7 +10,7 @@ import socket
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trio
@@ -19,12 +19,13 @@ from trivmm.config import PayloadConfig, VmConfig
 from trivmm.control.client import ApiError, ApiUnreachable, Client
 from trivmm.control.contract import NOT_YET_ROUTES
 from trivmm.control.http import Request, Response
+from trivmm.control.routes import Router
 from trivmm.control.server import open_server
 from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError, MigrationError, TrivmmError
-from trivmm.testing.control import ChRemoteError, Stage, ch_remote, open_stage
+from trivmm.testing.control import ChRemoteError, FakeHypervisor, Stage, ch_remote, open_stage
 from trivmm.vm import ExitReason
-from trivmm.vmm import Vmm, VmmOptions
+from trivmm.vmm import Vmm, VmmOptions, open_vmm
 
 CONFIG = VmConfig(PayloadConfig("/boot/vmlinux", "console=ttyS0 ü"))
 BODY = {"payload": {"kernel": "/boot/vmlinux", "cmdline": "console=ttyS0 ü"}}
@@ -141,6 +142,20 @@ async def test_errors_speak_json(stage_of: StageOf) -> None:
                 await client.call("PUT", "vm.create", body)
             assert caught.value.status == 400
             assert caught.value.messages[-1].startswith(said)
+
+
+async def test_a_vm_without_a_payload_is_created_and_does_not_boot(tmp_path: Path) -> None:
+    """As Cloud Hypervisor does: the configuration is looked at as a whole by the boot."""
+    path, hypervisor = str(tmp_path / "api.sock"), cast("Any", FakeHypervisor())
+    async with open_vmm(hypervisor) as vmm, open_server(path, Router(vmm), Deadlines()), Client(path) as client:
+        await client.call("PUT", "vm.create", {})
+        info = await client.info()
+        assert (info["state"], "payload" in info["config"]) == ("Created", False)
+        with pytest.raises(ApiError) as caught:
+            await client.boot()
+        assert caught.value.status == 500
+        assert caught.value.messages[-1].startswith("payload.kernel = null: missing; give the path of a PVH ELF")
+        assert (await client.info())["state"] == "Created"
 
 
 @pytest.mark.parametrize(
