@@ -3,16 +3,21 @@
 Field names are those of the API contract, so that a JSON body, a command line and a Python call say the same.
 Structure only: reading JSON and option strings, and the checks that need the host, live in
 ``trivmm.control.schema`` and ``trivmm.cli.options``; checks of values that need nothing else are validators here.
+A Python call may give a size as ``"512M"``, a path as an ``os.PathLike``, and disks as any list of paths or
+``DiskConfig``; any other type is a ``ConfigError`` too, never a bare ``TypeError`` from somewhere inside.
 """
 
 from __future__ import annotations
 
-from typing import Final
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final
 
 import attrs
 
 from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError
+from trivmm.values import not_boolean, not_integer, not_text, parse_size
 
 __all__ = [
     "MAX_VCPUS",
@@ -32,13 +37,92 @@ MAX_ID: Final = 128  # characters; an id names threads, log lines, counters and 
 ALIGNMENT: Final = 2 << 20  # RAM sizes: one x86 large page, so that a region never splits one
 
 
+# Each class's place in a VM's configuration, as a mistake's field spells it.
+PLACES: Final[Mapping[str, str]] = {
+    "VmConfig": "",
+    "PayloadConfig": "payload.",
+    "CpusConfig": "cpus.",
+    "MemoryConfig": "memory.",
+    "DiskConfig": "disks.",
+    "RngConfig": "rng.",
+    "SerialConfig": "serial.",
+    "ConsoleConfig": "console.",
+}
+CHECKS: Final[Mapping[str, Callable[[object], str | None]]] = {
+    "bool": not_boolean,
+    "int": not_integer,
+    "str": not_text,
+    "int | None": lambda value: None if value is None else not_integer(value),
+    "str | None": lambda value: None if value is None else not_text(value),
+    "tuple[DiskConfig, ...]": lambda value: None,  # the field's converter has looked at each
+}
+
+PathText = str | os.PathLike[str]
+
+
+def _typed(cls: type, fields: list[attrs.Attribute[Any]]) -> list[attrs.Attribute[Any]]:
+    """A field transformer: every field refuses what its annotation does not name, in words."""
+    return [field.evolve(validator=_type_validator(PLACES[cls.__name__] + field.name, field)) for field in fields]
+
+
+def _type_validator(where: str, field: attrs.Attribute[Any]) -> Callable[[Any, Any, Any], None]:
+    inner, annotation = field.validator, str(field.type)
+    check = CHECKS.get(annotation) or _instance_check(annotation)
+
+    def validate(instance: Any, attribute: Any, value: Any) -> None:
+        wanted = check(value)
+        if wanted is not None:
+            raise ConfigError(where, value, "wrong type", f"give {wanted}")
+        if inner is not None:
+            inner(instance, attribute, value)
+
+    return validate
+
+
+def _instance_check(annotation: str) -> Callable[[object], str | None]:
+    wanted: type = globals()[annotation]  # a KeyError at import: an annotation that has no check yet
+    return lambda value: None if isinstance(value, wanted) else f"a {annotation}"
+
+
+def _as_size(value: int | str) -> int:
+    return parse_size("memory.size", value) if isinstance(value, str) else value
+
+
+def _as_path(value: PathText) -> str:
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+        return os.fsdecode(value) if isinstance(value, bytes) else value
+    return value
+
+
+def _as_path_or_none(value: PathText | None) -> str | None:
+    return None if value is None else _as_path(value)
+
+
+def _as_disks(value: Iterable[DiskConfig | PathText]) -> tuple[DiskConfig, ...]:
+    remedy = "give a list of paths or of DiskConfig"
+    if isinstance(value, str | bytes | os.PathLike | Mapping):
+        raise ConfigError("disks", value, "not a list", remedy)
+    try:
+        disks = tuple(value)
+    except TypeError as error:
+        raise ConfigError("disks", value, "not a list", remedy) from error
+    made = []
+    for index, disk in enumerate(disks):
+        if isinstance(disk, str | os.PathLike):
+            disk = DiskConfig(disk)
+        elif not isinstance(disk, DiskConfig):
+            raise ConfigError(f"disks[{index}]", disk, "wrong type", "give a DiskConfig, or the path of an image")
+        made.append(disk)
+    return tuple(made)
+
+
 def _check_id(field: str, value: str | None) -> None:
     if value is not None and (len(value) > MAX_ID or not value.isprintable()):
-        shown = value if len(value) <= MAX_ID else value[:MAX_ID] + "…"
-        raise ConfigError(field, shown, "not a name", f"give at most {MAX_ID} printable characters, or leave it out")
+        raise ConfigError(field, value, "not a name", f"give at most {MAX_ID} printable characters, or leave it out")
 
 
-@attrs.frozen
+@attrs.frozen(field_transformer=_typed)
 class CpusConfig:
     boot_vcpus: int = 1
     max_vcpus: int = attrs.field(default=attrs.Factory(lambda self: self.boot_vcpus, takes_self=True))
@@ -55,11 +139,12 @@ class CpusConfig:
             )
 
 
-@attrs.frozen
+@attrs.frozen(field_transformer=_typed)
 class MemoryConfig:
-    """``size`` in bytes. ``shared`` is accepted for compatibility: RAM is always a shared memfd mapping."""
+    """``size`` in bytes, or given as text such as ``512M``. ``shared`` is accepted for compatibility: RAM is always a
+    shared memfd mapping."""
 
-    size: int = 512 << 20
+    size: int = attrs.field(default=512 << 20, converter=_as_size)
     shared: bool = False
 
     def __attrs_post_init__(self) -> None:
@@ -74,18 +159,18 @@ class MemoryConfig:
             )
 
 
-@attrs.frozen
+@attrs.frozen(field_transformer=_typed)
 class PayloadConfig:
-    """``kernel`` is a PVH ELF; ``initramfs`` a file handed to it untouched."""
+    """``kernel`` is a PVH ELF, needed at boot and not before; ``initramfs`` a file handed to it untouched."""
 
-    kernel: str
+    kernel: str = attrs.field(default="", converter=_as_path)
     cmdline: str = ""
-    initramfs: str | None = None
+    initramfs: str | None = attrs.field(default=None, converter=_as_path_or_none)
 
 
-@attrs.frozen
+@attrs.frozen(field_transformer=_typed)
 class DiskConfig:
-    path: str
+    path: str = attrs.field(converter=_as_path)
     readonly: bool = False
     id: str | None = None
     serial: str | None = None
@@ -97,9 +182,9 @@ class DiskConfig:
         _check_id("disks.id", self.id)
 
 
-@attrs.frozen
+@attrs.frozen(field_transformer=_typed)
 class RngConfig:
-    src: str = "/dev/urandom"
+    src: str = attrs.field(default="/dev/urandom", converter=_as_path)
     id: str | None = None
     pci_device_id: int | None = None
 
@@ -107,28 +192,28 @@ class RngConfig:
         _check_id("rng.id", self.id)
 
 
-@attrs.frozen
+@attrs.frozen(field_transformer=_typed)
 class SerialConfig:
     """``mode``: ``Off``, ``Null``, ``Tty`` or ``File`` (with ``file``)."""
 
     mode: str = "Null"
-    file: str | None = None
+    file: str | None = attrs.field(default=None, converter=_as_path_or_none)
 
 
-@attrs.frozen
+@attrs.frozen(field_transformer=_typed)
 class ConsoleConfig:
     """virtio-console; only ``Off`` exists so far."""
 
     mode: str = "Off"
-    file: str | None = None
+    file: str | None = attrs.field(default=None, converter=_as_path_or_none)
 
 
-@attrs.frozen
+@attrs.frozen(field_transformer=_typed)
 class VmConfig:
-    payload: PayloadConfig
+    payload: PayloadConfig = attrs.field(factory=PayloadConfig)
     cpus: CpusConfig = attrs.field(factory=CpusConfig)
     memory: MemoryConfig = attrs.field(factory=MemoryConfig)
-    disks: tuple[DiskConfig, ...] = ()
+    disks: tuple[DiskConfig, ...] = attrs.field(default=(), converter=_as_disks)
     rng: RngConfig = attrs.field(factory=RngConfig)
     serial: SerialConfig = attrs.field(factory=SerialConfig)
     console: ConsoleConfig = attrs.field(factory=ConsoleConfig)

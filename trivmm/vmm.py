@@ -17,6 +17,7 @@ import trio
 
 from trivmm.config import VmConfig
 from trivmm.control.schema import SendMigrationData
+from trivmm.control.unknown import UnknownKeys
 from trivmm.deadlines import Deadlines
 from trivmm.errors import (
     MigrationCancelled,
@@ -106,6 +107,7 @@ class Vmm:
     events: EventBus
     _nursery: trio.Nursery
     _dial: Dial = socket_dialer
+    unknown_keys: UnknownKeys = attrs.field(factory=UnknownKeys, init=False)
     _slot: _Slot | None = attrs.field(default=None, init=False)
     _sending: _Outcome[None] | None = attrs.field(default=None, init=False)
     _last_progress: MigrationProgress | None = attrs.field(default=None, init=False)

@@ -83,16 +83,16 @@ def wait_until_it_serves(path: Path, process: subprocess.Popen[str]) -> None:
         (["--kernel", "k", "--memory", "size=1"], "memory.size = 1: not a multiple"),
         (["--kernel", "k", "--cpus", "boot=0"], "cpus.boot_vcpus = 0: out of range"),
         (["--kernel", "k", "--cpus", "boot=999"], "cpus.boot_vcpus = 999: out of range"),
-        (["--kernel", "k", "--cpus", "boot"], "--cpus boot = '': no value"),
-        (["--kernel", "k", "--console", "tty"], "console.mode = 'Tty': virtio-console is not supported yet"),
-        (["--kernel", "k", "--seccomp", "true"], "--seccomp = 'true': there is no seccomp filter yet"),
-        (["--kernel", "k", "--deadlines", "paus=1"], "--deadlines paus = '1': unknown key; did you mean pause?"),
-        (["--kernel", "k", "--log-file", "no/where"], "--log-file = 'no/where': No such file or directory"),
-        (["--api-socket", "x.sock", "--log-file", ""], "--log-file = '': No such file or directory"),
-        (["--api-socket", "path="], "--api-socket = 'path=': no path"),
-        (["--api-socket", "pth=a.sock"], "--api-socket pth = 'a.sock': unknown key; did you mean path?"),
-        (["--api-socket", "no/where/a.sock", "--hypervisor", "soft"], "--api-socket = 'no/where/a.sock': cannot make"),
-        (["--api-socket", "a.sock", "--hypervisor", "xen"], "--hypervisor = 'xen': unknown hypervisor"),
+        (["--kernel", "k", "--cpus", "boot"], '--cpus boot = "": no value'),
+        (["--kernel", "k", "--console", "tty"], 'console.mode = "Tty": virtio-console is not supported yet'),
+        (["--kernel", "k", "--seccomp", "true"], '--seccomp = "true": there is no seccomp filter yet'),
+        (["--kernel", "k", "--deadlines", "paus=1"], '--deadlines paus = "1": unknown key; did you mean pause?'),
+        (["--kernel", "k", "--log-file", "no/where"], '--log-file = "no/where": No such file or directory'),
+        (["--api-socket", "x.sock", "--log-file", ""], '--log-file = "": No such file or directory'),
+        (["--api-socket", "path="], '--api-socket = "path=": no path'),
+        (["--api-socket", "pth=a.sock"], '--api-socket pth = "a.sock": unknown key; did you mean path?'),
+        (["--api-socket", "no/where/a.sock", "--hypervisor", "soft"], '--api-socket = "no/where/a.sock": cannot make'),
+        (["--api-socket", "a.sock", "--hypervisor", "xen"], '--hypervisor = "xen": unknown hypervisor'),
         (["remote", "ping"], "--api-socket: missing"),
         (["remote", "--api-socket", "x", "pong"], "pong: unknown verb; did you mean ping?"),
         (["remote", "--api-socket", "x", "snapshot"], "snapshot: not supported yet"),
@@ -123,7 +123,7 @@ def test_a_log_that_nobody_reads_is_refused_and_not_waited_for(tmp_path: Path) -
     os.mkfifo(tmp_path / "fifo")
     done = trivmm("--api-socket", "x.sock", "--log-file", "fifo", folder=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert done.stderr.startswith("error: --log-file = 'fifo': No such device"), done.stderr
+    assert done.stderr.startswith('error: --log-file = "fifo": No such device'), done.stderr
     assert os.listdir(tmp_path) == ["fifo"]
 
 
@@ -131,11 +131,11 @@ def test_a_log_that_nobody_reads_is_refused_and_not_waited_for(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--kernel", "missing"], "payload.kernel = 'missing': "),
-        (["--kernel", "text"], "payload.kernel = 'text': not an ELF"),
-        (["--kernel", "."], "payload.kernel = '.': "),
-        (["--kernel", "text", "--disk", "path=gone"], "disks.path = 'gone': "),
-        (["--kernel", "text", "--disk", "path=."], "disks.path = '.': "),
+        (["--kernel", "missing"], 'payload.kernel = "missing": '),
+        (["--kernel", "text"], 'payload.kernel = "text": not an ELF'),
+        (["--kernel", "."], 'payload.kernel = ".": '),
+        (["--kernel", "text", "--disk", "path=gone"], 'disks.path = "gone": '),
+        (["--kernel", "text", "--disk", "path=."], 'disks.path = ".": '),
         (["--kernel", "text", "--memory", "size=512T"], "memory.size = "),
     ],
 )
@@ -266,10 +266,10 @@ def test_remote_drives_a_server(tmp_path: Path) -> None:
         assert json.loads(remote("info").stdout)["state"] == "Created"
         done = remote("boot")
         assert done.returncode == 1
-        assert "payload.kernel = '/nowhere/vmlinux': " in done.stderr
+        assert 'payload.kernel = "/nowhere/vmlinux": ' in done.stderr
         assert done.stderr.count("\n") == 1
         assert remote("delete").returncode == 0
-        assert remote("create", stdin='{"payload":{}}').returncode == 1
+        assert remote("create", stdin='{"payload":[]}').returncode == 1
         assert remote("create", stdin=json.dumps({"payload": {"kernel": "k"}})).returncode == 0
         assert "counters: the VM is Created" in remote("counters").stderr
         assert remote("shutdown-vmm").returncode == 0

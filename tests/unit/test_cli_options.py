@@ -15,13 +15,13 @@ from trivmm.cli.options import (
     parse_pairs,
     parse_receive,
     parse_send,
-    parse_size,
     parse_socket,
     parse_vm,
     split_commas,
 )
-from trivmm.control.schema import load_config
+from trivmm.control.schema import load_config, load_receive, load_send
 from trivmm.errors import ConfigError, NotSupported
+from trivmm.values import parse_size
 
 NAMES = "kernel cmdline initramfs cpus memory disk rng serial console"
 
@@ -103,21 +103,27 @@ def test_defaults() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"cpus": "boots=2"}, "--cpus boots = '2': unknown key; did you mean boot?"),
+        ({"cpus": "boots=2"}, '--cpus boots = "2": unknown key; did you mean boot?'),
         ({"cpus": "boot=0"}, "cpus.boot_vcpus = 0: out of range"),
-        ({"cpus": "boot=x"}, "--cpus boot = 'x': not a number"),
-        ({"cpus": "boot"}, "--cpus boot = '': no value"),
-        ({"cpus": "boot=1,boot=2"}, "--cpus boot = '2': given twice"),
+        ({"cpus": "boot=x"}, '--cpus boot = "x": not a number'),
+        ({"cpus": "boot"}, '--cpus boot = "": no value'),
+        ({"cpus": "boot=1,boot=2"}, '--cpus boot = "2": given twice'),
         ({"memory": "size=0"}, "memory.size = 0: no memory"),
         ({"memory": "size=3"}, "memory.size = 3: not a multiple of 2 MiB; give 2097152"),
-        ({"memory": "512M"}, "--memory 512M = '': unknown key"),
-        ({"memory": "size=1G,hugepages=on"}, "memory.hugepages = True: not supported yet"),
-        ({"memory": "shared=maybe"}, "--memory shared = 'maybe': neither on nor off"),
-        ({"disk": ["readonly=on"]}, "--disk = 'readonly=on': no path"),
-        ({"disk": ["path=a,vhost_user=on"]}, "disks[0].vhost_user = True: not supported yet"),
-        ({"serial": "pty"}, "serial.mode = 'Pty': not supported yet"),
-        ({"serial": "file="}, "--serial = 'file=': no such mode"),
-        ({"console": "tty"}, "console.mode = 'Tty': virtio-console is not supported yet"),
+        ({"memory": "512M"}, '--memory = "512M": no key; give size=512M'),
+        ({"cpus": "2"}, '--cpus = "2": no key; give boot=2'),
+        ({"disk": ["x.img"]}, '--disk = "x.img": no key; give path=x.img'),
+        ({"disk": ["path=a", "paths.img"]}, '--disk = "paths.img": no key; give path=paths.img'),
+        ({"disk": ["path=a,paht"]}, '--disk paht = "": unknown key; did you mean path?'),
+        ({"rng": "/dev/random"}, '--rng = "/dev/random": no key; give src=/dev/random'),
+        ({"cpus": "boot=1,profile=old"}, '--cpus profile = "old": unknown; give host'),
+        ({"memory": "size=1G,hugepages=on"}, "memory.hugepages = true: not supported yet"),
+        ({"memory": "shared=maybe"}, '--memory shared = "maybe": neither on nor off'),
+        ({"disk": ["readonly=on"]}, '--disk = "readonly=on": no path'),
+        ({"disk": ["path=a,vhost_user=on"]}, "disks[0].vhost_user = true: not supported yet"),
+        ({"serial": "pty"}, 'serial.mode = "Pty": not supported yet'),
+        ({"serial": "file="}, '--serial = "file=": no such mode'),
+        ({"console": "tty"}, 'console.mode = "Tty": virtio-console is not supported yet'),
     ],
 )
 def test_mistakes(given: dict[str, Any], said: str) -> None:
@@ -128,6 +134,7 @@ def test_mistakes(given: dict[str, Any], said: str) -> None:
 
 def test_harmless_defaults_of_cloud_hypervisor_are_taken() -> None:
     load_config(parse_vm(arguments(cpus="boot=1,max_phys_bits=46,nested=on", memory="size=512M,thp=on,mergeable=off")))
+    load_config(parse_vm(arguments(cpus="profile=host", disk=["path=a,_disable_io_uring=on,_disable_aio=off"])))
 
 
 def test_consoles() -> None:
@@ -161,6 +168,10 @@ def test_migrations() -> None:
         "timeout_strategy": "Ignore",
         "local": False,
     }
+    with pytest.raises(NotSupported, match="preserve_source = true"):
+        load_send(parse_send("destination_url=unix:/x,preserve_source=on"))
+    with pytest.raises(NotSupported, match='zone_updates = "\\[m0@1\\]"'):
+        load_receive(parse_receive("receiver_url=unix:/x,zone_updates=[m0@1]"))
     assert parse_receive("tcp:[::1]:9") == {"receiver_url": "tcp:[::1]:9"}
     for text, said in [("downtime_ms=1", "no destination_url"), ("unix:/x,downtme_ms=1", "did you mean downtime_ms")]:
         with pytest.raises(ConfigError, match=said):

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from trivmm.cli.move import watch_move
-from trivmm.cli.options import parse_receive, parse_send, parse_size, parse_socket
+from trivmm.cli.options import parse_receive, parse_send, parse_socket
 from trivmm.cli.parser import Parser, UsageError
 from trivmm.cli.table import table
 from trivmm.control.apierror import ApiError, ApiUnreachable, messages_of
 from trivmm.control.contract import API_ROOT, NOT_YET_ROUTES
+from trivmm.values import parse_size
 
 __all__ = ["remote"]
 

@@ -34,7 +34,7 @@ from trivmm.migration.setup import config_to_setup
 from trivmm.migration.state import MachineState
 from trivmm.migration.statejson import MAX_DEVICES
 from trivmm.nursery.activation import DeviceLifecycle
-from trivmm.virtio.block import BlockDevice
+from trivmm.virtio.block import BlockDevice, check_given_once
 from trivmm.virtio.device import WorkerDevice
 from trivmm.virtio.pci import VirtioPciTransport
 from trivmm.virtio.rng import RngDevice
@@ -335,6 +335,10 @@ def build_board(
 
 
 def _check_limits(config: VmConfig, hypervisor: Hypervisor) -> None:
+    if not config.payload.kernel:
+        remedy = "give the path of a PVH ELF kernel; firmware is not supported yet"
+        raise ConfigError("payload.kernel", None, "missing", remedy)
+    check_given_once(config.disks)
     if config.cpus.boot_vcpus > hypervisor.max_vcpus:
         raise ConfigError(
             "cpus.boot_vcpus",

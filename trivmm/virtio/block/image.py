@@ -12,11 +12,13 @@ import fcntl
 import os
 import stat
 import struct
+from collections.abc import Sequence
 from typing import Final
 
+from trivmm.config import DiskConfig
 from trivmm.errors import ConfigError
 
-__all__ = ["SECTOR", "Image"]
+__all__ = ["SECTOR", "Image", "check_given_once"]
 
 SECTOR: Final = 512
 BLKGETSIZE64: Final = 0x80081272
@@ -100,3 +102,24 @@ class Image:
         if fd >= 0:
             os.close(fd)
             self.locked = False
+
+
+def check_given_once(disks: Sequence[DiskConfig]) -> None:
+    """Two disks on one image would spoil each other's data; the lock would call that "another VM".
+
+    :raises ConfigError: naming both, unless both only read."""
+    seen: dict[tuple[object, ...], int] = {}
+    for index, disk in enumerate(disks):
+        try:
+            found = os.stat(disk.path)
+        except (OSError, ValueError):  # opening it says what is wrong
+            continue
+        which = ("device", found.st_rdev) if stat.S_ISBLK(found.st_mode) else ("file", found.st_dev, found.st_ino)
+        first = seen.setdefault(which, index)
+        if first != index and not (disk.readonly and disks[first].readonly):
+            raise ConfigError(
+                f"disks[{index}].path",
+                disk.path,
+                f"the same image as disks[{first}].path",
+                "give each disk its own, or give both readonly=on",
+            )
