@@ -116,7 +116,9 @@ def run_parser() -> Parser:
     vm.add_argument("--serial", metavar="off|null|tty|file=FILE", help="the serial port (null)")
     vm.add_argument("--console", metavar="off", help="virtio-console: only off yet (off)")
     vmm = parser.add_argument_group("the VMM")
-    vmm.add_argument("--api-socket", metavar="path=FILE", help="serve the HTTP API on this unix socket")
+    vmm.add_argument(
+        "--api-socket", metavar="path=FILE|fd=N", help="serve the HTTP API on this unix socket, or on one passed in"
+    )
     vmm.add_argument("--hypervisor", metavar="auto|kvm|soft", default="auto", help="what runs guest code (auto)")
     vmm.add_argument(
         "--deadlines",

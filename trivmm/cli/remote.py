@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from trivmm.cli.options import parse_receive, parse_send, parse_socket
+from trivmm.cli.options import parse_receive, parse_send, parse_socket_path
 from trivmm.cli.parser import Parser, UsageError
 from trivmm.cli.table import table
 from trivmm.control.apierror import ApiError, ApiUnreachable, messages_of
@@ -73,7 +73,7 @@ def remote(arguments: Sequence[str]) -> int:
     if not where:
         raise UsageError("--api-socket: missing; give the path of the VMM's socket")
     limit_s = given.timeout or (MOVE_LIMIT_S if given.verb in LONG else ANSWER_LIMIT_S)
-    found = call(parse_socket(where), method, route, _body(given.verb, given.argument), limit_s)
+    found = call(parse_socket_path(where), method, route, _body(given.verb, given.argument), limit_s)
     if found is not None:
         as_table = sys.stdout.isatty() and not given.json
         print(_drawn(given.verb, found) if as_table else json.dumps(found, indent=2))

@@ -31,6 +31,7 @@ from trivmm.control.schema import load_config
 from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError, GuestCrash, HypervisorError, TrivmmError
 from trivmm.hypervisor.select import choose_hypervisor
+from trivmm.unixsocket import SocketFd
 
 __all__ = ["RunOptions", "parse_run", "run"]
 
@@ -46,7 +47,7 @@ class RunOptions:
     """``config`` None: only serve."""
 
     config: VmConfig | None
-    api_socket: str | None
+    api_socket: str | SocketFd | None
     hypervisor: str
     deadlines: Deadlines
     stay_after_migration: bool
