@@ -16,11 +16,13 @@ from trivmm.cli.options import (
     parse_receive,
     parse_send,
     parse_socket,
+    parse_socket_path,
     parse_vm,
     split_commas,
 )
 from trivmm.control.schema import load_config, load_receive, load_send
 from trivmm.errors import ConfigError, NotSupported
+from trivmm.unixsocket import SocketFd
 from trivmm.values import parse_size
 
 NAMES = "kernel cmdline initramfs cpus memory disk rng serial console"
@@ -52,7 +54,13 @@ def test_what_does_not_match_up(text: str) -> None:
 
 @given(st.text(max_size=40))
 def test_any_string_parses_or_is_refused(text: str) -> None:
-    for parse in (parse_socket, parse_send, parse_receive, lambda t: parse_pairs("--x", t, ("a", "b"))):
+    for parse in (
+        parse_socket,
+        parse_socket_path,
+        parse_send,
+        parse_receive,
+        lambda t: parse_pairs("--x", t, ("a", "b")),
+    ):
         said = ""
         try:
             parse(text)
@@ -146,9 +154,26 @@ def test_consoles() -> None:
 def test_api_sockets() -> None:
     assert parse_socket("path=/tmp/a.sock") == "/tmp/a.sock"
     assert parse_socket("/tmp/a.sock") == "/tmp/a.sock"
-    for text, said in [("", "no path"), ("path=", "no path"), ("fd=3", "not supported yet"), ("path=a,b=c", "unknown")]:
+    assert parse_socket("fd=3") == SocketFd(3)
+    assert parse_socket("./fd=3") == "./fd=3"
+    for text, said in [
+        ("", "no path"),
+        ("path=", "no path"),
+        ("path=a,b=c", "unknown"),
+        ("fd=", "not a number"),
+        ("fd=-1", "not a number"),
+        ("fd=x", "not a number"),
+        ("fd=2147483648", "not a descriptor"),
+        ("fd=3,path=x", "both a path and a descriptor"),
+    ]:
         with pytest.raises(ConfigError, match=said):
             parse_socket(text)
+
+
+def test_a_server_is_asked_by_its_path() -> None:
+    assert parse_socket_path("path=/a") == "/a"
+    with pytest.raises(ConfigError, match="asked by its path"):
+        parse_socket_path("fd=3")
 
 
 def test_deadlines() -> None:

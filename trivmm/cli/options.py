@@ -15,6 +15,7 @@ import attrs
 
 from trivmm.deadlines import TABLE, Deadlines
 from trivmm.errors import ConfigError, shown
+from trivmm.unixsocket import SocketFd
 from trivmm.values import MAX_DIGITS, parse_size
 
 __all__ = [
@@ -25,9 +26,12 @@ __all__ = [
     "parse_receive",
     "parse_send",
     "parse_socket",
+    "parse_socket_path",
     "parse_vm",
     "split_commas",
 ]
+
+MAX_FD: Final = (1 << 31) - 1  # an int in C
 
 Convert = Callable[[str, str], object]
 
@@ -239,15 +243,28 @@ def parse_vm(arguments: Any) -> dict[str, Any]:
     return body
 
 
-def parse_socket(text: str) -> str:
-    """``path=FILE`` or just ``FILE``. :raises ConfigError:"""
-    if text.startswith("fd="):
-        raise ConfigError("--api-socket", text, "a passed descriptor is not supported yet", "give path=FILE")
+def parse_socket(text: str) -> str | SocketFd:
+    """``path=FILE`` or just ``FILE``: the path; ``fd=N``: an inherited descriptor. :raises ConfigError:"""
     keyed = text.partition("=")[0].isidentifier() and "=" in text  # a file of such a name is ./NAME=…
-    path = parse_pairs("--api-socket", text, ("path",))["path"] if keyed else text
-    if not path:
+    given = parse_pairs("--api-socket", text, ("path", "fd")) if keyed else {"path": text}
+    if len(given) > 1:
+        raise ConfigError("--api-socket", text, "both a path and a descriptor", "give path=FILE or fd=N")
+    if "fd" in given:
+        number = parse_integer("--api-socket fd", given["fd"])
+        if number > MAX_FD:
+            raise ConfigError("--api-socket fd", given["fd"], "not a descriptor", "give the number of an open one")
+        return SocketFd(number)
+    if not given["path"]:
         raise ConfigError("--api-socket", text, "no path", "give path=FILE")
-    return path
+    return given["path"]
+
+
+def parse_socket_path(text: str) -> str:
+    """Of a server to be asked: only a path will do. :raises ConfigError:"""
+    where = parse_socket(text)
+    if isinstance(where, SocketFd):
+        raise ConfigError("--api-socket", text, "a server is asked by its path", "give path=FILE")
+    return where
 
 
 def parse_event_monitor(text: str) -> tuple[str | None, int | None]:

@@ -126,7 +126,9 @@ def run_parser() -> Parser:
     vm.add_argument("--serial", metavar="off|null|tty|file=FILE", help="the serial port (null)")
     vm.add_argument("--console", metavar="off", help="virtio-console: only off yet (off)")
     vmm = parser.add_argument_group("the VMM")
-    vmm.add_argument("--api-socket", metavar="path=FILE", help="serve the HTTP API on this unix socket")
+    vmm.add_argument(
+        "--api-socket", metavar="path=FILE|fd=N", help="serve the HTTP API on this unix socket, or on one passed in"
+    )
     vmm.add_argument(
         "--event-monitor", metavar="path=FILE|fd=N", help="write what happens there, as JSON; a FIFO may lack a reader"
     )

@@ -111,19 +111,27 @@ async def _cancel(vmm: Vmm, _: None) -> Response:
 
 
 async def _events(vmm: Vmm, _: None) -> Response:
-    return Response(200, stream=partial(_event_stream, vmm))
+    return Response(200, stream=partial(_open_events, vmm))
+
+
+@attrs.define(eq=False)
+class _EventStream:
+    """Server-sent events: a line of JSON each, as ``--event-monitor`` writes them; ends with the VMM's shutdown."""
+
+    _events: Subscription
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for event in self._events:
+            yield f"data: {event.text()}\n\n".encode()
+
+    def finish(self) -> None:
+        self._events.end()
 
 
 @asynccontextmanager
-async def _event_stream(vmm: Vmm) -> AsyncIterator[AsyncIterator[bytes]]:
-    """Server-sent events: a line of JSON each, as ``--event-monitor`` writes them; ends with the VMM's shutdown."""
-
-    async def lines(events: Subscription) -> AsyncIterator[bytes]:
-        async for event in events:
-            yield f"data: {event.text()}\n\n".encode()
-
+async def _open_events(vmm: Vmm) -> AsyncIterator[_EventStream]:
     with vmm.events.subscribe() as events:
-        yield lines(events)
+        yield _EventStream(events)
 
 
 def _verb(name: str, fails: str, without_vm: int = 500) -> Route:
