@@ -12,7 +12,7 @@ from typing import Final
 import attrs
 
 from trivmm.deadlines import Deadlines
-from trivmm.errors import ConfigError
+from trivmm.errors import ConfigError, NotSupported
 
 __all__ = [
     "MAX_VCPUS",
@@ -29,6 +29,8 @@ __all__ = [
 MAX_VCPUS: Final = 8  # the probe guest's and the state format's limit; KVM itself allows more
 MAX_DISKS: Final = 24  # PCI slots 1..31 less rng, console and room for hotplug
 MAX_ID: Final = 128  # characters; an id names threads, log lines, counters and state
+IMAGE_TYPES: Final = ("Raw", "Unknown")
+FOREIGN_IMAGES: Final = ("Qcow2", "Vhdx", "FixedVhd", "FlatVmdk")  # Cloud Hypervisor's others
 ALIGNMENT: Final = 2 << 20  # RAM sizes: one x86 large page, so that a region never splits one
 
 
@@ -36,6 +38,14 @@ def _check_id(field: str, value: str | None) -> None:
     if value is not None and (len(value) > MAX_ID or not value.isprintable()):
         shown = value if len(value) <= MAX_ID else value[:MAX_ID] + "…"
         raise ConfigError(field, shown, "not a name", f"give at most {MAX_ID} printable characters, or leave it out")
+
+
+def _check_image_type(value: str) -> None:
+    if value in FOREIGN_IMAGES:
+        remedy = "convert it (qemu-img convert -O raw OLD NEW) and give Raw"
+        raise NotSupported("disks.image_type", value, "only raw images are supported yet", remedy)
+    if value not in IMAGE_TYPES:
+        raise ConfigError("disks.image_type", f"{value:.80}", "no such type", "give Raw, or leave it out")
 
 
 @attrs.frozen
@@ -85,6 +95,9 @@ class PayloadConfig:
 
 @attrs.frozen
 class DiskConfig:
+    """``image_type``: ``Raw`` is obeyed, whatever the bytes look like. ``Unknown`` looks at them once, at the first
+    boot, refuses the formats that are not there yet, and then says ``Raw`` (see ``trivmm.virtio.block.image``)."""
+
     path: str
     readonly: bool = False
     id: str | None = None
@@ -92,9 +105,11 @@ class DiskConfig:
     num_queues: int = 1
     queue_size: int = 128
     pci_device_id: int | None = None
+    image_type: str = "Unknown"
 
     def __attrs_post_init__(self) -> None:
         _check_id("disks.id", self.id)
+        _check_image_type(self.image_type)
 
 
 @attrs.frozen

@@ -224,6 +224,7 @@ class Vm:
         except BaseException:
             board.close()
             raise
+        self.config = board.config  # what was found out about its images stays, see there
         try:
             machine.resume()
         except BaseException:
@@ -462,6 +463,7 @@ class Vm:
         self.config = config
         self.ownership.deadlines = config.deadlines
         board = build_board(config, self.hypervisor, on_event=self._tell, incoming=True)
+        self.config = board.config
         try:
             board.check_setup(setup)
             board.check_payload()

@@ -29,6 +29,16 @@ __all__ = [
 ]
 
 SUFFIXES: Final = {"K": 10, "M": 20, "G": 30, "T": 40}
+IMAGE_TYPES: Final[Mapping[str, str]] = {
+    "raw": "Raw",
+    "unknown": "Unknown",
+    "qcow2": "Qcow2",
+    "vhdx": "Vhdx",
+    "vhd": "FixedVhd",
+    "fixedvhd": "FixedVhd",
+    "vmdk": "FlatVmdk",
+    "flatvmdk": "FlatVmdk",
+}  # as Cloud Hypervisor's option spells them, and its API
 MAX_DIGITS: Final = 19  # of a number in an option: 2^63 has 19
 
 Convert = Callable[[str, str], object]
@@ -119,6 +129,14 @@ def _one_of(*names: str) -> Convert:
     return convert
 
 
+def parse_image_type(option: str, text: str) -> str:
+    """Cloud Hypervisor's words, and the API's. :raises ConfigError:"""
+    made = IMAGE_TYPES.get(text.lower())
+    if made is None:
+        raise ConfigError(option, text, "no such type", "give raw, or leave it out")
+    return made
+
+
 # --- options: option key → (JSON key, conversion) ----------------------------------------------------------------
 
 # Keys of the contract that do not exist here are listed too: the schema refuses them by name, unless they hold
@@ -173,7 +191,7 @@ DISK: Final[Mapping[str, tuple[str, Convert]]] = {
     "ops_refill_time": ("rate_limiter_config", _as_text),
     "backing_files": ("backing_files", parse_toggle),
     "sparse": ("sparse", parse_toggle),
-    "image_type": ("image_type", _one_of("Raw", "Qcow2", "Vhdx", "FixedVhd", "Unknown")),
+    "image_type": ("image_type", parse_image_type),
     "lock_granularity": ("lock_granularity", _as_text),
     **_BUS,
 }

@@ -90,7 +90,6 @@ NOT_YET_KEYS: Final[Mapping[str, Mapping[str, object]]] = {
         "queue_affinity": None,
         "backing_files": False,
         "sparse": True,
-        "image_type": "Raw",
         "lock_granularity": "ByteRange",
     },
     "RngConfig": _BUS,

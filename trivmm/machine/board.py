@@ -392,6 +392,8 @@ def _plug_devices(board: Board, on_event: EventSink, *, lock: bool) -> None:
     for number, disk in enumerate(config.disks):
         block = BlockDevice(disk, memory, f"_disk{number}", lock=lock)
         _plug(board, block, on_event, slot=disk.pci_device_id, use_64bit_bar=False)
+    # Said from now on, at reboots and to a destination: nobody guesses again once the guest can write there.
+    board.config = attrs.evolve(config, disks=tuple(attrs.evolve(disk, image_type="Raw") for disk in config.disks))
     rng = RngDevice(config.rng, memory)
     _plug(board, rng, on_event, slot=config.rng.pci_device_id, use_64bit_bar=True)
 
