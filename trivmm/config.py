@@ -86,7 +86,7 @@ class MemoryConfig:
 
 @attrs.frozen
 class PayloadConfig:
-    """``kernel`` is a PVH ELF; ``initramfs`` a file handed to it untouched."""
+    """``kernel`` is a PVH ELF, or a bzImage with one in it; ``initramfs`` a file handed to it untouched."""
 
     kernel: str
     cmdline: str = ""

@@ -23,11 +23,10 @@ from trivmm.machine.acpi_port import ACPI_PORTS, AcpiPort
 from trivmm.machine.bus import AddressSpace, BusDevice, Outcome, Range
 from trivmm.machine.cmos import CMOS_PORTS, Cmos
 from trivmm.machine.debug_ports import DEBUG_CONSOLE_PORTS, DEBUG_PORTS, DebugConsole, DebugPort
-from trivmm.machine.elf import UserFile, parse_kernel
 from trivmm.machine.i8042 import I8042, I8042_PORTS
 from trivmm.machine.memory import GuestMemory
 from trivmm.machine.pci import CONFIG_PORTS, PciBus
-from trivmm.machine.pvh import load_payload
+from trivmm.machine.pvh import check_payload, load_payload
 from trivmm.machine.serial import COM1, COM1_IRQ, Serial, open_sink
 from trivmm.migration.fields import Fields
 from trivmm.migration.setup import config_to_setup
@@ -105,19 +104,20 @@ class Board:
 
     # --- boot ------------------------------------------------------------------------------------------------
 
-    def load_payload(self) -> None:
+    def load_payload(self, checkpoint: Callable[[], None]) -> None:
         """Put kernel, command line, initramfs and boot data into RAM and point the boot vCPU at them.
 
+        Slow, and bounded: in a thread. What ``checkpoint`` raises between two pieces of work ends it.
+
         :raises ConfigError: naming the payload's field and what is wrong with the file."""
-        boot = load_payload(self.memory, self.config.payload, len(self.cpus))
+        boot = load_payload(self.memory, self.config.payload, len(self.cpus), checkpoint)
         self.cpus[0].set_boot_state(boot.entry_gpa, boot.start_info_gpa)
 
-    def check_payload(self) -> None:
-        """A destination boots nothing now, but the guest may ask it for a reboot later.
+    def check_payload(self, checkpoint: Callable[[], None]) -> None:
+        """A destination boots nothing now, but the guest may ask it for a reboot later. As slow as loading it.
 
         :raises ConfigError: when the kernel can't be used on this host."""
-        with UserFile("payload.kernel", self.config.payload.kernel) as file:
-            parse_kernel(file)
+        check_payload(self.config.payload, checkpoint)
 
     # --- interrupts ------------------------------------------------------------------------------------------
 
