@@ -16,7 +16,7 @@ from typing import Any, Final
 import attrs
 
 from trivmm.deadlines import Deadlines
-from trivmm.errors import ConfigError
+from trivmm.errors import ConfigError, NotSupported
 from trivmm.values import not_boolean, not_integer, not_text, parse_size
 
 __all__ = [
@@ -34,6 +34,8 @@ __all__ = [
 MAX_VCPUS: Final = 8  # the probe guest's and the state format's limit; KVM itself allows more
 MAX_DISKS: Final = 24  # PCI slots 1..31 less rng, console and room for hotplug
 MAX_ID: Final = 128  # characters; an id names threads, log lines, counters and state
+IMAGE_TYPES: Final = ("Raw", "Unknown")
+FOREIGN_IMAGES: Final = ("Qcow2", "Vhdx", "FixedVhd", "FlatVmdk")  # Cloud Hypervisor's others
 ALIGNMENT: Final = 2 << 20  # RAM sizes: one x86 large page, so that a region never splits one
 
 
@@ -122,6 +124,14 @@ def _check_id(field: str, value: str | None) -> None:
         raise ConfigError(field, value, "not a name", f"give at most {MAX_ID} printable characters, or leave it out")
 
 
+def _check_image_type(value: str) -> None:
+    if value in FOREIGN_IMAGES:
+        remedy = "convert it (qemu-img convert -O raw OLD NEW) and give Raw"
+        raise NotSupported("disks.image_type", value, "only raw images are supported yet", remedy)
+    if value not in IMAGE_TYPES:
+        raise ConfigError("disks.image_type", f"{value:.80}", "no such type", "give Raw, or leave it out")
+
+
 @attrs.frozen(field_transformer=_typed)
 class CpusConfig:
     boot_vcpus: int = 1
@@ -161,7 +171,8 @@ class MemoryConfig:
 
 @attrs.frozen(field_transformer=_typed)
 class PayloadConfig:
-    """``kernel`` is a PVH ELF, needed at boot and not before; ``initramfs`` a file handed to it untouched."""
+    """``kernel`` is a PVH ELF, or a bzImage with one in it, needed at boot and not before; ``initramfs`` a file handed
+    to it untouched."""
 
     kernel: str = attrs.field(default="", converter=_as_path)
     cmdline: str = ""
@@ -170,6 +181,9 @@ class PayloadConfig:
 
 @attrs.frozen(field_transformer=_typed)
 class DiskConfig:
+    """``image_type``: ``Raw`` is obeyed, whatever the bytes look like. ``Unknown`` looks at them once, at the first
+    boot, refuses the formats that are not there yet, and then says ``Raw`` (see ``trivmm.virtio.block.image``)."""
+
     path: str = attrs.field(converter=_as_path)
     readonly: bool = False
     id: str | None = None
@@ -177,9 +191,11 @@ class DiskConfig:
     num_queues: int = 1
     queue_size: int = 128
     pci_device_id: int | None = None
+    image_type: str = "Unknown"
 
     def __attrs_post_init__(self) -> None:
         _check_id("disks.id", self.id)
+        _check_image_type(self.image_type)
 
 
 @attrs.frozen(field_transformer=_typed)

@@ -209,11 +209,12 @@ class Vm:
     async def _boot(self, *, reboot: bool = False) -> None:
         board = build_board(self.config, self.hypervisor, on_event=self._tell_of_device, reboot=reboot)
         try:
-            await self._aside(board.load_payload)  # a kernel of hundreds of MiB would hold up the trio thread
+            await self._in_pieces(board.load_payload)  # seconds, where the kernel is to be unpacked
             machine = await self._run(board)
         except BaseException:
             board.close()
             raise
+        self.config = board.config  # what was found out about its images stays, see there
         try:
             machine.resume()
         except BaseException:
@@ -274,6 +275,11 @@ class Vm:
             await trio.to_thread.run_sync(work, limiter=mine, abandon_on_cancel=abandon)
         else:
             work()
+
+    async def _in_pieces(self, work: Callable[[Callable[[], None]], None]) -> None:
+        """The same, for work that calls back between two pieces: there a cancellation ends it."""
+        between = trio.from_thread.check_cancelled if self._driver is thread_driver else lambda: None
+        await self._aside(lambda: work(between))
 
     async def _end(self) -> None:
         """End the machine, if there is one. Shielded, bounded inside by vcpu_stop, device_stop and quiesce."""
@@ -503,9 +509,10 @@ class Vm:
         self.config = config
         self.ownership.deadlines = config.deadlines
         board = build_board(config, self.hypervisor, on_event=self._tell_of_device, incoming=True)
+        self.config = board.config
         try:
             board.check_setup(setup)
-            board.check_payload()
+            await self._in_pieces(board.check_payload)
             return await self._run(board, gate_open=False)
         except BaseException:
             board.close()

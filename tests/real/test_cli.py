@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import trivmm as trivmm_package
+from trivmm.hypervisor.select import SOFT_REQUIREMENT
 from trivmm.testing.control import ch_remote, command_environment
 
 LIMIT_S = 60
@@ -175,27 +177,75 @@ def test_a_tree_that_was_never_built_says_so_in_one_line(tmp_path: Path) -> None
     assert ended.stderr.count("\n") == 1
 
 
-def test_remote_is_light(tmp_path: Path) -> None:
-    code = "import sys; from trivmm.cli import main; main(['remote', '--api-socket', 'x', 'ping']); print(*sys.modules)"
-    done = subprocess.run(
+def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [sys.executable, "-c", code],
-        cwd=tmp_path,
+        cwd=folder,
         env=command_environment(),
         capture_output=True,
         text=True,
         timeout=LIMIT_S,
-        check=True,
+        check=False,
     )
-    heavy = {"trio", "httpx", "h11", "cattrs", "rich", "trivmm._native", "asyncio"}
-    assert not heavy & set(done.stdout.split())
+
+
+HEAVY = {"trio", "httpx", "h11", "cattrs", "rich", "zstandard", "unicorn", "asyncio"}
+
+
+@pytest.mark.parametrize(
+    ("statement", "also"),
+    [
+        ("import trivmm", {"attrs", "trivmm._native", "argparse"}),
+        ("main([])", {"trivmm._native"}),
+        ("main(['--help'])", {"trivmm._native"}),
+        ("main(['--version'])", {"trivmm._native"}),
+        ("main(['--kernl', 'x'])", {"trivmm._native"}),
+        ("main(['remote', '--help'])", {"trivmm._native"}),
+        ("main(['remote', '--api-socket', 'x', 'ping'])", {"trivmm._native"}),
+        ("main(['demo', '--help'])", {"trivmm._native"}),
+        ("main(['doctor'])", set[str]()),
+    ],
+)
+def test_light_commands_are_light(tmp_path: Path, statement: str, also: set[str]) -> None:
+    """What draws, serves or computes is imported by who does it."""
+    wanted = "" if statement.startswith("import") else "from trivmm.cli import main\n"
+    code = (
+        f"import sys, contextlib\n{wanted}with contextlib.suppress(SystemExit): {statement}\nprint('\\n', *sys.modules)"
+    )
+    done = python(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "trivmm" in loaded
+    assert not (HEAVY | also) & loaded
+
+
+def test_doctor_draws_a_table_also_into_a_pipe(tmp_path: Path) -> None:
+    done = trivmm("doctor", folder=tmp_path)
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["what", "there", "what", "for", "remedy"]
+    assert any(line.startswith("unicorn (soft CPU)") for line in lines)
+    assert lines[-1].startswith("guests ")
+    assert (done.returncode == 0) == ("can't" not in lines[-1])
 
 
 def test_doctor(tmp_path: Path) -> None:
-    done = trivmm("doctor", folder=tmp_path)
+    done = trivmm("doctor", "--json", folder=tmp_path)
     report = json.loads(done.stdout)
     assert done.returncode == (0 if report["runs"] else 1)
     for row in report["rows"]:
         assert row["present"] or row["remedy"], row
+
+
+def test_without_unicorn_the_remedy_is_a_command_for_this_python(tmp_path: Path) -> None:
+    command = f"{shlex.quote(sys.executable)} -m pip install {SOFT_REQUIREMENT}"
+    hidden = "import sys; sys.modules['unicorn'] = None; from trivmm.cli import main; sys.exit(main({}))"
+    done = python(hidden.format(["doctor", "--json"]), tmp_path)
+    report = json.loads(done.stdout)
+    assert not report["soft"]
+    assert [row["remedy"] for row in report["rows"] if row["what"].startswith("unicorn")] == [command]
+    done = python(hidden.format(["--api-socket", "a.sock", "--hypervisor", "soft"]), tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.rstrip().endswith(f"; {command}")
 
 
 @pytest.mark.soft

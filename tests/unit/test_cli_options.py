@@ -82,6 +82,26 @@ def test_what_is_not_a_size(text: str) -> None:
         parse_size("--memory size", text)
 
 
+@pytest.mark.parametrize(
+    ("text", "image_type"),
+    [("", "Unknown"), (",image_type=raw", "Raw"), (",image_type=RAW", "Raw"), (",image_type=unknown", "Unknown")],
+)
+def test_image_types(text: str, image_type: str) -> None:
+    config = load_config(parse_vm(arguments(disk=[f"path=/d{text}"])))
+    assert config.disks[0].image_type == image_type
+
+
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [("qcow2", "Qcow2"), ("vhd", "FixedVhd"), ("fixedvhd", "FixedVhd"), ("vhdx", "Vhdx"), ("vmdk", "FlatVmdk")],
+)
+def test_image_types_that_are_not_there_yet(word: str, name: str) -> None:
+    with pytest.raises(NotSupported, match=rf'disks\.image_type = "{name}"'):
+        load_config(parse_vm(arguments(disk=[f"path=/d,image_type={word}"])))
+    with pytest.raises(ConfigError, match="no such type"):
+        parse_vm(arguments(disk=["path=/d,image_type=iso"]))
+
+
 def test_a_full_command_line() -> None:
     config = load_config(
         parse_vm(

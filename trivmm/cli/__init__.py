@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
-from trivmm.cli.parser import USAGE, UsageError
+from trivmm.cli.parser import REFUSED, USAGE, UsageError, run_parser
 from trivmm.errors import ConfigError, TrivmmError
 
 __all__ = ["EXIT_CRASH", "EXIT_FAILED", "EXIT_INTERRUPTED", "EXIT_USAGE", "main", "say_error"]
@@ -30,6 +30,12 @@ def say_error(error: object) -> None:
     print(f"error: {line}", file=sys.stderr, flush=True)
 
 
+def _is_built() -> bool:
+    """The C beside these very files: an editable install lends a copy of the tree the C of another one."""
+    found = find_spec("trivmm._native")
+    return found is not None and found.origin is not None and Path(found.origin).parent == Path(__file__).parents[1]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; gives the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -42,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif not arguments:
         print(USAGE)
         return 0
-    if command != "remote" and find_spec("trivmm._native") is None:
+    if command != "remote" and not _is_built():
         here = Path(__file__).parents[2]
         say_error(f"{here}: not built here; `pip install {here}`, then run trivmm from anywhere else")
         return EXIT_USAGE
@@ -65,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
                 return fake(rest)
             case _:
+                run_parser().parse(rest, REFUSED)  # help, and most mistakes, come before trio's import
+
                 from trivmm.cli.run import run
 
                 return run(rest)

@@ -32,6 +32,16 @@ __all__ = [
 ]
 
 MAX_FD: Final = (1 << 31) - 1  # an int in C
+IMAGE_TYPES: Final[Mapping[str, str]] = {
+    "raw": "Raw",
+    "unknown": "Unknown",
+    "qcow2": "Qcow2",
+    "vhdx": "Vhdx",
+    "vhd": "FixedVhd",
+    "fixedvhd": "FixedVhd",
+    "vmdk": "FlatVmdk",
+    "flatvmdk": "FlatVmdk",
+}  # as Cloud Hypervisor's option spells them, and its API
 
 Convert = Callable[[str, str], object]
 
@@ -119,6 +129,14 @@ def _one_of(*names: str) -> Convert:
     return convert
 
 
+def parse_image_type(option: str, text: str) -> str:
+    """Cloud Hypervisor's words, and the API's. :raises ConfigError:"""
+    made = IMAGE_TYPES.get(text.lower())
+    if made is None:
+        raise ConfigError(option, text, "no such type", "give raw, or leave it out")
+    return made
+
+
 # --- options: option key → (JSON key, conversion) ----------------------------------------------------------------
 
 # Keys of the contract that do not exist here are listed too: the schema refuses them by name, unless they hold
@@ -176,7 +194,7 @@ DISK: Final[Mapping[str, tuple[str, Convert]]] = {
     "_disable_aio": ("disable_aio", parse_toggle),
     "backing_files": ("backing_files", parse_toggle),
     "sparse": ("sparse", parse_toggle),
-    "image_type": ("image_type", _one_of("Raw", "Qcow2", "Vhdx", "FixedVhd", "Unknown")),
+    "image_type": ("image_type", parse_image_type),
     "lock_granularity": ("lock_granularity", _as_text),
     **_BUS,
 }

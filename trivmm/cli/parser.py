@@ -110,7 +110,7 @@ def run_parser() -> Parser:
     parser = Parser("trivmm", USAGE)
     parser.add_argument("-V", "--version", action="version", version=version_text(sys.argv[0]))
     vm = parser.add_argument_group("the VM")
-    vm.add_argument("--kernel", metavar="FILE", help="an ELF with a PVH entry note (a vmlinux)")
+    vm.add_argument("--kernel", metavar="FILE", help="a vmlinux with a PVH entry note, or a bzImage with one in it")
     vm.add_argument("--cmdline", metavar="TEXT", help="the kernel's command line")
     vm.add_argument("--initramfs", metavar="FILE")
     vm.add_argument("--cpus", metavar="boot=N[,max=N]", help="vCPUs (1)")

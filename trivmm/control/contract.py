@@ -118,7 +118,6 @@ NOT_YET_KEYS: Final[Mapping[str, Mapping[str, object]]] = {
         "disable_aio": NotYet(False, also=(True,)),
         "backing_files": False,
         "sparse": True,
-        "image_type": NotYet("Raw", also=("Unknown",)),
         "lock_granularity": "ByteRange",
     },
     "RngConfig": _BUS,

@@ -23,11 +23,10 @@ from trivmm.machine.acpi_port import ACPI_PORTS, AcpiPort
 from trivmm.machine.bus import AddressSpace, BusDevice, Outcome, Range
 from trivmm.machine.cmos import CMOS_PORTS, Cmos
 from trivmm.machine.debug_ports import DEBUG_CONSOLE_PORTS, DEBUG_PORTS, DebugConsole, DebugPort
-from trivmm.machine.elf import UserFile, parse_kernel
 from trivmm.machine.i8042 import I8042, I8042_PORTS
 from trivmm.machine.memory import GuestMemory
 from trivmm.machine.pci import CONFIG_PORTS, PciBus
-from trivmm.machine.pvh import load_payload
+from trivmm.machine.pvh import check_payload, load_payload
 from trivmm.machine.serial import COM1, COM1_IRQ, Serial, open_sink
 from trivmm.migration.fields import Fields
 from trivmm.migration.setup import config_to_setup
@@ -106,23 +105,23 @@ class Board:
 
     # --- boot ------------------------------------------------------------------------------------------------
 
-    def load_payload(self) -> None:
+    def load_payload(self, checkpoint: Callable[[], None]) -> None:
         """Put kernel, command line, initramfs and boot data into RAM and point the boot vCPU at them.
+
+        Slow, and bounded: in a thread. What ``checkpoint`` raises between two pieces of work ends it.
 
         :raises ConfigError: naming the payload's field and what is wrong with the file."""
         if not self.needs_payload:
             return
-        boot = load_payload(self.memory, self.config.payload, len(self.cpus))
+        boot = load_payload(self.memory, self.config.payload, len(self.cpus), checkpoint)
         self.cpus[0].set_boot_state(boot.entry_gpa, boot.start_info_gpa)
 
-    def check_payload(self) -> None:
-        """A destination boots nothing now, but the guest may ask it for a reboot later.
+    def check_payload(self, checkpoint: Callable[[], None]) -> None:
+        """A destination boots nothing now, but the guest may ask it for a reboot later. As slow as loading it.
 
         :raises ConfigError: when the kernel can't be used on this host."""
-        if not self.needs_payload:
-            return
-        with UserFile("payload.kernel", self.config.payload.kernel) as file:
-            parse_kernel(file)
+        if self.needs_payload:
+            check_payload(self.config.payload, checkpoint)
 
     # --- interrupts ------------------------------------------------------------------------------------------
 
@@ -402,6 +401,8 @@ def _plug_devices(board: Board, on_event: EventSink, *, lock: bool) -> None:
     for number, disk in enumerate(config.disks):
         block = BlockDevice(disk, memory, f"_disk{number}", lock=lock)
         _plug(board, block, on_event, slot=disk.pci_device_id, use_64bit_bar=False)
+    # Said from now on, at reboots and to a destination: nobody guesses again once the guest can write there.
+    board.config = attrs.evolve(config, disks=tuple(attrs.evolve(disk, image_type="Raw") for disk in config.disks))
     rng = RngDevice(config.rng, memory)
     _plug(board, rng, on_event, slot=config.rng.pci_device_id, use_64bit_bar=True)
 
