@@ -95,7 +95,7 @@ class Parser(argparse.ArgumentParser):
                 near = difflib.get_close_matches(option, [*known, *(refused or {})], n=1)
                 hint = f"did you mean {near[0]}?" if near else f"{self.prog} --help lists the options"
                 raise UsageError(f"{option}: unknown option; {hint}")
-        return self.parse_args(list(arguments))
+        return self.parse_intermixed_args(list(arguments))  # an option may stand between a verb and its argument
 
 
 def version_text(program: str) -> str:
