@@ -348,6 +348,18 @@ class Vm:
             self.reboots += 1
             self._tell("rebooted")
 
+    async def nmi(self) -> None:
+        """Give every vCPU a non-maskable interrupt, which a paused VM takes when it resumes.
+
+        :raises PauseTimeout: a vCPU could not be stopped for it; nobody got one, the VM runs."""
+        async with self.ownership.lease("nmi"):
+            await self._machine_in("nmi", VmState.RUNNING, VmState.PAUSED).nmi()
+
+    async def power_button(self) -> None:
+        """Press the ACPI power button. What comes of it is the guest's affair: a usual one powers off."""
+        async with self.ownership.lease("power-button"):
+            self._machine_in("power-button", VmState.RUNNING, VmState.PAUSED).power_button()
+
     async def resize(self, vcpus: int | None = None, ram: int | None = None, balloon: int | None = None) -> None:
         """What is None, or what is so already, stays. A VM that was never booted takes the new numbers on paper.
 

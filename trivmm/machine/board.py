@@ -23,6 +23,7 @@ from trivmm.machine.acpi_port import ACPI_PORTS, AcpiPort
 from trivmm.machine.bus import AddressSpace, BusDevice, Outcome, Range
 from trivmm.machine.cmos import CMOS_PORTS, Cmos
 from trivmm.machine.debug_ports import DEBUG_CONSOLE_PORTS, DEBUG_PORTS, DebugConsole, DebugPort
+from trivmm.machine.ged import GED_IRQ, GED_SIZE, POWER_BUTTON, Ged
 from trivmm.machine.i8042 import I8042, I8042_PORTS
 from trivmm.machine.memory import GuestMemory
 from trivmm.machine.pci import CONFIG_PORTS, PciBus
@@ -66,6 +67,7 @@ class Board:
     mmio: AddressSpace
     pci: PciBus
     serial: Serial
+    ged: Ged
     fixed: dict[str, Any]
     cpus: list[VcpuBackend] = attrs.field(factory=list)
     devices: list[DeviceSlot] = attrs.field(factory=list)
@@ -128,6 +130,7 @@ class Board:
     def connect_interrupts(self) -> None:
         self.serial.thaw()
         self.vm.connect_irq(self.serial.irq_fd, COM1_IRQ)
+        self.vm.connect_irq(self.ged.irq_fd, GED_IRQ)
         for slot in self.devices:
             slot.transport.connect_interrupts()
 
@@ -136,7 +139,12 @@ class Board:
         eventfds and is saved as pending bits."""
         for slot in self.devices:
             slot.transport.disconnect_interrupts()
+        self.vm.disconnect_irq(self.ged.irq_fd, GED_IRQ)
         self.vm.disconnect_irq(self.serial.irq_fd, COM1_IRQ)
+
+    def power_button(self) -> None:
+        """The guest finds a press when it next looks, whether it runs or not."""
+        self.ged.notify(POWER_BUTTON)
 
     # --- dirty log -------------------------------------------------------------------------------------------
 
@@ -281,6 +289,7 @@ class Board:
             slot.transport.close()
             slot.backend.close()
         self.serial.close()
+        self.ged.close()
         for cpu in self.cpus:
             cpu.close()
 
@@ -388,8 +397,10 @@ def _assemble(config: VmConfig, hypervisor: Hypervisor, memory: GuestMemory, vm:
         attach(*COM1, ffi.addressof(lib, "tv_uart_pio"), serial.native)
     if hasattr(vm, "read_memory"):
         vm.read_memory = memory.read
-    fixed = {"pci": pci, "serial": serial, "cmos": cmos, "debug_port": debug_port}
-    board = Board(config, memory, vm, pio, mmio, pci, serial, fixed)
+    ged = Ged()  # nothing fails from here on: the board closes it
+    mmio.insert(Range(layout.GED_START, GED_SIZE, ged, "ged"))
+    fixed = {"pci": pci, "serial": serial, "cmos": cmos, "debug_port": debug_port, "ged": ged}
+    board = Board(config, memory, vm, pio, mmio, pci, serial, ged, fixed)
     board.clock = getattr(hypervisor, "clock", time.monotonic)
     board.needs_payload = hypervisor.needs_payload
     return board
