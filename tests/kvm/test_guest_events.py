@@ -118,15 +118,20 @@ async def test_a_press_is_read_once(kernel: Path, hypervisor: Hypervisor, paused
             assert vm.console_tail == b"r80"
 
 
+@pytest.mark.parametrize("paused", [False, True])
 async def test_a_press_that_the_guest_has_not_read_moves_with_it(
-    kernel: Path, hypervisor: Hypervisor, tmp_path: Path
+    kernel: Path, hypervisor: Hypervisor, tmp_path: Path, paused: bool
 ) -> None:
-    """Its interrupt too: the guest sleeps until that comes."""
+    """Its interrupt too: the guest sleeps until that comes. A soft vCPU that is parked has not even taken it yet."""
     with trio.fail_after(LIMIT_S):
         async with open_road(config_of(kernel), hypervisor=hypervisor) as road:
             await road.vm.wait_for_console("r")
+            if paused:
+                await road.vm.pause()
             await road.vm.power_button()
             await road.move(f"unix:{tmp_path}/m.sock")
+            if paused:
+                await road.vm.resume()
             road.vm.console_input(b"!")
             assert (await road.vm.wait()).kind == "poweroff"
             assert road.vm.console_tail == b"80"

@@ -1,4 +1,4 @@
-"""A distribution's Linux, with its own drivers, on the soft CPU: boots, uses its devices, moves, and powers off when told.
+"""A distribution's Linux with its own drivers, on the soft CPU: boots, uses its devices, moves, powers off when told.
 
 The kernel is fetched by apt at each run; nothing of it is in the repository.
 """

@@ -126,7 +126,11 @@ def test_ged_state() -> None:
         assert ged.save() == {"events": 8}
         assert ged.read(0, 1) == b"\x08", "saving does not read it: the save may be undone"
         twin.load({"events": 8})
+        assert os.eventfd_read(twin.irq_fd) == 1, "no interrupt controller has taken the source's, perhaps"
         assert twin.read(0, 1) == b"\x08"
+        twin.load({"events": 0})
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(twin.irq_fd)
         for hostile in ({"events": 256}, {"events": -1}, {"events": "8"}, {}, {"events": 0, "more": 1}):
             with pytest.raises(ProtocolError):
                 twin.load(hostile)

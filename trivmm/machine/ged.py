@@ -2,7 +2,8 @@
 
 A byte of MMIO at ``layout.GED_START``, as in Cloud Hypervisor: each event has its bit there, a read gives them and
 clears them. The DSDT's ``_EVT`` method reads it and notifies the device whose event it was. An event that the guest has
-not read is part of the saved state; its interrupt lies in the interrupt controllers, which are saved too.
+not read is part of the saved state, and interrupts again where that is loaded: whether an interrupt controller had
+taken the first one is not known, and an interrupt too many finds the register empty.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ class Ged:
         """Set the bits, then interrupt. What the guest has not read yet and comes again, it sees once."""
         with self._lock:
             self._events |= events
+        self._interrupt()
+
+    def _interrupt(self) -> None:
         with contextlib.suppress(BlockingIOError):  # full: it is readable, which is all that it says
             os.eventfd_write(self.irq_fd, 1)
 
@@ -55,6 +59,8 @@ class Ged:
         events = fields.integer("events", 0, 255)
         fields.end()
         self._events = events
+        if events:
+            self._interrupt()
 
     def close(self) -> None:
         """After every vCPU thread has ended. Idempotent."""
