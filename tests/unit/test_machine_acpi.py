@@ -95,7 +95,7 @@ def test_the_power_button_is_what_the_ged_event_notifies() -> None:
     assert set(devices) == {b"PCI0", b"COM1", b"PWRB", b"GEC_", b"GED_"}
     assert b"_HID\x0c\x41\xd0\x0c\x0c" in devices[b"PWRB"]  # PNP0C0C
     assert b"_HID\x0dACPI0013\0" in devices[b"GED_"]
-    assert bytes.fromhex("89 0600 03 01 05000000 7900") in devices[b"GED_"]  # edge, active high, GSI 5, the end
+    assert bytes.fromhex("89 0600 03 01 0d000000 7900") in devices[b"GED_"]  # edge, active high, GSI 13, the end
     (event,) = _packages(devices[b"GED_"], b"\x14")
     assert event == b"_EVT\x09\\\x2f\x03_SB_GEC_ESCN"
     register = struct.pack("<I", layout.GED_START)

@@ -18,7 +18,7 @@ from trivmm.migration.fields import Fields
 
 __all__ = ["GED_IRQ", "GED_SIZE", "POWER_BUTTON", "Ged"]
 
-GED_IRQ: Final = 5  # Cloud Hypervisor's: the first line that nothing else has; edge, active high
+GED_IRQ: Final = 13  # Cloud Hypervisor's, where 5 to 12 are the PCI slots'; edge, active high
 GED_SIZE: Final = 1
 POWER_BUTTON: Final = 1 << 3  # bits 0 to 2 are hotplug of CPUs, memory and PCI there
 
