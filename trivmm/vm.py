@@ -129,15 +129,16 @@ class Vm:
         self.events.emit("virtio-device", event, id=device, generation=str(generation))
 
     def info(self) -> dict[str, Any]:
-        """JSON-able: state, RAM in use, device tree (names, slots), vCPU states, migration."""
+        """JSON-able: state, RAM in use, vCPU states; while there is a machine, its ``Board.device_tree``."""
         machine = self._machine
+        tree = {} if machine is None else {"device_tree": machine.board.device_tree()}
         return {
             "state": self.state.value,
             "in_doubt": self.in_doubt,
             "hypervisor": self.hypervisor.name,
             "memory_actual_size": self.config.memory.size,
-            "device_tree": {} if machine is None else machine.board.device_tree(),
             "vcpus": [] if machine is None else [vcpu.state.value for vcpu in machine.vcpus.vcpus],
+            **tree,
         }
 
     def counters(self) -> dict[str, dict[str, int]]:
@@ -217,6 +218,7 @@ class Vm:
         except BaseException:
             await self._end()  # noqa: ASYNC102 - shields and bounds itself
             raise
+        self.config = board.config_as_built()
         self._exit = None
         if self._exited.is_set():  # else somebody may wait on it already: since before boot, or since before a reboot
             self._exited = trio.Event()
@@ -502,7 +504,9 @@ class Vm:
         try:
             board.check_setup(setup)
             board.check_payload()
-            return await self._run(board, gate_open=False)
+            machine = await self._run(board, gate_open=False)
+            self.config = board.config_as_built()
+            return machine
         except BaseException:
             board.close()
             raise
