@@ -36,8 +36,8 @@ from trivmm.hypervisor.base import Hypervisor
 from trivmm.hypervisor.select import choose_hypervisor
 from trivmm.machine.board import Board, build_board
 from trivmm.migration.progress import MigrationProgress, MigrationReport
-from trivmm.migration.sender import SendOptions, send
-from trivmm.migration.transports import parse_url
+from trivmm.migration.sender import SendOptions, send, socket_dialer
+from trivmm.migration.transports import Dialer
 from trivmm.nursery.ownership import MIGRATION, Ownership
 from trivmm.nursery.tree import Machine, open_machine
 from trivmm.nursery.vcpus import Driver, thread_driver
@@ -45,6 +45,8 @@ from trivmm.nursery.vcpus import Driver, thread_driver
 __all__ = ["ExitReason", "Vm", "VmState", "driver_of", "open_vm", "vm_scope"]
 
 logger = logging.getLogger(__name__)
+
+Dial = Callable[[str, Deadlines], Dialer]
 
 
 class VmState(enum.Enum):
@@ -235,17 +237,17 @@ class Vm:
     async def _boot(self, *, reboot: bool = False) -> None:
         board = build_board(self.config, self.hypervisor, on_event=self._tell_of_device, reboot=reboot)
         try:
-            await self._aside(board.load_payload)  # a kernel of hundreds of MiB would hold up the trio thread
+            await self._in_pieces(board.load_payload)  # seconds, where the kernel is to be unpacked
             machine = await self._run(board)
         except BaseException:
             board.close()
             raise
+        self.config = board.config_as_built()
         try:
             machine.resume()
         except BaseException:
             await self._end()  # noqa: ASYNC102 - shields and bounds itself
             raise
-        self.config = board.config_as_built()
         self._exit = None
         if self._exited.is_set():  # else somebody may wait on it already: since before boot, or since before a reboot
             self._exited = trio.Event()
@@ -301,6 +303,11 @@ class Vm:
             await trio.to_thread.run_sync(work, limiter=mine, abandon_on_cancel=abandon)
         else:
             work()
+
+    async def _in_pieces(self, work: Callable[[Callable[[], None]], None]) -> None:
+        """The same, for work that calls back between two pieces: there a cancellation ends it."""
+        between = trio.from_thread.check_cancelled if self._driver is thread_driver else lambda: None
+        await self._aside(lambda: work(between))
 
     async def _end(self) -> None:
         """End the machine, if there is one. Shielded, bounded inside by vcpu_stop, device_stop and quiesce."""
@@ -404,12 +411,14 @@ class Vm:
         timeout_strategy: str = "cancel",
         on_progress: Callable[[MigrationProgress], None] | None = None,
         on_accepted: Callable[[], None] | None = None,
+        dial: Dial = socket_dialer,
     ) -> MigrationReport:
         """Move the VM to the receiver at ``url`` (``unix:PATH``, ``tcp:HOST:PORT``), live.
 
         Runs in the caller's task. Until COMMIT every failure, cancellation included, leaves the VM running here
         and the next migration possible. Afterwards the VM is SHUTDOWN here and ``wait`` gives ``migrated``.
-        ``on_accepted`` is called once, when arguments, state and lease are checked and the migration begins.
+        ``on_accepted`` is called once, when arguments, state and lease are checked and the migration begins. ``dial``
+        is how ``url`` is reached.
 
         :raises ConfigError: / :raises WrongState: the request makes no sense, or not now.
         :raises MigrationError: failed before COMMIT, the VM runs.
@@ -421,7 +430,7 @@ class Vm:
             timeout_strategy=timeout_strategy.lower(),
         )
 
-        parse_url(url, "destination_url")
+        dialer = dial(url, self.deadlines)
         before, told = self._activated, 0
 
         def note(progress: MigrationProgress) -> None:
@@ -444,7 +453,7 @@ class Vm:
                     self._migration = scope
                     if on_accepted is not None:
                         on_accepted()
-                    report = await send(machine, url, options, note)
+                    report = await send(machine, dialer, options, note)
                 if scope.cancelled_caught:
                     raise MigrationCancelled("the migration was cancelled; the VM runs here")
             except MigrationInDoubt as error:
@@ -529,12 +538,11 @@ class Vm:
         self.config = config
         self.ownership.deadlines = config.deadlines
         board = build_board(config, self.hypervisor, on_event=self._tell_of_device, incoming=True)
+        self.config = board.config_as_built()
         try:
             board.check_setup(setup)
-            board.check_payload()
-            machine = await self._run(board, gate_open=False)
-            self.config = board.config_as_built()
-            return machine
+            await self._in_pieces(board.check_payload)
+            return await self._run(board, gate_open=False)
         except BaseException:
             board.close()
             raise

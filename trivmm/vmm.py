@@ -17,6 +17,7 @@ import trio
 
 from trivmm.config import VmConfig
 from trivmm.control.schema import SendMigrationData
+from trivmm.control.unknown import UnknownKeys
 from trivmm.deadlines import Deadlines
 from trivmm.errors import (
     MigrationCancelled,
@@ -29,7 +30,8 @@ from trivmm.events import EventBus
 from trivmm.hypervisor.base import Hypervisor
 from trivmm.incoming import open_incoming
 from trivmm.migration.progress import MigrationProgress
-from trivmm.vm import ExitReason, Vm, open_vm
+from trivmm.migration.sender import socket_dialer
+from trivmm.vm import Dial, ExitReason, Vm, open_vm
 
 __all__ = ["Vmm", "VmmEnd", "VmmOptions", "open_vmm"]
 
@@ -104,6 +106,8 @@ class Vmm:
     options: VmmOptions
     events: EventBus
     _nursery: trio.Nursery
+    _dial: Dial = socket_dialer
+    unknown_keys: UnknownKeys = attrs.field(factory=UnknownKeys, init=False)
     _slot: _Slot | None = attrs.field(default=None, init=False)
     _sending: _Outcome[None] | None = attrs.field(default=None, init=False)
     _last_progress: MigrationProgress | None = attrs.field(default=None, init=False)
@@ -233,6 +237,7 @@ class Vmm:
                 timeout_strategy=data.timeout_strategy.lower(),
                 on_progress=self._note,
                 on_accepted=accepted,
+                dial=self._dial,
             )
         except Exception as error:
             self._sending = None
@@ -373,6 +378,7 @@ async def open_vmm(
     deadlines: Deadlines | None = None,
     options: VmmOptions | None = None,
     events: EventBus | None = None,
+    dial: Dial = socket_dialer,
 ) -> AsyncIterator[Vmm]:
     """The service for the length of the block; at its end a migration rolls back and the VM ends, each bounded.
 
@@ -383,7 +389,7 @@ async def open_vmm(
     bus.emit("vmm", "starting")
     try:
         async with trio.open_nursery() as nursery:
-            vmm = Vmm(hypervisor, deadlines or Deadlines(), options or VmmOptions(), bus, nursery)
+            vmm = Vmm(hypervisor, deadlines or Deadlines(), options or VmmOptions(), bus, nursery, dial)
             try:
                 yield vmm
             except trio.Cancelled:

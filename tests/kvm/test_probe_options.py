@@ -12,6 +12,7 @@ import trio
 from trivmm import CpusConfig, Deadlines, DiskConfig, Event, MemoryConfig, PayloadConfig, SerialConfig, Vm, VmConfig
 from trivmm.guest import ProbeReport, parse_report, probe_cmdline, probe_path
 from trivmm.machine.memory import GuestMemory
+from trivmm.testing.kernels import PACKINGS, make_bzimage
 from trivmm.vm import VmState, open_vm
 
 pytestmark = pytest.mark.kvm
@@ -70,6 +71,20 @@ async def test_devices_cycle(tmp_path: Path, cpus: int, options: dict[str, int])
             assert bool(report.raced) == ("race" in options)
             if not report.raced:
                 assert report.rng_ios >= 2 * (report.rng_act - 1)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+async def test_a_bzimage_boots(tmp_path: Path, packing: str) -> None:
+    config = probe_config(tmp_path, cpus=1, once=2)
+    vmlinuz = tmp_path / "vmlinuz"
+    vmlinuz.write_bytes(make_bzimage(probe_path().read_bytes(), packing))
+    config = attrs.evolve(config, payload=attrs.evolve(config.payload, kernel=str(vmlinuz)))
+    with trio.fail_after(LIMIT_S):
+        async with open_vm(config) as vm:
+            await vm.boot()
+            assert (await vm.wait()).kind == "poweroff"
+    report = report_of(tmp_path)
+    assert (report.ready, report.problems, report.errors) == (True, (), 0)
 
 
 async def test_a_disk_smaller_than_asked_for(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import socket
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trio
@@ -19,15 +19,17 @@ from trivmm.config import PayloadConfig, VmConfig
 from trivmm.control.client import ApiError, ApiUnreachable, Client
 from trivmm.control.contract import NOT_YET_ROUTES
 from trivmm.control.http import Request, Response
+from trivmm.control.routes import Router
 from trivmm.control.server import open_server
 from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError, MigrationError, TrivmmError
-from trivmm.testing.control import ChRemoteError, Stage, ch_remote, open_stage
+from trivmm.testing.control import ChRemoteError, FakeHypervisor, Stage, ch_remote, open_stage
 from trivmm.vm import ExitReason
-from trivmm.vmm import Vmm, VmmOptions
+from trivmm.vmm import Vmm, VmmOptions, open_vmm
 
 CONFIG = VmConfig(PayloadConfig("/boot/vmlinux", "console=ttyS0 ü"))
 BODY = {"payload": {"kernel": "/boot/vmlinux", "cmdline": "console=ttyS0 ü"}}
+CPUS = {"boot_vcpus": 1, "max_vcpus": 1}
 LIMIT_S = 30
 
 StageOf = Callable[..., Any]
@@ -115,6 +117,48 @@ async def test_routes_that_do_not_exist_yet_say_so_by_name(stage_of: StageOf) ->
             assert caught.value.messages[-1] == f"{name} is not supported yet"
 
 
+async def test_unknown_keys_fail_nothing_and_are_counted(stage_of: StageOf) -> None:
+    async with stage_of() as stage:
+        assert (await ch(stage, "GET", "vmm.ping"))["unknown_keys"] == {}
+        assert await ch(stage, "PUT", "vm.create", {**BODY, "colour": None, "cpus": CPUS | {"sockets": 1}}) is None
+        assert await ch(stage, "PUT", "vm.boot") is None
+        stage.vms[0].let_migrate.set()
+        move = {"destination_url": "unix:/x", "preserve_source": False, "urgent": [True]}
+        assert await ch(stage, "PUT", "vm.send-migration", move) is None
+        assert (await ch(stage, "GET", "vmm.ping"))["unknown_keys"] == {
+            "VmConfig.colour": 1,
+            "CpusConfig.sockets": 1,
+            "SendMigrationData.urgent": 1,
+        }
+
+
+async def test_errors_speak_json(stage_of: StageOf) -> None:
+    async with stage_of() as stage, Client(stage.path) as client:
+        for body, said in [
+            ({**BODY, "watchdog": True}, "watchdog = true: not supported yet; leave it out, or false"),
+            ({**BODY, "disks": [{"path": None}]}, "disks[0].path = null: missing; give it"),
+            ({**BODY, "rng": {"src": ["é"]}}, 'rng.src = ["é"]: wrong type; give text'),
+        ]:
+            with pytest.raises(ApiError) as caught:
+                await client.call("PUT", "vm.create", body)
+            assert caught.value.status == 400
+            assert caught.value.messages[-1].startswith(said)
+
+
+async def test_a_vm_without_a_payload_is_created_and_does_not_boot(tmp_path: Path) -> None:
+    """As Cloud Hypervisor does: the configuration is looked at as a whole by the boot."""
+    path, hypervisor = str(tmp_path / "api.sock"), cast("Any", FakeHypervisor())
+    async with open_vmm(hypervisor) as vmm, open_server(path, Router(vmm), Deadlines()), Client(path) as client:
+        await client.call("PUT", "vm.create", {})
+        info = await client.info()
+        assert (info["state"], "payload" in info["config"]) == ("Created", False)
+        with pytest.raises(ApiError) as caught:
+            await client.boot()
+        assert caught.value.status == 500
+        assert caught.value.messages[-1].startswith("payload.kernel = null: missing; give the path of a PVH ELF")
+        assert (await client.info())["state"] == "Created"
+
+
 @pytest.mark.parametrize(
     ("method", "route", "body", "status"),
     [
@@ -124,7 +168,7 @@ async def test_routes_that_do_not_exist_yet_say_so_by_name(stage_of: StageOf) ->
         ("DELETE", "vm.info", None, 400),
         ("PUT", "vm.boot", {}, 400),
         ("PUT", "vm.create", None, 400),
-        ("PUT", "vm.create", {"payload": {}}, 400),
+        ("PUT", "vm.create", [], 400),
         ("PUT", "vm.create", {"payload": {"kernel": "/refused"}}, 500),
         ("PUT", "vm.send-migration", {"destination_url": "unix:/x"}, 500),
         ("PUT", "vm.cancel-migration", None, 500),
@@ -354,7 +398,7 @@ async def test_an_oversized_request_reads_its_refusal(stage_of: StageOf) -> None
     async with stage_of() as stage:
         data = b"PUT /api/v1/vm.create HTTP/1.1\r\nHost: x\r\nContent-Length: 3000000\r\n\r\n" + bytes(3_000_000)
         answer = await trio.to_thread.run_sync(raw, stage.path, data)
-        assert answer.startswith(b"HTTP/1.1 413 \r\n")
+        assert answer.startswith(b"HTTP/1.1 400 \r\n")
         assert b"Connection: close" in answer
 
 

@@ -25,7 +25,7 @@ from trivmm.migration import wire
 from trivmm.migration.link import Link
 from trivmm.migration.progress import MigrationProgress, MigrationReport, Phase
 from trivmm.migration.receiver import Receiver
-from trivmm.migration.sender import SendOptions, send_over
+from trivmm.migration.sender import SendOptions, send
 from trivmm.migration.steps import Session
 from trivmm.migration.wire import MessageType
 from trivmm.testing.cancel_walk import Walk, cancel_walk
@@ -61,7 +61,7 @@ class World:
 
     async def send(self) -> None:
         try:
-            self.sent = await send_over(self.source, self.net, self.options, self.seen.append)
+            self.sent = await send(self.source, self.net, self.options, self.seen.append)
         except Exception as error:
             self.sent = error
 

@@ -242,7 +242,7 @@ async def run_demo(options: DemoOptions) -> int:
 
 
 def _guest_config(options: DemoOptions, cpus: int, disk: Path, serial: Path) -> dict[str, Any]:
-    from trivmm.cli.options import parse_size
+    from trivmm.values import parse_size
 
     cmdline = probe_cmdline(cpus=cpus, rate=options.rate, cycle="rng,blk", window=1, race=1 if cpus > 1 else 0)
     return {

@@ -24,7 +24,8 @@ trivmm: a virtual machine monitor on trio
   trivmm --api-socket path=FILE      serve the API only
   trivmm remote --api-socket FILE …  drive a running VMM (trivmm remote --help)
   trivmm doctor                      what this host can do, and remedies
-  trivmm demo                        a guest moves live between two processes"""
+  trivmm demo                        a guest moves live between two processes
+  trivmm fake --api-socket path=…    the API without a guest, failing on cue (trivmm fake --help)"""
 
 # Cloud Hypervisor's options that do not exist here, each with what to do instead.
 REFUSED: Final = {
@@ -109,7 +110,7 @@ def run_parser() -> Parser:
     parser = Parser("trivmm", USAGE)
     parser.add_argument("-V", "--version", action="version", version=version_text(sys.argv[0]))
     vm = parser.add_argument_group("the VM")
-    vm.add_argument("--kernel", metavar="FILE", help="an ELF with a PVH entry note (a vmlinux)")
+    vm.add_argument("--kernel", metavar="FILE", help="a vmlinux with a PVH entry note, or a bzImage with one in it")
     vm.add_argument("--cmdline", metavar="TEXT", help="the kernel's command line")
     vm.add_argument("--initramfs", metavar="FILE")
     vm.add_argument("--cpus", metavar="boot=N[,max=N]", help="vCPUs (1)")
@@ -125,7 +126,9 @@ def run_parser() -> Parser:
     vm.add_argument("--serial", metavar="off|null|tty|file=FILE", help="the serial port (null)")
     vm.add_argument("--console", metavar="off", help="virtio-console: only off yet (off)")
     vmm = parser.add_argument_group("the VMM")
-    vmm.add_argument("--api-socket", metavar="path=FILE", help="serve the HTTP API on this unix socket")
+    vmm.add_argument(
+        "--api-socket", metavar="path=FILE|fd=N", help="serve the HTTP API on this unix socket, or on one passed in"
+    )
     vmm.add_argument(
         "--event-monitor", metavar="path=FILE|fd=N", help="write what happens there, as JSON; a FIFO may lack a reader"
     )

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from trivmm.cli.move import watch_move
-from trivmm.cli.options import parse_receive, parse_send, parse_size, parse_socket
+from trivmm.cli.options import parse_receive, parse_send, parse_socket_path
 from trivmm.cli.parser import Parser, UsageError
 from trivmm.cli.table import table
 from trivmm.control.apierror import ApiError, ApiUnreachable, messages_of
 from trivmm.control.contract import API_ROOT, NOT_YET_ROUTES
+from trivmm.values import parse_size
 
 __all__ = ["remote"]
 
@@ -81,7 +82,7 @@ def remote(arguments: Sequence[str]) -> int:
     if not where:
         raise UsageError("--api-socket: missing; give the path of the VMM's socket")
     limit_s = given.timeout or (MOVE_LIMIT_S if given.verb in LONG else ANSWER_LIMIT_S)
-    path, body = parse_socket(where), _body(given)
+    path, body = parse_socket_path(where), _body(given)
     if given.verb == "events":
         return follow_events(path)
     if given.verb == "send-migration" and not given.detach:

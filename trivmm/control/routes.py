@@ -21,6 +21,7 @@ from trivmm.control.contract import CONTRACT_VERSION, NOT_YET_ROUTES
 from trivmm.control.http import Request, Response, error_response
 from trivmm.control.progress import progress_body
 from trivmm.control.schema import dump_config, load_config, load_receive, load_resize, load_send, parse_json
+from trivmm.control.unknown import Unknown
 from trivmm.errors import ConfigError, TrivmmError, VmNotCreated, WrongState
 from trivmm.events import Subscription
 from trivmm.vm import VmState
@@ -31,19 +32,17 @@ __all__ = ["ROUTES", "Route", "Router"]
 MAX_CAUSES: Final = 8  # of an error's chain; ours are two or three long
 API_ERROR: Final = "Error from API"
 FEATURES: Final = ("live-migration",)
-STATES: Final = {
-    VmState.SHUTDOWN: VmState.CREATED
-}  # as there: what is left of a VM that was shut down is its configuration
+STATES: Final = {VmState.SHUTDOWN: VmState.CREATED}  # as there: of a VM that was shut down its configuration is left
 
 
 @attrs.frozen
 class Route:
-    """``load`` turns the body into the verb's argument; None: the route takes no body. ``fails`` is what its errors
-    say first; ``without_vm`` the code where there is none."""
+    """``load`` turns the body into the verb's argument, and tells a collector the keys that it doesn't know; None: the
+    route takes no body. ``fails`` is what its errors say first; ``without_vm`` the code where there is none."""
 
     method: str
     run: Callable[[Vmm, Any], Awaitable[Response]]
-    load: Callable[[object], object] | None = None
+    load: Callable[[object, Unknown], object] | None = None
     fails: str = "The VM info is not available"
     without_vm: int = 404
 
@@ -58,6 +57,7 @@ async def _ping(vmm: Vmm, _: None) -> Response:
             "trivmm_version": trivmm.__version__,
             "hypervisor": vmm.hypervisor.name,
             "note": vmm.hypervisor.note,
+            "unknown_keys": vmm.unknown_keys.counts,
         }
     )
 
@@ -111,19 +111,27 @@ async def _cancel(vmm: Vmm, _: None) -> Response:
 
 
 async def _events(vmm: Vmm, _: None) -> Response:
-    return Response(200, stream=partial(_event_stream, vmm))
+    return Response(200, stream=partial(_open_events, vmm))
+
+
+@attrs.define(eq=False)
+class _EventStream:
+    """Server-sent events: a line of JSON each, as ``--event-monitor`` writes them; ends with the VMM's shutdown."""
+
+    _events: Subscription
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for event in self._events:
+            yield f"data: {event.text()}\n\n".encode()
+
+    def finish(self) -> None:
+        self._events.end()
 
 
 @asynccontextmanager
-async def _event_stream(vmm: Vmm) -> AsyncIterator[AsyncIterator[bytes]]:
-    """Server-sent events: a line of JSON each, as ``--event-monitor`` writes them; ends with the VMM's shutdown."""
-
-    async def lines(events: Subscription) -> AsyncIterator[bytes]:
-        async for event in events:
-            yield f"data: {event.text()}\n\n".encode()
-
+async def _open_events(vmm: Vmm) -> AsyncIterator[_EventStream]:
     with vmm.events.subscribe() as events:
-        yield lines(events)
+        yield _EventStream(events)
 
 
 def _verb(name: str, fails: str, without_vm: int = 500) -> Route:
@@ -173,7 +181,7 @@ class Router:
         argument: object = None
         if route.load is not None:
             try:
-                argument = route.load(parse_json(request.body))
+                argument = route.load(parse_json(request.body), self.vmm.unknown_keys)
             except ConfigError as error:
                 return error_response(400, "Bad Request", *_chain(error))
         elif request.method == "PUT" and request.body:

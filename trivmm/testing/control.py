@@ -26,6 +26,7 @@ class FakeHypervisor:
     name = "fake"
     note = ""
     max_vcpus = 8
+    needs_payload = False
 
     def close(self) -> None:
         pass
