@@ -61,13 +61,13 @@ async def test_an_nmi_reaches_a_guest_that_runs_and_one_that_was_paused(kernel: 
             await vm.boot()
             await vm.wait_for_console("r")
             await vm.nmi()
-            await vm.wait_for_console("rN")
+            await vm.wait_for_console("N")
             assert vm.state is VmState.RUNNING
             await vm.pause()
             await vm.nmi()
             assert vm.state is VmState.PAUSED
             await vm.resume()
-            await vm.wait_for_console("rNN")
+            await vm.wait_for_console("N")
 
 
 async def test_an_nmi_that_a_paused_guest_has_not_taken_moves_with_it(
@@ -93,7 +93,7 @@ async def test_a_vcpu_that_was_never_started_gets_no_nmi(kernel: Path) -> None:
             await vm.boot()
             await vm.wait_for_console("r")
             await vm.nmi()
-            await vm.wait_for_console("rN")
+            await vm.wait_for_console("N")
             await vm.pause()
             assert vm._machine is not None
             injected, pending = vm._machine.board.cpus[1].save().blobs["events"][NMI_AT : NMI_AT + 2]

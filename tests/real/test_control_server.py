@@ -96,7 +96,7 @@ async def test_a_vm_driven_as_ch_remote_does(stage_of: StageOf) -> None:
             assert await ch(stage, "PUT", f"vm.{command}") is None
             assert (await ch(stage, "GET", "vm.info"))["state"] == state
         assert await ch(stage, "PUT", "vm.boot") is None
-        assert await ch(stage, "GET", "vm.counters") == {"_rng": {"activations": 3}}
+        assert await ch(stage, "GET", "vm.counters") == {"__rng": {"activations": 3}}
         for command in ("nmi", "power-button"):
             assert await ch(stage, "PUT", f"vm.{command}") is None
             assert stage.vms[0].said[-1] == command

@@ -124,7 +124,7 @@ class FakeVm:
         return {"state": self.state.value, "memory_actual_size": self.config.memory.size, "device_tree": {}}
 
     def counters(self) -> dict[str, dict[str, int]]:
-        return {"_rng": {"activations": 3}}
+        return {"__rng": {"activations": 3}}
 
 
 @attrs.define(eq=False)
