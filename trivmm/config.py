@@ -34,6 +34,7 @@ __all__ = [
 MAX_VCPUS: Final = 8  # the probe guest's and the state format's limit; KVM itself allows more
 MAX_DISKS: Final = 24  # PCI slots 1..31 less rng, console and room for hotplug
 MAX_ID: Final = 128  # characters; an id names threads, log lines, counters and state
+OUR_IDS: Final = ("__", "_virtio-pci-")  # what the VMM's own entries in the device tree and the counters begin with
 IMAGE_TYPES: Final = ("Raw", "Unknown")
 FOREIGN_IMAGES: Final = ("Qcow2", "Vhdx", "FixedVhd", "FlatVmdk")  # Cloud Hypervisor's others
 ALIGNMENT: Final = 2 << 20  # RAM sizes: one x86 large page, so that a region never splits one
@@ -122,6 +123,8 @@ def _as_disks(value: Iterable[DiskConfig | PathText]) -> tuple[DiskConfig, ...]:
 def _check_id(field: str, value: str | None) -> None:
     if value is not None and (len(value) > MAX_ID or not value.isprintable()):
         raise ConfigError(field, value, "not a name", f"give at most {MAX_ID} printable characters, or leave it out")
+    if value is not None and value.startswith(OUR_IDS):
+        raise ConfigError(field, value, f"ids that begin with {' or '.join(OUR_IDS)} are the VMM's own", "give another")
 
 
 def _check_image_type(value: str) -> None:

@@ -28,6 +28,7 @@ import attrs
 import trio
 
 from trivmm.config import CpusConfig, VmConfig
+from trivmm.console import ConsoleCursor, ConsoleMatch, ConsolePattern, bytes_pattern
 from trivmm.deadlines import Deadlines
 from trivmm.errors import GuestCrash, MigrationCancelled, MigrationInDoubt, NotSupported, WrongState
 from trivmm.events import EventBus
@@ -97,6 +98,7 @@ class Vm:
     _migration: trio.CancelScope | None = attrs.field(default=None, init=False)
     _closing: bool = attrs.field(default=False, init=False)
     _last_board: Board | None = attrs.field(default=None, init=False)
+    _console: ConsoleCursor | None = attrs.field(default=None, init=False)  # where wait_for_console goes on
     _new_board: trio.Event = attrs.field(factory=trio.Event, init=False)  # set, and replaced, with every board
 
     # --- reading: always possible ----------------------------------------------------------------------------
@@ -131,33 +133,58 @@ class Vm:
         self.events.emit("virtio-device", event, id=device, generation=str(generation))
 
     def info(self) -> dict[str, Any]:
-        """JSON-able: state, RAM in use, device tree (names, slots), vCPU states, migration."""
+        """JSON-able: state, RAM in use, vCPU states; while there is a machine, its ``Board.device_tree``."""
         machine = self._machine
+        tree = {} if machine is None else {"device_tree": machine.board.device_tree()}
         return {
             "state": self.state.value,
             "in_doubt": self.in_doubt,
             "hypervisor": self.hypervisor.name,
             "memory_actual_size": self.config.memory.size,
-            "device_tree": {} if machine is None else machine.board.device_tree(),
             "vcpus": [] if machine is None else [vcpu.state.value for vcpu in machine.vcpus.vcpus],
+            **tree,
         }
 
     def counters(self) -> dict[str, dict[str, int]]:
         return {} if self._machine is None else self._machine.board.counters()
 
-    async def wait_for_console(self, text: str | bytes) -> bytes:
-        """Wait until the serial console has printed ``text``; gives the tail up to and including it.
+    async def wait_for_console(self, pattern: ConsolePattern, *, rewind: bool = False) -> ConsoleMatch:
+        """Wait until the serial console has printed ``pattern``: text, bytes, or a compiled regular expression.
 
-        Bounded by the caller. :raises WrongState: when the VM ends without having printed it."""
-        wanted = text.encode() if isinstance(text, str) else text
+        A wait begins where the last one's match ended: a second identical one waits for a second text. A boot brings a
+        new console, read from its start; where the guest reboots by itself, what it had said before comes first.
+        ``rewind`` begins at the start of the console that there is now. Only the last mebibyte is kept: what was
+        printed before it is not found. An expression matches as soon as it can (``t=[0-9]+`` in the middle of a
+        number): end it with what comes after.
+
+        Bounded by the caller. :raises WrongState: when the VM ends without having printed it. :raises ConfigError:
+        for a pattern that can't be."""
+        wanted = bytes_pattern(pattern)
+        await trio.lowlevel.checkpoint()
+        cursor = self._newest_console() if rewind or self._console is None else self._console
+        if rewind and cursor is not None:
+            cursor.at = 0
+        at = 0 if cursor is None else cursor.at  # ours: a wait that ends meanwhile takes nothing from this one
         while True:
-            tail = self.console_tail
-            at = tail.find(wanted)
-            if at >= 0:
-                return tail[: at + len(wanted)]
-            if self._exited.is_set():
-                raise WrongState(f"wait for {text!r} on the console", self.state.value, "running until it prints that")
-            await self.console_output()
+            found = None if cursor is None else cursor.find(wanted, at)
+            if found is not None:
+                return found
+            newest = self._newest_console()
+            if cursor is not newest:
+                cursor, at = newest, 0
+            elif self._exited.is_set():
+                shown = getattr(pattern, "pattern", pattern)
+                raise WrongState(f"wait for {shown!r} on the console", self.state.value, "running until it prints that")
+            else:
+                await self.console_output()
+
+    def _newest_console(self) -> ConsoleCursor | None:
+        """The cursor of the console that there is now, from which the next wait goes on."""
+        if self._last_board is not None and (
+            self._console is None or self._console.console is not self._last_board.serial
+        ):
+            self._console = ConsoleCursor(self._last_board.serial)
+        return self._console
 
     async def console_output(self) -> None:
         """Wait until the serial console prints something more, or the VM ends. Bounded by the caller."""
@@ -204,6 +231,7 @@ class Vm:
             self._tell("booting")
             await self._end()  # of a machine that ended by itself, if that still goes on
             await self._boot()
+            self._console = None
             self._tell("booted")
 
     async def _boot(self, *, reboot: bool = False) -> None:
@@ -214,7 +242,7 @@ class Vm:
         except BaseException:
             board.close()
             raise
-        self.config = board.config  # what was found out about its images stays, see there
+        self.config = board.config_as_built()
         try:
             machine.resume()
         except BaseException:
@@ -345,8 +373,21 @@ class Vm:
             except BaseException:
                 self._finish(ExitReason("shutdown"))
                 raise
+            self._console = None  # you asked: what the machine before it said is of the past
             self.reboots += 1
             self._tell("rebooted")
+
+    async def nmi(self) -> None:
+        """Give every vCPU a non-maskable interrupt, which a paused VM takes when it resumes.
+
+        :raises PauseTimeout: a vCPU could not be stopped for it; nobody got one, the VM runs."""
+        async with self.ownership.lease("nmi"):
+            await self._machine_in("nmi", VmState.RUNNING, VmState.PAUSED).nmi()
+
+    async def power_button(self) -> None:
+        """Press the ACPI power button. What comes of it is the guest's affair: a usual one powers off."""
+        async with self.ownership.lease("power-button"):
+            self._machine_in("power-button", VmState.RUNNING, VmState.PAUSED).power_button()
 
     async def resize(self, vcpus: int | None = None, ram: int | None = None, balloon: int | None = None) -> None:
         """What is None, or what is so already, stays. A VM that was never booted takes the new numbers on paper.
@@ -509,7 +550,7 @@ class Vm:
         self.config = config
         self.ownership.deadlines = config.deadlines
         board = build_board(config, self.hypervisor, on_event=self._tell_of_device, incoming=True)
-        self.config = board.config
+        self.config = board.config_as_built()
         try:
             board.check_setup(setup)
             await self._in_pieces(board.check_payload)

@@ -192,6 +192,14 @@ class Vmm:
         self._changing("reboot")
         await self.vm.reboot()
 
+    async def nmi(self) -> None:
+        self._changing("nmi")
+        await self.vm.nmi()
+
+    async def power_button(self) -> None:
+        self._changing("power-button")
+        await self.vm.power_button()
+
     async def resize(self, vcpus: int | None, ram: int | None, balloon: int | None) -> None:
         """As far as there is nothing to do: hotplug of vCPUs and memory is not there yet. A VM that was never booted
         is changed on paper.

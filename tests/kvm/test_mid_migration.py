@@ -99,7 +99,7 @@ async def test_a_pause_does_not_wait_for_an_activation(tmp_path: Path, monkeypat
             slow_on(monkeypatch, list(slow), entered)
             await entered.wait()
             await road.vm.pause()
-            assert road.vm.info()["device_tree"]["_rng"]["status"] == "activating"
+            assert road.vm.info()["device_tree"]["__rng"]["status"] == "activating"
             await road.vm.resume()
 
 

@@ -20,6 +20,8 @@ MODULES = (
     "virtio_pci",
     "virtio_blk",
     "virtio-rng",
+    "button",
+    "evdev",
 )
 
 

@@ -1,8 +1,10 @@
-/* The init of a Linux guest: loads virtio's drivers, then writes, reads back and asks for random bytes, and powers
- * off. Every round is a line, so that a lost or a doubled one is seen. */
+/* The init of a Linux guest: loads the drivers, then writes, reads back and asks for random bytes, and powers off when
+ * the power button is pressed. Every round is a line, so that a lost or a doubled one is seen. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/input.h>
+#include <poll.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mount.h>
@@ -16,7 +18,7 @@
 
 static const char *const MODULES[] = {"virtio_ring",           "virtio",     "virtio_pci_legacy_dev",
                                       "virtio_pci_modern_dev", "virtio_pci", "virtio_blk",
-                                      "virtio-rng"};
+                                      "virtio-rng",            "button",     "evdev"};
 
 static void load(const char *name)
 {
@@ -43,6 +45,18 @@ static int open_soon(const char *path, int flags)
     return -1;
 }
 
+/* Whether the button is pressed within five minutes. */
+static int pressed(int button)
+{
+    struct pollfd wait = {button, POLLIN, 0};
+    struct input_event event;
+
+    while (poll(&wait, 1, 300000) == 1 && read(button, &event, sizeof event) == sizeof event)
+        if (event.type == EV_KEY && event.code == KEY_POWER && event.value == 1)
+            return 1;
+    return 0;
+}
+
 int main(void)
 {
     static char _Alignas(BLOCK) out[BLOCK], in[BLOCK];
@@ -53,6 +67,7 @@ int main(void)
     for (unsigned i = 0; i < sizeof MODULES / sizeof *MODULES; i++)
         load(MODULES[i]);
     int disk = open_soon("/dev/vda", O_RDWR | O_DIRECT), random = open_soon("/dev/hwrng", O_RDONLY);
+    int button = open_soon("/dev/input/event0", O_RDONLY);
     for (unsigned long round = 0; round < ROUNDS; round++) {
         unsigned char bytes[8] = {0};
         off_t at = (off_t)(round % 64) * BLOCK;
@@ -66,6 +81,7 @@ int main(void)
     }
     sync();
     printf("GUEST done\n");
+    printf(pressed(button) ? "GUEST power button\n" : "GUEST problem: no power button\n");
     reboot(RB_POWER_OFF);
     return 1;
 }

@@ -1,4 +1,4 @@
-"""A distribution's Linux, with its own drivers, on the soft CPU: boots, uses its devices, moves there and back.
+"""A distribution's Linux with its own drivers, on the soft CPU: boots, uses its devices, moves, powers off when told.
 
 The kernel is fetched by apt at each run; nothing of it is in the repository.
 """
@@ -49,9 +49,12 @@ async def test_linux_boots_uses_its_devices_and_moves(linux: Any, tmp_path: Path
                     await vm.migrate_to(incoming.url)
                 assert (await vm.wait()).kind == "migrated"
                 vm = incoming.vm
+            await vm.wait_for_console("GUEST done")
+            await vm.power_button()
             assert (await vm.wait()).kind == "poweroff"
     said = serial.read_text(errors="replace")
     assert "GUEST problem" not in said
+    assert said.count("GUEST power button") == 1
     rounds = re.findall(r"GUEST round (\d+) disk (\w+) rng (-?\d+)", said)
     assert rounds == [(str(number), "good", "8") for number in range(LAST + 1)]
     assert disk.read_bytes()[4096 * 7 :].startswith(b"round 7\0")

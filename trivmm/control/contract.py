@@ -176,8 +176,6 @@ NOT_YET_ROUTES: Final = frozenset(
         "vm.add-vdpa",
         "vm.add-vsock",
         "vm.coredump",
-        "vm.nmi",
-        "vm.power-button",
         "vm.remove-device",
         "vm.resize-disk",
         "vm.resize-zone",

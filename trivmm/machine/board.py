@@ -7,10 +7,11 @@ loaded and closed as a whole. Tasks around it (actors, vCPUs, drain) belong to `
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import attrs
 
@@ -23,9 +24,10 @@ from trivmm.machine.acpi_port import ACPI_PORTS, AcpiPort
 from trivmm.machine.bus import AddressSpace, BusDevice, Outcome, Range
 from trivmm.machine.cmos import CMOS_PORTS, Cmos
 from trivmm.machine.debug_ports import DEBUG_CONSOLE_PORTS, DEBUG_PORTS, DebugConsole, DebugPort
+from trivmm.machine.ged import GED_IRQ, GED_SIZE, POWER_BUTTON, Ged
 from trivmm.machine.i8042 import I8042, I8042_PORTS
 from trivmm.machine.memory import GuestMemory
-from trivmm.machine.pci import CONFIG_PORTS, PciBus
+from trivmm.machine.pci import CONFIG_PORTS, Bar, PciBus
 from trivmm.machine.pvh import check_payload, load_payload
 from trivmm.machine.serial import COM1, COM1_IRQ, Serial, open_sink
 from trivmm.migration.fields import Fields
@@ -41,6 +43,9 @@ from trivmm.virtio.rng import RngDevice
 __all__ = ["Board", "DeviceSlot", "build_board"]
 
 logger = logging.getLogger(__name__)
+
+SERIAL: Final = "__serial"  # ids of Cloud Hypervisor's, which a configuration can't give to anything else
+IOAPIC: Final = "__ioapic"
 
 EventSink = Callable[[str, str, int], None]
 
@@ -66,6 +71,7 @@ class Board:
     mmio: AddressSpace
     pci: PciBus
     serial: Serial
+    ged: Ged
     fixed: dict[str, Any]
     cpus: list[VcpuBackend] = attrs.field(factory=list)
     devices: list[DeviceSlot] = attrs.field(factory=list)
@@ -128,6 +134,7 @@ class Board:
     def connect_interrupts(self) -> None:
         self.serial.thaw()
         self.vm.connect_irq(self.serial.irq_fd, COM1_IRQ)
+        self.vm.connect_irq(self.ged.irq_fd, GED_IRQ)
         for slot in self.devices:
             slot.transport.connect_interrupts()
 
@@ -136,7 +143,12 @@ class Board:
         eventfds and is saved as pending bits."""
         for slot in self.devices:
             slot.transport.disconnect_interrupts()
+        self.vm.disconnect_irq(self.ged.irq_fd, GED_IRQ)
         self.vm.disconnect_irq(self.serial.irq_fd, COM1_IRQ)
+
+    def power_button(self) -> None:
+        """The guest finds a press when it next looks, whether it runs or not."""
+        self.ged.notify(POWER_BUTTON)
 
     # --- dirty log -------------------------------------------------------------------------------------------
 
@@ -240,24 +252,35 @@ class Board:
     # --- reading ---------------------------------------------------------------------------------------------
 
     def device_tree(self) -> dict[str, Any]:
-        return {
-            slot.backend.name: {
-                "id": slot.backend.name,
-                "resources": [],
-                "children": [],
+        """Nodes by id, as Cloud Hypervisor's: ``id``, ``resources``, ``children``, ``parent`` below another node and
+        ``pci_bdf`` on PCI. Ours beside them: ``status``, where a device stands in its life."""
+        tree: dict[str, Any] = {name: {"id": name, "resources": [], "children": []} for name in (IOAPIC, SERIAL)}
+        for slot in self.devices:
+            name, transport = slot.backend.name, f"_virtio-pci-{slot.backend.name}"
+            tree[transport] = {
+                "id": transport,
+                "resources": [_bar_resource(bar) for bar in slot.transport.config.bars.values()],
+                "children": [name],
                 "pci_bdf": f"0000:00:{slot.pci_slot:02x}.0",
-                "status": slot.lifecycle.state.value,
             }
-            for slot in self.devices
-        }
+            status = slot.lifecycle.state.value
+            tree[name] = {"id": name, "resources": [], "parent": transport, "children": [], "status": status}
+        return tree
+
+    def config_as_built(self) -> VmConfig:
+        """The configuration with what the build found out: the ids of the disks and the types of their images. The
+        rng's id does not show, as in Cloud Hypervisor."""
+        names = [slot.backend.name for slot in self.devices if isinstance(slot.backend, BlockDevice)]
+        disks = tuple(attrs.evolve(disk, id=name) for disk, name in zip(self.config.disks, names, strict=True))
+        return attrs.evolve(self.config, disks=disks)
 
     def counters(self) -> dict[str, dict[str, int]]:
         counted = {slot.backend.name: slot.backend.counters() | slot.lifecycle.counters() for slot in self.devices}
-        counted["_serial"] = self.serial.counters()
+        counted[SERIAL] = self.serial.counters()
         for cpu in self.cpus:
             if hasattr(cpu, "counters"):
-                counted[f"_vcpu{cpu.index}"] = cpu.counters()
-        counted["_bus"] = {
+                counted[f"__vcpu{cpu.index}"] = cpu.counters()
+        counted["__bus"] = {
             f"{space.name}_unhandled_{kind}": getattr(space, f"unhandled_{kind}")
             for space in (self.pio, self.mmio)
             for kind in ("reads", "writes")
@@ -281,6 +304,7 @@ class Board:
             slot.transport.close()
             slot.backend.close()
         self.serial.close()
+        self.ged.close()
         for cpu in self.cpus:
             cpu.close()
 
@@ -388,18 +412,33 @@ def _assemble(config: VmConfig, hypervisor: Hypervisor, memory: GuestMemory, vm:
         attach(*COM1, ffi.addressof(lib, "tv_uart_pio"), serial.native)
     if hasattr(vm, "read_memory"):
         vm.read_memory = memory.read
-    fixed = {"pci": pci, "serial": serial, "cmos": cmos, "debug_port": debug_port}
-    board = Board(config, memory, vm, pio, mmio, pci, serial, fixed)
+    ged = Ged()  # nothing fails from here on: the board closes it
+    mmio.insert(Range(layout.GED_START, GED_SIZE, ged, "ged"))
+    fixed = {"pci": pci, "serial": serial, "cmos": cmos, "debug_port": debug_port, "ged": ged}
+    board = Board(config, memory, vm, pio, mmio, pci, serial, ged, fixed)
     board.clock = getattr(hypervisor, "clock", time.monotonic)
     board.needs_payload = hypervisor.needs_payload
     return board
 
 
+def _bar_resource(bar: Bar) -> dict[str, Any]:
+    kind = "Mmio64" if bar.is_64bit else "Mmio32"
+    where = {"index": bar.index, "base": bar.base, "size": bar.size, "type_": kind, "prefetchable": bar.prefetchable}
+    return {"PciBar": where}
+
+
+def _disk_names(config: VmConfig) -> list[str]:
+    """Disks without an id are numbered in their order, past numbers that another device was given as its id."""
+    given = {config.rng.id, *(disk.id for disk in config.disks)}
+    free = (name for number in itertools.count() if (name := f"_disk{number}") not in given)
+    return [disk.id or next(free) for disk in config.disks]
+
+
 def _plug_devices(board: Board, on_event: EventSink, *, lock: bool) -> None:
     """In Cloud Hypervisor's order: disks, then rng. (Its console would come first.)"""
     config, memory = board.config, board.memory
-    for number, disk in enumerate(config.disks):
-        block = BlockDevice(disk, memory, f"_disk{number}", lock=lock)
+    for disk, name in zip(config.disks, _disk_names(config), strict=True):
+        block = BlockDevice(disk, memory, name, lock=lock)
         _plug(board, block, on_event, slot=disk.pci_device_id, use_64bit_bar=False)
     # Said from now on, at reboots and to a destination: nobody guesses again once the guest can write there.
     board.config = attrs.evolve(config, disks=tuple(attrs.evolve(disk, image_type="Raw") for disk in config.disks))

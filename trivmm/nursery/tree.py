@@ -117,6 +117,20 @@ class Machine:
             for vcpu in self.vcpus.vcpus:
                 vcpu.request_pause()
 
+    async def nmi(self) -> None:
+        """Give every vCPU a non-maskable interrupt; a paused machine takes it when it resumes.
+
+        :raises PauseTimeout: naming who did not stop for it; nobody got one, the machine runs."""
+        await self._pause_vcpus(None)  # a back end takes it only between two runs
+        try:
+            for vcpu in self.vcpus.vcpus:
+                vcpu.cpu.inject_nmi()
+        finally:
+            self._resume_vcpus()
+
+    def power_button(self) -> None:
+        self.board.power_button()
+
     async def close_gate(self, at_most_s: float, *, drain_s: float = math.inf) -> None:
         """Switchover step 2: no activation starts or takes effect, no queue takes a chain, in-flight work ends.
         Serial output may take ``drain`` or ``drain_s``, whichever is less: what is left is part of the state.

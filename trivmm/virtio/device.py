@@ -58,11 +58,12 @@ class WorkerDevice:
         """Bounded by the caller (``device_stop``, ``quiesce``); may be called again after that expired."""
         for worker in self._workers:
             worker.request_stop()
-        for worker in self._workers:
+        for worker in list(self._workers):
             await worker.done.wait()
-            self._positions[worker.index] = worker.position
-            self._count(worker)
-        self._workers = []
+            if worker in self._workers:  # once each, though a call expires in the wait for the next one
+                self._workers.remove(worker)
+                self._positions[worker.index] = worker.position
+                self._count(worker)
 
     def _count(self, worker: QueueWorker) -> None:
         """Add a stopped worker's counters to the device's."""
