@@ -15,6 +15,7 @@ from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError
 
 __all__ = [
+    "CONSOLE_MODES",
     "MAX_VCPUS",
     "ConsoleConfig",
     "CpusConfig",
@@ -27,8 +28,9 @@ __all__ = [
 ]
 
 MAX_VCPUS: Final = 8  # the probe guest's and the state format's limit; KVM itself allows more
-MAX_DISKS: Final = 24  # PCI slots 1..31 less rng, console and room for hotplug
+MAX_DISKS: Final = 24  # PCI slots 1..31 less console, rng and room for hotplug
 MAX_ID: Final = 128  # characters; an id names threads, log lines, counters and state
+CONSOLE_MODES: Final = ("Off", "Null", "Tty", "Pty", "File", "Socket")
 ALIGNMENT: Final = 2 << 20  # RAM sizes: one x86 large page, so that a region never splits one
 
 
@@ -36,6 +38,14 @@ def _check_id(field: str, value: str | None) -> None:
     if value is not None and (len(value) > MAX_ID or not value.isprintable()):
         shown = value if len(value) <= MAX_ID else value[:MAX_ID] + "…"
         raise ConfigError(field, shown, "not a name", f"give at most {MAX_ID} printable characters, or leave it out")
+
+
+def _check_mode(field: str, mode: str, file: str | None, socket: str | None) -> None:
+    if mode not in CONSOLE_MODES:
+        raise ConfigError(f"{field}.mode", str(mode)[:MAX_ID], "no such mode", f"use {', '.join(CONSOLE_MODES)}")
+    for needs, name, value in (("File", "file", file), ("Socket", "socket", socket)):
+        if mode == needs and not value:
+            raise ConfigError(f"{field}.{name}", value, f"missing, and the mode is {mode}", "give a path")
 
 
 @attrs.frozen
@@ -109,18 +119,29 @@ class RngConfig:
 
 @attrs.frozen
 class SerialConfig:
-    """``mode``: ``Off``, ``Null``, ``Tty`` or ``File`` (with ``file``)."""
+    """``mode`` is one of :data:`CONSOLE_MODES`; ``File`` needs ``file``, ``Socket`` needs ``socket``."""
 
     mode: str = "Null"
     file: str | None = None
+    socket: str | None = None
+
+    def __attrs_post_init__(self) -> None:
+        _check_mode("serial", self.mode, self.file, self.socket)
 
 
 @attrs.frozen
 class ConsoleConfig:
-    """virtio-console; only ``Off`` exists so far."""
+    """virtio-console, as :class:`SerialConfig`; ``Off``: there is no such device."""
 
     mode: str = "Off"
     file: str | None = None
+    socket: str | None = None
+    id: str | None = None
+    pci_device_id: int | None = None
+
+    def __attrs_post_init__(self) -> None:
+        _check_mode("console", self.mode, self.file, self.socket)
+        _check_id("console.id", self.id)
 
 
 @attrs.frozen

@@ -12,7 +12,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trivmm.config import VmConfig
+from trivmm.config import ConsoleConfig, VmConfig
 from trivmm.control.contract import NOT_YET_KEYS, NOT_YET_ROUTES, REQUIRED_KEYS
 from trivmm.control.schema import CLASSES, dump_config, load_config, load_receive, load_send, parse_json
 from trivmm.errors import ConfigError, NotSupported
@@ -67,7 +67,7 @@ def test_a_full_body() -> None:
             "disks": [{"path": "/d", "readonly": True, "id": "_disk0", "serial": "abc", "direct": False}],
             "rng": {"src": "/dev/random", "iommu": False},
             "serial": {"mode": "File", "file": "/s"},
-            "console": {"mode": "Off"},
+            "console": {"mode": "Socket", "socket": "/c", "id": "con", "pci_device_id": 7, "iommu": False},
             "net": None,
             "platform": {"num_pci_segments": 1, "oem_strings": []},
         }
@@ -77,6 +77,7 @@ def test_a_full_body() -> None:
     assert config.disks[0].readonly
     assert config.disks[0].serial == "abc"
     assert (config.serial.mode, config.serial.file) == ("File", "/s")
+    assert config.console == ConsoleConfig("Socket", socket="/c", id="con", pci_device_id=7)
     assert load_config(json.loads(json.dumps(dump_config(config)))) == config
 
 
@@ -95,7 +96,16 @@ def test_defaults_are_filled_in() -> None:
     }
     assert dumped["memory"]["size"] == 512 << 20
     assert dumped["rng"]["src"] == "/dev/urandom"
-    assert dumped["serial"]["mode"] == "Null"
+    assert dumped["serial"] == {"mode": "Null", "file": None, "socket": None}
+    assert dumped["console"] == {
+        "mode": "Off",
+        "file": None,
+        "socket": None,
+        "id": None,
+        "pci_segment": 0,
+        "pci_device_id": None,
+        "iommu": False,
+    }
     assert set(dumped) == set(CONTRACT["components"]["schemas"]["VmConfig"]["properties"])
 
 
@@ -120,9 +130,13 @@ def test_defaults_are_filled_in() -> None:
         (minimal(disks=[{"path": "a"}, {"path": "b", "readonly": 1}]), "disks[1].readonly = 1: wrong type"),
         (minimal(disks=[{"path": "a", "direct": True}]), "disks[0].direct = True: not supported yet"),
         (minimal(net=[{"tap": "t"}]), "net = "),
-        (minimal(serial={"mode": "Pty"}), "serial.mode = 'Pty': not supported yet"),
-        (minimal(serial={"mode": 7}), "serial.mode = 7: no such mode"),
-        (minimal(console={"mode": "Tty"}), "console.mode = 'Tty': virtio-console is not supported yet"),
+        (minimal(serial={"mode": 7}), "serial.mode = 7: wrong type"),
+        (minimal(serial={"mode": "pty"}), "serial.mode = 'pty': no such mode; use Off, Null, Tty, Pty, File, Socket"),
+        (minimal(serial={"mode": "x" * 60000}), "serial.mode = 'xxx"),
+        (minimal(serial={"mode": "File"}), "serial.file = None: missing, and the mode is File; give a path"),
+        (minimal(console={"mode": "Socket", "file": "/f"}), "console.socket = None: missing"),
+        (minimal(console={"mode": "Tty", "iommu": True}), "console.iommu = True: not supported yet"),
+        (minimal(console={"mode": "Tty", "id": "a\nb"}), "console.id = 'a\\nb': not a name"),
         (minimal(cpus={"boot_vcpus": 1, "max_vcpus": 1, "features": {"amx": True}}), "cpus.features.amx = True"),
     ],
 )

@@ -94,8 +94,7 @@ NOT_YET_KEYS: Final[Mapping[str, Mapping[str, object]]] = {
         "lock_granularity": "ByteRange",
     },
     "RngConfig": _BUS,
-    "SerialConfig": {"socket": None},
-    "ConsoleConfig": {**_BUS, "socket": None, "id": None, "pci_device_id": None},
+    "ConsoleConfig": _BUS,
     "SendMigrationData": {"local": False, "connections": 1, "tls_dir": None, "memory_mode": "Precopy"},
     "ReceiveMigrationData": {"tls_dir": None, "memory_mode": "Precopy", "zone_updates": None},
 }

@@ -43,7 +43,6 @@ __all__ = [
 MAX_TEXT: Final = 1 << 16  # a kernel takes 2 KiB of command line; no path or id is longer than this
 MAX_INTEGER: Final = (1 << 64) - 1  # the contract's integers are u64 at most
 MAX_VALUE_SHOWN: Final = 80  # characters of a bad value in a message, so that it stays one line
-SERIAL_MODES: Final = ("Off", "Null", "Tty", "File")
 STRATEGIES: Final = ("Cancel", "Ignore")
 
 T = TypeVar("T")
@@ -128,7 +127,7 @@ def dump_config(config: VmConfig) -> dict[str, Any]:
     del made["deadlines"]
     made["disks"] = [{**NOT_YET_KEYS["DiskConfig"], **disk} for disk in made["disks"]]
     for key, schema in NESTED.items():
-        made[key] = {**NOT_YET_KEYS[schema], **made[key]}
+        made[key] = {**NOT_YET_KEYS.get(schema, {}), **made[key]}
     # Objects that do not exist here are null as a whole, as in Cloud Hypervisor's own answer.
     absent = {key: None if isinstance(default, dict) else default for key, default in NOT_YET_KEYS["VmConfig"].items()}
     return {**made, **absent}
@@ -177,18 +176,6 @@ def _nested(schema: str, key: str, item: object, where: str) -> object:
         return _checked(NESTED[key], item, where)
     if schema == "PayloadConfig" and key == "cmdline" and item is None:
         return _LEFT_OUT
-    if key == "mode":
-        return _mode(schema, item, where)
-    return item
-
-
-def _mode(schema: str, item: object, where: str) -> object:
-    if schema == "ConsoleConfig" and item != "Off":
-        raise NotSupported(where, item, "virtio-console is not supported yet", "use Off, and the serial port")
-    if schema == "SerialConfig" and item in ("Pty", "Socket"):
-        raise NotSupported(where, item, "not supported yet", "use Off, Null, Tty or File")
-    if schema == "SerialConfig" and item not in SERIAL_MODES:
-        raise ConfigError(where, _shown(item), "no such mode", "use Off, Null, Tty or File")
     return item
 
 
