@@ -110,13 +110,14 @@ def test_a_crash_has_its_own_exit_code_and_a_diagnosis(tmp_path: Path) -> None:
 
 
 class Terminal:
-    """A person at a terminal of their own, in which a VMM runs."""
+    """A person at a terminal of their own, in which a VMM runs; ``script`` is a shell's that starts it as "$@"."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, script: str = 'exec "$@"') -> None:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.chdir(folder)
-            os.execve(sys.executable, [*TRIVMM, *arguments, "--hypervisor", "kvm"], command_environment())
+            command = ["sh", "-c", script, "sh", *TRIVMM, *arguments, "--hypervisor", "kvm"]
+            os.execve("/bin/sh", command, command_environment())
         self.before = termios.tcgetattr(self.fd)
         self.seen = b""
         self.deadline = time.monotonic() + LIMIT_S
@@ -189,6 +190,16 @@ def test_ctrl_a_x_leaves_a_guest_that_reads_nothing(tmp_path: Path) -> None:
         terminal.type(b"\x01x")
         assert terminal.end() == 0
         assert b"what is typed is dropped until it does" in terminal.seen
+
+
+def test_in_the_background_it_shows_what_the_guest_says_and_is_not_stopped(tmp_path: Path) -> None:
+    """A terminal stops a background job that reads it or makes it raw."""
+    options = guest_options(cycle="rng", once=3)
+    with Terminal(tmp_path, *options, script='set -m; "$@" & wait $!; echo "ended with $?"') as terminal:
+        assert terminal.end() == 0
+        assert b"PROBE off" in terminal.seen
+        assert b"ended with 0" in terminal.seen
+        assert NOTICE not in terminal.seen
 
 
 def test_a_virtio_console_on_the_terminal(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ MODULES = (
     "virtio_pci",
     "virtio_blk",
     "virtio-rng",
+    "virtio_console",
 )
 UNPACK = {
     b"\x02\x21\x4c\x18": ["lz4", "-dc"],

@@ -22,7 +22,7 @@ import trio
 from trivmm.cli import EXIT_CRASH, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, say_error
 from trivmm.cli.options import parse_deadlines, parse_socket, parse_vm
 from trivmm.cli.parser import REFUSED, UsageError, run_parser
-from trivmm.cli.terminal import follow_size, is_terminal, raw_terminal, restore_terminal, type_into
+from trivmm.cli.terminal import follow_size, is_terminal, is_typed_on, raw_terminal, restore_terminal, type_into
 from trivmm.config import VmConfig
 from trivmm.control.schema import load_config
 from trivmm.deadlines import Deadlines
@@ -60,7 +60,7 @@ def parse_run(arguments: Sequence[str]) -> RunOptions:
     config: VmConfig | None = None
     if given.kernel is not None:
         config = load_config(parse_vm(given, terminal=is_terminal(1)), deadlines=deadlines)
-        if len(_terminal_lines(config)) > 1 and is_terminal(0):
+        if len(_terminal_lines(config)) > 1 and is_typed_on():
             raise ConfigError("--console", "tty", "the serial port reads the terminal", "give one of them another mode")
     else:
         alone = [name for name in VM_OPTIONS if getattr(given, name) is not None]
@@ -183,7 +183,7 @@ async def _run_vmm(options: RunOptions, watchdog: Watchdog) -> int:
                     await vmm.boot()
                     nursery = await stack.enter_async_context(trio.open_nursery())
                     stack.callback(nursery.cancel_scope.cancel)
-                    for line in _terminal_lines(options.config) if is_terminal(0) else ():
+                    for line in _terminal_lines(options.config) if is_typed_on() else ():
                         nursery.start_soon(type_into, vm, line, options.deadlines, name="terminal input")
                     if options.config.console.mode == "Tty":
                         nursery.start_soon(follow_size, vm, name="terminal size")

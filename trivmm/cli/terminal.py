@@ -22,7 +22,7 @@ import trio
 from trivmm.deadlines import Deadlines
 from trivmm.errors import DeadlineError, TrivmmError
 
-__all__ = ["Escape", "follow_size", "is_terminal", "raw_terminal", "restore_terminal", "type_into"]
+__all__ = ["Escape", "follow_size", "is_terminal", "is_typed_on", "raw_terminal", "restore_terminal", "type_into"]
 
 LOG: Final = logging.getLogger(__name__)
 TYPED_BYTES: Final = 256
@@ -61,6 +61,15 @@ def is_terminal(fd: int) -> bool:
         return stat.S_ISCHR(os.fstat(fd).st_mode) and os.isatty(fd)
     except OSError:
         return False
+
+
+def is_typed_on() -> bool:
+    """Whether there is a terminal on stdin and we are what it talks to: a process in the background is stopped when it
+    reads its terminal, or makes it raw."""
+    try:
+        return is_terminal(0) and os.tcgetpgrp(0) == os.getpgrp()
+    except OSError:  # a terminal that is not the session's own: it has no foreground
+        return True
 
 
 async def type_into(vm: Any, line: str, deadlines: Deadlines) -> None:
@@ -112,13 +121,13 @@ def restore_terminal() -> None:
 @contextmanager
 def raw_terminal(wanted: bool) -> Iterator[None]:
     """Raw while the guest has the terminal (its own Ctrl-C included); as it was afterwards, whatever happened."""
-    if not wanted or not is_terminal(0):
+    if not wanted or not is_typed_on():
         yield
         return
     _SAVED.append(termios.tcgetattr(0))
     try:
-        print(NOTICE, file=sys.stderr, flush=True)
         tty.setraw(0)
+        print(NOTICE, file=sys.stderr, end="\r\n" if is_terminal(2) else "\n", flush=True)
         yield
     finally:
         restore_terminal()
