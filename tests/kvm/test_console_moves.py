@@ -12,6 +12,7 @@ import trio
 
 from trivmm import ConsoleConfig, Deadlines, DiskConfig, MemoryConfig, PayloadConfig, SerialConfig, Vm, VmConfig
 from trivmm.guest import ProbeReport, parse_report, probe_cmdline, probe_path
+from trivmm.testing.driver import until
 from trivmm.testing.road import open_road
 from trivmm.vm import open_vm
 
@@ -128,8 +129,7 @@ async def test_what_was_typed_before_a_move_is_echoed_after_it(tmp_path: Path, u
             await here.echo(b"warm")
             await source.pause()
             await here.write(typed)
-            while source.counters()["__console"]["rx_bytes"] < 4 + len(typed):
-                await trio.lowlevel.checkpoint()
+            await until(lambda: source.counters()["__console"]["rx_bytes"] == 4 + len(typed))
             await road.move(f"unix:{tmp_path}/m.sock" if url == "unix" else "tcp:127.0.0.1:0")
             here.close()
             there = Terminal.open(road.vm)

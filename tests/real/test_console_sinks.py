@@ -19,6 +19,7 @@ from trivmm.config import SerialConfig
 from trivmm.errors import ConfigError
 from trivmm.machine.serial import Serial
 from trivmm.machine.sinks import BACKLOG_BYTES, ClientSink, PtySink, SocketSink, open_sink
+from trivmm.testing.driver import until
 
 LIMIT_S = 30
 THR, LSR = 0, 5
@@ -43,8 +44,7 @@ def say(serial: Serial, data: bytes) -> None:
 
 async def say_all(serial: Serial, data: bytes) -> None:
     for at in range(0, len(data), 4096):
-        while not serial.read(LSR, 1)[0] & 0x20:
-            await trio.lowlevel.checkpoint()
+        await until(lambda: bool(serial.read(LSR, 1)[0] & 0x20))
         say(serial, data[at : at + 4096])
     await serial.drain(LIMIT_S)
 
@@ -163,8 +163,7 @@ async def test_a_guest_that_does_not_read_holds_its_client_up_and_loses_nothing(
         client = Client.of_pty(sink.path)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(client.write, typed)
-            while serial.room:
-                await trio.lowlevel.checkpoint()
+            await until(lambda: not serial.room)
             say(serial, b"still heard")  # its input being full is no reason not to show what it says
             assert await client.read(11) == b"still heard"
             assert await hear(serial, len(typed)) == typed
@@ -179,8 +178,7 @@ async def test_input_waits_while_the_state_is_saved_and_goes_on_after_an_undo() 
         assert sink.path is not None
         client = Client.of_pty(sink.path)
         await client.write(b"before")
-        while serial.counters()["rx_bytes"] < 6:
-            await trio.lowlevel.checkpoint()
+        await until(lambda: serial.counters()["rx_bytes"] >= 6)
         state = serial.save()
         await client.write(b"after")
         assert serial.push_input(b"by hand") == 0
@@ -335,8 +333,7 @@ async def test_a_pty_that_breaks_is_told_and_the_guest_goes_on(caplog: pytest.Lo
 
     sink._carry = broken  # type: ignore[method-assign]
     async with running(serial):
-        while serial.sink is sink:
-            await trio.lowlevel.checkpoint()
+        await until(lambda: serial.sink is not sink)
         say(serial, b"x")
         assert await serial.drain(LIMIT_S)
     assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [

@@ -20,7 +20,7 @@ from trivmm.config import ConsoleConfig
 from trivmm.errors import MigrationError, TrivmmError
 from trivmm.machine.memory import GuestMemory
 from trivmm.machine.sinks import FdSink, NullSink, PtySink, Sink
-from trivmm.testing.driver import WRITE, Descriptor, MockDriver
+from trivmm.testing.driver import WRITE, Descriptor, MockDriver, until
 from trivmm.virtio.console import ConsoleDevice
 from trivmm.virtio.port import Activation
 
@@ -187,8 +187,7 @@ async def test_a_worker_that_has_nothing_to_do_does_nothing(guest: Guest) -> Non
     async with active(device, guest):
         guest.listen(16)
         guest.say(bytes(TX_SIZE + 1))
-        while lib.tv_console_tx_used(device.line.native) < TX_SIZE:
-            await trio.lowlevel.checkpoint()
+        await until(lambda: lib.tv_console_tx_used(device.line.native) == TX_SIZE)
         await trio.testing.wait_all_tasks_blocked(0.05)
         before = [int(worker.native.worker.wakeups) for worker in device._workers]
         await trio.testing.wait_all_tasks_blocked(0.2)
@@ -205,8 +204,7 @@ async def test_a_slow_sink_holds_the_driver_up_and_nothing_is_lost(guest: Guest)
     async with active(device, guest):
         guest.say(said, pieces=3)
         guest.say(b"the end", at=OUTPUT + len(said), first=5)
-        while lib.tv_console_tx_used(device.line.native) < TX_SIZE:
-            await trio.lowlevel.checkpoint()
+        await until(lambda: lib.tv_console_tx_used(device.line.native) == TX_SIZE)
         assert guest.transmit.used_index == 0
         sink.gate.set()
         assert [(await guest.used(guest.transmit))[0] for _ in range(2)] == [0, 5]
@@ -234,8 +232,7 @@ async def test_what_is_under_way_travels(guest: Guest) -> None:
     said = bytes(each * 11 & 0xFF for each in range(TX_SIZE + 5000))
     async with active(device, guest):
         guest.say(said)
-        while lib.tv_console_tx_used(device.line.native) < TX_SIZE:
-            await trio.lowlevel.checkpoint()
+        await until(lambda: lib.tv_console_tx_used(device.line.native) == TX_SIZE)
         device.line.push_input(b"typed before")
     device.resize(100, 30)
     state, positions = json.loads(json.dumps(device.save())), device.positions()
@@ -277,8 +274,7 @@ async def test_a_reset_forgets_the_chain_but_not_what_was_said_or_typed(guest: G
     device = device_of(guest, sink)
     async with active(device, guest):
         guest.say(b"a" * (TX_SIZE + 10))
-        while lib.tv_console_tx_used(device.line.native) < TX_SIZE:
-            await trio.lowlevel.checkpoint()
+        await until(lambda: lib.tv_console_tx_used(device.line.native) == TX_SIZE)
         device.line.push_input(b"for the next driver")
     device.reset()
     sink.gate.set()
