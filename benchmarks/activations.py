@@ -16,7 +16,7 @@ from pathlib import Path
 import trio
 from results import Figure, median, parser_for, show
 
-from trivmm import CpusConfig, Deadlines, DiskConfig, MemoryConfig, PayloadConfig, VmConfig, VmEvent, open_vm
+from trivmm import CpusConfig, Deadlines, DiskConfig, Event, MemoryConfig, PayloadConfig, VmConfig, open_vm
 from trivmm.errors import TrivmmError
 from trivmm.guest import probe_cmdline, probe_path
 from trivmm.incoming import open_incoming
@@ -29,10 +29,10 @@ NEVER_MS = 1.0  # less than the least that a switchover is expected to take
 class Counter:
     def __init__(self, vm: Vm) -> None:
         self.count = 0
-        vm.observe(self.note)
+        vm.events.listen(self.note)
 
-    def note(self, event: VmEvent) -> None:
-        self.count += event.kind == "activated"
+    def note(self, event: Event) -> None:
+        self.count += event.event == "activated"
 
     async def rate(self, seconds: float) -> float:
         before, began = self.count, trio.current_time()

@@ -110,10 +110,10 @@ async def ours(folder: Path, mib: int, cmdline: str, held: Held) -> tuple[float,
             await arrived.wait()
             took = time.perf_counter() - began
         async with Client(str(a)) as source:
-            progress = await source.migration_progress() or {}
+            progress = await source.migration_outcome()
         await trio.sleep(0.5)
         guest_is_whole(serial)
-    return took, sum((progress.get("actual_downtime") or {}).values())
+    return took, sum((progress.get("downtime") or {}).values())
 
 
 class Qmp:

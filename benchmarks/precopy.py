@@ -25,7 +25,7 @@ from trivmm._native import ffi
 from trivmm.deadlines import Deadlines
 from trivmm.machine.memory import GuestMemory
 from trivmm.migration.receiver import open_receiver
-from trivmm.migration.sender import SendOptions, send
+from trivmm.migration.sender import SendOptions, send, socket_dialer
 from trivmm.testing.migration import DiskLock, FakeDestination, FakeSource
 
 MIB = 1 << 20
@@ -101,7 +101,9 @@ def precopy_rates(kind: str, source: FakeSource, target: FakeDestination) -> tup
 
                 async def go() -> None:
                     # Less than a whole round takes, more than a switchover without pages.
-                    report = await send(source, receiver.url, SendOptions(downtime_ms=30))
+                    report = await send(
+                        source, socket_dialer(receiver.url, source.deadlines), SendOptions(downtime_ms=30)
+                    )
                     full = [each for each in report.timeline if each.pages == source.memory.regions[0].pages]
                     rates.extend(each.pages * 4096 / MIB / each.seconds for each in full)
 

@@ -1,11 +1,10 @@
 """Builds the probe guest (``trivmm/guest/probe.elf``) with the compiler that builds the FFI."""
 
-import os
 import shlex
 import subprocess
-import sysconfig
 from pathlib import Path
 
+from build_check import compiler
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
@@ -25,8 +24,7 @@ def build_guest() -> Path:
     watched = [*sources, *GUEST.glob("*.h"), GUEST / "link.ld", Path(__file__)]
     if ELF.exists() and ELF.stat().st_mtime > max(each.stat().st_mtime for each in watched):
         return ELF
-    compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "gcc")[:1]
-    command = [*compiler, *FLAGS, f"-Wl,-T,{GUEST / 'link.ld'}", "-o", str(ELF), *map(str, sources)]
+    command = [*compiler()[:1], *FLAGS, f"-Wl,-T,{GUEST / 'link.ld'}", "-o", str(ELF), *map(str, sources)]
     subprocess.run(command, check=True, timeout=300)
     return ELF
 

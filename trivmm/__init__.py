@@ -41,10 +41,11 @@ if TYPE_CHECKING:
         VmMigrating,
         WrongState,
     )
+    from trivmm.events import Event, EventBus, Subscription
     from trivmm.hypervisor.select import choose_hypervisor
     from trivmm.incoming import Incoming, open_incoming
     from trivmm.migration.progress import MigrationProgress, MigrationReport
-    from trivmm.vm import ExitReason, Vm, VmEvent, VmState, open_vm
+    from trivmm.vm import ExitReason, Vm, VmState, open_vm
 
 __version__ = "0.1.0"
 
@@ -55,10 +56,11 @@ _HOME = {
         "CommitRefused ConfigError DeadlineError GuestCrash HypervisorError MigrationCancelled MigrationError "
         "MigrationInDoubt NotSupported PauseTimeout TrivmmError VmMigrating WrongState"
     ),
+    "trivmm.events": "Event EventBus Subscription",
     "trivmm.hypervisor.select": "choose_hypervisor",
     "trivmm.incoming": "Incoming open_incoming",
     "trivmm.migration.progress": "MigrationProgress MigrationReport",
-    "trivmm.vm": "ExitReason Vm VmEvent VmState open_vm",
+    "trivmm.vm": "ExitReason Vm VmState open_vm",
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
 
@@ -70,6 +72,8 @@ __all__ = [
     "DeadlineError",
     "Deadlines",
     "DiskConfig",
+    "Event",
+    "EventBus",
     "ExitReason",
     "GuestCrash",
     "HypervisorError",
@@ -85,10 +89,10 @@ __all__ = [
     "PayloadConfig",
     "RngConfig",
     "SerialConfig",
+    "Subscription",
     "TrivmmError",
     "Vm",
     "VmConfig",
-    "VmEvent",
     "VmMigrating",
     "VmState",
     "WrongState",

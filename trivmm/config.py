@@ -3,16 +3,21 @@
 Field names are those of the API contract, so that a JSON body, a command line and a Python call say the same.
 Structure only: reading JSON and option strings, and the checks that need the host, live in
 ``trivmm.control.schema`` and ``trivmm.cli.options``; checks of values that need nothing else are validators here.
+A Python call may give a size as ``"512M"``, a path as an ``os.PathLike``, and disks as any list of paths or
+``DiskConfig``; any other type is a ``ConfigError`` too, never a bare ``TypeError`` from somewhere inside.
 """
 
 from __future__ import annotations
 
-from typing import Final
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final
 
 import attrs
 
 from trivmm.deadlines import Deadlines
-from trivmm.errors import ConfigError
+from trivmm.errors import ConfigError, NotSupported
+from trivmm.values import not_boolean, not_integer, not_text, parse_size
 
 __all__ = [
     "CONSOLE_MODES",
@@ -31,24 +36,113 @@ MAX_VCPUS: Final = 8  # the probe guest's and the state format's limit; KVM itse
 MAX_DISKS: Final = 24  # PCI slots 1..31 less console, rng and room for hotplug
 MAX_ID: Final = 128  # characters; an id names threads, log lines, counters and state
 CONSOLE_MODES: Final = ("Off", "Null", "Tty", "Pty", "File", "Socket")
+IMAGE_TYPES: Final = ("Raw", "Unknown")
+FOREIGN_IMAGES: Final = ("Qcow2", "Vhdx", "FixedVhd", "FlatVmdk")  # Cloud Hypervisor's others
 ALIGNMENT: Final = 2 << 20  # RAM sizes: one x86 large page, so that a region never splits one
+
+
+# Each class's place in a VM's configuration, as a mistake's field spells it.
+PLACES: Final[Mapping[str, str]] = {
+    "VmConfig": "",
+    "PayloadConfig": "payload.",
+    "CpusConfig": "cpus.",
+    "MemoryConfig": "memory.",
+    "DiskConfig": "disks.",
+    "RngConfig": "rng.",
+    "SerialConfig": "serial.",
+    "ConsoleConfig": "console.",
+}
+CHECKS: Final[Mapping[str, Callable[[object], str | None]]] = {
+    "bool": not_boolean,
+    "int": not_integer,
+    "str": not_text,
+    "int | None": lambda value: None if value is None else not_integer(value),
+    "str | None": lambda value: None if value is None else not_text(value),
+    "tuple[DiskConfig, ...]": lambda value: None,  # the field's converter has looked at each
+}
+
+PathText = str | os.PathLike[str]
+
+
+def _typed(cls: type, fields: list[attrs.Attribute[Any]]) -> list[attrs.Attribute[Any]]:
+    """A field transformer: every field refuses what its annotation does not name, in words."""
+    return [field.evolve(validator=_type_validator(PLACES[cls.__name__] + field.name, field)) for field in fields]
+
+
+def _type_validator(where: str, field: attrs.Attribute[Any]) -> Callable[[Any, Any, Any], None]:
+    inner, annotation = field.validator, str(field.type)
+    check = CHECKS.get(annotation) or _instance_check(annotation)
+
+    def validate(instance: Any, attribute: Any, value: Any) -> None:
+        wanted = check(value)
+        if wanted is not None:
+            raise ConfigError(where, value, "wrong type", f"give {wanted}")
+        if inner is not None:
+            inner(instance, attribute, value)
+
+    return validate
+
+
+def _instance_check(annotation: str) -> Callable[[object], str | None]:
+    wanted: type = globals()[annotation]  # a KeyError at import: an annotation that has no check yet
+    return lambda value: None if isinstance(value, wanted) else f"a {annotation}"
+
+
+def _as_size(value: int | str) -> int:
+    return parse_size("memory.size", value) if isinstance(value, str) else value
+
+
+def _as_path(value: PathText) -> str:
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+        return os.fsdecode(value) if isinstance(value, bytes) else value
+    return value
+
+
+def _as_path_or_none(value: PathText | None) -> str | None:
+    return None if value is None else _as_path(value)
+
+
+def _as_disks(value: Iterable[DiskConfig | PathText]) -> tuple[DiskConfig, ...]:
+    remedy = "give a list of paths or of DiskConfig"
+    if isinstance(value, str | bytes | os.PathLike | Mapping):
+        raise ConfigError("disks", value, "not a list", remedy)
+    try:
+        disks = tuple(value)
+    except TypeError as error:
+        raise ConfigError("disks", value, "not a list", remedy) from error
+    made = []
+    for index, disk in enumerate(disks):
+        if isinstance(disk, str | os.PathLike):
+            disk = DiskConfig(disk)
+        elif not isinstance(disk, DiskConfig):
+            raise ConfigError(f"disks[{index}]", disk, "wrong type", "give a DiskConfig, or the path of an image")
+        made.append(disk)
+    return tuple(made)
 
 
 def _check_id(field: str, value: str | None) -> None:
     if value is not None and (len(value) > MAX_ID or not value.isprintable()):
-        shown = value if len(value) <= MAX_ID else value[:MAX_ID] + "…"
-        raise ConfigError(field, shown, "not a name", f"give at most {MAX_ID} printable characters, or leave it out")
+        raise ConfigError(field, value, "not a name", f"give at most {MAX_ID} printable characters, or leave it out")
+
+
+def _check_image_type(value: str) -> None:
+    if value in FOREIGN_IMAGES:
+        remedy = "convert it (qemu-img convert -O raw OLD NEW) and give Raw"
+        raise NotSupported("disks.image_type", value, "only raw images are supported yet", remedy)
+    if value not in IMAGE_TYPES:
+        raise ConfigError("disks.image_type", f"{value:.80}", "no such type", "give Raw, or leave it out")
 
 
 def _check_mode(field: str, mode: str, file: str | None, socket: str | None) -> None:
     if mode not in CONSOLE_MODES:
-        raise ConfigError(f"{field}.mode", str(mode)[:MAX_ID], "no such mode", f"use {', '.join(CONSOLE_MODES)}")
+        raise ConfigError(f"{field}.mode", mode, "no such mode", f"use {', '.join(CONSOLE_MODES)}")
     for needs, name, value in (("File", "file", file), ("Socket", "socket", socket)):
         if mode == needs and not value:
             raise ConfigError(f"{field}.{name}", value, f"missing, and the mode is {mode}", "give a path")
 
 
-@attrs.frozen
+@attrs.frozen(field_transformer=_typed)
 class CpusConfig:
     boot_vcpus: int = 1
     max_vcpus: int = attrs.field(default=attrs.Factory(lambda self: self.boot_vcpus, takes_self=True))
@@ -65,11 +159,12 @@ class CpusConfig:
             )
 
 
-@attrs.frozen
+@attrs.frozen(field_transformer=_typed)
 class MemoryConfig:
-    """``size`` in bytes. ``shared`` is accepted for compatibility: RAM is always a shared memfd mapping."""
+    """``size`` in bytes, or given as text such as ``512M``. ``shared`` is accepted for compatibility: RAM is always a
+    shared memfd mapping."""
 
-    size: int = 512 << 20
+    size: int = attrs.field(default=512 << 20, converter=_as_size)
     shared: bool = False
 
     def __attrs_post_init__(self) -> None:
@@ -84,32 +179,38 @@ class MemoryConfig:
             )
 
 
-@attrs.frozen
+@attrs.frozen(field_transformer=_typed)
 class PayloadConfig:
-    """``kernel`` is a PVH ELF; ``initramfs`` a file handed to it untouched."""
+    """``kernel`` is a PVH ELF, or a bzImage with one in it, needed at boot and not before; ``initramfs`` a file handed
+    to it untouched."""
 
-    kernel: str
+    kernel: str = attrs.field(default="", converter=_as_path)
     cmdline: str = ""
-    initramfs: str | None = None
+    initramfs: str | None = attrs.field(default=None, converter=_as_path_or_none)
 
 
-@attrs.frozen
+@attrs.frozen(field_transformer=_typed)
 class DiskConfig:
-    path: str
+    """``image_type``: ``Raw`` is obeyed, whatever the bytes look like. ``Unknown`` looks at them once, at the first
+    boot, refuses the formats that are not there yet, and then says ``Raw`` (see ``trivmm.virtio.block.image``)."""
+
+    path: str = attrs.field(converter=_as_path)
     readonly: bool = False
     id: str | None = None
     serial: str | None = None
     num_queues: int = 1
     queue_size: int = 128
     pci_device_id: int | None = None
+    image_type: str = "Unknown"
 
     def __attrs_post_init__(self) -> None:
         _check_id("disks.id", self.id)
+        _check_image_type(self.image_type)
 
 
-@attrs.frozen
+@attrs.frozen(field_transformer=_typed)
 class RngConfig:
-    src: str = "/dev/urandom"
+    src: str = attrs.field(default="/dev/urandom", converter=_as_path)
     id: str | None = None
     pci_device_id: int | None = None
 
@@ -117,25 +218,25 @@ class RngConfig:
         _check_id("rng.id", self.id)
 
 
-@attrs.frozen
+@attrs.frozen(field_transformer=_typed)
 class SerialConfig:
     """``mode`` is one of :data:`CONSOLE_MODES`; ``File`` needs ``file``, ``Socket`` needs ``socket``."""
 
     mode: str = "Null"
-    file: str | None = None
-    socket: str | None = None
+    file: str | None = attrs.field(default=None, converter=_as_path_or_none)
+    socket: str | None = attrs.field(default=None, converter=_as_path_or_none)
 
     def __attrs_post_init__(self) -> None:
         _check_mode("serial", self.mode, self.file, self.socket)
 
 
-@attrs.frozen
+@attrs.frozen(field_transformer=_typed)
 class ConsoleConfig:
     """virtio-console, as :class:`SerialConfig`; ``Off``: there is no such device."""
 
     mode: str = "Off"
-    file: str | None = None
-    socket: str | None = None
+    file: str | None = attrs.field(default=None, converter=_as_path_or_none)
+    socket: str | None = attrs.field(default=None, converter=_as_path_or_none)
     id: str | None = None
     pci_device_id: int | None = None
 
@@ -144,12 +245,12 @@ class ConsoleConfig:
         _check_id("console.id", self.id)
 
 
-@attrs.frozen
+@attrs.frozen(field_transformer=_typed)
 class VmConfig:
-    payload: PayloadConfig
+    payload: PayloadConfig = attrs.field(factory=PayloadConfig)
     cpus: CpusConfig = attrs.field(factory=CpusConfig)
     memory: MemoryConfig = attrs.field(factory=MemoryConfig)
-    disks: tuple[DiskConfig, ...] = ()
+    disks: tuple[DiskConfig, ...] = attrs.field(default=(), converter=_as_disks)
     rng: RngConfig = attrs.field(factory=RngConfig)
     serial: SerialConfig = attrs.field(factory=SerialConfig)
     console: ConsoleConfig = attrs.field(factory=ConsoleConfig)

@@ -59,6 +59,9 @@ _ROWS: Final = (
     Deadline("api_read", 10.0, "the connection is closed"),
     Deadline("api_write", 10.0, "the connection is closed"),
     Deadline("api_idle", 600.0, "the idle connection is closed"),
+    Deadline(
+        "verdict_read", 1.0, "nobody has fetched the outcome of a migration that took the VM away: the process ends"
+    ),
     Deadline("free", 2.0, "nobody waits longer for the kernel to free a guest's RAM; a thread goes on with it"),
     Deadline("shutdown_grace", 5.0, "what still runs is named, the process leaves by os._exit"),
 )
@@ -100,6 +103,7 @@ class Deadlines:
     api_read: float = _limit("api_read")
     api_write: float = _limit("api_write")
     api_idle: float = _limit("api_idle")
+    verdict_read: float = _limit("verdict_read")
     free: float = _limit("free")
     shutdown_grace: float = _limit("shutdown_grace")
 

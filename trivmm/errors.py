@@ -7,6 +7,10 @@ Three families, by whose fault it is: :class:`ConfigError` (the user can mend it
 
 from __future__ import annotations
 
+import json
+import os
+from typing import Final
+
 __all__ = [
     "CommitRefused",
     "ConfigError",
@@ -25,7 +29,34 @@ __all__ = [
     "VmMigrating",
     "VmNotCreated",
     "WrongState",
+    "shown",
 ]
+
+MAX_SHOWN: Final = 256  # characters of a value in a message: a path is readable, a hostile body is not repeated
+
+
+def shown(value: object) -> str:
+    """A value as messages spell it: JSON on one line, cut at ``MAX_SHOWN``. Costs what it shows, not what there is."""
+    text = ""
+    try:
+        for piece in _ENCODER.iterencode(value):
+            text += piece
+            if len(text) > MAX_SHOWN:
+                break
+    except (TypeError, ValueError, RecursionError):  # keys that JSON can't spell, a list in itself
+        text = f"<{type(value).__name__}>"
+    text = "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text[: MAX_SHOWN + 1])
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "…"
+
+
+def _plain(value: object) -> str:
+    """What JSON doesn't have; only Python callers can give it."""
+    if isinstance(value, bytes):
+        return value.decode(errors="backslashreplace")
+    return str(os.fspath(value)) if isinstance(value, os.PathLike) else repr(value)
+
+
+_ENCODER: Final = json.JSONEncoder(ensure_ascii=False, default=_plain)
 
 
 class TrivmmError(Exception):
@@ -33,7 +64,8 @@ class TrivmmError(Exception):
 
 
 class ConfigError(TrivmmError):
-    """A mistake in what the user asked for.
+    """A mistake in what the user asked for. Its text spells the value as JSON, for whoever asked: an API client,
+    a command line or a Python caller.
 
     :ivar field: the option or key at fault, as the user spells it (``memory.size``, ``--disk path``).
     :ivar value: what was given.
@@ -46,7 +78,7 @@ class ConfigError(TrivmmError):
         self.value = value
         self.problem = problem
         self.remedy = remedy
-        super().__init__(f"{field} = {value!r}: {problem}; {remedy}")
+        super().__init__(f"{field} = {shown(value)}: {problem}; {remedy}")
 
 
 class NotSupported(ConfigError):

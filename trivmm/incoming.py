@@ -19,6 +19,7 @@ import trio
 from trivmm.config import PayloadConfig, VmConfig
 from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError
+from trivmm.events import EventBus
 from trivmm.hypervisor.base import Hypervisor
 from trivmm.hypervisor.select import choose_hypervisor
 from trivmm.migration.port import DestinationMachine
@@ -52,9 +53,10 @@ class Incoming:
         async with self.vm.ownership.lease(MIGRATION):
             try:
                 await self._receiver.receive(self._build, self._note)
-            except BaseException:
+            except BaseException as error:
                 with trio.CancelScope(shield=True):
                     await self.vm.abandon()  # noqa: ASYNC102 - bounded inside
+                self.vm.tell_of_receiving("failed", reason=str(error) or type(error).__name__)
                 raise
             self.vm.adopt()
             return self.vm
@@ -63,6 +65,7 @@ class Incoming:
         self.vm.migration_progress = progress
 
     async def _build(self, setup: dict[str, Any]) -> DestinationMachine:
+        self.vm.tell_of_receiving("started")
         if setup.get("hypervisor") != self.hypervisor.name:
             raise ConfigError(
                 "hypervisor",
@@ -81,8 +84,9 @@ async def open_incoming(
     hypervisor: Hypervisor | None = None,
     deadlines: Deadlines | None = None,
     driver: Driver | None = None,
+    events: EventBus | None = None,
 ) -> AsyncIterator[Incoming]:
-    """Listen at ``url`` (``unix:PATH`` or ``tcp:HOST:PORT``) for one migration.
+    """Listen at ``url`` (``unix:PATH`` or ``tcp:HOST:PORT``) for one migration. ``events`` as for ``open_vm``.
 
     The VM that arrives lives until the end of the block, with the same promises as in ``open_vm``.
 
@@ -92,9 +96,10 @@ async def open_incoming(
     empty = VmConfig(PayloadConfig(""), deadlines=limits)  # until the sender's SETUP says what it is
     try:
         async with (
-            vm_scope(empty, chosen, driver or driver_of(chosen)) as (vm, nursery),
+            vm_scope(empty, chosen, driver or driver_of(chosen), events) as (vm, nursery),
             open_receiver(url, limits, nursery) as receiver,
         ):
+            vm.tell_of_receiving("ready")
             yield Incoming(chosen, limits, vm, receiver)
     finally:
         if hypervisor is None:

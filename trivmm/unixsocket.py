@@ -88,19 +88,20 @@ def listen_unix(path: str, field: str, value: object = None, *, backlog: int = B
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     inode: tuple[int, int] | None = None
     try:
-        _remove_stale(path, field, value)
-        os.fchmod(sock.fileno(), 0o600)  # before bind: the socket is never there with a wider mode
-        sock.bind(path)
-        inode = _inode(os.lstat(path))
-        sock.listen(backlog)
+        try:
+            _remove_stale(path, field, value)
+            os.fchmod(sock.fileno(), 0o600)  # before bind: the socket is never there with a wider mode
+            sock.bind(path)
+            inode = _inode(os.lstat(path))
+            sock.listen(backlog)
+        except OSError as error:
+            raise ConfigError(field, value, f"cannot listen ({error.strerror})", OTHER) from error
         return UnixListener(sock, path, inode, lock)
-    except BaseException as error:
+    except BaseException:
         sock.close()
         if inode is not None:
             _unlink_if(path, inode)
         _release(path, lock)
-        if isinstance(error, OSError):
-            raise ConfigError(field, value, f"cannot listen ({error.strerror})", OTHER) from error
         raise
 
 
@@ -125,11 +126,12 @@ def adopt_listener(where: SocketFd, field: str, *, backlog: int = BACKLOG) -> so
         if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             raise ConfigError(field, str(where), "the descriptor is a socket that does not listen", remedy)
         os.set_inheritable(where.fd, False)
-        sock.listen(backlog)
-    except BaseException as error:
-        sock.detach()  # what we don't take stays open: it is somebody else's
-        if isinstance(error, OSError):
+        try:
+            sock.listen(backlog)
+        except OSError as error:
             raise ConfigError(field, str(where), f"cannot listen ({error.strerror})", remedy) from error
+    except BaseException:
+        sock.detach()  # what we don't take stays open: it is somebody else's
         raise
     return sock
 

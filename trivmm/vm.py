@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import enum
 import logging
-import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -28,23 +27,27 @@ from typing import Any
 import attrs
 import trio
 
-from trivmm.config import VmConfig
+from trivmm.config import CpusConfig, VmConfig
 from trivmm.deadlines import Deadlines
-from trivmm.errors import GuestCrash, MigrationCancelled, MigrationInDoubt, WrongState
+from trivmm.errors import GuestCrash, MigrationCancelled, MigrationInDoubt, NotSupported, WrongState
+from trivmm.events import EventBus
 from trivmm.hypervisor.base import Hypervisor
 from trivmm.hypervisor.select import choose_hypervisor
 from trivmm.machine.board import Board, build_board
 from trivmm.machine.line import Line
 from trivmm.machine.sinks import Sink
 from trivmm.migration.progress import MigrationProgress, MigrationReport
-from trivmm.migration.sender import SendOptions, send
+from trivmm.migration.sender import SendOptions, send, socket_dialer
+from trivmm.migration.transports import Dialer
 from trivmm.nursery.ownership import MIGRATION, Ownership
 from trivmm.nursery.tree import Machine, open_machine
 from trivmm.nursery.vcpus import Driver, thread_driver
 
-__all__ = ["ExitReason", "Vm", "VmEvent", "VmState", "driver_of", "open_vm", "vm_scope"]
+__all__ = ["ExitReason", "Vm", "VmState", "driver_of", "open_vm", "vm_scope"]
 
 logger = logging.getLogger(__name__)
+
+Dial = Callable[[str, Deadlines], Dialer]
 
 
 class VmState(enum.Enum):
@@ -64,16 +67,6 @@ class ExitReason:
     crash: GuestCrash | None = None
 
 
-@attrs.frozen
-class VmEvent:
-    """Something that happened, for observers: ``kind`` such as ``activated``, ``reset``, ``failed``, ``booted``."""
-
-    kind: str
-    device: str | None
-    generation: int
-    at_s: float
-
-
 def _set_event() -> trio.Event:
     event = trio.Event()
     event.set()
@@ -88,6 +81,7 @@ class Vm:
     hypervisor: Hypervisor
     _nursery: trio.Nursery
     _driver: Driver = thread_driver
+    events: EventBus = attrs.field(factory=EventBus)
     state: VmState = attrs.field(default=VmState.CREATED, init=False)
     in_doubt: bool = attrs.field(default=False, init=False)
     migration_progress: MigrationProgress | None = attrs.field(default=None, init=False)
@@ -95,6 +89,7 @@ class Vm:
         default=attrs.Factory(lambda self: Ownership(self.deadlines), takes_self=True), init=False
     )
     reboots: int = attrs.field(default=0, init=False)
+    _activated: int = attrs.field(default=0, init=False)  # device activations so far
     _machine: Machine | None = attrs.field(default=None, init=False)
     _machine_ended: trio.Event = attrs.field(factory=_set_event, init=False)  # everything of it is closed and freed
     _end_machine: trio.Event = attrs.field(factory=trio.Event, init=False)
@@ -103,7 +98,6 @@ class Vm:
     _asked: trio.Event = attrs.field(factory=trio.Event, init=False)
     _migration: trio.CancelScope | None = attrs.field(default=None, init=False)
     _closing: bool = attrs.field(default=False, init=False)
-    _observers: list[Callable[[VmEvent], None]] = attrs.field(factory=list, init=False)
     _last_board: Board | None = attrs.field(default=None, init=False)
     _new_board: trio.Event = attrs.field(factory=trio.Event, init=False)  # set, and replaced, with every board
 
@@ -131,17 +125,12 @@ class Vm:
         """The last mebibyte of serial output."""
         return b"" if self._last_board is None else self._last_board.serial.tail()
 
-    def observe(self, callback: Callable[[VmEvent], None]) -> None:
-        """Call back in the trio thread on every event. Callbacks must be quick; what one raises is logged."""
-        self._observers.append(callback)
+    def _tell(self, event: str, **properties: str) -> None:
+        self.events.emit("vm", event, **properties)
 
-    def _tell(self, kind: str, device: str | None = None, generation: int = 0) -> None:
-        event = VmEvent(kind, device, generation, time.monotonic())
-        for callback in self._observers:
-            try:
-                callback(event)
-            except Exception:  # it would end whoever tells: a device's actor, the control loop, a migration's verdict
-                logger.exception("an observer failed at %s; the VM goes on", kind)
+    def _tell_of_device(self, event: str, device: str, generation: int) -> None:
+        self._activated += event == "activated"
+        self.events.emit("virtio-device", event, id=device, generation=str(generation))
 
     def info(self) -> dict[str, Any]:
         """JSON-able: state, RAM in use, device tree (names, slots), vCPU states, migration."""
@@ -238,6 +227,7 @@ class Vm:
         async with self.ownership.lease("boot"):
             if self.state not in (VmState.CREATED, VmState.SHUTDOWN) or self._machine is not None:
                 raise WrongState("boot", self.state.value, "Created or Shutdown")
+            self._tell("booting")
             await self._end()  # of a machine that ended by itself, if that still goes on
             await self._boot()
             self._tell("booted")
@@ -245,6 +235,7 @@ class Vm:
     async def _reboot(self) -> None:
         """End the machine and build it anew; the sinks of its console lines, and their clients, stay."""
         assert self._machine is not None
+        self._tell("rebooting")
         sinks = self._machine.board.keep_sinks()
         try:
             await self._end()
@@ -255,13 +246,14 @@ class Vm:
             raise
 
     async def _boot(self, sinks: Mapping[str, Sink] | None = None) -> None:
-        board = build_board(self.config, self.hypervisor, on_event=self._tell, sinks=sinks)
+        board = build_board(self.config, self.hypervisor, on_event=self._tell_of_device, sinks=sinks)
         try:
-            await self._aside(board.load_payload)  # a kernel of hundreds of MiB would hold up the trio thread
+            await self._in_pieces(board.load_payload)  # seconds, where the kernel is to be unpacked
             machine = await self._run(board)
         except BaseException:
             board.close()
             raise
+        self.config = board.config  # what was found out about its images stays, see there
         try:
             machine.resume()
         except BaseException:
@@ -323,6 +315,11 @@ class Vm:
         else:
             work()
 
+    async def _in_pieces(self, work: Callable[[Callable[[], None]], None]) -> None:
+        """The same, for work that calls back between two pieces: there a cancellation ends it."""
+        between = trio.from_thread.check_cancelled if self._driver is thread_driver else lambda: None
+        await self._aside(lambda: work(between))
+
     async def _end(self) -> None:
         """End the machine, if there is one. Shielded, bounded inside by vcpu_stop, device_stop and quiesce."""
         if self._machine_ended.is_set():
@@ -336,17 +333,20 @@ class Vm:
             self._machine = None
 
     def _finish(self, reason: ExitReason) -> None:
-        self.state = VmState.SHUTDOWN
+        ran, self.state = self.state in (VmState.RUNNING, VmState.PAUSED), VmState.SHUTDOWN
         self.in_doubt = False
         if self._exit is None:
             self._exit = reason
             self._exited.set()
-            self._tell(reason.kind)
+            if ran and reason.kind != "migrated":
+                self._tell("shutdown", reason=reason.kind)
 
     async def pause(self) -> None:
         """Stop the vCPUs. Devices finish what was queued. :raises PauseTimeout: the VM runs."""
         async with self.ownership.lease("pause"):
-            await self._machine_in("pause", VmState.RUNNING).pause()
+            machine = self._machine_in("pause", VmState.RUNNING)
+            self._tell("pausing")
+            await machine.pause()
             self.state = VmState.PAUSED
             self._tell("paused")
 
@@ -356,6 +356,7 @@ class Vm:
         :raises ConfigError: when another process has them: the VM runs elsewhere."""
         async with self.ownership.lease("resume"):
             machine = self._machine_in("resume", VmState.PAUSED)
+            self._tell("resuming")
             if self.in_doubt:
                 await machine.take_locks()
                 self.in_doubt = False
@@ -382,6 +383,30 @@ class Vm:
                 self._finish(ExitReason("shutdown"))
                 raise
             self.reboots += 1
+            self._tell("rebooted")
+
+    async def resize(self, vcpus: int | None = None, ram: int | None = None, balloon: int | None = None) -> None:
+        """What is None, or what is so already, stays. A VM that was never booted takes the new numbers on paper.
+
+        :raises NotSupported: hotplug of vCPUs and memory, and a balloon, are not there yet.
+        :raises ConfigError: a number that can't be."""
+        async with self.ownership.lease("resize"):
+            cpus, memory = self.config.cpus, self.config.memory
+            if balloon is not None:
+                raise NotSupported("desired_balloon", balloon, "there is no balloon yet", "leave it out")
+            if vcpus is not None and vcpus != cpus.boot_vcpus:
+                cpus = CpusConfig(vcpus, max(vcpus, cpus.max_vcpus))
+                self._refuse_hotplug("desired_vcpus", vcpus, self.config.cpus.boot_vcpus)
+            if ram is not None and ram != memory.size:
+                memory = attrs.evolve(memory, size=ram)
+                self._refuse_hotplug("desired_ram", ram, self.config.memory.size)
+            self._tell("resizing")
+            self.config = attrs.evolve(self.config, cpus=cpus, memory=memory)
+            self._tell("resized")
+
+    def _refuse_hotplug(self, field: str, wanted: int, have: int) -> None:
+        if self._machine is not None:
+            raise NotSupported(field, wanted, "a booted VM can't be resized yet", f"shut it down first, or give {have}")
 
     # --- migration -------------------------------------------------------------------------------------------
 
@@ -393,12 +418,17 @@ class Vm:
         timeout_s: float | None = None,
         timeout_strategy: str = "cancel",
         on_progress: Callable[[MigrationProgress], None] | None = None,
+        on_accepted: Callable[[], None] | None = None,
+        dial: Dial = socket_dialer,
     ) -> MigrationReport:
         """Move the VM to the receiver at ``url`` (``unix:PATH``, ``tcp:HOST:PORT``), live.
 
         Runs in the caller's task. Until COMMIT every failure, cancellation included, leaves the VM running here
         and the next migration possible. Afterwards the VM is SHUTDOWN here and ``wait`` gives ``migrated``.
+        ``on_accepted`` is called once, when arguments, state and lease are checked and the migration begins. ``dial``
+        is how ``url`` is reached.
 
+        :raises ConfigError: / :raises WrongState: the request makes no sense, or not now.
         :raises MigrationError: failed before COMMIT, the VM runs.
         :raises MigrationInDoubt: the link died in the one moment when nobody can know: the VM is PAUSED here.
         :raises VmMigrating: another migration owns the VM."""
@@ -408,8 +438,16 @@ class Vm:
             timeout_strategy=timeout_strategy.lower(),
         )
 
+        dialer = dial(url, self.deadlines)
+        before, told = self._activated, 0
+
         def note(progress: MigrationProgress) -> None:
+            nonlocal told
+            progress = attrs.evolve(progress, activations=self._activated - before)
             self.migration_progress = progress
+            if progress.rounds and progress.rounds[-1].number > told:
+                told = progress.rounds[-1].number
+                self._tell("migration-memory-iteration", id=str(told))
             if on_progress is not None:
                 on_progress(progress)
 
@@ -421,22 +459,25 @@ class Vm:
             try:
                 with trio.CancelScope() as scope:
                     self._migration = scope
-                    report = await send(machine, url, options, note)
-            except MigrationInDoubt:
+                    if on_accepted is not None:
+                        on_accepted()
+                    report = await send(machine, dialer, options, note)
+                if scope.cancelled_caught:
+                    raise MigrationCancelled("the migration was cancelled; the VM runs here")
+            except MigrationInDoubt as error:
                 self.state, self.in_doubt = VmState.PAUSED, True
                 machine.running = False
-                self._tell("migration-in-doubt")
+                self._tell("migration-failed", outcome="in doubt", reason=str(error))
                 raise
-            except BaseException:
-                self._tell("migration-failed")
+            except BaseException as error:
+                cancelled = not isinstance(error, Exception) or isinstance(error, MigrationCancelled)
+                self._tell("migration-failed", outcome="cancelled" if cancelled else "failed", reason=str(error))
                 raise
             finally:
                 self._migration = None
-            if scope.cancelled_caught:
-                self._tell("migration-cancelled")
-                raise MigrationCancelled("the migration was cancelled; the VM runs here")
             await self._end()
             self._finish(ExitReason("migrated"))
+            self._tell("migration-finished")
             return report
 
     def cancel_migration(self) -> bool:
@@ -493,16 +534,21 @@ class Vm:
 
     # --- for open_incoming -----------------------------------------------------------------------------------
 
+    def tell_of_receiving(self, event: str, **properties: str) -> None:
+        """``ready``: listening; ``started``: a source came; ``failed``: nothing runs here."""
+        self._tell(f"migration-receive-{event}", **properties)
+
     async def build_for_migration(self, config: VmConfig, setup: dict[str, Any]) -> Machine:
         """Build the machine that a sender describes, parked: RAM, memslots, devices, vCPU threads.
 
         :raises ConfigError: when this host can't, naming the field."""
         self.config = config
         self.ownership.deadlines = config.deadlines
-        board = build_board(config, self.hypervisor, on_event=self._tell, incoming=True)
+        board = build_board(config, self.hypervisor, on_event=self._tell_of_device, incoming=True)
+        self.config = board.config
         try:
             board.check_setup(setup)
-            board.check_payload()
+            await self._in_pieces(board.check_payload)
             return await self._run(board, gate_open=False)
         except BaseException:
             board.close()
@@ -516,15 +562,20 @@ class Vm:
         """The machine that a migration brought runs here now (or stays paused, as it was sent)."""
         assert self._machine is not None
         self.state = VmState.RUNNING if self._machine.running else VmState.PAUSED
-        self._tell("received")
+        self._tell("migration-receive-finished")
 
 
 @asynccontextmanager
-async def vm_scope(config: VmConfig, hypervisor: Hypervisor, driver: Driver) -> AsyncIterator[tuple[Vm, trio.Nursery]]:
-    """The VM nursery with its control loop, and the bounded end. What the body raises leaves it unwrapped."""
+async def vm_scope(
+    config: VmConfig, hypervisor: Hypervisor, driver: Driver, events: EventBus | None = None
+) -> AsyncIterator[tuple[Vm, trio.Nursery]]:
+    """The VM nursery with its control loop, and the bounded end. What the body raises leaves it unwrapped.
+
+    ``events`` None makes a bus that ends with the VM; one that is given is its owner's to close."""
+    bus = EventBus() if events is None else events
     failure: BaseException | None = None
     async with trio.open_nursery() as nursery:
-        vm = Vm(config, hypervisor, nursery, driver)
+        vm = Vm(config, hypervisor, nursery, driver, bus)
         nursery.start_soon(vm._control, name="control loop")
         try:
             yield vm, nursery
@@ -535,6 +586,8 @@ async def vm_scope(config: VmConfig, hypervisor: Hypervisor, driver: Driver) -> 
         finally:
             with trio.CancelScope(shield=True):  # bounded inside, see _close
                 await vm._close()
+            if events is None:
+                bus.close()
             nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure
@@ -542,16 +595,22 @@ async def vm_scope(config: VmConfig, hypervisor: Hypervisor, driver: Driver) -> 
 
 @asynccontextmanager
 async def open_vm(
-    config: VmConfig, *, hypervisor: Hypervisor | None = None, driver: Driver | None = None
+    config: VmConfig,
+    *,
+    hypervisor: Hypervisor | None = None,
+    driver: Driver | None = None,
+    events: EventBus | None = None,
 ) -> AsyncIterator[Vm]:
     """A VM for the length of the block, in state CREATED. ``hypervisor`` None chooses by the host.
 
-    ``driver`` runs the vCPUs; None takes the hypervisor's own (``Hypervisor.driver``), or a thread each.
+    ``driver`` runs the vCPUs; None takes the hypervisor's own (``Hypervisor.driver``), or a thread each. What happens
+    is told on ``vm.events``: ``with vm.events.subscribe() as events: async for event in events: …``; it ends with the
+    block, unless ``events`` is a bus of yours.
 
     :raises HypervisorError: / :raises ConfigError: when the host cannot; nothing is left behind."""
     chosen = hypervisor if hypervisor is not None else choose_hypervisor("auto")
     try:
-        async with vm_scope(config, chosen, driver or driver_of(chosen)) as (vm, _):
+        async with vm_scope(config, chosen, driver or driver_of(chosen), events) as (vm, _):
             yield vm
     finally:
         if hypervisor is None:

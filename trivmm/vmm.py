@@ -17,12 +17,21 @@ import trio
 
 from trivmm.config import VmConfig
 from trivmm.control.schema import SendMigrationData
+from trivmm.control.unknown import UnknownKeys
 from trivmm.deadlines import Deadlines
-from trivmm.errors import MigrationCancelled, TrivmmError, VmMigrating, VmNotCreated, WrongState
+from trivmm.errors import (
+    MigrationCancelled,
+    TrivmmError,
+    VmMigrating,
+    VmNotCreated,
+    WrongState,
+)
+from trivmm.events import EventBus
 from trivmm.hypervisor.base import Hypervisor
 from trivmm.incoming import open_incoming
 from trivmm.migration.progress import MigrationProgress
-from trivmm.vm import ExitReason, Vm, open_vm
+from trivmm.migration.sender import socket_dialer
+from trivmm.vm import Dial, ExitReason, Vm, open_vm
 
 __all__ = ["Vmm", "VmmEnd", "VmmOptions", "open_vmm"]
 
@@ -95,10 +104,14 @@ class Vmm:
     hypervisor: Hypervisor
     deadlines: Deadlines
     options: VmmOptions
+    events: EventBus
     _nursery: trio.Nursery
+    _dial: Dial = socket_dialer
+    unknown_keys: UnknownKeys = attrs.field(factory=UnknownKeys, init=False)
     _slot: _Slot | None = attrs.field(default=None, init=False)
     _sending: _Outcome[None] | None = attrs.field(default=None, init=False)
     _last_progress: MigrationProgress | None = attrs.field(default=None, init=False)
+    _verdict_read: trio.Event = attrs.field(factory=trio.Event, init=False)
     _end: _Outcome[VmmEnd] = attrs.field(factory=_Outcome, init=False)
 
     # --- reading -----------------------------------------------------------------------------------------------
@@ -117,10 +130,12 @@ class Vmm:
             return self._slot.vm.migration_progress
         return self._last_progress
 
-    @property
-    def memory_pages(self) -> int:
-        """Of the VM, or 0."""
-        return 0 if self._slot is None or self._slot.vm is None else self._slot.vm.config.memory.size >> 12
+    def read_progress(self) -> MigrationProgress | None:
+        """:attr:`progress` for a client: once it has read how a migration ended, the process may go."""
+        progress = self.progress
+        if progress is not None and progress.ended:
+            self._verdict_read.set()
+        return progress
 
     @property
     def stuck(self) -> tuple[str, ...]:
@@ -140,7 +155,9 @@ class Vmm:
         """:raises WrongState: there is one. :raises ConfigError: / :raises HypervisorError: it can't be."""
         slot = self._take("create")
         outcome: _Outcome[Vm] = _Outcome()
-        self._nursery.start_soon(self._live, slot, open_vm(config, hypervisor=self.hypervisor), _same, outcome)
+        self._nursery.start_soon(
+            self._live, slot, open_vm(config, hypervisor=self.hypervisor, events=self.events), _same, outcome
+        )
         return await outcome.get()
 
     async def delete(self) -> None:
@@ -149,6 +166,7 @@ class Vmm:
             return
         self._changing("delete")
         await self._close()
+        self.events.emit("vm", "deleted")
 
     async def boot(self) -> None:
         self._changing("boot")
@@ -170,19 +188,47 @@ class Vmm:
         self._changing("shutdown")
         await self.vm.shutdown()
 
+    async def reboot(self) -> None:
+        self._changing("reboot")
+        await self.vm.reboot()
+
+    async def resize(self, vcpus: int | None, ram: int | None, balloon: int | None) -> None:
+        """As far as there is nothing to do: hotplug of vCPUs and memory is not there yet. A VM that was never booted
+        is changed on paper.
+
+        :raises NotSupported: naming what would have to change."""
+        self._changing("resize")
+        await self.vm.resize(vcpus, ram, balloon)
+
     # --- migration ---------------------------------------------------------------------------------------------
 
     async def send_migration(self, data: SendMigrationData) -> None:
-        """Move the VM away. The migration is a task of the Vmm nursery; this waits for its outcome.
+        """Begin to move the VM away; returns once the request is accepted. The migration is a task of the Vmm nursery:
+        its outcome is in :attr:`progress`, on the event bus and in the log.
 
-        :raises MigrationError: / :raises DeadlineError: it failed, the VM runs. :raises VmMigrating: one runs."""
+        :raises ConfigError: / :raises WrongState: / :raises VmMigrating: not accepted; nothing has changed."""
         vm = self.vm
         self._changing("send-migration")
-        self._sending = outcome = _Outcome[None]()
-        self._nursery.start_soon(self._send, vm, data, outcome, name="send-migration")
-        await outcome.get()
+        self._sending = _Outcome[None]()
+        self._verdict_read = trio.Event()
+        try:
+            await self._nursery.start(self._send, vm, data, name="send-migration")
+        except BaseException:
+            if self._sending is not None and not self._sending.known:
+                self._sending = None  # refused before it began
+            raise
 
-    async def _send(self, vm: Vm, data: SendMigrationData, outcome: _Outcome[None]) -> None:
+    async def _send(
+        self, vm: Vm, data: SendMigrationData, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        outcome, began = self._sending, False
+        assert outcome is not None
+
+        def accepted() -> None:
+            nonlocal began
+            began = True
+            task_status.started()
+
         try:
             await vm.migrate_to(
                 data.destination_url,
@@ -190,20 +236,23 @@ class Vmm:
                 timeout_s=data.timeout_s,
                 timeout_strategy=data.timeout_strategy.lower(),
                 on_progress=self._note,
+                on_accepted=accepted,
+                dial=self._dial,
             )
         except Exception as error:
-            LOG.warning("send-migration failed: %s", error)
             self._sending = None
-            outcome.fail(error)
+            if not began:
+                raise
+            LOG.warning("send-migration failed: %s", error)
         except BaseException:
             self._sending = None
-            outcome.fail(MigrationCancelled("the migration was cancelled: the VMM is shutting down"))
             raise
         else:
             self._last_progress = vm.migration_progress or self._last_progress
             self._sending = None
             if self.options.stay_after_migration:
                 await self._close()
+        finally:
             outcome.set(None)
 
     def _note(self, progress: MigrationProgress) -> None:
@@ -214,7 +263,7 @@ class Vmm:
         slot = self._take("receive-migration")
         outcome: _Outcome[Vm] = _Outcome()
         self._last_progress = None
-        incoming = open_incoming(url, hypervisor=self.hypervisor, deadlines=self.deadlines)
+        incoming = open_incoming(url, hypervisor=self.hypervisor, deadlines=self.deadlines, events=self.events)
         self._nursery.start_soon(self._live, slot, incoming, _received, outcome, name="receive-migration")
         await outcome.get()
 
@@ -289,10 +338,12 @@ class Vmm:
             reason = await vm.wait()
             LOG.info("the VM ended: %s", reason.kind)
             if reason.kind == "migrated":
-                if self._sending is not None:
-                    await self._sending.get()  # its client is answered first
                 if self.options.stay_after_migration:
                     return
+                if self._sending is not None:
+                    await self._sending.get()
+                with trio.move_on_after(self.deadlines.verdict_read):  # who asked for it reads how it ended
+                    await self._verdict_read.wait()
             stays = reason.kind == "shutdown" or (reason.kind == "poweroff" and self.options.stay_after_shutdown)
             if not stays:
                 self._finish(VmmEnd(reason.kind, reason))
@@ -322,19 +373,32 @@ async def _received(incoming: Any) -> Vm:
 
 @asynccontextmanager
 async def open_vmm(
-    hypervisor: Hypervisor, *, deadlines: Deadlines | None = None, options: VmmOptions | None = None
+    hypervisor: Hypervisor,
+    *,
+    deadlines: Deadlines | None = None,
+    options: VmmOptions | None = None,
+    events: EventBus | None = None,
+    dial: Dial = socket_dialer,
 ) -> AsyncIterator[Vmm]:
     """The service for the length of the block; at its end a migration rolls back and the VM ends, each bounded.
 
-    ``hypervisor`` stays the caller's: it closes it. What the block raises leaves it unwrapped."""
+    ``events`` is closed at the end, after its last event. ``hypervisor`` stays the caller's: it
+    closes it. What the block raises leaves it unwrapped."""
     failure: BaseException | None = None
-    async with trio.open_nursery() as nursery:
-        try:
-            yield Vmm(hypervisor, deadlines or Deadlines(), options or VmmOptions(), nursery)
-        except trio.Cancelled:
-            raise
-        except BaseException as error:
-            failure = error  # raised again outside the nursery, so that it isn't wrapped in a group
-        nursery.cancel_scope.cancel()
+    bus = events or EventBus()
+    bus.emit("vmm", "starting")
+    try:
+        async with trio.open_nursery() as nursery:
+            vmm = Vmm(hypervisor, deadlines or Deadlines(), options or VmmOptions(), bus, nursery, dial)
+            try:
+                yield vmm
+            except trio.Cancelled:
+                raise
+            except BaseException as error:
+                failure = error  # raised again outside the nursery, so that it isn't wrapped in a group
+            nursery.cancel_scope.cancel()
+    finally:
+        bus.emit("vmm", "shutdown")
+        bus.close()
     if failure is not None:
         raise failure

@@ -221,7 +221,7 @@ def test_a_virtio_console_on_the_terminal(tmp_path: Path) -> None:
 def test_one_terminal_has_one_reader(tmp_path: Path) -> None:
     with Terminal(tmp_path, *guest_options(), "--serial", "tty", "--console", "tty") as terminal:
         assert terminal.end() == 2
-        said = b"error: --console = 'tty': the serial port reads the terminal; give one of them another mode"
+        said = b'error: --console = "tty": the serial port reads the terminal; give one of them another mode'
         assert terminal.seen.strip() == said
     process = start(tmp_path, *guest_options(cycle="rng", once=3, echo=1), "--serial", "tty", "--console", "tty")
     out, err = process.communicate(timeout=LIMIT_S)  # nobody reads: both may show what they say
@@ -238,7 +238,7 @@ def test_there_and_back_by_ch_remotes_client(tmp_path: Path, transport: str) -> 
     def ask(number: int, method: str, command: str, **body: object) -> object:
         text = json.dumps(body) if body else None
         found = ch_remote(str(tmp_path / f"{number}.sock"), method, command, text)
-        return None if found is None else json.loads(found)
+        return json.loads(found) if found else None
 
     def url_of(number: int) -> str:
         return f"unix:{tmp_path}/move{number}.sock" if transport == "unix" else f"tcp:127.0.0.1:{_free_port()}"

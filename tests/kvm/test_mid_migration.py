@@ -16,11 +16,11 @@ from trivmm import (
     CpusConfig,
     Deadlines,
     DiskConfig,
+    Event,
     MemoryConfig,
     PayloadConfig,
     SerialConfig,
     VmConfig,
-    VmEvent,
     VmState,
 )
 from trivmm.errors import MigrationError
@@ -77,11 +77,11 @@ async def test_an_activation_that_is_pending_at_the_switchover_is_served_on_the_
             assert road.vm._machine is not None
             slow_on(monkeypatch, [road.vm._machine.memory], entered)
             await entered.wait()  # the guest's only vCPU stands at the barrier from here on
-            seen: list[VmEvent] = []
-            road.vm.observe(seen.append)
+            seen: list[Event] = []
+            road.vm.events.listen(seen.append)
             before = report_of(tmp_path)
             await road.move(f"unix:{tmp_path}/m.sock")
-            assert not [event for event in seen if event.kind == "failed"]
+            assert not [event for event in seen if event.event == "failed"]
             await road.vm.wait_for_console("PROBE t=")
             while (after := report_of(tmp_path)).rng_act <= before.rng_act + 2:
                 await road.vm.console_output()

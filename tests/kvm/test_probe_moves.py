@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from trivmm import CpusConfig, Deadlines, DiskConfig, MemoryConfig, PayloadConfig, SerialConfig, Vm, VmConfig, VmEvent
+from trivmm import CpusConfig, Deadlines, DiskConfig, Event, MemoryConfig, PayloadConfig, SerialConfig, Vm, VmConfig
 from trivmm.guest import ProbeReport, parse_report, probe_cmdline, probe_path
 from trivmm.testing.road import Road, open_road
 
@@ -52,13 +52,13 @@ async def settled(road: Road) -> None:
     missing = {"_disk0", "_rng"}
     all_seen = trio.Event()
 
-    def note(event: VmEvent) -> None:
-        if event.kind == "activated" and event.device is not None:
-            missing.discard(event.device)
+    def note(event: Event) -> None:
+        if event.event == "activated" and event.properties is not None:
+            missing.discard(event.properties["id"])
         if not missing:
             all_seen.set()
 
-    road.vm.observe(note)
+    road.vm.events.listen(note)
     with trio.fail_after(road.vm.deadlines.activation + 10):
         await all_seen.wait()
 

@@ -9,9 +9,10 @@ import attrs
 import pytest
 import trio
 
-from trivmm import CpusConfig, Deadlines, DiskConfig, MemoryConfig, PayloadConfig, SerialConfig, Vm, VmConfig, VmEvent
+from trivmm import CpusConfig, Deadlines, DiskConfig, Event, MemoryConfig, PayloadConfig, SerialConfig, Vm, VmConfig
 from trivmm.guest import ProbeReport, parse_report, probe_cmdline, probe_path
 from trivmm.machine.memory import GuestMemory
+from trivmm.testing.kernels import PACKINGS, make_bzimage
 from trivmm.vm import VmState, open_vm
 
 pytestmark = pytest.mark.kvm
@@ -72,6 +73,20 @@ async def test_devices_cycle(tmp_path: Path, cpus: int, options: dict[str, int])
                 assert report.rng_ios >= 2 * (report.rng_act - 1)
 
 
+@pytest.mark.parametrize("packing", PACKINGS)
+async def test_a_bzimage_boots(tmp_path: Path, packing: str) -> None:
+    config = probe_config(tmp_path, cpus=1, once=2)
+    vmlinuz = tmp_path / "vmlinuz"
+    vmlinuz.write_bytes(make_bzimage(probe_path().read_bytes(), packing))
+    config = attrs.evolve(config, payload=attrs.evolve(config.payload, kernel=str(vmlinuz)))
+    with trio.fail_after(LIMIT_S):
+        async with open_vm(config) as vm:
+            await vm.boot()
+            assert (await vm.wait()).kind == "poweroff"
+    report = report_of(tmp_path)
+    assert (report.ready, report.problems, report.errors) == (True, (), 0)
+
+
 async def test_a_disk_smaller_than_asked_for(tmp_path: Path) -> None:
     with trio.fail_after(LIMIT_S):
         async with open_vm(probe_config(tmp_path, cpus=1, sectors=8)) as vm:
@@ -90,13 +105,13 @@ async def test_once_powers_off(tmp_path: Path) -> None:
 async def test_reboot_begins_anew(tmp_path: Path) -> None:
     rebooted = trio.Event()
 
-    def note(event: VmEvent) -> None:
-        if event.kind == "rebooted":
+    def note(event: Event) -> None:
+        if event.event == "rebooted":
             rebooted.set()
 
     with trio.fail_after(LIMIT_S):
         async with open_vm(probe_config(tmp_path, cpus=2, reboot=5)) as vm:
-            vm.observe(note)
+            vm.events.listen(note)
             await vm.boot()
             await rebooted.wait()
             while (tmp_path / "serial.txt").read_text(errors="replace").count("PROBE ready") < 2:

@@ -18,7 +18,7 @@ import attrs
 import pytest
 import trio
 
-from trivmm.control.client import ApiError, Client
+from trivmm.control.client import ApiError, Client, MigrationFailed
 from trivmm.errors import TrivmmError
 from trivmm.guest import parse_report, probe_cmdline, probe_path
 
@@ -163,6 +163,7 @@ async def endless(source: Host, target: Host, url: str) -> AsyncIterator[Attempt
     async def send() -> None:
         try:
             await source.client.send_migration(url, downtime_ms=NEVER_MS)
+            await source.client.migration_outcome()
         except TrivmmError as error:
             attempt.sent = error
 
@@ -181,6 +182,7 @@ async def moves(source: Host, target: Host, url: str) -> None:
             nursery.start_soon(target.client.receive_migration, url)
             await listening(url)
             await source.client.send_migration(url, downtime_ms=2000)
+            await source.client.migration_outcome()
 
 
 @pytest.mark.parametrize("kind", ["unix", "tcp"])
@@ -207,7 +209,7 @@ async def test_a_killed_destination(tmp_path: Path, kind: str) -> None:
         async with host(tmp_path, "b") as target:
             async with endless(source, target, url_of(kind, tmp_path)) as attempt:
                 target.process.send_signal(signal.SIGKILL)
-            assert isinstance(attempt.sent, ApiError)
+            assert isinstance(attempt.sent, MigrationFailed)
         assert (await source.client.info())["state"] == "Running"
         await alive(tmp_path)
         async with host(tmp_path, "c") as next_target:
@@ -240,8 +242,10 @@ async def test_a_silent_peer(tmp_path: Path) -> None:
         silent.listen(1)
         async with host(tmp_path, "a", "--deadlines", "handshake=1,stall=1") as source:
             await booted(tmp_path, source)
-            with trio.fail_after(30), pytest.raises(ApiError, match="handshake"):
+            with trio.fail_after(30):
                 await source.client.send_migration(f"unix:{path}")
+                with pytest.raises(MigrationFailed, match="handshake"):
+                    await source.client.migration_outcome()
             assert (await source.client.info())["state"] == "Running"
             await alive(tmp_path)
 

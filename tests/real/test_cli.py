@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import trivmm as trivmm_package
+from trivmm.hypervisor.select import SOFT_REQUIREMENT
 from trivmm.testing.control import ch_remote, command_environment
 
 LIMIT_S = 60
@@ -83,19 +85,30 @@ def wait_until_it_serves(path: Path, process: subprocess.Popen[str]) -> None:
         (["--kernel", "k", "--memory", "size=1"], "memory.size = 1: not a multiple"),
         (["--kernel", "k", "--cpus", "boot=0"], "cpus.boot_vcpus = 0: out of range"),
         (["--kernel", "k", "--cpus", "boot=999"], "cpus.boot_vcpus = 999: out of range"),
-        (["--kernel", "k", "--cpus", "boot"], "--cpus boot = '': no value"),
-        (["--kernel", "k", "--console", "ptty"], "--console = 'ptty': no such mode"),
-        (["--kernel", "k", "--seccomp", "true"], "--seccomp = 'true': there is no seccomp filter yet"),
-        (["--kernel", "k", "--deadlines", "paus=1"], "--deadlines paus = '1': unknown key; did you mean pause?"),
-        (["--kernel", "k", "--log-file", "no/where"], "--log-file = 'no/where': No such file or directory"),
-        (["--api-socket", "x.sock", "--log-file", ""], "--log-file = '': No such file or directory"),
-        (["--api-socket", "path="], "--api-socket = 'path=': no path"),
-        (["--api-socket", "pth=a.sock"], "--api-socket pth = 'a.sock': unknown key; did you mean path?"),
-        (["--api-socket", "no/where/a.sock", "--hypervisor", "soft"], "--api-socket = 'no/where/a.sock': cannot make"),
-        (["--api-socket", "a.sock", "--hypervisor", "xen"], "--hypervisor = 'xen': unknown hypervisor"),
+        (["--kernel", "k", "--cpus", "boot"], '--cpus boot = "": no value'),
+        (["--kernel", "k", "--console", "ptty"], '--console = "ptty": no such mode'),
+        (["--kernel", "k", "--seccomp", "true"], '--seccomp = "true": there is no seccomp filter yet'),
+        (["--kernel", "k", "--deadlines", "paus=1"], '--deadlines paus = "1": unknown key; did you mean pause?'),
+        (["--kernel", "k", "--log-file", "no/where"], '--log-file = "no/where": No such file or directory'),
+        (["--api-socket", "x.sock", "--log-file", ""], '--log-file = "": No such file or directory'),
+        (["--api-socket", "path="], '--api-socket = "path=": no path'),
+        (["--api-socket", "pth=a.sock"], '--api-socket pth = "a.sock": unknown key; did you mean path?'),
+        (["--api-socket", "no/where/a.sock", "--hypervisor", "soft"], '--api-socket = "no/where/a.sock": cannot make'),
+        (["--api-socket", "fd=x"], '--api-socket fd = "x": not a number'),
+        (["--api-socket", "fd=0", "--hypervisor", "soft"], '--api-socket = "fd=0": the descriptor is a pipe; pass a'),
+        (["remote", "--api-socket", "fd=3", "ping"], '--api-socket = "fd=3": a server is asked by its path'),
+        (["--api-socket", "a.sock", "--hypervisor", "xen"], '--hypervisor = "xen": unknown hypervisor'),
         (["remote", "ping"], "--api-socket: missing"),
         (["remote", "--api-socket", "x", "pong"], "pong: unknown verb; did you mean ping?"),
-        (["remote", "--api-socket", "x", "resize"], "resize: not supported yet"),
+        (["remote", "--api-socket", "x", "snapshot"], "snapshot: not supported yet"),
+        (["remote", "--api-socket", "x", "resize"], "resize: give --cpus, --memory or --balloon"),
+        (["remote", "--api-socket", "x", "pause", "--cpus", "2"], "pause: --cpus, --memory and --balloon belong to"),
+        (["--api-socket", "a.sock", "--event-monitor", "out"], '--event-monitor out = "": unknown key'),
+        (["--api-socket", "a.sock", "--event-monitor", "fd=77"], "--event-monitor fd = 77: not open"),
+        (
+            ["--api-socket", "a.sock", "--event-monitor", "path=no/where/x"],
+            '--event-monitor path = "no/where/x": cannot',
+        ),
         (["remote", "--api-socket", "x", "pause", "now"], "pause now: the verb takes no argument"),
         (["remote", "--api-socket", "x", "send-migration"], "send-migration: give destination_url="),
         (["remote", "--api-socket", "x", "create", "nofile"], "create nofile: No such file or directory"),
@@ -115,7 +128,7 @@ def test_a_log_that_nobody_reads_is_refused_and_not_waited_for(tmp_path: Path) -
     os.mkfifo(tmp_path / "fifo")
     done = trivmm("--api-socket", "x.sock", "--log-file", "fifo", folder=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert done.stderr.startswith("error: --log-file = 'fifo': No such device"), done.stderr
+    assert done.stderr.startswith('error: --log-file = "fifo": No such device'), done.stderr
     assert os.listdir(tmp_path) == ["fifo"]
 
 
@@ -123,11 +136,11 @@ def test_a_log_that_nobody_reads_is_refused_and_not_waited_for(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--kernel", "missing"], "payload.kernel = 'missing': "),
-        (["--kernel", "text"], "payload.kernel = 'text': not an ELF"),
-        (["--kernel", "."], "payload.kernel = '.': "),
-        (["--kernel", "text", "--disk", "path=gone"], "disks.path = 'gone': "),
-        (["--kernel", "text", "--disk", "path=."], "disks.path = '.': "),
+        (["--kernel", "missing"], 'payload.kernel = "missing": '),
+        (["--kernel", "text"], 'payload.kernel = "text": not an ELF'),
+        (["--kernel", "."], 'payload.kernel = ".": '),
+        (["--kernel", "text", "--disk", "path=gone"], 'disks.path = "gone": '),
+        (["--kernel", "text", "--disk", "path=."], 'disks.path = ".": '),
         (["--kernel", "text", "--memory", "size=512T"], "memory.size = "),
     ],
 )
@@ -164,27 +177,75 @@ def test_a_tree_that_was_never_built_says_so_in_one_line(tmp_path: Path) -> None
     assert ended.stderr.count("\n") == 1
 
 
-def test_remote_is_light(tmp_path: Path) -> None:
-    code = "import sys; from trivmm.cli import main; main(['remote', '--api-socket', 'x', 'ping']); print(*sys.modules)"
-    done = subprocess.run(
+def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [sys.executable, "-c", code],
-        cwd=tmp_path,
+        cwd=folder,
         env=command_environment(),
         capture_output=True,
         text=True,
         timeout=LIMIT_S,
-        check=True,
+        check=False,
     )
-    heavy = {"trio", "httpx", "h11", "cattrs", "rich", "trivmm._native", "asyncio"}
-    assert not heavy & set(done.stdout.split())
+
+
+HEAVY = {"trio", "httpx", "h11", "cattrs", "rich", "zstandard", "unicorn", "asyncio"}
+
+
+@pytest.mark.parametrize(
+    ("statement", "also"),
+    [
+        ("import trivmm", {"attrs", "trivmm._native", "argparse"}),
+        ("main([])", {"trivmm._native"}),
+        ("main(['--help'])", {"trivmm._native"}),
+        ("main(['--version'])", {"trivmm._native"}),
+        ("main(['--kernl', 'x'])", {"trivmm._native"}),
+        ("main(['remote', '--help'])", {"trivmm._native"}),
+        ("main(['remote', '--api-socket', 'x', 'ping'])", {"trivmm._native"}),
+        ("main(['demo', '--help'])", {"trivmm._native"}),
+        ("main(['doctor'])", set[str]()),
+    ],
+)
+def test_light_commands_are_light(tmp_path: Path, statement: str, also: set[str]) -> None:
+    """What draws, serves or computes is imported by who does it."""
+    wanted = "" if statement.startswith("import") else "from trivmm.cli import main\n"
+    code = (
+        f"import sys, contextlib\n{wanted}with contextlib.suppress(SystemExit): {statement}\nprint('\\n', *sys.modules)"
+    )
+    done = python(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "trivmm" in loaded
+    assert not (HEAVY | also) & loaded
+
+
+def test_doctor_draws_a_table_also_into_a_pipe(tmp_path: Path) -> None:
+    done = trivmm("doctor", folder=tmp_path)
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["what", "there", "what", "for", "remedy"]
+    assert any(line.startswith("unicorn (soft CPU)") for line in lines)
+    assert lines[-1].startswith("guests ")
+    assert (done.returncode == 0) == ("can't" not in lines[-1])
 
 
 def test_doctor(tmp_path: Path) -> None:
-    done = trivmm("doctor", folder=tmp_path)
+    done = trivmm("doctor", "--json", folder=tmp_path)
     report = json.loads(done.stdout)
     assert done.returncode == (0 if report["runs"] else 1)
     for row in report["rows"]:
         assert row["present"] or row["remedy"], row
+
+
+def test_without_unicorn_the_remedy_is_a_command_for_this_python(tmp_path: Path) -> None:
+    command = f"{shlex.quote(sys.executable)} -m pip install {SOFT_REQUIREMENT}"
+    hidden = "import sys; sys.modules['unicorn'] = None; from trivmm.cli import main; sys.exit(main({}))"
+    done = python(hidden.format(["doctor", "--json"]), tmp_path)
+    report = json.loads(done.stdout)
+    assert not report["soft"]
+    assert [row["remedy"] for row in report["rows"] if row["what"].startswith("unicorn")] == [command]
+    done = python(hidden.format(["--api-socket", "a.sock", "--hypervisor", "soft"]), tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.rstrip().endswith(f"; {command}")
 
 
 @pytest.mark.soft
@@ -252,18 +313,18 @@ def test_remote_drives_a_server(tmp_path: Path) -> None:
         assert "in use by another process" in second.stderr
         done = remote("info")
         assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr.startswith("error: vm.info failed: VM is not created")
+        assert done.stderr.startswith("error: Error from API: The VM info is not available: VM is not created")
         (tmp_path / "vm.json").write_text(json.dumps({"payload": {"kernel": "/nowhere/vmlinux"}}))
         assert remote("create", "vm.json").returncode == 0
         assert json.loads(remote("info").stdout)["state"] == "Created"
         done = remote("boot")
         assert done.returncode == 1
-        assert "payload.kernel = '/nowhere/vmlinux': " in done.stderr
+        assert 'payload.kernel = "/nowhere/vmlinux": ' in done.stderr
         assert done.stderr.count("\n") == 1
         assert remote("delete").returncode == 0
-        assert remote("create", stdin='{"payload":{}}').returncode == 1
+        assert remote("create", stdin='{"payload":[]}').returncode == 1
         assert remote("create", stdin=json.dumps({"payload": {"kernel": "k"}})).returncode == 0
-        assert json.loads(remote("counters").stdout) == {}
+        assert "counters: the VM is Created" in remote("counters").stderr
         assert remote("shutdown-vmm").returncode == 0
         assert process.wait(timeout=LIMIT_S) == 0
     assert os.listdir(tmp_path) == ["vm.json"]

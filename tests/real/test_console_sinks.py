@@ -355,5 +355,5 @@ def test_a_host_without_pseudo_terminals(monkeypatch: pytest.MonkeyPatch) -> Non
         raise OSError(errno.ENOENT, "No such file or directory")
 
     monkeypatch.setattr(os, "openpty", none)
-    with pytest.raises(ConfigError, match=r"console\.mode = 'Pty': no pseudo-terminal to be had.*mount devpts"):
+    with pytest.raises(ConfigError, match=r'console\.mode = "Pty": no pseudo-terminal to be had.*mount devpts'):
         PtySink("console")

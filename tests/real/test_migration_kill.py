@@ -15,7 +15,7 @@ from trivmm.deadlines import Deadlines
 from trivmm.errors import MigrationError
 from trivmm.migration.progress import MigrationProgress
 from trivmm.migration.receiver import open_receiver
-from trivmm.migration.sender import SendOptions, send
+from trivmm.migration.sender import SendOptions, send, socket_dialer
 from trivmm.testing.migration import DiskLock, FakeDestination, FakeSource
 
 RAM = ((0, 16 << 20),)
@@ -26,7 +26,7 @@ PEER = """
 import sys, trio
 from trivmm.deadlines import Deadlines
 from trivmm.migration.receiver import open_receiver
-from trivmm.migration.sender import SendOptions, send
+from trivmm.migration.sender import SendOptions, send, socket_dialer
 from trivmm.testing.migration import DiskLock, FakeDestination, FakeSource
 
 class Endless(FakeSource):
@@ -41,7 +41,7 @@ async def main(role, url):
         machine.stop_s = 5.0
         for page in range(4096):
             machine.memory.write(page * 4096, b"x")
-        await send(machine, url, SendOptions(timeout_s=60, downtime_ms=1))
+        await send(machine, socket_dialer(url, machine.deadlines), SendOptions(timeout_s=60, downtime_ms=1))
     else:
         machine = FakeDestination(DiskLock(), limits, ((0, 16 << 20),))
         async with trio.open_nursery() as nursery, open_receiver(url, limits, nursery) as receiver:
@@ -110,13 +110,15 @@ async def test_a_killed_destination_and_the_next_one(scheme: str, tmp_path: Path
                 kill(process)
 
         with pytest.raises(MigrationError, match="lost"):
-            await send(source, where, ENDLESS, progress)
+            await send(source, socket_dialer(where, source.deadlines), ENDLESS, progress)
         assert source.running
         assert not source.logging
         source.calm = True
         destination = FakeDestination(source.lock, LIMITS, RAM)
         async with trio.open_nursery() as nursery, open_receiver(url, LIMITS, nursery) as receiver:
-            nursery.start_soon(send, source, receiver.url, SendOptions(downtime_ms=10_000))
+            nursery.start_soon(
+                send, source, socket_dialer(receiver.url, source.deadlines), SendOptions(downtime_ms=10_000)
+            )
             await receiver.receive(destination.factory)
     assert destination.running
     assert source.contents() == destination.contents()

@@ -21,7 +21,7 @@ from trivmm.migration.channel import LinkLost
 from trivmm.migration.link import Link
 from trivmm.migration.progress import MigrationProgress, MigrationReport, Phase
 from trivmm.migration.receiver import open_receiver
-from trivmm.migration.sender import SendOptions, send
+from trivmm.migration.sender import SendOptions, send, socket_dialer
 from trivmm.migration.steps import Session
 from trivmm.migration.transports import SocketDialer, TcpAddress, UnixAddress, listen, parse_url
 from trivmm.testing.migration import DiskLock, FakeDestination, FakeSource
@@ -107,7 +107,7 @@ async def test_a_dirtying_machine_moves_and_loses_no_page(
             sent: list[MigrationReport] = []
 
             async def go() -> None:
-                sent.append(await send(source, receiver.url, PATIENT, seen.append))
+                sent.append(await send(source, socket_dialer(receiver.url, source.deadlines), PATIENT, seen.append))
 
             nursery.start_soon(go)
             machine, report = await receiver.receive(destination.factory)
@@ -131,7 +131,7 @@ async def test_there_and_back_again_over_the_same_address(tmp_path: Path) -> Non
             source, destination = FakeSource(lock, LIMITS), FakeDestination(lock, LIMITS)
             source.memory.write(0, b"hello")
             async with trio.open_nursery() as nursery, open_receiver(url, LIMITS, nursery) as receiver:
-                nursery.start_soon(send, source, url, PATIENT)
+                nursery.start_soon(send, source, socket_dialer(url, source.deadlines), PATIENT)
                 await receiver.receive(destination.factory)
             assert destination.memory.read(0, 5) == b"hello"
             source.close()
@@ -151,12 +151,12 @@ async def test_a_cancelled_sender_leaves_the_source_running_and_the_next_works(
             scope = trio.CancelScope()
 
             def progress(now: MigrationProgress) -> None:
-                if now.pages >= after_pages:
+                if now.phase is not Phase.SETUP and now.pages >= after_pages:
                     scope.cancel()
 
             async def go() -> None:
                 with scope:
-                    await send(source, receiver.url, PATIENT, progress)
+                    await send(source, socket_dialer(receiver.url, source.deadlines), PATIENT, progress)
 
             nursery.start_soon(go)
             try:
@@ -170,7 +170,7 @@ async def test_a_cancelled_sender_leaves_the_source_running_and_the_next_works(
         assert "cancelled" in str(taken[0])
         again = FakeDestination(source.lock, LIMITS, RAM)
         async with trio.open_nursery() as nursery, open_receiver(url, LIMITS, nursery) as receiver:
-            nursery.start_soon(send, source, receiver.url, PATIENT)
+            nursery.start_soon(send, source, socket_dialer(receiver.url, source.deadlines), PATIENT)
             await receiver.receive(again.factory)
     assert again.running
     assert source.contents() == again.contents()
@@ -187,7 +187,7 @@ async def test_a_cancelled_receiver_leaves_the_source_running(
 
             async def go() -> None:
                 try:
-                    await send(source, receiver.url, PATIENT)
+                    await send(source, socket_dialer(receiver.url, source.deadlines), PATIENT)
                 except TrivmmError as error:
                     failed.append(error)
 
@@ -206,7 +206,7 @@ async def test_a_silent_peer_is_a_named_error_on_both_sides(url: str) -> None:
     with trio.fail_after(60):
         listener = await listen(parse_url(url, "receiver_url"), short)
         with pytest.raises(DeadlineError) as caught:
-            await send(source, listener.url)
+            await send(source, socket_dialer(listener.url, source.deadlines))
         assert caught.value.name in ("handshake", "stall")
         listener.close()
         async with trio.open_nursery() as nursery, open_receiver(url, short, nursery) as receiver:
@@ -227,7 +227,7 @@ async def test_a_silent_peer_is_a_named_error_on_both_sides(url: str) -> None:
 async def test_nobody_listens(tmp_path: Path) -> None:
     source = FakeSource(DiskLock(), LIMITS)
     with pytest.raises(MigrationError, match="is a receiver waiting there"):
-        await send(source, f"unix:{tmp_path}/none.sock")
+        await send(source, socket_dialer(f"unix:{tmp_path}/none.sock", source.deadlines))
     assert source.running
     source.close()
 
@@ -275,7 +275,7 @@ def test_bad_urls_name_the_field(url: str) -> None:
 async def test_a_host_name_that_cannot_be_one_is_named(host: str) -> None:
     source = FakeSource(DiskLock(), LIMITS)
     with pytest.raises(MigrationError, match="cannot connect"):
-        await send(source, f"tcp:{host}:1")
+        await send(source, socket_dialer(f"tcp:{host}:1", source.deadlines))
     assert source.running
     source.close()
     with pytest.raises(ConfigError, match="receiver_url"):
@@ -371,7 +371,7 @@ async def test_a_new_receiver_takes_over_from_one_that_only_answers_questions(tm
                 await asking.send(m.Query(session))
                 assert (await asking.expect(m.Verdict)).verdict == "running"
                 await asking.close()
-                await send(next_source, again.url, PATIENT)
+                await send(next_source, socket_dialer(again.url, next_source.deadlines), PATIENT)
     assert destination.running
     assert next_destination.running
     for each in (source, destination, next_source, next_destination):

@@ -20,12 +20,12 @@ import trio.testing
 from trivmm import (
     Deadlines,
     DiskConfig,
+    Event,
     MemoryConfig,
     PayloadConfig,
     SerialConfig,
     Vm,
     VmConfig,
-    VmEvent,
     VmState,
     open_incoming,
     open_vm,
@@ -207,7 +207,7 @@ async def test_a_reboot_that_the_guest_asked_for_before_the_doubt_is_carried_out
             await in_doubt(source, move)
             assert source.reboots == 0
             rebooted = trio.Event()
-            source.observe(lambda event: rebooted.set() if event.kind == "rebooted" else None)
+            source.events.listen(lambda event: rebooted.set() if event.event == "rebooted" else None)
             await source.resume()
             await rebooted.wait()
             assert (source.state, source.reboots) == (VmState.RUNNING, 1)
@@ -222,7 +222,7 @@ async def test_a_paused_vm_does_not_reboot_before_it_is_resumed(
     with trio.fail_after(LIMIT_S):
         async with open_vm(config, hypervisor=ScriptedHypervisor(guest)) as vm:
             await vm.boot()
-            vm.observe(lambda event: rebooted.set() if event.kind == "rebooted" else None)
+            vm.events.listen(lambda event: rebooted.set() if event.event == "rebooted" else None)
             ask_before(monkeypatch, guest, "pause")
             await vm.pause()
             await trio.testing.wait_all_tasks_blocked()
@@ -314,20 +314,20 @@ async def test_an_observer_that_raises_harms_nobody_else(config: VmConfig, caplo
     """Events come from device actors too: what an observer raises there would end the servicer of activations."""
     seen: list[str] = []
 
-    def faulty(event: VmEvent) -> None:
+    def faulty(event: Event) -> None:
         raise ZeroDivisionError("an observer's own bug")
 
     with trio.fail_after(LIMIT_S):
         async with open_vm(config, hypervisor=ScriptedHypervisor()) as vm:
-            vm.observe(faulty)
-            vm.observe(lambda event: seen.append(event.kind))
+            vm.events.listen(faulty)
+            vm.events.listen(lambda event: seen.append(event.event))
             await vm.boot()
             assert vm._machine is not None
             for slot in vm._machine.board.devices:
                 slot.lifecycle.power_on()
                 await slot.lifecycle.settled()
             await vm.shutdown()
-    assert seen == ["booted", "reset", "reset", "shutdown"]
+    assert seen == ["booting", "booted", "reset", "reset", "shutdown"]
     assert "an observer's own bug" in caplog.text
 
 

@@ -15,14 +15,16 @@ from trivmm.cli.options import (
     parse_pairs,
     parse_receive,
     parse_send,
-    parse_size,
     parse_socket,
+    parse_socket_path,
     parse_vm,
     split_commas,
 )
 from trivmm.config import ConsoleConfig
-from trivmm.control.schema import load_config
+from trivmm.control.schema import load_config, load_receive, load_send
 from trivmm.errors import ConfigError, NotSupported
+from trivmm.unixsocket import SocketFd
+from trivmm.values import parse_size
 
 NAMES = "kernel cmdline initramfs cpus memory disk rng serial console"
 
@@ -53,7 +55,13 @@ def test_what_does_not_match_up(text: str) -> None:
 
 @given(st.text(max_size=40))
 def test_any_string_parses_or_is_refused(text: str) -> None:
-    for parse in (parse_socket, parse_send, parse_receive, lambda t: parse_pairs("--x", t, ("a", "b"))):
+    for parse in (
+        parse_socket,
+        parse_socket_path,
+        parse_send,
+        parse_receive,
+        lambda t: parse_pairs("--x", t, ("a", "b")),
+    ):
         said = ""
         try:
             parse(text)
@@ -73,6 +81,26 @@ def test_sizes(text: str, size: int) -> None:
 def test_what_is_not_a_size(text: str) -> None:
     with pytest.raises(ConfigError, match="not a size"):
         parse_size("--memory size", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "image_type"),
+    [("", "Unknown"), (",image_type=raw", "Raw"), (",image_type=RAW", "Raw"), (",image_type=unknown", "Unknown")],
+)
+def test_image_types(text: str, image_type: str) -> None:
+    config = load_config(parse_vm(arguments(disk=[f"path=/d{text}"])))
+    assert config.disks[0].image_type == image_type
+
+
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [("qcow2", "Qcow2"), ("vhd", "FixedVhd"), ("fixedvhd", "FixedVhd"), ("vhdx", "Vhdx"), ("vmdk", "FlatVmdk")],
+)
+def test_image_types_that_are_not_there_yet(word: str, name: str) -> None:
+    with pytest.raises(NotSupported, match=rf'disks\.image_type = "{name}"'):
+        load_config(parse_vm(arguments(disk=[f"path=/d,image_type={word}"])))
+    with pytest.raises(ConfigError, match="no such type"):
+        parse_vm(arguments(disk=["path=/d,image_type=iso"]))
 
 
 def test_a_full_command_line() -> None:
@@ -104,27 +132,33 @@ def test_defaults() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"cpus": "boots=2"}, "--cpus boots = '2': unknown key; did you mean boot?"),
+        ({"cpus": "boots=2"}, '--cpus boots = "2": unknown key; did you mean boot?'),
         ({"cpus": "boot=0"}, "cpus.boot_vcpus = 0: out of range"),
-        ({"cpus": "boot=x"}, "--cpus boot = 'x': not a number"),
-        ({"cpus": "boot"}, "--cpus boot = '': no value"),
-        ({"cpus": "boot=1,boot=2"}, "--cpus boot = '2': given twice"),
+        ({"cpus": "boot=x"}, '--cpus boot = "x": not a number'),
+        ({"cpus": "boot"}, '--cpus boot = "": no value'),
+        ({"cpus": "boot=1,boot=2"}, '--cpus boot = "2": given twice'),
         ({"memory": "size=0"}, "memory.size = 0: no memory"),
         ({"memory": "size=3"}, "memory.size = 3: not a multiple of 2 MiB; give 2097152"),
-        ({"memory": "512M"}, "--memory 512M = '': unknown key"),
-        ({"memory": "size=1G,hugepages=on"}, "memory.hugepages = True: not supported yet"),
-        ({"memory": "shared=maybe"}, "--memory shared = 'maybe': neither on nor off"),
-        ({"disk": ["readonly=on"]}, "--disk = 'readonly=on': no path"),
-        ({"disk": ["path=a,vhost_user=on"]}, "disks[0].vhost_user = True: not supported yet"),
-        ({"serial": "file="}, "--serial = 'file=': no such mode; give one of off, null, tty, pty, file=PATH, socket=P"),
-        ({"serial": ""}, "--serial = '': no such mode"),
-        ({"serial": "ptty"}, "--serial = 'ptty': no such mode"),
-        ({"serial": "tty=x"}, "--serial = 'tty=x': no such mode"),
-        ({"serial": "tty,pty"}, "--serial = 'tty,pty': more than one mode; give one"),
-        ({"serial": "file=/a,b"}, "--serial = 'file=/a,b': more than a mode; leave 'b' out"),
-        ({"console": "tty,idd=x"}, "--console idd = 'x': unknown key; did you mean id?"),
-        ({"console": "tty,iommu=on"}, "console.iommu = True: not supported yet"),
-        ({"console": "id=x"}, "--console = 'id=x': no such mode"),
+        ({"memory": "512M"}, '--memory = "512M": no key; give size=512M'),
+        ({"cpus": "2"}, '--cpus = "2": no key; give boot=2'),
+        ({"disk": ["x.img"]}, '--disk = "x.img": no key; give path=x.img'),
+        ({"disk": ["path=a", "paths.img"]}, '--disk = "paths.img": no key; give path=paths.img'),
+        ({"disk": ["path=a,paht"]}, '--disk paht = "": unknown key; did you mean path?'),
+        ({"rng": "/dev/random"}, '--rng = "/dev/random": no key; give src=/dev/random'),
+        ({"cpus": "boot=1,profile=old"}, '--cpus profile = "old": unknown; give host'),
+        ({"memory": "size=1G,hugepages=on"}, "memory.hugepages = true: not supported yet"),
+        ({"memory": "shared=maybe"}, '--memory shared = "maybe": neither on nor off'),
+        ({"disk": ["readonly=on"]}, '--disk = "readonly=on": no path'),
+        ({"disk": ["path=a,vhost_user=on"]}, "disks[0].vhost_user = true: not supported yet"),
+        ({"serial": "file="}, '--serial = "file=": no such mode; give one of off, null, tty, pty, file=PATH, socket=P'),
+        ({"serial": ""}, '--serial = "": no such mode'),
+        ({"serial": "ptty"}, '--serial = "ptty": no such mode'),
+        ({"serial": "tty=x"}, '--serial = "tty=x": no such mode'),
+        ({"serial": "tty,pty"}, '--serial = "tty,pty": more than one mode; give one'),
+        ({"serial": "file=/a,b"}, '--serial = "file=/a,b": more than a mode; leave b out'),
+        ({"console": "tty,idd=x"}, '--console idd = "x": unknown key; did you mean id?'),
+        ({"console": "tty,iommu=on"}, "console.iommu = true: not supported yet"),
+        ({"console": "id=x"}, '--console = "id=x": no such mode'),
     ],
 )
 def test_mistakes(given: dict[str, Any], said: str) -> None:
@@ -135,6 +169,7 @@ def test_mistakes(given: dict[str, Any], said: str) -> None:
 
 def test_harmless_defaults_of_cloud_hypervisor_are_taken() -> None:
     load_config(parse_vm(arguments(cpus="boot=1,max_phys_bits=46,nested=on", memory="size=512M,thp=on,mergeable=off")))
+    load_config(parse_vm(arguments(cpus="profile=host", disk=["path=a,_disable_io_uring=on,_disable_aio=off"])))
 
 
 def test_consoles() -> None:
@@ -164,9 +199,26 @@ def test_the_serial_port_shows_on_a_terminal(given: dict[str, str], modes: tuple
 def test_api_sockets() -> None:
     assert parse_socket("path=/tmp/a.sock") == "/tmp/a.sock"
     assert parse_socket("/tmp/a.sock") == "/tmp/a.sock"
-    for text, said in [("", "no path"), ("path=", "no path"), ("fd=3", "not supported yet"), ("path=a,b=c", "unknown")]:
+    assert parse_socket("fd=3") == SocketFd(3)
+    assert parse_socket("./fd=3") == "./fd=3"
+    for text, said in [
+        ("", "no path"),
+        ("path=", "no path"),
+        ("path=a,b=c", "unknown"),
+        ("fd=", "not a number"),
+        ("fd=-1", "not a number"),
+        ("fd=x", "not a number"),
+        ("fd=2147483648", "not a descriptor"),
+        ("fd=3,path=x", "both a path and a descriptor"),
+    ]:
         with pytest.raises(ConfigError, match=said):
             parse_socket(text)
+
+
+def test_a_server_is_asked_by_its_path() -> None:
+    assert parse_socket_path("path=/a") == "/a"
+    with pytest.raises(ConfigError, match="asked by its path"):
+        parse_socket_path("fd=3")
 
 
 def test_deadlines() -> None:
@@ -186,6 +238,10 @@ def test_migrations() -> None:
         "timeout_strategy": "Ignore",
         "local": False,
     }
+    with pytest.raises(NotSupported, match="preserve_source = true"):
+        load_send(parse_send("destination_url=unix:/x,preserve_source=on"))
+    with pytest.raises(NotSupported, match='zone_updates = "\\[m0@1\\]"'):
+        load_receive(parse_receive("receiver_url=unix:/x,zone_updates=[m0@1]"))
     assert parse_receive("tcp:[::1]:9") == {"receiver_url": "tcp:[::1]:9"}
     for text, said in [("downtime_ms=1", "no destination_url"), ("unix:/x,downtme_ms=1", "did you mean downtime_ms")]:
         with pytest.raises(ConfigError, match=said):

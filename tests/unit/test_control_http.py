@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trivmm.control.http import MAX_BODY, Bad, HttpConnection, Request, Response, State, error_response
+from trivmm.control.http import MAX_BODY, Bad, HttpConnection, Request, Response, State, Stream, error_response
 
 BODY = b'{"a":1}'
 PUT = b"PUT /api/v1/vm.create HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
@@ -61,10 +63,15 @@ def test_no_content_type_is_needed_and_the_query_is_ignored() -> None:
 
 
 def test_a_path_elsewhere_has_no_route() -> None:
-    for path in (b"/", b"/api/v2/vm.info", b"*", b"http://localhost/api/v1/vm.info"):
+    for path in (b"/", b"/api/v2/vm.info", b"*", b"http://localhost", b"http://api/v1/vm.info"):
         (event,) = events(HttpConnection(), b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n" % path, 99)
         assert isinstance(event, Request)
         assert event.name is None
+
+
+def test_a_target_may_be_absolute() -> None:
+    data = b"GET http://localhost:80/api/v1/vm.info?x=http://a HTTP/1.1\r\nHost: x\r\n\r\n"
+    assert events(HttpConnection(), data, 99) == [Request("GET", "vm.info", b"")]
 
 
 @pytest.mark.parametrize(
@@ -77,9 +84,9 @@ def test_a_path_elsewhere_has_no_route() -> None:
         (b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n\r\n", 501),
-        (b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X: y\r\n" * 5000, 431),
-        (b"PUT / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (MAX_BODY + 1), 413),
-        (b"PUT / HTTP/1.1\r\nHost: x\r\nContent-Length: " + b"9" * 19 + b"\r\n\r\n", 413),
+        (b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X: y\r\n" * 5000, 400),
+        (b"PUT / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (MAX_BODY + 1), 400),
+        (b"PUT / HTTP/1.1\r\nHost: x\r\nContent-Length: " + b"9" * 19 + b"\r\n\r\n", 400),
         (b"PUT / HTTP/1.1\r\nHost: x\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n", 400),
     ],
 )
@@ -92,6 +99,7 @@ def test_what_breaks_the_protocol_is_answered_and_ends_the_connection(data: byte
     sent = http.answer(event.response, close=True)
     assert sent.startswith(b"HTTP/1.1 %d \r\n" % status)
     assert isinstance(json.loads(sent.partition(b"\r\n\r\n")[2]), list)
+    assert b"bytearray" not in sent
     assert http.state is State.CLOSED
     assert http.next_event() is None
 
@@ -100,13 +108,16 @@ def test_a_chunked_body_has_the_same_limit() -> None:
     http = HttpConnection()
     http.feed(b"PUT /api/v1/x HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
     chunk = b"10000\r\n" + bytes(0x10000) + b"\r\n"
-    for _ in range(MAX_BODY // 0x10000):
+    for count in range(MAX_BODY // 0x10000):
         http.feed(chunk)
         assert http.next_event() is None
+        assert http.held == (count + 1) * 0x10000
     http.feed(chunk)
     event = http.next_event()
     assert isinstance(event, Bad)
-    assert event.response.status == 413
+    assert event.response.status == 400
+    assert b"at most" in (event.response.body or b"")
+    assert http.held == 0
 
 
 def test_the_bytes_of_an_answer() -> None:
@@ -126,6 +137,23 @@ def test_the_bytes_of_an_answer_without_a_body() -> None:
     assert http.next_event() == WANTED
     assert http.answer(Response(204)) == b"HTTP/1.1 204 \r\nServer: TriVMM API\r\nConnection: keep-alive\r\n\r\n"
     assert http.state is State.IDLE
+
+
+def test_the_head_of_a_stream_and_nothing_after_it() -> None:
+    @asynccontextmanager
+    async def opened() -> AsyncIterator[Stream]:
+        raise AssertionError("the server opens it, not the protocol")
+        yield
+
+    http = HttpConnection()
+    http.feed(GET + GET)
+    assert http.next_event() is not None
+    assert http.answer(Response(200, stream=opened)) == (
+        b"HTTP/1.1 200 \r\nServer: TriVMM API\r\nConnection: close\r\nContent-Type: text/event-stream\r\n"
+        b"Cache-Control: no-store\r\n\r\n"
+    )
+    assert http.state is State.CLOSED
+    assert http.next_event() is None  # the pipelined one is not answered: the connection ends with the stream
 
 
 def test_an_old_or_closing_client_is_closed_after_its_answer() -> None:

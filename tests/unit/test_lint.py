@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import trivmm
 
 ROOT = Path(__file__).parents[2]
 CODE = [
@@ -32,9 +35,17 @@ COMMANDS = {
 )
 def test_clean(name: str, tmp_path: Path) -> None:
     words = [str(tmp_path) if word == "CACHE" else word for word in COMMANDS[name]]
-    # mypy reads the installed package, so it must not run where the source tree shadows it
+    # mypy reads the installed package, so it must not run where the source tree shadows it. It can't follow the import
+    # hook of an editable install, which is the source tree.
     where = tmp_path if name == "mypy" else ROOT
+    editable = Path(trivmm.__file__).parents[1] == ROOT
     done = subprocess.run(
-        [sys.executable, "-P", "-m", *words], cwd=where, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-P", "-m", *words],
+        cwd=where,
+        env={**os.environ, "MYPYPATH": str(ROOT)} if editable else None,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

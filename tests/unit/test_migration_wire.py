@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from trivmm._native import ffi, lib
 from trivmm.config import DiskConfig, PayloadConfig, VmConfig
-from trivmm.errors import ProtocolError
+from trivmm.errors import ConfigError, ProtocolError
 from trivmm.hypervisor.base import VcpuState, VmmState
 from trivmm.migration import messages as m
 from trivmm.migration import wire
@@ -182,6 +182,9 @@ def test_bad_bodies_are_protocol_errors(kind: str, body: bytes) -> None:
 def test_a_setup_with_text_that_is_none_is_refused() -> None:
     good = config_to_setup(VmConfig(PayloadConfig("k"), disks=(DiskConfig("d", serial="s"),)))
     assert config_to_setup(config_from_setup(json.loads(json.dumps(good)))) == good
+    assert good["disks"][0]["image_type"] == "Unknown"
+    with pytest.raises(ConfigError, match="image_type"):
+        config_from_setup({**good, "disks": [{**good["disks"][0], "image_type": "Qcow2"}]})
     good["disks"][0]["serial"] = "\ud800"
     with pytest.raises(ProtocolError, match="malformed"):
         config_from_setup(good)

@@ -25,7 +25,7 @@ from trivmm.migration import wire
 from trivmm.migration.link import Link
 from trivmm.migration.progress import MigrationProgress, MigrationReport, Phase
 from trivmm.migration.receiver import Receiver
-from trivmm.migration.sender import SendOptions, send_over
+from trivmm.migration.sender import SendOptions, send
 from trivmm.migration.steps import Session
 from trivmm.migration.wire import MessageType
 from trivmm.testing.cancel_walk import Walk, cancel_walk
@@ -61,7 +61,7 @@ class World:
 
     async def send(self) -> None:
         try:
-            self.sent = await send_over(self.source, self.net, self.options, self.seen.append)
+            self.sent = await send(self.source, self.net, self.options, self.seen.append)
         except Exception as error:
             self.sent = error
 
@@ -116,7 +116,7 @@ async def test_a_machine_moves(autojump_clock: trio.testing.MockClock) -> None:
     assert world.destination.loads == 1
     assert not world.source.running
     phases = [each.phase for each in world.seen]
-    order = [Phase.PRECOPY, Phase.SWITCHOVER, Phase.COMMIT, Phase.DONE]
+    order = [Phase.SETUP, Phase.PRECOPY, Phase.SWITCHOVER, Phase.COMMIT, Phase.DONE]
     assert [each for i, each in enumerate(phases) if i == 0 or phases[i - 1] is not each] == order
     assert world.sent.timeline[-1].last
     # DONE was heard: nobody waited for questions

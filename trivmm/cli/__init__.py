@@ -1,4 +1,5 @@
-"""The command line: ``trivmm [run] …``, ``trivmm remote …``, ``trivmm doctor``, ``trivmm demo``.
+"""The command line: ``trivmm [run] …``, ``trivmm remote …``, ``trivmm doctor``, ``trivmm demo``,
+``trivmm fake``.
 
 Exit codes: 0 done; 1 something failed; 2 the user's mistake, one line on stderr; 3 the guest crashed; 130 interrupted.
 Each command's module is imported when it is used: ``trivmm remote`` never imports trio.
@@ -12,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
-from trivmm.cli.parser import USAGE, UsageError
+from trivmm.cli.parser import REFUSED, USAGE, UsageError, run_parser
 from trivmm.errors import ConfigError, TrivmmError
 
 __all__ = ["EXIT_CRASH", "EXIT_FAILED", "EXIT_INTERRUPTED", "EXIT_USAGE", "main", "say_error"]
@@ -29,19 +30,25 @@ def say_error(error: object) -> None:
     print(f"error: {line}", file=sys.stderr, flush=True)
 
 
+def _is_built() -> bool:
+    """The C beside these very files: an editable install lends a copy of the tree the C of another one."""
+    found = find_spec("trivmm._native")
+    return found is not None and found.origin is not None and Path(found.origin).parent == Path(__file__).parents[1]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; gives the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command, rest = ("run", arguments)
-    if arguments and arguments[0] in ("run", "remote", "doctor", "demo"):
+    if arguments and arguments[0] in ("run", "remote", "doctor", "demo", "fake"):
         command, rest = arguments[0], arguments[1:]
     elif arguments and not arguments[0].startswith("-"):
-        say_error(UsageError(f"{arguments[0]}: unknown command; use run, remote, doctor or demo"))
+        say_error(UsageError(f"{arguments[0]}: unknown command; use run, remote, doctor, demo or fake"))
         return EXIT_USAGE
     elif not arguments:
         print(USAGE)
         return 0
-    if command != "remote" and find_spec("trivmm._native") is None:
+    if command != "remote" and not _is_built():
         here = Path(__file__).parents[2]
         say_error(f"{here}: not built here; `pip install {here}`, then run trivmm from anywhere else")
         return EXIT_USAGE
@@ -59,7 +66,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from trivmm.cli.demo_command import demo
 
                 return demo(rest)
+            case "fake":
+                from trivmm.cli.fake import fake
+
+                return fake(rest)
             case _:
+                run_parser().parse(rest, REFUSED)  # help, and most mistakes, come before trio's import
+
                 from trivmm.cli.run import run
 
                 return run(rest)

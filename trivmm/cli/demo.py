@@ -178,10 +178,9 @@ async def _move(source: Host, target: Host, url: str, options: DemoOptions, view
                 with trio.move_on_after(START_LIMIT_S):
                     await _until(lambda: _listens(url))  # the receiver listens as soon as its request is served
                 await source.client.send_migration(url, downtime_ms=options.downtime_ms)
-                final = await source.client.migration_progress()
-                if final is not None:
-                    row.take(final)
-                    view.progress(row, final)
+                final = await source.client.migration_outcome()
+                row.take(final)
+                view.progress(row, final)
             except TrivmmError as error:
                 problems.append(error)
                 nursery.cancel_scope.cancel()
@@ -243,7 +242,7 @@ async def run_demo(options: DemoOptions) -> int:
 
 
 def _guest_config(options: DemoOptions, cpus: int, disk: Path, serial: Path) -> dict[str, Any]:
-    from trivmm.cli.options import parse_size
+    from trivmm.values import parse_size
 
     cmdline = probe_cmdline(cpus=cpus, rate=options.rate, cycle="rng,blk", window=1, race=1 if cpus > 1 else 0)
     return {

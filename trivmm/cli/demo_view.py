@@ -52,7 +52,7 @@ class MoveRow:
 
     def take(self, progress: dict[str, Any]) -> None:
         self.rounds = int(progress.get("round", 0))
-        self.bytes_sent = int(progress.get("bytes_sent", 0))
+        self.bytes_sent = int(progress["memory_transmission_info"]["memory_bytes_transmitted"])
         self.attempts = int(progress.get("attempts", 0))
         self.downtime_ms = progress.get("downtime_ms")
 
@@ -89,9 +89,10 @@ class DemoView:
         row.take(progress)
         if self._live is None:
             return
-        dirty = int(progress.get("dirty_pages", 0))
+        memory = progress["memory_transmission_info"]
+        dirty = int(memory["memory_pages_4k_remaining_iteration"])
         self._dirty = [*self._dirty[-59:], float(dirty)]
-        total = max(int(progress.get("memory_pages", 0)), 1)
+        total = max(int(memory["memory_bytes_total"]) >> 12, 1)
         grid = Table.grid(padding=(0, 2))
         grid.add_row("move", f"{row.number} of {self.options.moves}: {row.source} → {row.target} over {row.transport}")
         grid.add_row("phase", Text(str(progress.get("phase", "")), style="bold cyan"))

@@ -1,4 +1,4 @@
-"""``trivmm doctor``: what this host can do, with remedies for what it can't. A table on a terminal, JSON elsewhere."""
+"""``trivmm doctor``: what this host can do, with remedies for what it can't: a table for people, JSON for machines."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import json
 import os
 import resource
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from trivmm.cli.parser import Parser
 from trivmm.cli.table import table
+from trivmm.hypervisor.select import install_soft
 
 __all__ = ["doctor"]
 
@@ -27,14 +27,14 @@ Row = tuple[str, bool, str, str]
 def doctor(arguments: Sequence[str]) -> int:
     """Gives 0 when guests can run here (under KVM or on the soft CPU), else 1."""
     parser = Parser("trivmm doctor", "What this host can do for guests, and remedies.")
-    parser.add_argument("--json", action="store_true", help="JSON, on a terminal too")
+    parser.add_argument("--json", action="store_true", help="JSON, for machines")
     given = parser.parse(arguments)
     kvm, soft = _kvm_rows(), _soft_row()
     kvm_works = all(present or remedy == "optional" for _, present, _, remedy in kvm)
     rows = [*kvm, soft, *_host_rows()]
     runs = kvm_works or soft[1]
     verdict = "guests run under KVM" if kvm_works else "guests run on the soft CPU" if runs else "guests can't run here"
-    if given.json or not sys.stdout.isatty():
+    if given.json:
         keys = ("what", "present", "why", "remedy")
         report = {
             "runs": runs,
@@ -54,7 +54,7 @@ def _kvm_rows() -> list[Row]:
     try:
         from trivmm.hypervisor.kvm.report import host_report
     except ImportError as error:
-        return [("trivmm._native", False, "everything", f"install trivmm again, with a C compiler ({error})")]
+        return [("trivmm._native", False, "everything", f"install trivmm again ({error})")]
     return list(host_report())
 
 
@@ -64,7 +64,7 @@ def _soft_row() -> Row:
         "unicorn (soft CPU)",
         there,
         "running guests without /dev/kvm",
-        "" if there else "pip install 'trivmm[soft]'",
+        "" if there else install_soft(),
     )
 
 

@@ -14,22 +14,34 @@ from typing import Any, Final
 import attrs
 
 from trivmm.deadlines import TABLE, Deadlines
-from trivmm.errors import ConfigError
+from trivmm.errors import ConfigError, shown
+from trivmm.unixsocket import SocketFd
+from trivmm.values import MAX_DIGITS, parse_size
 
 __all__ = [
     "parse_console",
     "parse_deadlines",
+    "parse_event_monitor",
     "parse_pairs",
     "parse_receive",
     "parse_send",
-    "parse_size",
     "parse_socket",
+    "parse_socket_path",
     "parse_vm",
     "split_commas",
 ]
 
-SUFFIXES: Final = {"K": 10, "M": 20, "G": 30, "T": 40}
-MAX_DIGITS: Final = 19  # of a number in an option: 2^63 has 19
+MAX_FD: Final = (1 << 31) - 1  # an int in C
+IMAGE_TYPES: Final[Mapping[str, str]] = {
+    "raw": "Raw",
+    "unknown": "Unknown",
+    "qcow2": "Qcow2",
+    "vhdx": "Vhdx",
+    "vhd": "FixedVhd",
+    "fixedvhd": "FixedVhd",
+    "vmdk": "FlatVmdk",
+    "flatvmdk": "FlatVmdk",
+}  # as Cloud Hypervisor's option spells them, and its API
 
 Convert = Callable[[str, str], object]
 
@@ -53,8 +65,10 @@ def split_commas(option: str, text: str) -> list[str]:
     return [*parts, current]
 
 
-def parse_pairs(option: str, text: str, known: Iterable[str]) -> dict[str, str]:
-    """``key=value`` pairs. :raises ConfigError: an unknown key (with the nearest known one), or one without value."""
+def parse_pairs(option: str, text: str, known: Iterable[str], main: str = "") -> dict[str, str]:
+    """``key=value`` pairs; ``main`` is the key that a lone value was probably meant for.
+
+    :raises ConfigError: an unknown key (with the nearest known one), or one without value."""
     names = list(known)
     pairs: dict[str, str] = {}
     if not text.strip():
@@ -62,11 +76,12 @@ def parse_pairs(option: str, text: str, known: Iterable[str]) -> dict[str, str]:
     for part in split_commas(option, text):
         key, equals, value = part.partition("=")
         key = key.strip()
+        if not equals and key not in names and main and not pairs:
+            raise ConfigError(option, part, "no key", f"give {main}={_one_line(part.strip())}")
         if key not in names:
             near = difflib.get_close_matches(key, names, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"
-            shown = key.encode("unicode_escape").decode()  # a line break in it would make two lines of one
-            raise ConfigError(f"{option} {shown}", value, "unknown key", hint)
+            raise ConfigError(f"{option} {_one_line(key)}", value, "unknown key", hint)
         if not equals:
             raise ConfigError(f"{option} {key}", "", "no value", f"give {key}=…")
         if key in pairs:
@@ -75,17 +90,12 @@ def parse_pairs(option: str, text: str, known: Iterable[str]) -> dict[str, str]:
     return pairs
 
 
+def _one_line(text: str) -> str:
+    """A line break in it would make two lines of a message's one."""
+    return shown(text)[1:-1]
+
+
 # --- values --------------------------------------------------------------------------------------------------
-
-
-def parse_size(option: str, text: str) -> int:
-    """Bytes. :raises ConfigError:"""
-    digits, shift = text.strip(), 0
-    if digits[-1:] in SUFFIXES:
-        digits, shift = digits[:-1], SUFFIXES[digits[-1]]
-    if not digits.isascii() or not digits.isdigit() or len(digits) > MAX_DIGITS:
-        raise ConfigError(option, text, "not a size", "give bytes, or a number with K, M, G or T, such as 512M")
-    return int(digits) << shift
 
 
 def parse_integer(option: str, text: str) -> int:
@@ -119,6 +129,14 @@ def _one_of(*names: str) -> Convert:
     return convert
 
 
+def parse_image_type(option: str, text: str) -> str:
+    """Cloud Hypervisor's words, and the API's. :raises ConfigError:"""
+    made = IMAGE_TYPES.get(text.lower())
+    if made is None:
+        raise ConfigError(option, text, "no such type", "give raw, or leave it out")
+    return made
+
+
 # --- options: option key → (JSON key, conversion) ----------------------------------------------------------------
 
 # Keys of the contract that do not exist here are listed too: the schema refuses them by name, unless they hold
@@ -140,6 +158,7 @@ CPUS: Final[Mapping[str, tuple[str, Convert]]] = {
     "features": ("features", _as_text),
     "nested": ("nested", parse_toggle),
     "core_scheduling": ("core_scheduling", _one_of("Vm", "Vcpu", "Off")),
+    "profile": ("profile", _one_of("Host")),
 }
 MEMORY: Final[Mapping[str, tuple[str, Convert]]] = {
     "size": ("size", parse_size),
@@ -171,9 +190,11 @@ DISK: Final[Mapping[str, tuple[str, Convert]]] = {
     "ops_size": ("rate_limiter_config", _as_text),
     "ops_one_time_burst": ("rate_limiter_config", _as_text),
     "ops_refill_time": ("rate_limiter_config", _as_text),
+    "_disable_io_uring": ("disable_io_uring", parse_toggle),
+    "_disable_aio": ("disable_aio", parse_toggle),
     "backing_files": ("backing_files", parse_toggle),
     "sparse": ("sparse", parse_toggle),
-    "image_type": ("image_type", _one_of("Raw", "Qcow2", "Vhdx", "FixedVhd", "Unknown")),
+    "image_type": ("image_type", parse_image_type),
     "lock_granularity": ("lock_granularity", _as_text),
     **_BUS,
 }
@@ -187,6 +208,7 @@ SEND: Final[Mapping[str, tuple[str, Convert]]] = {
     "timeout_strategy": ("timeout_strategy", _one_of("Cancel", "Ignore")),
     "connections": ("connections", parse_integer),
     "local": ("local", parse_toggle),
+    "preserve_source": ("preserve_source", parse_toggle),
     "tls_dir": ("tls_dir", _as_text),
     "memory_mode": ("memory_mode", _one_of("Precopy", "Postcopy")),
 }
@@ -194,12 +216,16 @@ RECEIVE: Final[Mapping[str, tuple[str, Convert]]] = {
     "receiver_url": ("receiver_url", _as_text),
     "tls_dir": ("tls_dir", _as_text),
     "memory_mode": ("memory_mode", _one_of("Precopy", "Postcopy")),
+    "vfio_fds": ("vfio_fds", _as_text),
+    "iommufd_fd": ("iommufd_fd", parse_integer),
+    "net_fds": ("net_fds", _as_text),
+    "zone_updates": ("zone_updates", _as_text),
 }
 
 
-def _object(option: str, text: str, keys: Mapping[str, tuple[str, Convert]]) -> dict[str, Any]:
+def _object(option: str, text: str, keys: Mapping[str, tuple[str, Convert]], main: str) -> dict[str, Any]:
     made: dict[str, Any] = {}
-    for key, value in parse_pairs(option, text, keys).items():
+    for key, value in parse_pairs(option, text, keys, main).items():
         name, convert = keys[key]
         made[name] = convert(f"{option} {key}", value)
     return made
@@ -224,8 +250,8 @@ def parse_console(option: str, text: str, keys: Mapping[str, tuple[str, Convert]
         modes = ", ".join([*CONSOLE_WORDS, *(f"{key}=PATH" for key in CONSOLE_PATHS)])
         raise ConfigError(option, text, "no such mode", f"give one of {modes}")
     if pairs and keys is None:
-        raise ConfigError(option, text, "more than a mode", f"leave {pairs[0]!r} out, or quote a path with commas")
-    return made | _object(option, ",".join(f'"{part}"' for part in pairs), keys or {})
+        raise ConfigError(option, text, "more than a mode", f"leave {pairs[0]} out, or quote a path with commas")
+    return made | _object(option, ",".join(f'"{part}"' for part in pairs), keys or {}, "")
 
 
 def parse_vm(arguments: Any, *, terminal: bool = False) -> dict[str, Any]:
@@ -234,12 +260,12 @@ def parse_vm(arguments: Any, *, terminal: bool = False) -> dict[str, Any]:
     shows on it unless something else was said. :raises ConfigError:"""
     payload = {"kernel": arguments.kernel, "cmdline": arguments.cmdline, "initramfs": arguments.initramfs}
     body: dict[str, Any] = {"payload": payload}
-    cpus = _object("--cpus", arguments.cpus or "", CPUS)
+    cpus = _object("--cpus", arguments.cpus or "", CPUS, "boot")
     cpus.setdefault("boot_vcpus", 1)
     body["cpus"] = {"max_vcpus": cpus["boot_vcpus"], **cpus}
-    body["memory"] = {"size": 512 << 20, **_object("--memory", arguments.memory or "", MEMORY)}
-    body["disks"] = [_object("--disk", text, DISK) for text in arguments.disk or ()]
-    body["rng"] = {"src": "/dev/urandom", **_object("--rng", arguments.rng or "", RNG)}
+    body["memory"] = {"size": 512 << 20, **_object("--memory", arguments.memory or "", MEMORY, "size")}
+    body["disks"] = [_object("--disk", text, DISK, "path") for text in arguments.disk or ()]
+    body["rng"] = {"src": "/dev/urandom", **_object("--rng", arguments.rng or "", RNG, "src")}
     body["console"] = parse_console("--console", "off" if arguments.console is None else arguments.console, _BUS)
     shown = "tty" if terminal and body["console"]["mode"] != "Tty" else "null"
     body["serial"] = parse_console("--serial", shown if arguments.serial is None else arguments.serial)
@@ -249,15 +275,40 @@ def parse_vm(arguments: Any, *, terminal: bool = False) -> dict[str, Any]:
     return body
 
 
-def parse_socket(text: str) -> str:
-    """``path=FILE`` or just ``FILE``. :raises ConfigError:"""
-    if text.startswith("fd="):
-        raise ConfigError("--api-socket", text, "a passed descriptor is not supported yet", "give path=FILE")
+def parse_socket(text: str) -> str | SocketFd:
+    """``path=FILE`` or just ``FILE``: the path; ``fd=N``: an inherited descriptor. :raises ConfigError:"""
     keyed = text.partition("=")[0].isidentifier() and "=" in text  # a file of such a name is ./NAME=…
-    path = parse_pairs("--api-socket", text, ("path",))["path"] if keyed else text
-    if not path:
+    given = parse_pairs("--api-socket", text, ("path", "fd")) if keyed else {"path": text}
+    if len(given) > 1:
+        raise ConfigError("--api-socket", text, "both a path and a descriptor", "give path=FILE or fd=N")
+    if "fd" in given:
+        number = parse_integer("--api-socket fd", given["fd"])
+        if number > MAX_FD:
+            raise ConfigError("--api-socket fd", given["fd"], "not a descriptor", "give the number of an open one")
+        return SocketFd(number)
+    if not given["path"]:
         raise ConfigError("--api-socket", text, "no path", "give path=FILE")
-    return path
+    return given["path"]
+
+
+def parse_socket_path(text: str) -> str:
+    """Of a server to be asked: only a path will do. :raises ConfigError:"""
+    where = parse_socket(text)
+    if isinstance(where, SocketFd):
+        raise ConfigError("--api-socket", text, "a server is asked by its path", "give path=FILE")
+    return where
+
+
+def parse_event_monitor(text: str) -> tuple[str | None, int | None]:
+    """(path, None) of ``path=FILE``, or (None, descriptor) of ``fd=N``. :raises ConfigError:"""
+    pairs = parse_pairs("--event-monitor", text, ("path", "fd"))
+    if len(pairs) != 1:
+        raise ConfigError("--event-monitor", text, "neither path nor fd, or both", "give path=FILE or fd=N")
+    if "fd" in pairs:
+        return None, parse_integer("--event-monitor fd", pairs["fd"])
+    if not pairs["path"]:
+        raise ConfigError("--event-monitor", text, "no path", "give path=FILE")
+    return pairs["path"], None
 
 
 def parse_deadlines(texts: Iterable[str]) -> Deadlines:
@@ -285,7 +336,7 @@ def parse_receive(text: str) -> dict[str, Any]:
 def _migration(verb: str, text: str, url: str, keys: Mapping[str, tuple[str, Convert]]) -> dict[str, Any]:
     if text.startswith(("unix:", "tcp:")):
         text = f"{url}={text}"
-    made = _object(verb, text, keys)
+    made = _object(verb, text, keys, url)
     if not made.get(url):
         raise ConfigError(verb, text, f"no {url}", f"give {url}=unix:/path or tcp:host:port")
     return made

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final, NoReturn
 
 import trivmm
+from trivmm.control.contract import CONTRACT_VERSION
 
 __all__ = ["REFUSED", "USAGE", "Parser", "UsageError", "run_parser"]
 
@@ -21,7 +24,8 @@ trivmm: a virtual machine monitor on trio
   trivmm --api-socket path=FILE      serve the API only
   trivmm remote --api-socket FILE …  drive a running VMM (trivmm remote --help)
   trivmm doctor                      what this host can do, and remedies
-  trivmm demo                        a guest moves live between two processes"""
+  trivmm demo                        a guest moves live between two processes
+  trivmm fake --api-socket path=…    the API without a guest, failing on cue (trivmm fake --help)"""
 
 # Cloud Hypervisor's options that do not exist here, each with what to do instead.
 REFUSED: Final = {
@@ -31,7 +35,6 @@ REFUSED: Final = {
     "--dbus-system-bus": "use --api-socket",
     "--debug-console": "use --serial",
     "--device": "leave it out: VFIO is not there yet",
-    "--event-monitor": "poll vm.info over --api-socket",
     "--firmware": "give --kernel a PVH ELF",
     "--fs": "leave it out",
     "--fw-cfg-config": "leave it out",
@@ -95,12 +98,19 @@ class Parser(argparse.ArgumentParser):
         return self.parse_args(list(arguments))
 
 
+def version_text(program: str) -> str:
+    """Management software asks ``cloud-hypervisor --version`` and parses the first line, so whoever installs a symlink
+    of that name to ``trivmm`` gets the version of the contract there, and ours after it."""
+    ours = f"trivmm v{trivmm.__version__}"
+    return f"cloud-hypervisor v{CONTRACT_VERSION}\n{ours}" if Path(program).name == "cloud-hypervisor" else ours
+
+
 def run_parser() -> Parser:
     """Options as Cloud Hypervisor spells them; defaults are filled in by ``trivmm.cli.options``."""
     parser = Parser("trivmm", USAGE)
-    parser.add_argument("-V", "--version", action="version", version=f"trivmm v{trivmm.__version__}")
+    parser.add_argument("-V", "--version", action="version", version=version_text(sys.argv[0]))
     vm = parser.add_argument_group("the VM")
-    vm.add_argument("--kernel", metavar="FILE", help="an ELF with a PVH entry note (a vmlinux)")
+    vm.add_argument("--kernel", metavar="FILE", help="a vmlinux with a PVH entry note, or a bzImage with one in it")
     vm.add_argument("--cmdline", metavar="TEXT", help="the kernel's command line")
     vm.add_argument("--initramfs", metavar="FILE")
     vm.add_argument("--cpus", metavar="boot=N[,max=N]", help="vCPUs (1)")
@@ -117,7 +127,12 @@ def run_parser() -> Parser:
     vm.add_argument("--serial", metavar=modes, help="the serial port (tty where stdout is a terminal, else null)")
     vm.add_argument("--console", metavar=f"{modes}[,id=…]", help="virtio-console (off)")
     vmm = parser.add_argument_group("the VMM")
-    vmm.add_argument("--api-socket", metavar="path=FILE", help="serve the HTTP API on this unix socket")
+    vmm.add_argument(
+        "--api-socket", metavar="path=FILE|fd=N", help="serve the HTTP API on this unix socket, or on one passed in"
+    )
+    vmm.add_argument(
+        "--event-monitor", metavar="path=FILE|fd=N", help="write what happens there, as JSON; a FIFO may lack a reader"
+    )
     vmm.add_argument("--hypervisor", metavar="auto|kvm|soft", default="auto", help="what runs guest code (auto)")
     vmm.add_argument(
         "--deadlines",

@@ -14,11 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from trivmm.cli.options import parse_receive, parse_send, parse_socket
+from trivmm.cli.move import watch_move
+from trivmm.cli.options import parse_receive, parse_send, parse_socket_path
 from trivmm.cli.parser import Parser, UsageError
 from trivmm.cli.table import table
 from trivmm.control.apierror import ApiError, ApiUnreachable, messages_of
 from trivmm.control.contract import API_ROOT, NOT_YET_ROUTES
+from trivmm.values import parse_size
 
 __all__ = ["remote"]
 
@@ -39,6 +41,8 @@ VERBS: Final[Mapping[str, tuple[str, str, str | None]]] = {
     "pause": ("PUT", "vm.pause", None),
     "resume": ("PUT", "vm.resume", None),
     "shutdown": ("PUT", "vm.shutdown", None),
+    "reboot": ("PUT", "vm.reboot", None),
+    "resize": ("PUT", "vm.resize", None),
     "delete": ("PUT", "vm.delete", None),
     "shutdown-vmm": ("PUT", "vmm.shutdown", None),
     "send-migration": (
@@ -48,6 +52,7 @@ VERBS: Final[Mapping[str, tuple[str, str, str | None]]] = {
     ),
     "receive-migration": ("PUT", "vm.receive-migration", "receiver_url=URL"),
     "cancel-migration": ("PUT", "vm.cancel-migration", None),
+    "events": ("GET", "events", None),
 }
 LONG: Final = frozenset({"send-migration", "receive-migration"})
 
@@ -59,6 +64,10 @@ def remote(arguments: Sequence[str]) -> int:
     parser.add_argument("--api-socket", metavar="FILE", help="the VMM's unix socket (or $TRIVMM_API_SOCKET)")
     parser.add_argument("--timeout", metavar="SECONDS", type=float, help="how long to wait for the answer")
     parser.add_argument("--json", action="store_true", help="JSON, on a terminal too")
+    parser.add_argument("--detach", action="store_true", help="send-migration: don't wait for the end")
+    parser.add_argument("--cpus", metavar="N", help="resize: vCPUs")
+    parser.add_argument("--memory", metavar="SIZE", help="resize: RAM")
+    parser.add_argument("--balloon", metavar="SIZE", help="resize: the balloon")
     parser.add_argument("verb", metavar="VERB")
     parser.add_argument("argument", metavar="ARGUMENT", nargs="?")
     given = parser.parse(arguments)
@@ -73,7 +82,17 @@ def remote(arguments: Sequence[str]) -> int:
     if not where:
         raise UsageError("--api-socket: missing; give the path of the VMM's socket")
     limit_s = given.timeout or (MOVE_LIMIT_S if given.verb in LONG else ANSWER_LIMIT_S)
-    found = call(parse_socket(where), method, route, _body(given.verb, given.argument), limit_s)
+    path, body = parse_socket_path(where), _body(given)
+    if given.verb == "events":
+        return follow_events(path)
+    if given.verb == "send-migration" and not given.detach:
+        return watch_move(
+            lambda: call(path, method, route, body, ANSWER_LIMIT_S),
+            lambda method, route: call(path, method, route, None, ANSWER_LIMIT_S),
+            draw=sys.stdout.isatty() and not given.json,
+            limit_s=limit_s,
+        )
+    found = call(path, method, route, body, limit_s)
     if found is not None:
         as_table = sys.stdout.isatty() and not given.json
         print(_drawn(given.verb, found) if as_table else json.dumps(found, indent=2))
@@ -89,11 +108,20 @@ def _unknown(verb: str) -> str:
     return f"{verb}: unknown verb; {f'did you mean {near[0]}?' if near else 'trivmm remote --help lists them'}"
 
 
-def _body(verb: str, argument: str | None) -> bytes | None:
+def _body(given: Any) -> bytes | None:
     convert: Callable[[str], dict[str, Any]]
-    match verb:
+    argument: str | None = given.argument
+    sizes = {"desired_vcpus": given.cpus, "desired_ram": given.memory, "desired_balloon": given.balloon}
+    if given.verb != "resize" and any(sizes.values()):
+        raise UsageError(f"{given.verb}: --cpus, --memory and --balloon belong to resize")
+    match given.verb:
         case "create":
             return _read_file(argument or "-")
+        case "resize":
+            if not any(sizes.values()):
+                raise UsageError("resize: give --cpus, --memory or --balloon")
+            wanted = {name: None if text is None else parse_size("resize", text) for name, text in sizes.items()}
+            return json.dumps(wanted).encode()
         case "send-migration":
             convert = parse_send
         case "receive-migration":
@@ -118,9 +146,9 @@ def _read_file(path: str) -> bytes:
 
 
 class _Connection(http.client.HTTPConnection):
-    """HTTP over a unix socket."""
+    """HTTP over a unix socket. ``limit_s`` None: an answer that lasts as long as the VMM."""
 
-    def __init__(self, path: str, limit_s: float) -> None:
+    def __init__(self, path: str, limit_s: float | None) -> None:
         super().__init__("localhost")
         self._path = path
         self._limit_s = limit_s
@@ -148,6 +176,24 @@ def call(path: str, method: str, route: str, body: bytes | None, limit_s: float)
     if answer.status >= 400:
         raise ApiError(answer.status, messages_of(content))
     return json.loads(content) if content else None
+
+
+def follow_events(path: str) -> int:
+    """A line of JSON an event, until the VMM ends. :raises ApiUnreachable: it did not end in good order."""
+    connection = _Connection(path, None)
+    try:
+        connection.request("GET", API_ROOT + "events")
+        answer = connection.getresponse()
+        if answer.status >= 400:
+            raise ApiError(answer.status, messages_of(answer.read(MAX_ANSWER)))
+        while line := answer.readline(MAX_FILE):
+            if line.startswith(b"data: "):
+                print(line.removeprefix(b"data: ").decode().rstrip(), flush=True)
+    except (OSError, http.client.HTTPException) as error:
+        raise ApiUnreachable(path, getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
+    finally:
+        connection.close()
+    return 0
 
 
 def _drawn(verb: str, found: Any) -> str:

@@ -12,9 +12,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from typing import Final
+from functools import partial
+from typing import TYPE_CHECKING, Final
 
 import attrs
 import trio
@@ -28,8 +29,14 @@ from trivmm.control.schema import load_config
 from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError, GuestCrash, HypervisorError, TrivmmError
 from trivmm.hypervisor.select import choose_hypervisor
+from trivmm.unixsocket import SocketFd
 
-__all__ = ["RunOptions", "parse_run", "run"]
+if TYPE_CHECKING:
+    from trivmm.hypervisor.base import Hypervisor
+    from trivmm.testing.faults import Faults
+    from trivmm.vmm import Vmm, VmmEnd
+
+__all__ = ["RunOptions", "parse_run", "run", "serve"]
 
 LOG: Final = logging.getLogger(__name__)
 SWITCH_INTERVAL_S: Final = 1e-4  # the GIL's: with the default 5 ms two busy vCPU threads starve each other
@@ -42,13 +49,14 @@ class RunOptions:
     """``config`` None: only serve."""
 
     config: VmConfig | None
-    api_socket: str | None
+    api_socket: str | SocketFd | None
     hypervisor: str
     deadlines: Deadlines
     stay_after_migration: bool
     stay_after_shutdown: bool
     log_file: str | None
     verbose: int
+    event_monitor: str | None
 
 
 def parse_run(arguments: Sequence[str]) -> RunOptions:
@@ -77,6 +85,7 @@ def parse_run(arguments: Sequence[str]) -> RunOptions:
         given.no_shutdown,
         given.log_file,
         given.verbose,
+        given.event_monitor,
     )
 
 
@@ -87,13 +96,17 @@ def _terminal_lines(config: VmConfig | None) -> list[str]:
 
 
 def run(arguments: Sequence[str]) -> int:
-    options = parse_run(arguments)
+    return serve(parse_run(arguments))
+
+
+def serve(options: RunOptions, faults: Faults | None = None, hypervisor: Hypervisor | None = None) -> int:
+    """One VMM's life; ``faults`` and ``hypervisor`` are for ``trivmm fake``."""
     _set_up_log(options)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     watchdog = Watchdog(options.deadlines.shutdown_grace)
     with raw_terminal(bool(_terminal_lines(options.config))):
         try:
-            return trio.run(_serve, options, watchdog)
+            return trio.run(_serve, options, watchdog, faults, hypervisor)
         finally:
             watchdog.stop()
 
@@ -138,8 +151,9 @@ class Watchdog:
         os._exit(EXIT_FAILED)
 
 
-async def _serve(options: RunOptions, watchdog: Watchdog) -> int:
+async def _serve(options: RunOptions, watchdog: Watchdog, faults: Faults | None, hypervisor: Hypervisor | None) -> int:
     code: int | None = None
+    work = trio.CancelScope()  # the VM and its VMM; what tells of their end outlives them
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery:
 
@@ -149,51 +163,63 @@ async def _serve(options: RunOptions, watchdog: Watchdog) -> int:
                     LOG.info("%s: ending", signal.Signals(number).name)
                     code = EXIT_INTERRUPTED if number == signal.SIGINT else 0
                     watchdog.start()
-                    nursery.cancel_scope.cancel()
+                    work.cancel()
                     return
 
             nursery.start_soon(on_signal, name="signals")
-            ended = await _run_vmm(options, watchdog)
+            ended = await _run_vmm(options, watchdog, work, faults, hypervisor)
             code = ended if code is None else code
             nursery.cancel_scope.cancel()
     return EXIT_FAILED if code is None else code
 
 
-async def _run_vmm(options: RunOptions, watchdog: Watchdog) -> int:
+async def _run_vmm(
+    options: RunOptions,
+    watchdog: Watchdog,
+    work: trio.CancelScope,
+    faults: Faults | None,
+    hypervisor: Hypervisor | None,
+) -> int:
     """The Vmm nursery's whole life; gives the exit code. What the user did wrong is told here, in one line."""
+    from trivmm.cli.event_monitor import open_event_monitor
+    from trivmm.control.gate import Gate
     from trivmm.control.routes import Router
-    from trivmm.control.server import open_server
-    from trivmm.vmm import VmmOptions, open_vmm
+    from trivmm.control.server import Handler, open_server
+    from trivmm.events import EventBus
+    from trivmm.migration.sender import socket_dialer
+    from trivmm.vm import Dial
+    from trivmm.vmm import VmmEnd, VmmOptions, open_vmm
 
-    hypervisor = None
+    handler: Callable[[Vmm], Handler] = Router
+    dial: Dial = socket_dialer
     try:
-        hypervisor = choose_hypervisor(options.hypervisor)
+        if faults is not None:
+            from trivmm.testing.fake import FakeRouter
+            from trivmm.testing.faults import faulty_dial
+
+            handler, dial = partial(FakeRouter, faults=faults), faulty_dial(faults)
+        if hypervisor is None:
+            hypervisor = choose_hypervisor(options.hypervisor)
         if hypervisor.note:
             LOG.warning("%s", hypervisor.note)
         behaviour = VmmOptions(options.stay_after_migration, options.stay_after_shutdown)
-        async with (
-            open_vmm(hypervisor, deadlines=options.deadlines, options=behaviour) as vmm,
-            AsyncExitStack() as stack,
-        ):
+        events, gate, end = EventBus(), Gate(options.deadlines), VmmEnd("asked")
+        async with open_event_monitor(options.event_monitor, events, options.deadlines), AsyncExitStack() as stack:
             if options.api_socket is not None:
-                await stack.enter_async_context(open_server(options.api_socket, Router(vmm), options.deadlines))
+                await stack.enter_async_context(open_server(options.api_socket, gate, options.deadlines))
             try:
-                if options.config is not None:
-                    vm = await vmm.create(options.config)
-                    await vmm.boot()
-                    nursery = await stack.enter_async_context(trio.open_nursery())
-                    stack.callback(nursery.cancel_scope.cancel)
-                    for line in _terminal_lines(options.config) if is_typed_on() else ():
-                        nursery.start_soon(type_into, vm, line, options.deadlines, name="terminal input")
-                    if options.config.console.mode == "Tty":
-                        nursery.start_soon(follow_size, vm, name="terminal size")
-                end = await vmm.ended()
+                with work:
+                    async with open_vmm(
+                        hypervisor, deadlines=options.deadlines, options=behaviour, events=events, dial=dial
+                    ) as vmm:
+                        gate.open(handler(vmm))
+                        end = await _live(options, vmm, watchdog)
             finally:
-                watchdog.start()
-            if end.reason is not None and end.reason.crash is not None:
-                _tell_crash(end.reason.crash)
-                return EXIT_CRASH
-            return EXIT_FAILED if end.kind == "failed" else 0
+                gate.close()
+        if end.reason is not None and end.reason.crash is not None:
+            _tell_crash(end.reason.crash)
+            return EXIT_CRASH
+        return EXIT_FAILED if end.kind == "failed" else 0
     except (ConfigError, HypervisorError) as error:
         say_error(error)
         return EXIT_USAGE
@@ -203,6 +229,24 @@ async def _run_vmm(options: RunOptions, watchdog: Watchdog) -> int:
     finally:
         if hypervisor is not None:
             hypervisor.close()
+
+
+async def _live(options: RunOptions, vmm: Vmm, watchdog: Watchdog) -> VmmEnd:
+    """The VM of the command line, if there is one, and whatever clients make, until nothing is left to do."""
+    try:
+        async with AsyncExitStack() as stack:
+            if options.config is not None:
+                vm = await vmm.create(options.config)
+                await vmm.boot()
+                nursery = await stack.enter_async_context(trio.open_nursery())
+                stack.callback(nursery.cancel_scope.cancel)
+                for line in _terminal_lines(options.config) if is_typed_on() else ():
+                    nursery.start_soon(type_into, vm, line, options.deadlines, name="terminal input")
+                if options.config.console.mode == "Tty":
+                    nursery.start_soon(follow_size, vm, name="terminal size")
+            return await vmm.ended()
+    finally:
+        watchdog.start()
 
 
 def _tell_crash(crash: GuestCrash) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from trivmm.errors import TrivmmError
 
-__all__ = ["ApiError", "ApiUnreachable", "messages_of"]
+__all__ = ["ApiError", "ApiUnreachable", "MigrationFailed", "messages_of"]
 
 
 class ApiError(TrivmmError):
@@ -28,6 +29,19 @@ class ApiUnreachable(TrivmmError):
     def __init__(self, path: str, problem: str) -> None:
         self.path = path
         super().__init__(f"API socket {path}: {problem}; is a VMM serving there?")
+
+
+class MigrationFailed(TrivmmError):
+    """A migration ended without taking the VM away.
+
+    :ivar state: ``Failed`` or ``Cancelled``.
+    :ivar progress: the last ``vm.migration-progress``.
+    """
+
+    def __init__(self, state: str, reason: str, progress: dict[str, Any]) -> None:
+        self.state = state
+        self.progress = progress
+        super().__init__(f"the migration {state.lower()}: {reason}" if reason else f"the migration {state.lower()}")
 
 
 def messages_of(body: bytes) -> tuple[str, ...]:

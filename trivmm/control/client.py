@@ -5,24 +5,28 @@ It sets no timeouts (``timeout=None``): the caller owns the deadline, as everywh
     async with Client("/run/a.sock") as client:
         with trio.fail_after(30):
             await client.send_migration("unix:/run/move.sock", downtime_ms=200)
+            await client.migration_outcome()
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Final
 
 import attrs
 import httpx
+import trio
 
 from trivmm.config import VmConfig
-from trivmm.control.apierror import ApiError, ApiUnreachable, messages_of
+from trivmm.control.apierror import ApiError, ApiUnreachable, MigrationFailed, messages_of
 from trivmm.control.contract import API_ROOT
 from trivmm.control.schema import dump_config
 
-__all__ = ["ApiError", "ApiUnreachable", "Client"]
+__all__ = ["ApiError", "ApiUnreachable", "Client", "MigrationFailed"]
 
-MAX_CONNECTIONS: Final = 16  # calls in flight at once; a blocked send must not keep a progress query waiting
+MAX_CONNECTIONS: Final = 16  # calls in flight at once; a call that lasts must not keep a progress query waiting
+POLL_S: Final = 0.05
 
 
 @attrs.define(eq=False)
@@ -100,6 +104,9 @@ class Client:
         """Power the VM off; its configuration stays."""
         await self.call("PUT", "vm.shutdown")
 
+    async def reboot(self) -> None:
+        await self.call("PUT", "vm.reboot")
+
     async def send_migration(
         self,
         destination_url: str,
@@ -108,10 +115,27 @@ class Client:
         timeout_s: int | None = None,
         timeout_strategy: str | None = None,
     ) -> None:
-        """Returns when the destination runs the VM. ``timeout_strategy`` is ``Cancel`` or ``Ignore``."""
+        """Returns as soon as the migration begins: see :meth:`migration_outcome`. ``timeout_strategy`` is ``Cancel``
+        or ``Ignore``."""
         options = {"downtime_ms": downtime_ms, "timeout_s": timeout_s, "timeout_strategy": timeout_strategy}
         given = {name: value for name, value in options.items() if value is not None}
         await self.call("PUT", "vm.send-migration", {"destination_url": destination_url, **given})
+
+    async def migration_outcome(self, on_progress: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
+        """Wait for the end of a migration that began, asking every 50 ms; gives its last progress.
+
+        :raises MigrationFailed: it did not take the VM away; the reason is in its progress."""
+        while True:
+            progress = await self.migration_progress()
+            if progress is not None:
+                if on_progress is not None:
+                    on_progress(progress)
+                state, details = next(iter(progress["state"].items()))
+                if state == "Finished":
+                    return progress
+                if state != "Ongoing":
+                    raise MigrationFailed(state, details.get("error_msg", ""), progress)
+            await trio.sleep(POLL_S)
 
     async def receive_migration(self, receiver_url: str) -> None:
         """Returns when the VM that came runs there."""

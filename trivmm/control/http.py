@@ -3,27 +3,46 @@ Hypervisor's own client can read.
 
 That client finds ``HTTP/1.1``, parses what follows up to the first CR as a number, finds ``Content-Length: `` spelled
 so, and decodes UTF-8 per 256-byte read. Hence: a status line with an empty reason, that spelling, no chunking, bodies
-in ASCII, no Content-Length where there is no body (204).
+in ASCII, no Content-Length where there is no body (204). Its server answers 400 to whatever it can't read, a request
+that is too large included, and its clients know no 413 or 431: neither do we.
 
-States: ``IDLE`` (between requests) → ``READING`` → a request is out → (its response) → ``IDLE``; ``CLOSED`` at the end.
+States: ``IDLE`` (between requests) → ``READING`` → a request is out → (its response) → ``IDLE``; ``CLOSED`` at the end,
+where a streaming answer begins too: it has no length and no chunks, so only the end of the connection ends it.
 """
 
 from __future__ import annotations
 
 import enum
 import json
-from typing import Final
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Final, Protocol, TypeAlias
 
 import attrs
 import h11
 
 from trivmm.control.contract import API_ROOT
 
-__all__ = ["MAX_BODY", "Bad", "HttpConnection", "Request", "Response", "State", "error_response"]
+__all__ = [
+    "MAX_BODY",
+    "Bad",
+    "HttpConnection",
+    "OpenStream",
+    "Request",
+    "Response",
+    "State",
+    "Stream",
+    "error_response",
+]
 
 MAX_BODY: Final = 1 << 20  # a configuration is a few KiB; a client must not make us hold more than this
 MAX_HEAD: Final = 16 << 10  # request line and headers
 SERVER: Final = b"TriVMM API"
+SCHEME: Final = "http://"
+STREAM_HEAD: Final = (  # by hand: h11 would chunk a body without a length
+    b"HTTP/1.1 %d \r\nServer: %s\r\nConnection: close\r\n"
+    b"Content-Type: text/event-stream\r\nCache-Control: no-store\r\n\r\n"
+)
 
 
 @attrs.frozen
@@ -35,12 +54,30 @@ class Request:
     body: bytes
 
 
+class Stream(Protocol):
+    """The chunks of a streaming answer: whole server-sent events, each sent as soon as it comes.
+
+    Cancelling a wait for the next one is how the server tells that the client is gone."""
+
+    def __aiter__(self) -> AsyncIterator[bytes]: ...
+
+    def finish(self) -> None:
+        """The server ends: the iteration gives what it has, a last event with it, and stops; it waits for nothing new.
+
+        Idempotent, never blocks. A stream that has come to its own end has nothing to do here."""
+
+
+OpenStream: TypeAlias = Callable[[], AbstractAsyncContextManager[Stream]]
+
+
 @attrs.frozen
 class Response:
-    """``body`` None answers without one (204, or an error that has nothing to say)."""
+    """``body`` None answers without one (204, or an error that has nothing to say). ``stream`` opens a stream of
+    server-sent events in place of a body; the server enters it once the head has been sent, and leaves it always."""
 
     status: int
     body: bytes | None = None
+    stream: OpenStream | None = None
 
     @classmethod
     def of(cls, value: object, status: int = 200) -> Response:
@@ -75,6 +112,11 @@ class HttpConnection:
         self._body = bytearray()
         self._ended = False
         self.state = State.IDLE
+
+    @property
+    def held(self) -> int:
+        """Bytes of an unfinished body. What is held besides is at most ``MAX_HEAD`` and one ``feed``."""
+        return len(self._body)
 
     def feed(self, data: bytes) -> None:
         """Bytes from the peer; ``b""`` at its end of file."""
@@ -121,22 +163,33 @@ class HttpConnection:
                 return None
             self.state = State.ANSWERING
             status = getattr(error, "error_status_hint", 400)
-            return Bad(error_response(status, "malformed request", str(error)))
+            status = 400 if status == 431 else status
+            said = str(error).partition(": bytearray(")[0]  # h11 quotes the line as Python would
+            return Bad(error_response(status, "malformed request", said))
 
     def _whole(self) -> Request:
         assert self._head is not None
         self.state = State.ANSWERING
         target = self._head.target.decode("ascii", "replace")
+        if target.startswith(SCHEME):  # the absolute form, RFC 9112 section 3.2.2
+            target = "/" + target.removeprefix(SCHEME).partition("/")[2]
         path = target.partition("?")[0]
         name = path.removeprefix(API_ROOT) if path.startswith(API_ROOT) else None
-        return Request(self._head.method.decode("ascii", "replace"), name, bytes(self._body))
+        body = bytes(self._body)
+        self._body.clear()
+        return Request(self._head.method.decode("ascii", "replace"), name, body)
 
     def _too_large(self) -> Bad:
         self.state = State.ANSWERING
-        return Bad(error_response(413, "request too large", f"a body has at most {MAX_BODY} bytes"))
+        self._body.clear()
+        return Bad(error_response(400, "request too large", f"a body has at most {MAX_BODY} bytes"))
 
     def answer(self, response: Response, *, close: bool = False) -> bytes:
-        """The response's bytes. The connection is then ``IDLE`` (or ``READING``: pipelined), or ``CLOSED``."""
+        """The response's bytes (a stream's head). The connection is then ``IDLE`` (or ``READING``: pipelined), or
+        ``CLOSED``."""
+        if response.stream is not None:
+            self.state = State.CLOSED
+            return STREAM_HEAD % (response.status, SERVER)
         headers = [(b"Server", SERVER), (b"Connection", b"close" if close else b"keep-alive")]
         body = b"" if response.body is None or self._is_head() else response.body
         if response.status != 204:
@@ -146,7 +199,6 @@ class HttpConnection:
             out += self._h11.send(h11.Data(data=body)) or b""
         out += self._h11.send(h11.EndOfMessage()) or b""
         self._head = None
-        self._body.clear()
         if self._h11.our_state is h11.DONE and self._h11.their_state is h11.DONE:
             self._h11.start_next_cycle()
             self.state = State.READING if self._h11.trailing_data[0] else State.IDLE

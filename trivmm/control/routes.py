@@ -1,66 +1,83 @@
 """The API's routes: a table from name to verb, and the codes that Cloud Hypervisor answers with.
 
-200 with a JSON body, 204 without one; 400 for what the client got wrong (malformed body, wrong method); 404 for an
-unknown route and where there is no VM; 501 for a route of the contract that does not exist here yet; 500 for
-everything else, a wrong state included. An error's body is a JSON array of strings, outermost to root cause.
+200 with a JSON body, 204 without one (vmm.shutdown: 200 without one, as there); 400 for what the client got wrong
+(malformed body, wrong method); 404 for an unknown route and where there is no VM to look at or to boot; 501 for a route
+of the contract that does not exist here yet; 500 for everything else, a wrong state included. An error's body is a JSON
+array of strings, outermost to root cause, the first two in Cloud Hypervisor's words.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, Final
 
 import attrs
 
 import trivmm
-from trivmm.control.contract import NOT_YET_ROUTES
+from trivmm.control.contract import CONTRACT_VERSION, NOT_YET_ROUTES
 from trivmm.control.http import Request, Response, error_response
-from trivmm.control.schema import dump_config, load_config, load_receive, load_send, parse_json
-from trivmm.errors import ConfigError, TrivmmError, VmNotCreated
-from trivmm.migration.progress import MigrationProgress
+from trivmm.control.progress import progress_body
+from trivmm.control.schema import dump_config, load_config, load_receive, load_resize, load_send, parse_json
+from trivmm.control.unknown import Unknown
+from trivmm.errors import ConfigError, TrivmmError, VmNotCreated, WrongState
+from trivmm.events import Subscription
+from trivmm.vm import VmState
 from trivmm.vmm import Vmm
 
-__all__ = ["ROUTES", "Route", "Router", "progress_body"]
+__all__ = ["ROUTES", "Route", "Router"]
 
 MAX_CAUSES: Final = 8  # of an error's chain; ours are two or three long
+API_ERROR: Final = "Error from API"
 FEATURES: Final = ("live-migration",)
+STATES: Final = {VmState.SHUTDOWN: VmState.CREATED}  # as there: of a VM that was shut down its configuration is left
 
 
 @attrs.frozen
 class Route:
-    """``load`` turns the body into the verb's argument; None: the route takes no body."""
+    """``load`` turns the body into the verb's argument, and tells a collector the keys that it doesn't know; None: the
+    route takes no body. ``fails`` is what its errors say first; ``without_vm`` the code where there is none."""
 
     method: str
     run: Callable[[Vmm, Any], Awaitable[Response]]
-    load: Callable[[object], object] | None = None
+    load: Callable[[object, Unknown], object] | None = None
+    fails: str = "The VM info is not available"
+    without_vm: int = 404
 
 
 async def _ping(vmm: Vmm, _: None) -> Response:
     return Response.of(
         {
-            "version": f"v{trivmm.__version__}",
-            "build_version": f"trivmm {trivmm.__version__}",
+            "build_version": f"v{CONTRACT_VERSION}",
+            "version": CONTRACT_VERSION,
             "pid": os.getpid(),
             "features": [*FEATURES, vmm.hypervisor.name],
+            "trivmm_version": trivmm.__version__,
             "hypervisor": vmm.hypervisor.name,
             "note": vmm.hypervisor.note,
+            "unknown_keys": vmm.unknown_keys.counts,
         }
     )
 
 
 async def _shut_down(vmm: Vmm, _: None) -> Response:
     vmm.shut_down()
-    return Response(204)
+    return Response(200)
 
 
 async def _info(vmm: Vmm, _: None) -> Response:
     vm = vmm.vm
-    return Response.of({"config": dump_config(vm.config), **vm.info(), "state": vm.state.value})
+    state = STATES.get(vm.state, vm.state)
+    return Response.of({"config": dump_config(vm.config), **vm.info(), "state": state.value})
 
 
 async def _counters(vmm: Vmm, _: None) -> Response:
-    return Response.of(vmm.vm.counters())
+    vm = vmm.vm
+    if vm.state not in (VmState.RUNNING, VmState.PAUSED):
+        raise WrongState("counters", vm.state.value, "booted")
+    return Response.of(vm.counters())
 
 
 async def _create(vmm: Vmm, config: Any) -> Response:
@@ -79,8 +96,13 @@ async def _receive(vmm: Vmm, data: Any) -> Response:
 
 
 async def _progress(vmm: Vmm, _: None) -> Response:
-    progress = vmm.progress
-    return Response(204) if progress is None else Response.of(progress_body(progress, vmm.memory_pages))
+    progress = vmm.read_progress()
+    return Response(204) if progress is None else Response.of(progress_body(progress))
+
+
+async def _resize(vmm: Vmm, data: Any) -> Response:
+    await vmm.resize(data.desired_vcpus, data.desired_ram, data.desired_balloon)
+    return Response(204)
 
 
 async def _cancel(vmm: Vmm, _: None) -> Response:
@@ -88,40 +110,57 @@ async def _cancel(vmm: Vmm, _: None) -> Response:
     return Response(204)
 
 
-def _verb(name: str) -> Route:
+async def _events(vmm: Vmm, _: None) -> Response:
+    return Response(200, stream=partial(_open_events, vmm))
+
+
+@attrs.define(eq=False)
+class _EventStream:
+    """Server-sent events: a line of JSON each, as ``--event-monitor`` writes them; ends with the VMM's shutdown."""
+
+    _events: Subscription
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for event in self._events:
+            yield f"data: {event.text()}\n\n".encode()
+
+    def finish(self) -> None:
+        self._events.end()
+
+
+@asynccontextmanager
+async def _open_events(vmm: Vmm) -> AsyncIterator[_EventStream]:
+    with vmm.events.subscribe() as events:
+        yield _EventStream(events)
+
+
+def _verb(name: str, fails: str, without_vm: int = 500) -> Route:
     async def run(vmm: Vmm, _: None) -> Response:
         await getattr(vmm, name)()
         return Response(204)
 
-    return Route("PUT", run)
+    return Route("PUT", run, fails=fails, without_vm=without_vm)
 
 
 ROUTES: Final[Mapping[str, Route]] = {
     "vmm.ping": Route("GET", _ping),
-    "vmm.shutdown": Route("PUT", _shut_down),
+    "vmm.shutdown": Route("PUT", _shut_down, fails="The VMM could not shutdown"),
     "vm.info": Route("GET", _info),
-    "vm.counters": Route("GET", _counters),
-    "vm.create": Route("PUT", _create, load_config),
-    "vm.delete": _verb("delete"),
-    "vm.boot": _verb("boot"),
-    "vm.pause": _verb("pause"),
-    "vm.resume": _verb("resume"),
-    "vm.shutdown": _verb("shutdown"),
-    "vm.send-migration": Route("PUT", _send, load_send),
-    "vm.receive-migration": Route("PUT", _receive, load_receive),
-    "vm.migration-progress": Route("GET", _progress),
-    "vm.cancel-migration": Route("PUT", _cancel),
+    "vm.counters": Route("GET", _counters, without_vm=500),
+    "vm.create": Route("PUT", _create, load_config, "The VM could not be created"),
+    "vm.delete": _verb("delete", "The VM could not be deleted"),
+    "vm.boot": _verb("boot", "The VM could not boot", 404),
+    "vm.pause": _verb("pause", "The VM could not be paused"),
+    "vm.resume": _verb("resume", "The VM could not resume"),
+    "vm.shutdown": _verb("shutdown", "The VM could not shutdown"),
+    "vm.reboot": _verb("reboot", "The VM could not reboot", 404),
+    "vm.resize": Route("PUT", _resize, load_resize, "The VM could not be resized"),
+    "vm.send-migration": Route("PUT", _send, load_send, "Error starting migration sender", 500),
+    "vm.receive-migration": Route("PUT", _receive, load_receive, "Error starting migration receiver", 500),
+    "vm.migration-progress": Route("GET", _progress, fails="The migration's progress is not available"),
+    "vm.cancel-migration": Route("PUT", _cancel, fails="The migration could not be cancelled"),
+    "events": Route("GET", _events, fails="The events are not available"),
 }
-
-
-def progress_body(progress: MigrationProgress, memory_pages: int) -> dict[str, Any]:
-    """A snapshot as JSON: ``phase`` in capitals (``PRECOPY``), ``dirty_pages`` those still to be sent."""
-    made = attrs.asdict(progress)
-    made["phase"] = progress.phase.name
-    made["dirty_pages"] = progress.remaining_pages
-    made["memory_pages"] = memory_pages
-    made["downtime_ms"] = None if progress.actual_downtime is None else progress.actual_downtime.total_ms
-    return made
 
 
 @attrs.frozen(eq=False)
@@ -133,26 +172,26 @@ class Router:
     async def __call__(self, request: Request) -> Response:
         name = request.name
         if name in NOT_YET_ROUTES:
-            return error_response(501, f"{name} failed", f"{name} is not supported yet")
+            return error_response(501, API_ERROR, f"{name} failed", f"{name} is not supported yet")
         route = ROUTES.get(name) if name is not None else None
         if route is None:
-            return error_response(404, "not found", f"{name or 'that path'} is not a route of this API")
+            return error_response(404, "Not Found", f"{name or 'that path'} is not a route of this API")
         if request.method != route.method:
-            return error_response(400, "bad request", f"{name} takes {route.method}, not {request.method}")
+            return error_response(400, "Bad Request", f"{name} takes {route.method}, not {request.method}")
         argument: object = None
         if route.load is not None:
             try:
-                argument = route.load(parse_json(request.body))
+                argument = route.load(parse_json(request.body), self.vmm.unknown_keys)
             except ConfigError as error:
-                return error_response(400, "bad request", *_chain(error))
+                return error_response(400, "Bad Request", *_chain(error))
         elif request.method == "PUT" and request.body:
-            return error_response(400, "bad request", f"{name} takes no body")
+            return error_response(400, "Bad Request", f"{name} takes no body")
         try:
             return await route.run(self.vmm, argument)
         except VmNotCreated as error:
-            return error_response(404, f"{name} failed", *_chain(error))
+            return error_response(route.without_vm, API_ERROR, route.fails, *_chain(error))
         except (TrivmmError, OSError) as error:
-            return error_response(500, f"{name} failed", *_chain(error))
+            return error_response(500, API_ERROR, route.fails, *_chain(error))
 
 
 def _chain(error: BaseException) -> list[str]:

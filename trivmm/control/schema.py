@@ -1,15 +1,15 @@
-"""JSON bodies to configuration and back: strict, every refusal one line with the JSON path, the value and the remedy.
+"""JSON bodies to configuration and back: every refusal one line with the JSON path, the value and the remedy.
 
-Two passes. The first walks the body against the contract's tables (unknown keys, keys that do not exist here yet,
-missing ones); the second lets cattrs build the frozen classes, with hooks that never convert one type to another.
-Pure functions; the command line's options go through here too, so both refuse the same things in the same words.
+Two passes. The first walks the body against the contract's tables (keys that nobody knows, which are told to the
+caller's collector and left out; keys that do not exist here yet; missing ones); the second lets cattrs build the
+frozen classes, with hooks that never convert one type to another. Pure functions; the command line's options go
+through here too, so both refuse the same things in the same words.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeVar
 
 import attrs
@@ -26,23 +26,24 @@ from trivmm.config import (
     SerialConfig,
     VmConfig,
 )
-from trivmm.control.contract import NOT_YET_KEYS, REQUIRED_KEYS
+from trivmm.control.contract import NOT_YET_KEYS, REQUIRED_KEYS, NotYet, Within
+from trivmm.control.unknown import Unknown, UnknownKeys
 from trivmm.deadlines import Deadlines
-from trivmm.errors import ConfigError, NotSupported
+from trivmm.errors import ConfigError, NotSupported, shown
+from trivmm.values import not_boolean, not_integer, not_text
 
 __all__ = [
     "ReceiveMigrationData",
+    "ResizeData",
     "SendMigrationData",
     "dump_config",
     "load_config",
     "load_receive",
+    "load_resize",
     "load_send",
     "parse_json",
 ]
 
-MAX_TEXT: Final = 1 << 16  # a kernel takes 2 KiB of command line; no path or id is longer than this
-MAX_INTEGER: Final = (1 << 64) - 1  # the contract's integers are u64 at most
-MAX_VALUE_SHOWN: Final = 80  # characters of a bad value in a message, so that it stays one line
 STRATEGIES: Final = ("Cancel", "Ignore")
 
 T = TypeVar("T")
@@ -71,6 +72,15 @@ class ReceiveMigrationData:
     receiver_url: str
 
 
+@attrs.frozen
+class ResizeData:
+    """Sizes that a VM is to have, RAM and balloon in bytes; None: as it is."""
+
+    desired_vcpus: int | None = None
+    desired_ram: int | None = None
+    desired_balloon: int | None = None
+
+
 CLASSES: Final[Mapping[str, type]] = {
     "VmConfig": VmConfig,
     "PayloadConfig": PayloadConfig,
@@ -82,7 +92,12 @@ CLASSES: Final[Mapping[str, type]] = {
     "ConsoleConfig": ConsoleConfig,
     "SendMigrationData": SendMigrationData,
     "ReceiveMigrationData": ReceiveMigrationData,
+    "VmResize": ResizeData,
 }
+# The fields of Cloud Hypervisor's structs that are options there, but not None in our classes.
+NULL_IS_LEFT_OUT: Final = frozenset(
+    {("VmConfig", "payload"), ("VmConfig", "disks"), ("PayloadConfig", "kernel"), ("PayloadConfig", "cmdline")}
+)
 NESTED: Final[Mapping[str, str]] = {
     "payload": "PayloadConfig",
     "cpus": "CpusConfig",
@@ -97,97 +112,133 @@ def parse_json(body: bytes) -> object:
     """A JSON document, whatever a client sends. :raises ConfigError: when it isn't one."""
     try:
         return json.loads(body, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:  # also: not UTF-8, a number of 5000 digits, 10000 brackets
-        problem = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ConfigError("body", _shown(body), f"not JSON ({problem})", "send one JSON object") from error
+    except UnicodeDecodeError:
+        problem = "not UTF-8"
+    except (json.JSONDecodeError, _NotJson) as error:
+        problem = str(error)
+    except RecursionError:
+        problem = "nested too deeply"
+    except ValueError:  # an integer of thousands of digits
+        problem = "a number is too long"
+    # Not chained: what Python's parser says of itself is nothing for an API client.
+    raise ConfigError("body", body, f"not JSON ({problem})", "send one JSON object")
 
 
-def load_config(value: object, *, deadlines: Deadlines | None = None) -> VmConfig:
+def load_config(value: object, unknown: Unknown | None = None, *, deadlines: Deadlines | None = None) -> VmConfig:
     """A ``VmConfig`` from the body of vm.create. ``deadlines`` are not part of the contract: the process has them.
 
+    ``unknown`` is told each key that the contract does not have; without it they are logged.
+
     :raises ConfigError: naming the JSON path, the value and the remedy (``NotSupported``: what isn't there yet)."""
-    fields = _checked("VmConfig", value, "")
-    config = _structured(fields, VmConfig)
+    config = _load("VmConfig", VmConfig, value, unknown)
     return config if deadlines is None else attrs.evolve(config, deadlines=deadlines)
 
 
-def load_send(value: object) -> SendMigrationData:
+def load_send(value: object, unknown: Unknown | None = None) -> SendMigrationData:
     """:raises ConfigError: as :func:`load_config`."""
-    return _structured(_checked("SendMigrationData", value, ""), SendMigrationData)
+    return _load("SendMigrationData", SendMigrationData, value, unknown)
 
 
-def load_receive(value: object) -> ReceiveMigrationData:
+def load_receive(value: object, unknown: Unknown | None = None) -> ReceiveMigrationData:
     """:raises ConfigError: as :func:`load_config`."""
-    return _structured(_checked("ReceiveMigrationData", value, ""), ReceiveMigrationData)
+    return _load("ReceiveMigrationData", ReceiveMigrationData, value, unknown)
+
+
+def load_resize(value: object, unknown: Unknown | None = None) -> ResizeData:
+    """The body of vm.resize, which may be all null or empty. :raises ConfigError: as :func:`load_config`."""
+    return _load("VmResize", ResizeData, value, unknown)
 
 
 def dump_config(config: VmConfig) -> dict[str, Any]:
-    """The configuration as vm.info gives it: every key of the contract, defaults filled in. Loads to an equal one."""
-    made = attrs.asdict(config)
-    del made["deadlines"]
-    made["disks"] = [{**NOT_YET_KEYS["DiskConfig"], **disk} for disk in made["disks"]]
+    """The configuration as vm.info gives it: Cloud Hypervisor's keys with its defaults, and none that is null, since
+    most of its structs' fields can't be. It accepts this as vm.create's body; so do we: it loads to an equal one."""
+    made = _said("VmConfig")
     for key, schema in NESTED.items():
-        made[key] = {**NOT_YET_KEYS.get(schema, {}), **made[key]}
-    # Objects that do not exist here are null as a whole, as in Cloud Hypervisor's own answer.
-    absent = {key: None if isinstance(default, dict) else default for key, default in NOT_YET_KEYS["VmConfig"].items()}
-    return {**made, **absent}
+        made[key] = _dumped(schema, getattr(config, key))
+    made["payload"] = {key: item for key, item in made["payload"].items() if item != ""}
+    made["disks"] = [_dumped("DiskConfig", disk) for disk in config.disks]
+    return {key: item for key, item in made.items() if item or key not in ("disks", "payload")}
+
+
+def _dumped(schema: str, config: Any) -> dict[str, Any]:
+    return {key: item for key, item in attrs.asdict(config).items() if item is not None} | _said(schema)
+
+
+def _said(schema: str) -> dict[str, Any]:
+    """What vm.info says of the keys that do not exist here."""
+    made: dict[str, Any] = {}
+    for key, accepted in NOT_YET_KEYS.get(schema, {}).items():
+        if isinstance(accepted, Within):
+            if accepted.said:
+                made[key] = _said(accepted.schema)
+            continue
+        row = accepted if isinstance(accepted, NotYet) else NotYet(accepted)
+        if row.said and row.default is not None:
+            made[key] = row.default
+    return made
 
 
 # --- the first pass: the contract's tables -------------------------------------------------------------------
 
 
-def _checked(schema: str, value: object, path: str) -> dict[str, Any]:
+def _load(schema: str, cls: type[T], value: object, unknown: Unknown | None) -> T:
+    return _structured(_checked(schema, value, "", UnknownKeys() if unknown is None else unknown), cls)
+
+
+def _checked(schema: str, value: object, path: str, unknown: Unknown) -> dict[str, Any]:
     """The supported keys of ``value``, nested objects too. :raises ConfigError: / :raises NotSupported: by name."""
     if not isinstance(value, dict):
-        raise ConfigError(path or "body", _shown(value), "not an object", "give a JSON object")
-    known = {field.name: field for field in attrs.fields(CLASSES[schema]) if field.name != "deadlines"}
-    missing_here = NOT_YET_KEYS.get(schema, {})
+        raise ConfigError(path or "body", value, "not an object", "give a JSON object")
+    known = [field.name for field in attrs.fields(CLASSES[schema]) if field.name != "deadlines"]
+    not_yet = NOT_YET_KEYS.get(schema, {})
     made: dict[str, Any] = {}
     for key, item in value.items():
         where = f"{path}.{key}" if path else key
         if key in known:
-            made[key] = _nested(schema, key, item, where)
-        elif key in missing_here:
-            _refuse_unless_default(where, item, missing_here[key])
+            made[key] = _nested(schema, key, item, where, unknown)
+        elif key in not_yet:
+            _refuse_unless_default(where, item, not_yet[key], unknown)
         else:
-            near = difflib.get_close_matches(key, [*known, *missing_here], n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
-            raise ConfigError(str(_shown(where, quote=False)), _shown(item), "unknown key", hint)
+            unknown(schema, key, [*known, *not_yet])
     for key in REQUIRED_KEYS.get(schema, ()):
         if made.get(key) is None:
-            remedy = (
-                "give the path of a PVH ELF kernel; firmware is not supported yet" if key == "kernel" else "give it"
-            )
-            raise ConfigError(f"{path}.{key}" if path else key, None, "missing", remedy)
+            raise ConfigError(f"{path}.{key}" if path else key, None, "missing", "give it")
     return {key: item for key, item in made.items() if item is not _LEFT_OUT}
 
 
 _LEFT_OUT: Final = object()
 
 
-def _nested(schema: str, key: str, item: object, where: str) -> object:
-    if schema == "VmConfig" and key == "disks":
-        if item is None:
-            return []
-        if not isinstance(item, list):
-            raise ConfigError(where, _shown(item), "not a list", "give a list of disks")
-        return [_checked("DiskConfig", disk, f"{where}[{index}]") for index, disk in enumerate(item)]
-    if schema == "VmConfig" and key in NESTED:
-        return _checked(NESTED[key], item, where)
-    if schema == "PayloadConfig" and key == "cmdline" and item is None:
+def _nested(schema: str, key: str, item: object, where: str, unknown: Unknown) -> object:
+    if item is None and (schema, key) in NULL_IS_LEFT_OUT:
         return _LEFT_OUT
+    if schema == "VmConfig" and key == "disks":
+        if not isinstance(item, list):
+            raise ConfigError(where, item, "not a list", "give a list of disks")
+        return [_checked("DiskConfig", disk, f"{where}[{index}]", unknown) for index, disk in enumerate(item)]
+    if schema == "VmConfig" and key in NESTED:
+        return _checked(NESTED[key], item, where, unknown)
     return item
 
 
-def _refuse_unless_default(where: str, item: object, default: object) -> None:
-    if item is None or item in ([], {}) or (item == default and type(item) is type(default)):
+def _refuse_unless_default(where: str, item: object, accepted: object, unknown: Unknown) -> None:
+    if item is None or item == []:
         return
-    if isinstance(default, dict) and isinstance(item, dict):
+    if isinstance(accepted, Within) and isinstance(item, dict):
+        keys = NOT_YET_KEYS[accepted.schema]
         for key, inner in item.items():
-            _refuse_unless_default(f"{where}.{_shown(key, quote=False)}", inner, default.get(key))
+            if key in keys:
+                _refuse_unless_default(f"{where}.{key}", inner, keys[key], unknown)
+            else:
+                unknown(accepted.schema, key, keys)
         return
-    remedy = "leave it out" if default is None or isinstance(default, dict) else f"leave it out, or {default!r}"
-    raise NotSupported(where, _shown(item), "not supported yet", remedy)
+    if isinstance(accepted, Within):
+        raise NotSupported(where, item, "not supported yet", "leave it out")
+    row = accepted if isinstance(accepted, NotYet) else NotYet(accepted)
+    if any(item == value and type(item) is type(value) for value in (row.default, *row.also)):
+        return
+    remedy = "leave it out" if row.default is None else f"leave it out, or {shown(row.default)}"
+    raise NotSupported(where, item, "not supported yet", remedy)
 
 
 # --- the second pass: types ----------------------------------------------------------------------------------
@@ -200,33 +251,31 @@ class _WrongType(ValueError):
         super().__init__(f"{value!r:.80} is not {wanted}")
 
 
-def _text(value: object, _: object) -> str:
-    if not isinstance(value, str) or len(value) > MAX_TEXT or "\0" in value:
-        raise _WrongType(value, f"text of at most {MAX_TEXT} characters without a zero")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # a lone surrogate, which JSON can spell
-        raise _WrongType(value, "Unicode text") from error
-    return value
+def _strict(not_fitting: Callable[[object], str | None]) -> Callable[[Any, object], Any]:
+    def check(value: Any, _: object) -> Any:
+        wanted = not_fitting(value)
+        if wanted is not None:
+            raise _WrongType(value, wanted)
+        return value
+
+    return check
 
 
-def _integer(value: object, _: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_INTEGER:
-        raise _WrongType(value, "an integer from 0 to 2^64-1")
-    return value
-
-
-def _boolean(value: object, _: object) -> bool:
-    if not isinstance(value, bool):
-        raise _WrongType(value, "true or false")
-    return value
+def _not_unicode(value: object) -> str | None:
+    wanted = not_text(value)
+    if wanted is None:
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:  # a lone surrogate, which JSON can spell
+            wanted = "Unicode text"
+    return wanted
 
 
 def _make_converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True, detailed_validation=True)
-    converter.register_structure_hook(str, _text)
-    converter.register_structure_hook(int, _integer)
-    converter.register_structure_hook(bool, _boolean)
+    converter.register_structure_hook(str, _strict(_not_unicode))
+    converter.register_structure_hook(int, _strict(not_integer))
+    converter.register_structure_hook(bool, _strict(not_boolean))
     return converter
 
 
@@ -239,7 +288,8 @@ def _structured(fields: dict[str, Any], cls: type[T]) -> T:
     except ConfigError:
         raise
     except BaseValidationError as group:
-        raise _first_fault(group) from group
+        fault = _first_fault(group)
+    raise fault  # not chained: that a class was being structured is nothing for an API client
 
 
 def _first_fault(group: BaseException, path: str = "") -> ConfigError:
@@ -255,18 +305,13 @@ def _first_fault(group: BaseException, path: str = "") -> ConfigError:
     if isinstance(group, ConfigError):
         return group
     if isinstance(group, _WrongType):
-        return ConfigError(path, _shown(group.value), "wrong type", f"give {group.wanted}")
+        return ConfigError(path, group.value, "wrong type", f"give {group.wanted}")
     return ConfigError(path or "body", "", str(group), "see the API contract")
 
 
-def _shown(value: object, *, quote: bool = True) -> object:
-    """A value as a message may carry it: short. Small plain values stay what they are."""
-    if value is None or isinstance(value, bool) or (isinstance(value, int) and abs(value) <= MAX_INTEGER):
-        return value
-    text = value if isinstance(value, str) else repr(value)[: MAX_VALUE_SHOWN * 2]
-    text = text if len(text) <= MAX_VALUE_SHOWN else text[:MAX_VALUE_SHOWN] + "…"
-    return text if quote else text.encode("unicode_escape").decode()
+class _NotJson(ValueError):
+    """What Python's parser would take."""
 
 
 def _no_constant(name: str) -> object:
-    raise ValueError(f"{name} is not JSON")
+    raise _NotJson(f"{name} is not JSON")

@@ -246,6 +246,8 @@ class Hypervisor(Protocol):
     name: ClassVar[str]
 
     max_vcpus: int
+    needs_payload: bool
+    """Whether a kernel must be there to boot: false only where nothing runs it (``trivmm.testing``)."""
     note: str
     """Why this one and not KVM, where ``auto`` fell back; empty otherwise."""
 

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any, cast
+import shlex
+import sys
+from typing import Any, Final, cast
 
 from trivmm.errors import ConfigError, HypervisorError
 from trivmm.hypervisor.base import Hypervisor
 
-__all__ = ["choose_hypervisor"]
+__all__ = ["SOFT_REQUIREMENT", "choose_hypervisor", "install_soft"]
+
+
+SOFT_REQUIREMENT: Final = "unicorn==2.1.4"  # the soft extra's, in pyproject.toml
+
+
+def install_soft() -> str:
+    """The command that adds the soft CPU to the Python that runs this, wherever trivmm was installed from."""
+    return f"{shlex.quote(sys.executable or 'python3')} -m pip install {SOFT_REQUIREMENT}"
 
 
 def choose_hypervisor(choice: str = "auto") -> Hypervisor:
@@ -36,7 +46,7 @@ def _fall_back(error: HypervisorError) -> Hypervisor:
         return _soft(f"KVM cannot be used ({error}): running on the soft CPU, which is much slower")
     except ConfigError:
         raise HypervisorError(
-            error.call, str(error), "or install the soft CPU: pip install 'trivmm[soft]'", error.errno
+            error.call, str(error), f"or install the soft CPU: {install_soft()}", error.errno
         ) from error
 
 
@@ -54,8 +64,6 @@ def _soft(note: str) -> Hypervisor:
             raise ImportError("no module named unicorn")
         made: Any = soft.SoftHypervisor()
     except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            "--hypervisor", "soft", f"the soft CPU is not installed ({error})", "pip install 'trivmm[soft]'"
-        ) from error
+        raise ConfigError("--hypervisor", "soft", f"the soft CPU is not installed ({error})", install_soft()) from error
     made.note = note
     return cast("Hypervisor", made)

@@ -23,12 +23,11 @@ from trivmm.machine.acpi_port import ACPI_PORTS, AcpiPort
 from trivmm.machine.bus import AddressSpace, BusDevice, Outcome, Range
 from trivmm.machine.cmos import CMOS_PORTS, Cmos
 from trivmm.machine.debug_ports import DEBUG_CONSOLE_PORTS, DEBUG_PORTS, DebugConsole, DebugPort
-from trivmm.machine.elf import UserFile, parse_kernel
 from trivmm.machine.i8042 import I8042, I8042_PORTS
 from trivmm.machine.line import Line
 from trivmm.machine.memory import GuestMemory
 from trivmm.machine.pci import CONFIG_PORTS, PciBus
-from trivmm.machine.pvh import load_payload
+from trivmm.machine.pvh import check_payload, load_payload
 from trivmm.machine.serial import COM1, COM1_IRQ, Serial
 from trivmm.machine.sinks import ClientSink, LineConfig, Sink, open_sink
 from trivmm.migration.fields import Fields
@@ -36,7 +35,7 @@ from trivmm.migration.setup import config_to_setup
 from trivmm.migration.state import MachineState
 from trivmm.migration.statejson import MAX_DEVICES
 from trivmm.nursery.activation import DeviceLifecycle
-from trivmm.virtio.block import BlockDevice
+from trivmm.virtio.block import BlockDevice, check_given_once
 from trivmm.virtio.console import ConsoleDevice
 from trivmm.virtio.device import WorkerDevice
 from trivmm.virtio.pci import VirtioPciTransport
@@ -76,6 +75,7 @@ class Board:
     console: ConsoleDevice | None = None
     stuck: list[str] = attrs.field(factory=list)
     clock: Callable[[], float] = time.monotonic
+    needs_payload: bool = True
     _dirty_logging: bool = False
     _closed: bool = False
     _freed: bool = False
@@ -109,19 +109,23 @@ class Board:
 
     # --- boot ------------------------------------------------------------------------------------------------
 
-    def load_payload(self) -> None:
+    def load_payload(self, checkpoint: Callable[[], None]) -> None:
         """Put kernel, command line, initramfs and boot data into RAM and point the boot vCPU at them.
 
+        Slow, and bounded: in a thread. What ``checkpoint`` raises between two pieces of work ends it.
+
         :raises ConfigError: naming the payload's field and what is wrong with the file."""
-        boot = load_payload(self.memory, self.config.payload, len(self.cpus))
+        if not self.needs_payload:
+            return
+        boot = load_payload(self.memory, self.config.payload, len(self.cpus), checkpoint)
         self.cpus[0].set_boot_state(boot.entry_gpa, boot.start_info_gpa)
 
-    def check_payload(self) -> None:
-        """A destination boots nothing now, but the guest may ask it for a reboot later.
+    def check_payload(self, checkpoint: Callable[[], None]) -> None:
+        """A destination boots nothing now, but the guest may ask it for a reboot later. As slow as loading it.
 
         :raises ConfigError: when the kernel can't be used on this host."""
-        with UserFile("payload.kernel", self.config.payload.kernel) as file:
-            parse_kernel(file)
+        if self.needs_payload:
+            check_payload(self.config.payload, checkpoint)
 
     # --- consoles --------------------------------------------------------------------------------------------
 
@@ -373,6 +377,10 @@ def _sink(name: str, config: LineConfig, incoming: bool, kept: Mapping[str, Sink
 
 
 def _check_limits(config: VmConfig, hypervisor: Hypervisor) -> None:
+    if not config.payload.kernel:
+        remedy = "give the path of a PVH ELF kernel; firmware is not supported yet"
+        raise ConfigError("payload.kernel", None, "missing", remedy)
+    check_given_once(config.disks)
     if config.cpus.boot_vcpus > hypervisor.max_vcpus:
         raise ConfigError(
             "cpus.boot_vcpus",
@@ -426,6 +434,7 @@ def _assemble(config: VmConfig, hypervisor: Hypervisor, memory: GuestMemory, vm:
     fixed = {"pci": pci, "serial": serial, "cmos": cmos, "debug_port": debug_port}
     board = Board(config, memory, vm, pio, mmio, pci, serial, fixed)
     board.clock = getattr(hypervisor, "clock", time.monotonic)
+    board.needs_payload = hypervisor.needs_payload
     return board
 
 
@@ -439,6 +448,8 @@ def _plug_devices(board: Board, on_event: EventSink, incoming: bool, sinks: Mapp
     for number, disk in enumerate(config.disks):
         block = BlockDevice(disk, memory, f"_disk{number}", lock=not incoming)
         _plug(board, block, on_event, slot=disk.pci_device_id, use_64bit_bar=False)
+    # Said from now on, at reboots and to a destination: nobody guesses again once the guest can write there.
+    board.config = attrs.evolve(config, disks=tuple(attrs.evolve(disk, image_type="Raw") for disk in config.disks))
     rng = RngDevice(config.rng, memory)
     _plug(board, rng, on_event, slot=config.rng.pci_device_id, use_64bit_bar=True)
 

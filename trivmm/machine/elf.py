@@ -18,7 +18,7 @@ import attrs
 
 from trivmm.errors import ConfigError
 
-__all__ = ["CHUNK", "KernelImage", "Segment", "UserFile", "parse_kernel"]
+__all__ = ["CHUNK", "REMEDY", "KernelImage", "Segment", "UserFile", "parse_kernel"]
 
 CHUNK: Final = 4 << 20  # bytes of a file in memory at a time: images may be hundreds of MiB
 MAX_PROGRAM_HEADERS: Final = 128  # real kernels have under 10; the table is read in one piece
@@ -28,18 +28,22 @@ PT_NOTE: Final = 4
 ET_EXEC, ET_DYN = 2, 3
 MACHINES: Final = {3, 62}  # EM_386, EM_X86_64
 XEN_ELFNOTE_PHYS32_ENTRY: Final = 18
-REMEDY: Final = "give an uncompressed PVH kernel (a vmlinux built with CONFIG_PVH)"
+REMEDY: Final = "give a PVH kernel for x86-64 (a vmlinux, or the bzImage of a distribution, built with CONFIG_PVH)"
 
 
 class UserFile:
-    """A regular file that the user named: ``field`` is the option, for its errors. A context manager."""
+    """A regular file that the user named: ``field`` is the option, for its errors. A context manager.
 
-    def __init__(self, field: str, path: str) -> None:
+    ``fd`` is one that stands for it, such as what was packed inside; it belongs to this object from here on, and
+    ``part`` begins what is said to be wrong with it."""
+
+    def __init__(self, field: str, path: str, *, fd: int | None = None, part: str = "") -> None:
         """:raises ConfigError: when it is missing, unreadable or no regular file."""
         self.field = field
         self.path = path
+        self.part = part
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK) if fd is None else fd
         except (OSError, ValueError) as error:
             why = error.strerror if isinstance(error, OSError) else str(error)
             raise self.error(f"cannot open it ({why})", "give a readable file") from error
@@ -51,7 +55,7 @@ class UserFile:
         self.size = found.st_size
 
     def error(self, problem: str, remedy: str = REMEDY) -> ConfigError:
-        return ConfigError(self.field, self.path, problem, remedy)
+        return ConfigError(self.field, self.path, f"{self.part}{problem}", remedy)
 
     def read(self, offset: int, size: int) -> bytes:
         """Exactly ``size`` bytes. :raises ConfigError: when the file has them not."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Callable
 from typing import Final
 
 import attrs
@@ -16,10 +17,11 @@ from trivmm.config import PayloadConfig
 from trivmm.errors import ConfigError, GuestMemoryError
 from trivmm.machine import layout
 from trivmm.machine.acpi import acpi_tables
+from trivmm.machine.bzimage import open_kernel
 from trivmm.machine.elf import CHUNK, Segment, UserFile, parse_kernel
 from trivmm.machine.memory import PAGE_SIZE, GuestMemory
 
-__all__ = ["BootEntry", "load_payload", "memory_map"]
+__all__ = ["BootEntry", "check_payload", "load_payload", "memory_map"]
 
 START_MAGIC: Final = 0x336EC578
 START_INFO: Final = struct.Struct("<IIIIQQQQII")
@@ -55,8 +57,17 @@ def memory_map(ranges: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int, int
     return tuple(found)
 
 
-def load_payload(memory: GuestMemory, payload: PayloadConfig, vcpus: int = 1) -> BootEntry:
-    """Everything that a PVH guest needs to start; ``vcpus`` are listed in the ACPI tables.
+def check_payload(payload: PayloadConfig, checkpoint: Callable[[], None] = lambda: None) -> None:
+    """:raises ConfigError: when there is no kernel in the payload's file that could be booted."""
+    with open_kernel(payload.kernel, checkpoint) as file:
+        parse_kernel(file)
+
+
+def load_payload(
+    memory: GuestMemory, payload: PayloadConfig, vcpus: int = 1, checkpoint: Callable[[], None] = lambda: None
+) -> BootEntry:
+    """Everything that a PVH guest needs to start; ``vcpus`` are listed in the ACPI tables. ``checkpoint`` is called
+    between pieces of work and may raise to end them.
 
     :raises ConfigError: for whatever is wrong with kernel, initramfs or command line; RAM may then be half written.
     """
@@ -68,7 +79,7 @@ def load_payload(memory: GuestMemory, payload: PayloadConfig, vcpus: int = 1) ->
         (layout.CMDLINE_START, len(cmdline), "the command line"),
         (layout.ACPI_START, len(tables), "the ACPI tables"),
     ]
-    with UserFile("payload.kernel", payload.kernel) as file:
+    with open_kernel(payload.kernel, checkpoint) as file:
         image = parse_kernel(file)
         for segment in image.segments:
             _check_segment(memory, file, segment, taken)
@@ -76,6 +87,7 @@ def load_payload(memory: GuestMemory, payload: PayloadConfig, vcpus: int = 1) ->
         for segment in image.segments:
             for position, data in file.chunks(segment.offset, segment.filesz):
                 memory.write(segment.gpa + position, data)
+                checkpoint()
             for gpa in range(segment.gpa + segment.filesz, segment.end, CHUNK):
                 memory.write(gpa, ZEROS[: min(CHUNK, segment.end - gpa)])
     _write_boot_data(memory, cmdline, initramfs, tables)

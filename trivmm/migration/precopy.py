@@ -57,6 +57,7 @@ class Rounds:
     tracker: Tracker
     estimates: Estimates
     dirty: list[DirtySet] = attrs.field(factory=list)
+    _harvested: float | None = None
 
     def __attrs_post_init__(self) -> None:
         self.dirty = [DirtySet.of(region) for region in self.source.memory.regions]
@@ -72,7 +73,11 @@ class Rounds:
 
     def harvest(self) -> int:
         """Add what was written since the last harvest; gives the pages to send now."""
+        now, before = trio.current_time(), self.remaining
         total = sum(self.source.harvest_dirty(each.region.slot, each.bits) for each in self.dirty)
+        if self._harvested is not None and now > self._harvested:
+            self.tracker.dirty_rate = (total - before) / (now - self._harvested)
+        self._harvested = now
         self.tracker.remaining_pages = total
         return total
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import logging
 import math
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -81,16 +82,23 @@ class Round:
 
 @attrs.frozen
 class MigrationProgress:
-    """A snapshot. Times since the start of the migration; ``rate`` in bytes a second over the latest round."""
+    """A snapshot. Times since the start of the migration, which was at ``began_s`` of the Unix clock; ``rate`` in bytes
+    a second over the latest round; ``dirty_rate`` in pages a second between the last two harvests; ``activations`` of
+    devices since the start, as the VM that moves counts them."""
 
+    session: str
+    transport: str
+    began_s: float
     phase: Phase
     elapsed_s: float
+    memory_bytes: int
     round: int
     bytes_sent: int
     pages: int
     zero_pages: int
     remaining_pages: int
     rate: float
+    dirty_rate: float
     throttle_percent: int
     attempts: int
     downtime_limit_ms: float | None
@@ -98,6 +106,11 @@ class MigrationProgress:
     actual_downtime: Downtime | None
     rounds: tuple[Round, ...]
     reason: str | None
+    activations: int = 0
+
+    @property
+    def ended(self) -> bool:
+        return not STEPS[self.phase]
 
 
 @attrs.frozen
@@ -128,12 +141,15 @@ class Tracker:
     callback: Callable[[MigrationProgress], None] = _ignore
     phase: Phase = Phase.SETUP
     session: str = ""
+    transport: str = ""
+    memory_bytes: int = 0
     round: int = 0
     bytes_sent: int = 0
     pages: int = 0
     zero_pages: int = 0
     remaining_pages: int = 0
     rate: float = 0.0
+    dirty_rate: float = 0.0
     throttle_percent: int = 0
     attempts: int = 0
     limit_ms: float = math.inf
@@ -142,6 +158,7 @@ class Tracker:
     reason: str | None = None
     _rounds: list[Round] = attrs.field(factory=list)
     _start: float = attrs.field(factory=lambda: trio.current_time())
+    _began_s: float = attrs.field(factory=time.time)
     _pushed: float = -math.inf
     _callback_failed: bool = False
 
@@ -174,14 +191,19 @@ class Tracker:
 
     def snapshot(self) -> MigrationProgress:
         return MigrationProgress(
+            session=self.session,
+            transport=self.transport,
+            began_s=self._began_s,
             phase=self.phase,
             elapsed_s=self.elapsed_s,
+            memory_bytes=self.memory_bytes,
             round=self.round,
             bytes_sent=self.bytes_sent,
             pages=self.pages,
             zero_pages=self.zero_pages,
             remaining_pages=self.remaining_pages,
             rate=self.rate,
+            dirty_rate=self.dirty_rate,
             throttle_percent=self.throttle_percent,
             attempts=self.attempts,
             downtime_limit_ms=None if math.isinf(self.limit_ms) else self.limit_ms,

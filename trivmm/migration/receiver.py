@@ -171,7 +171,8 @@ class Receiver:
             await self._came.wait()
         assert self._first is not None
         link, setup = self._first
-        tracker.session = setup.session.hex()
+        tracker.session, tracker.transport = setup.session.hex(), self.url.partition(":")[0]
+        tracker.memory_bytes = sum(size for _, size in setup.memory)
         session = _Incoming(self, link, setup, tracker, guard)
         try:
             with self._serving:

@@ -17,6 +17,7 @@ from typing import Final, NoReturn
 import attrs
 import trio
 
+from trivmm.deadlines import Deadlines
 from trivmm.errors import CommitRefused, ConfigError, DeadlineError, MigrationError, MigrationInDoubt
 from trivmm.migration.link import FAREWELL_S, Link
 from trivmm.migration.messages import SESSION_BYTES, Setup, SetupFail, SetupOk
@@ -28,7 +29,7 @@ from trivmm.migration.switchover import NO_LIMIT, Switchover
 from trivmm.migration.transports import Dialer, SocketDialer, parse_url
 from trivmm.migration.verdict import Outcome, ask_for_verdict, say_done
 
-__all__ = ["SendOptions", "send", "send_over"]
+__all__ = ["SendOptions", "send", "socket_dialer"]
 
 LOG: Final = logging.getLogger(__name__)
 MAX_ATTEMPTS: Final = 5
@@ -58,34 +59,33 @@ class SendOptions:
             raise ConfigError("timeout_strategy", value, "unknown", "give cancel or ignore")
 
 
+def socket_dialer(url: str, deadlines: Deadlines) -> Dialer:
+    """How a destination is reached. :raises ConfigError: (``destination_url``) a URL that can't be one."""
+    return SocketDialer(parse_url(url, "destination_url"), deadlines)
+
+
 async def send(
     source: SourceMachine,
-    url: str,
+    dialer: Dialer,
     options: SendOptions | None = None,
     progress: Callable[[MigrationProgress], None] | None = None,
 ) -> MigrationReport:
-    """Move ``source`` to the receiver at ``url``. On return the destination runs it; the source stays stopped.
+    """Move ``source`` to the receiver that ``dialer`` reaches. On return the destination runs it; the source stays
+    stopped.
 
-    :raises ConfigError: a bad URL (``destination_url``), or a machine that the destination can't build.
+    :raises ConfigError: a machine that the destination can't build.
     :raises MigrationError: or :raises DeadlineError: failed before COMMIT; the source runs.
     :raises CommitRefused: the destination refused at the last moment; the source runs.
     :raises MigrationInDoubt: nobody knows; the source stays stopped, without its locks.
     """
-    dialer = SocketDialer(parse_url(url, "destination_url"), source.deadlines)
-    return await send_over(source, dialer, options or SendOptions(), progress)
-
-
-async def send_over(
-    source: SourceMachine,
-    dialer: Dialer,
-    options: SendOptions,
-    progress: Callable[[MigrationProgress], None] | None = None,
-) -> MigrationReport:
-    """:func:`send` with any :class:`~trivmm.migration.transports.Dialer`."""
+    options = options or SendOptions()
     session_id = secrets.token_bytes(SESSION_BYTES)
-    tracker = Tracker(session=session_id.hex())
+    limit_ms = options.downtime_ms or source.deadlines.downtime * 1000
+    size = sum(region.size for region in source.memory.regions)
+    tracker = Tracker(session=session_id.hex(), transport=dialer.transport, memory_bytes=size, limit_ms=limit_ms)
     if progress is not None:
         tracker.callback = progress
+    tracker.push()
     return await _Sender(source, dialer, options, tracker, session_id).run()
 
 
@@ -179,6 +179,7 @@ class _Sender:
 
     async def _stop_and_copy(self, switchover: Switchover) -> None:
         """Without a dirty log: stop first, then copy all of it. The downtime is as long as that takes."""
+        self.tracker.limit_ms = math.inf
         why = await switchover.attempt(NO_LIMIT)
         if why is not None:
             raise MigrationError(f"the machine can't be stopped: {why}")

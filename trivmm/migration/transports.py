@@ -13,7 +13,7 @@ import attrs
 import trio
 
 from trivmm.deadlines import Deadlines
-from trivmm.errors import ConfigError
+from trivmm.errors import ConfigError, shown
 from trivmm.migration.channel import Channel, LinkLost, SocketChannel
 from trivmm.unixsocket import UnixListener, check_path, listen_unix
 
@@ -60,12 +60,16 @@ def parse_url(url: str, field: str) -> Address:
         if not colon or not host:
             raise ConfigError(field, url, "no host or no port", REMEDY)
         if not port.isascii() or not port.isdigit() or len(port) > 5 or int(port) > 65535:
-            raise ConfigError(field, url, f"{port!r} is not a port", "give a number up to 65535")
+            raise ConfigError(field, url, f"{shown(port)} is not a port", "give a number up to 65535")
         return TcpAddress(host, int(port))
-    raise ConfigError(field, url, f"unknown scheme {scheme!r}", REMEDY)
+    raise ConfigError(field, url, f"unknown scheme {shown(scheme)}", REMEDY)
 
 
 class Dialer(Protocol):
+    @property
+    def transport(self) -> str:
+        """What carries the stream: ``unix``, ``tcp``, ``memory``."""
+
     async def dial(self) -> Channel:
         """:raises LinkLost: nobody listens there. :raises DeadlineError: (connect)."""
 
@@ -83,6 +87,10 @@ class Listener(Protocol):
 class SocketDialer:
     address: Address
     deadlines: Deadlines
+
+    @property
+    def transport(self) -> str:
+        return "unix" if isinstance(self.address, UnixAddress) else "tcp"
 
     async def dial(self) -> Channel:
         try:

@@ -26,6 +26,7 @@ class FakeHypervisor:
     name = "fake"
     note = ""
     max_vcpus = 8
+    needs_payload = False
 
     def close(self) -> None:
         pass
@@ -90,9 +91,13 @@ class FakeVm:
         assert self._exit is not None
         return self._exit
 
-    async def migrate_to(self, url: str, **options: Any) -> None:
+    async def reboot(self) -> None:
+        self._must("reboot", VmState.RUNNING, VmState.PAUSED)
+
+    async def migrate_to(self, url: str, *, on_accepted: Callable[[], None], **options: Any) -> None:
         self._must("migrate", VmState.RUNNING, VmState.PAUSED)
         self.migrate_options = {"url": url, **options}
+        on_accepted()
         with trio.CancelScope() as self._scope:
             await self.let_migrate.wait()
         if self._scope.cancelled_caught:

@@ -204,6 +204,7 @@ class MemoryNet:
     streams made from then on; ``bytes_per_s`` slows the source's sending down."""
 
     url = "memory:"
+    transport = "memory"
 
     def __init__(self, deadlines: Deadlines | None = None) -> None:
         self.deadlines = deadlines or Deadlines()

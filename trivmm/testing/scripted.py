@@ -27,7 +27,17 @@ from trivmm.errors import HypervisorError
 from trivmm.hypervisor.base import Interrupted, VcpuBackend, VcpuExit, VcpuState, VmmState
 from trivmm.nursery.vcpu import Vcpu
 
-__all__ = ["Compute", "Script", "ScriptedHypervisor", "ScriptedVcpu", "ScriptedVm", "Store", "Wedge", "task_driver"]
+__all__ = [
+    "Compute",
+    "Script",
+    "ScriptedHypervisor",
+    "ScriptedVcpu",
+    "ScriptedVm",
+    "Step",
+    "Store",
+    "Wedge",
+    "task_driver",
+]
 
 
 @attrs.frozen
@@ -142,7 +152,7 @@ class ScriptedVcpu:
                     with trio.move_on_after(seconds) as scope:
                         await self._kicked.wait()
                     if not scope.cancelled_caught:
-                        self._left = Compute(seconds - (trio.current_time() - began))
+                        self._left = Compute(max(0.0, seconds - (trio.current_time() - began)))
                 case Wedge(seconds):
                     await trio.sleep(seconds)
                 case Store(gpa, data):
@@ -259,7 +269,8 @@ class ScriptedVm:
 
 
 class ScriptedHypervisor:
-    """Give it one script per vCPU; vCPUs without one compute for ever."""
+    """Give it one script per vCPU; vCPUs without one compute for ever. ``needs_payload`` False boots without looking
+    for the kernel's file: no script reads it."""
 
     name: ClassVar[str] = "scripted"
     max_vcpus = 8
@@ -267,8 +278,9 @@ class ScriptedHypervisor:
     driver = staticmethod(task_driver)
     clock = staticmethod(trio.current_time)
 
-    def __init__(self, *scripts: Script) -> None:
+    def __init__(self, *scripts: Script, needs_payload: bool = True) -> None:
         self.scripts = scripts
+        self.needs_payload = needs_payload
         self.vms: list[ScriptedVm] = []
 
     def open_vm(self) -> ScriptedVm:

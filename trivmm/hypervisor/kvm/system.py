@@ -17,6 +17,7 @@ class KvmHypervisor:
     """Implements ``Hypervisor``."""
 
     name: ClassVar[str] = "kvm"
+    needs_payload = True
 
     def __init__(self) -> None:
         """:raises HypervisorError: when /dev/kvm can't be opened or lacks something; says what to do."""

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from trivmm.errors import HypervisorError
 from trivmm.hypervisor.base import VmBackend
+from trivmm.hypervisor.select import install_soft
 
 __all__ = ["SoftHypervisor"]
 
@@ -18,6 +19,7 @@ class SoftHypervisor:
     """The back end for ``--hypervisor soft``. Holds nothing of its own."""
 
     name: ClassVar[str] = "soft"
+    needs_payload = True
 
     def __init__(self) -> None:
         self.max_vcpus = 1
@@ -28,7 +30,7 @@ class SoftHypervisor:
         try:
             import unicorn  # noqa: F401
         except ImportError as error:
-            raise HypervisorError("unicorn", f"not installed ({error})", "pip install 'trivmm[soft]'") from error
+            raise HypervisorError("unicorn", f"not installed ({error})", install_soft()) from error
         from trivmm.hypervisor.soft.vm import SoftVm
 
         return SoftVm()

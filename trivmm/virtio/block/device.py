@@ -46,7 +46,7 @@ class BlockDevice(WorkerDevice):
         if not MIN_QUEUE_SIZE <= size <= MAX_QUEUE_SIZE or size & (size - 1):
             limits = f"{MIN_QUEUE_SIZE} to {MAX_QUEUE_SIZE}"
             raise ConfigError("disks.queue_size", size, "not a queue size", f"give a power of two, {limits}")
-        self.image = Image(config.path, readonly=config.readonly, lock=lock)
+        self.image = Image(config.path, readonly=config.readonly, lock=lock, raw=config.image_type == "Raw")
         self.queue_sizes = (size,) * config.num_queues
         self.features = RING_FEATURES | F_SEG_MAX | F_BLK_SIZE | F_FLUSH
         if config.readonly:

@@ -1,4 +1,11 @@
-"""The file behind a disk: opening it without ever creating or truncating, its size, and its lock.
+"""The file behind a disk: opening it without ever creating or truncating, its format, its size, and its lock.
+
+Only raw images can be opened, and none is taken for raw by mistake: where the configuration doesn't say ``Raw``, a file
+whose first bytes (for a fixed VHD: last sector) are another format's is refused by name. The guess is made once, before
+the guest first runs, and its result stays in the VM's configuration: what a guest writes into its own disk never shuts
+it out at a reboot or after a migration. Cloud Hypervisor and QEMU refuse a guest's writes to sector 0 of an image that
+they guessed, since a later guess could open a format that the guest forged, and with it another file of the host. Here
+no guess ever opens anything but raw, so the guest may write what it likes.
 
 The lock is an *open file description* lock over the whole file: a write lock for a writable disk, a read lock for a
 read-only one. It belongs to the descriptor, not the process, so two VMs in one process exclude each other too, and
@@ -12,23 +19,53 @@ import fcntl
 import os
 import stat
 import struct
+from collections.abc import Sequence
 from typing import Final
 
-from trivmm.errors import ConfigError
+from trivmm.config import DiskConfig
+from trivmm.errors import ConfigError, NotSupported
 
-__all__ = ["SECTOR", "Image"]
+__all__ = ["SECTOR", "Image", "check_given_once", "foreign_format"]
 
 SECTOR: Final = 512
 BLKGETSIZE64: Final = 0x80081272
 F_OFD_SETLK: Final = 37
 FLOCK: Final = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, len, pid
+QCOW: Final = b"QFI\xfb"  # docs/interop/qcow2.rst; the version is a big-endian integer after it
+VHD: Final = b"conectix"  # Virtual Hard Disk Image Format Specification: "Hard Disk Footer Format"
+SIGNATURES: Final = (
+    (0, b"vhdxfile", "VHDX"),  # MS-VHDX section 2.2.1
+    (0, VHD, "VHD"),  # a dynamic one has a copy of its footer here
+    (0, b"KDMV", "VMDK"),  # Virtual Disk Format 5.0: sparse extents, and text descriptors of any kind
+    (0, b"COWD", "VMDK"),
+    (0, b"# Disk DescriptorFile", "VMDK"),
+    (0, b"QED\0", "QED"),
+    (0x40, b"\x7f\x10\xda\xbe", "VDI"),
+    (0, b"WithoutFreeSpace", "Parallels"),
+    (0, b"WithouFreSpacExt", "Parallels"),
+)
+
+
+def foreign_format(first: bytes, last: bytes) -> str | None:
+    """Whose format an image is that is not raw, or None. ``first`` and ``last``: its sectors, or less of a short file.
+
+    What a guest itself keeps on a disk (partition tables, file systems, LUKS, archives) is raw."""
+    if first.startswith(QCOW):
+        return "qcow" if first[4:8] == b"\0\0\0\x01" else "qcow2"
+    for offset, magic, name in SIGNATURES:
+        if first[offset:].startswith(magic):
+            return name
+    # A fixed VHD is raw data and a footer, of 512 bytes, or of 511 where an old tool wrote it.
+    return "VHD" if last.startswith(VHD) or last[1:].startswith(VHD) else None
 
 
 class Image:
     """``fd`` is open from construction to :meth:`close`."""
 
-    def __init__(self, path: str, *, readonly: bool, lock: bool) -> None:
-        """:raises ConfigError: naming ``disks.path`` and what is wrong with it."""
+    def __init__(self, path: str, *, readonly: bool, lock: bool, raw: bool = False) -> None:
+        """``raw``: it is one, whatever it looks like.
+
+        :raises ConfigError: naming ``disks.path`` and what is wrong with it. :raises NotSupported: its format."""
         self.path = path
         self.readonly = readonly
         self.locked = False
@@ -42,6 +79,8 @@ class Image:
             os.set_blocking(self.fd, True)
             if lock:
                 self.take_lock()
+            if not raw:
+                self._refuse_foreign()
         except BaseException:
             self.close()
             raise
@@ -55,6 +94,19 @@ class Image:
         elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
             remedy = "make it readable and writable, or give readonly=on"
         return ConfigError("disks.path", self.path, why, remedy)
+
+    def _refuse_foreign(self) -> None:
+        try:
+            first = os.pread(self.fd, SECTOR, 0)
+            last = os.pread(self.fd, SECTOR, max(0, self.size - SECTOR))
+        except OSError as error:
+            raise ConfigError(
+                "disks.path", self.path, f"cannot read it ({error.strerror})", "give a readable image"
+            ) from error
+        found = foreign_format(first, last)
+        if found is not None:
+            remedy = "convert it (qemu-img convert -O raw OLD NEW), or give image_type=raw if its very bytes are meant"
+            raise NotSupported("disks.path", self.path, f"a {found} image; only raw ones are supported yet", remedy)
 
     def _measure(self) -> int:
         mode = os.fstat(self.fd).st_mode
@@ -100,3 +152,24 @@ class Image:
         if fd >= 0:
             os.close(fd)
             self.locked = False
+
+
+def check_given_once(disks: Sequence[DiskConfig]) -> None:
+    """Two disks on one image would spoil each other's data; the lock would call that "another VM".
+
+    :raises ConfigError: naming both, unless both only read."""
+    seen: dict[tuple[object, ...], int] = {}
+    for index, disk in enumerate(disks):
+        try:
+            found = os.stat(disk.path)
+        except (OSError, ValueError):  # opening it says what is wrong
+            continue
+        which = ("device", found.st_rdev) if stat.S_ISBLK(found.st_mode) else ("file", found.st_dev, found.st_ino)
+        first = seen.setdefault(which, index)
+        if first != index and not (disk.readonly and disks[first].readonly):
+            raise ConfigError(
+                f"disks[{index}].path",
+                disk.path,
+                f"the same image as disks[{first}].path",
+                "give each disk its own, or give both readonly=on",
+            )
