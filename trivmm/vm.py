@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import enum
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -35,6 +35,8 @@ from trivmm.events import EventBus
 from trivmm.hypervisor.base import Hypervisor
 from trivmm.hypervisor.select import choose_hypervisor
 from trivmm.machine.board import Board, build_board
+from trivmm.machine.line import Line
+from trivmm.machine.sinks import Sink
 from trivmm.migration.progress import MigrationProgress, MigrationReport
 from trivmm.migration.sender import SendOptions, send, socket_dialer
 from trivmm.migration.transports import Dialer
@@ -202,11 +204,35 @@ class Vm:
             if board is not None:
                 nursery.start_soon(until, board.serial.subscribe(seen).receive)
 
-    def console_input(self, data: bytes) -> None:
-        """Type on the serial console. :raises WrongState: when nothing runs."""
-        if self._machine is None:
-            raise WrongState("console input", self.state.value, "booted")
-        self._machine.board.serial.push_input(data)
+    def console_input(self, data: bytes, line: str = "serial") -> int:
+        """Type on the serial port, or on the ``console``: as many bytes as find room at once, which it gives; the rest
+        is dropped.
+
+        :raises WrongState: when nothing runs, or it has no such line."""
+        return self._line(line).push_input(data)
+
+    async def feed_console(self, data: bytes, line: str = "serial") -> None:
+        """Type all of ``data``, as the guest makes room for it. Bounded by the caller.
+
+        :raises WrongState: as :meth:`console_input`."""
+        await self._line(line).feed(data)
+
+    def _line(self, name: str) -> Line:
+        lines = {} if self._machine is None else self._machine.board.lines
+        if name not in lines:
+            raise WrongState(f"input on the {name} line", self.state.value, "booted, and to have one")
+        return lines[name]
+
+    @property
+    def pty_paths(self) -> dict[str, str]:
+        """Where the lines (``serial``, ``console``) that are pseudo-terminals can be opened: from boot (or, where a
+        migration brought the VM, from its COMMIT) to the end, over reboots."""
+        return {} if self._last_board is None else self._last_board.pty_paths
+
+    def terminal_resized(self) -> None:
+        """The terminal that a virtio console is shown on may have another size now: the guest is told."""
+        if self._machine is not None and self._machine.board.console is not None:
+            self._machine.board.console.measure()
 
     async def wait(self) -> ExitReason:
         """Wait until the VM has ended (see :class:`ExitReason`). Bounded by the caller."""
@@ -234,8 +260,21 @@ class Vm:
             self._console = None
             self._tell("booted")
 
-    async def _boot(self, *, reboot: bool = False) -> None:
-        board = build_board(self.config, self.hypervisor, on_event=self._tell_of_device, reboot=reboot)
+    async def _reboot(self) -> None:
+        """End the machine and build it anew; the sinks of its console lines, and their clients, stay."""
+        assert self._machine is not None
+        self._tell("rebooting")
+        sinks = self._machine.board.keep_sinks()
+        try:
+            await self._end()
+            await self._boot(sinks)
+        except BaseException:
+            for sink in sinks.values():
+                sink.close()
+            raise
+
+    async def _boot(self, sinks: Mapping[str, Sink] | None = None) -> None:
+        board = build_board(self.config, self.hypervisor, on_event=self._tell_of_device, sinks=sinks)
         try:
             await self._in_pieces(board.load_payload)  # seconds, where the kernel is to be unpacked
             machine = await self._run(board)
@@ -363,13 +402,11 @@ class Vm:
             self._finish(ExitReason("shutdown"))
 
     async def reboot(self) -> None:
-        """Power off and boot afresh, keeping the serial sink."""
+        """Power off and boot afresh, keeping the sinks of the console lines."""
         async with self.ownership.lease("reboot"):
             self._machine_in("reboot", VmState.RUNNING, VmState.PAUSED)
-            self._tell("rebooting")
-            await self._end()
             try:
-                await self._boot(reboot=True)
+                await self._reboot()
             except BaseException:
                 self._finish(ExitReason("shutdown"))
                 raise
@@ -512,18 +549,17 @@ class Vm:
                 logger.info("the guest asks for %s (%s)", request.kind, request.why)
                 crash = machine.crash
                 if request.kind == "reset":
-                    self._tell("rebooting")
-                await self._end()
-                if request.kind == "reset":
                     try:
-                        await self._boot(reboot=True)
+                        await self._reboot()
                     except Exception as error:
                         logger.error("reboot failed: %s", error)
                         self._finish(ExitReason("crash", GuestCrash(0, f"its reboot failed: {error}", "")))
                     else:
                         self.reboots += 1
                         self._tell("rebooted")
-                elif request.kind == "crash":
+                    continue
+                await self._end()
+                if request.kind == "crash":
                     self._finish(ExitReason("crash", crash or GuestCrash(0, request.why, "")))
                 else:
                     self._finish(ExitReason("poweroff"))

@@ -22,6 +22,7 @@ MODULES = (
     "virtio-rng",
     "button",
     "evdev",
+    "virtio_console",
 )
 
 

@@ -1,5 +1,6 @@
 /* The init of a Linux guest: loads the drivers, then writes, reads back and asks for random bytes, and powers off when
- * the power button is pressed. Every round is a line, so that a lost or a doubled one is seen. */
+ * the power button is pressed. Every round is a line, on the serial port and on the virtio console, so that a lost or a
+ * doubled one is seen. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -9,7 +10,9 @@
 #include <string.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
+#include <sys/ioctl.h>
 #include <sys/syscall.h>
+#include <termios.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -18,7 +21,7 @@
 
 static const char *const MODULES[] = {"virtio_ring",           "virtio",     "virtio_pci_legacy_dev",
                                       "virtio_pci_modern_dev", "virtio_pci", "virtio_blk",
-                                      "virtio-rng",            "button",     "evdev"};
+                                      "virtio-rng",            "virtio_console", "button", "evdev"};
 
 static void load(const char *name)
 {
@@ -68,6 +71,13 @@ int main(void)
         load(MODULES[i]);
     int disk = open_soon("/dev/vda", O_RDWR | O_DIRECT), random = open_soon("/dev/hwrng", O_RDONLY);
     int button = open_soon("/dev/input/event0", O_RDONLY);
+    int console = open_soon("/dev/hvc0", O_RDWR | O_NOCTTY | O_NONBLOCK);
+    struct winsize size = {0};
+    struct termios raw;
+    if (!tcgetattr(console, &raw)) {
+        cfmakeraw(&raw);
+        tcsetattr(console, TCSANOW, &raw);
+    }
     for (unsigned long round = 0; round < ROUNDS; round++) {
         unsigned char bytes[8] = {0};
         off_t at = (off_t)(round % 64) * BLOCK;
@@ -77,6 +87,10 @@ int main(void)
                    !memcmp(in, out, BLOCK);
         int got = (int)read(random, bytes, sizeof bytes);
         printf("GUEST round %lu disk %s rng %d\n", round, good ? "good" : "bad", got);
+        dprintf(console, "CONSOLE round %lu\n", round);
+        int typed = (int)read(console, in, BLOCK);
+        if (typed > 0 && !ioctl(console, TIOCGWINSZ, &size))
+            printf("GUEST typed %.*s on %d x %d\n", typed, in, size.ws_col, size.ws_row);
         nanosleep(&pause, NULL);
     }
     sync();

@@ -123,8 +123,9 @@ def run_parser() -> Parser:
         help="raw images; several values, or the option again",
     )
     vm.add_argument("--rng", metavar="src=FILE", help="entropy (/dev/urandom)")
-    vm.add_argument("--serial", metavar="off|null|tty|file=FILE", help="the serial port (null)")
-    vm.add_argument("--console", metavar="off", help="virtio-console: only off yet (off)")
+    modes = "off|null|tty|pty|file=FILE|socket=PATH"
+    vm.add_argument("--serial", metavar=modes, help="the serial port (tty where stdout is a terminal, else null)")
+    vm.add_argument("--console", metavar=f"{modes}[,id=…]", help="virtio-console (off)")
     vmm = parser.add_argument_group("the VMM")
     vmm.add_argument(
         "--api-socket", metavar="path=FILE|fd=N", help="serve the HTTP API on this unix socket, or on one passed in"

@@ -121,8 +121,7 @@ NOT_YET_KEYS: Final[Mapping[str, Mapping[str, object]]] = {
         "lock_granularity": "ByteRange",
     },
     "RngConfig": _BUS,
-    "SerialConfig": {"socket": None},
-    "ConsoleConfig": {**_BUS, "socket": None, "id": None, "pci_device_id": None},
+    "ConsoleConfig": _BUS,
     "DebugConsoleConfig": {"mode": "Off", "file": None, "iobase": 233},
     "PlatformConfig": {
         "num_pci_segments": 1,

@@ -70,7 +70,10 @@ async def _shut_down(vmm: Vmm, _: None) -> Response:
 async def _info(vmm: Vmm, _: None) -> Response:
     vm = vmm.vm
     state = STATES.get(vm.state, vm.state)
-    return Response.of({"config": dump_config(vm.config), **vm.info(), "state": state.value})
+    config = dump_config(vm.config)
+    for line, path in vm.pty_paths.items():  # where a client finds the other end, as there
+        config[line]["file"] = path
+    return Response.of({"config": config, **vm.info(), "state": state.value})
 
 
 async def _counters(vmm: Vmm, _: None) -> Response:

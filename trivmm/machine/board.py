@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import attrs
@@ -26,16 +26,19 @@ from trivmm.machine.cmos import CMOS_PORTS, Cmos
 from trivmm.machine.debug_ports import DEBUG_CONSOLE_PORTS, DEBUG_PORTS, DebugConsole, DebugPort
 from trivmm.machine.ged import GED_IRQ, GED_SIZE, POWER_BUTTON, Ged
 from trivmm.machine.i8042 import I8042, I8042_PORTS
+from trivmm.machine.line import Line
 from trivmm.machine.memory import GuestMemory
 from trivmm.machine.pci import CONFIG_PORTS, Bar, PciBus
 from trivmm.machine.pvh import check_payload, load_payload
-from trivmm.machine.serial import COM1, COM1_IRQ, Serial, open_sink
+from trivmm.machine.serial import COM1, COM1_IRQ, Serial
+from trivmm.machine.sinks import ClientSink, LineConfig, Sink, open_sink
 from trivmm.migration.fields import Fields
 from trivmm.migration.setup import config_to_setup
 from trivmm.migration.state import MachineState
 from trivmm.migration.statejson import MAX_DEVICES
 from trivmm.nursery.activation import DeviceLifecycle
 from trivmm.virtio.block import BlockDevice, check_given_once
+from trivmm.virtio.console import ConsoleDevice
 from trivmm.virtio.device import WorkerDevice
 from trivmm.virtio.pci import VirtioPciTransport
 from trivmm.virtio.rng import RngDevice
@@ -75,6 +78,7 @@ class Board:
     fixed: dict[str, Any]
     cpus: list[VcpuBackend] = attrs.field(factory=list)
     devices: list[DeviceSlot] = attrs.field(factory=list)
+    console: ConsoleDevice | None = None
     stuck: list[str] = attrs.field(factory=list)
     clock: Callable[[], float] = time.monotonic
     needs_payload: bool = True
@@ -129,10 +133,31 @@ class Board:
         if self.needs_payload:
             check_payload(self.config.payload, checkpoint)
 
+    # --- consoles --------------------------------------------------------------------------------------------
+
+    @property
+    def lines(self) -> dict[str, Line]:
+        """``serial``, and ``console`` where there is one."""
+        found: dict[str, Line] = {"serial": self.serial}
+        return found if self.console is None else found | {"console": self.console.line}
+
+    @property
+    def pty_paths(self) -> dict[str, str]:
+        """The lines that are pseudo-terminals, and their paths. Empty on the receiving side before COMMIT."""
+        sinks = {name: line.sink for name, line in self.lines.items()}
+        return {name: sink.path for name, sink in sinks.items() if isinstance(sink, ClientSink) and sink.path}
+
+    def keep_sinks(self) -> dict[str, Sink]:
+        """For the board that comes after this one: they stay open when this one is closed."""
+        for line in self.lines.values():
+            line.keeps_sink = True
+        return {name: line.sink for name, line in self.lines.items() if line.sink is not None}
+
     # --- interrupts ------------------------------------------------------------------------------------------
 
     def connect_interrupts(self) -> None:
-        self.serial.thaw()
+        for line in self.lines.values():
+            line.thaw()
         self.vm.connect_irq(self.serial.irq_fd, COM1_IRQ)
         self.vm.connect_irq(self.ged.irq_fd, GED_IRQ)
         for slot in self.devices:
@@ -246,8 +271,14 @@ class Board:
             self.cpus[vcpu.index].load(vcpu.state)
 
     def committed(self) -> None:
-        """The machine runs here from now on: sinks that were opened for an incoming VM are written from here."""
-        self.serial.attach_sink(open_sink(self.config.serial, incoming=True))
+        """The machine runs here from now on, and so do its console lines: their sinks are opened now.
+
+        :raises ConfigError: when one can't be."""
+        configs: dict[str, LineConfig] = {"serial": self.config.serial, "console": self.config.console}
+        for name, line in self.lines.items():
+            line.attach_sink(open_sink(configs[name], name, incoming=True))
+        if self.console is not None:
+            self.console.measure()
 
     # --- reading ---------------------------------------------------------------------------------------------
 
@@ -325,16 +356,17 @@ def build_board(
     *,
     on_event: EventSink = lambda kind, device, generation: None,
     incoming: bool = False,
-    reboot: bool = False,
+    sinks: Mapping[str, Sink] | None = None,
 ) -> Board:
-    """Build everything, or nothing. ``incoming``: image locks and the serial sink wait for COMMIT.
+    """Build everything, or nothing. ``incoming``: image locks and the sinks of console lines wait for COMMIT.
+    ``sinks`` are those of the board before (:meth:`Board.keep_sinks`), which was rebooted.
 
     :raises ConfigError: naming the field, the value and the remedy.
     :raises HypervisorError: when the host refuses."""
     _check_limits(config, hypervisor)
     undo: list[Callable[[], None]] = []
     try:
-        serial = Serial(None if incoming else open_sink(config.serial, incoming=reboot))
+        serial = Serial(_sink("serial", config.serial, incoming, sinks))
         undo.append(serial.close)
         memory = GuestMemory(layout.ram_ranges(config.memory.size))
         undo.append(memory.close)
@@ -342,7 +374,7 @@ def build_board(
         undo.append(vm.close)
         board = _assemble(config, hypervisor, memory, vm, serial)
         undo = [board.close]
-        _plug_devices(board, on_event, lock=not incoming)
+        _plug_devices(board, on_event, incoming, sinks)
         for index in range(config.cpus.boot_vcpus):
             cpu = vm.create_vcpu(index)
             cpu.inline_handler = board.inline_handler(index)
@@ -355,6 +387,17 @@ def build_board(
             step()
         raise
     return board
+
+
+def _sink(name: str, config: LineConfig, incoming: bool, kept: Mapping[str, Sink] | None) -> Sink | None:
+    if incoming:
+        return None
+    sink = kept.get(name) if kept else None
+    if sink is None:
+        return open_sink(config, name)
+    if isinstance(sink, ClientSink):
+        sink.retake()  # a machine in doubt had let go of its socket
+    return sink
 
 
 def _check_limits(config: VmConfig, hypervisor: Hypervisor) -> None:
@@ -429,16 +472,20 @@ def _bar_resource(bar: Bar) -> dict[str, Any]:
 
 def _disk_names(config: VmConfig) -> list[str]:
     """Disks without an id are numbered in their order, past numbers that another device was given as its id."""
-    given = {config.rng.id, *(disk.id for disk in config.disks)}
+    given = {config.rng.id, config.console.id, *(disk.id for disk in config.disks)}
     free = (name for number in itertools.count() if (name := f"_disk{number}") not in given)
     return [disk.id or next(free) for disk in config.disks]
 
 
-def _plug_devices(board: Board, on_event: EventSink, *, lock: bool) -> None:
-    """In Cloud Hypervisor's order: disks, then rng. (Its console would come first.)"""
+def _plug_devices(board: Board, on_event: EventSink, incoming: bool, sinks: Mapping[str, Sink] | None) -> None:
+    """In Cloud Hypervisor's order: the console, unless it is off, then disks, then rng."""
     config, memory = board.config, board.memory
+    if config.console.mode != "Off":
+        console = ConsoleDevice(config.console, memory, _sink("console", config.console, incoming, sinks))
+        _plug(board, console, on_event, slot=config.console.pci_device_id, use_64bit_bar=True)
+        board.console = console
     for disk, name in zip(config.disks, _disk_names(config), strict=True):
-        block = BlockDevice(disk, memory, name, lock=lock)
+        block = BlockDevice(disk, memory, name, lock=not incoming)
         _plug(board, block, on_event, slot=disk.pci_device_id, use_64bit_bar=False)
     # Said from now on, at reboots and to a destination: nobody guesses again once the guest can write there.
     board.config = attrs.evolve(config, disks=tuple(attrs.evolve(disk, image_type="Raw") for disk in config.disks))
@@ -457,6 +504,7 @@ def _plug(board: Board, device: WorkerDevice, on_event: EventSink, *, slot: int 
     lifecycle = DeviceLifecycle(device, transport, board.config.deadlines, on_event)
     transport.status = lifecycle
     device.on_broken = lifecycle.fail
+    device.on_config_change = transport.config_changed
     board.devices.append(DeviceSlot(device, transport, lifecycle, 0))
     placed = board.pci.add(transport, slot)
     board.devices[-1] = DeviceSlot(device, transport, lifecycle, placed)

@@ -2,7 +2,7 @@
 
 ::
 
-    open_machine(board)        device nursery     device actors (the activation servicer), queue workers, serial drain
+    open_machine(board)        device nursery     device actors (the activation servicer), queue workers, console lines
     └─ vCPU nursery            one task and one OS thread per vCPU
        └─ the body             whoever owns the VM: the control loop, or a migration
 
@@ -133,7 +133,7 @@ class Machine:
 
     async def close_gate(self, at_most_s: float, *, drain_s: float = math.inf) -> None:
         """Switchover step 2: no activation starts or takes effect, no queue takes a chain, in-flight work ends.
-        Serial output may take ``drain`` or ``drain_s``, whichever is less: what is left is part of the state.
+        Console output may take ``drain`` or ``drain_s``, whichever is less: what is left is part of the state.
 
         :raises DeadlineError: ``quiesce``, naming the device; the gate may be half closed: :meth:`undo`."""
         self._gate_closed = True
@@ -141,13 +141,14 @@ class Machine:
         def diagnose() -> str:
             late = [slot.lifecycle for slot in self.board.devices if slot.lifecycle.busy]
             names = ", ".join(f"{each.name} ({each.stuck or each.state.value})" for each in late)
-            return f"in-flight work did not end: {names or 'serial output'}"
+            return f"in-flight work did not end: {names or 'console output'}"
 
         with self.deadlines.enter("quiesce", diagnose, at_most_s=at_most_s):
             async with trio.open_nursery() as nursery:
                 for slot in self.board.devices:
                     nursery.start_soon(slot.lifecycle.quiesce)
-                nursery.start_soon(self.board.serial.drain, min(self.deadlines.drain, at_most_s, drain_s))
+                for line in self.board.lines.values():
+                    nursery.start_soon(line.drain, min(self.deadlines.drain, at_most_s, drain_s))
 
     # --- migration port: source ------------------------------------------------------------------------------
 
@@ -223,19 +224,24 @@ class Machine:
         for slot in self.board.devices:
             if slot.lifecycle.stuck is not None:
                 raise HypervisorError("COMMIT", slot.lifecycle.stuck, "wait until the device's storage answers")
+        self._give_locks()
+
+    def _give_locks(self) -> None:
+        """Sockets of console lines are locks too: the side that runs the VM has the path."""
         for slot in self.board.devices:
             slot.backend.release_locks()
+        for line in self.board.lines.values():
+            line.release()
 
     async def take_locks(self) -> None:
-        """:raises ConfigError: when another process has an image; those taken before are given back."""
-        taken = []
+        """:raises ConfigError: when another process has an image or socket; those taken before are given back."""
         try:
             for slot in self.board.devices:
                 slot.backend.take_locks()
-                taken.append(slot)
+            for line in self.board.lines.values():
+                line.retake()
         except TrivmmError:
-            for slot in taken:
-                slot.backend.release_locks()
+            self._give_locks()
             raise
 
     # --- migration port: destination -------------------------------------------------------------------------
@@ -264,8 +270,7 @@ class Machine:
             self.board.committed()
             self._reopen()
         except BaseException:
-            for slot in self.board.devices:
-                slot.backend.release_locks()
+            self._give_locks()
             raise
         if self.guest_request is not None:
             self.on_guest_request()
@@ -309,7 +314,8 @@ async def open_machine(
                 if not gate_open:
                     slot.lifecycle.close_gate()
                 device_nursery.start_soon(shielded, slot.lifecycle.run, device_nursery, name=slot.lifecycle.name)
-            device_nursery.start_soon(shielded, board.serial.run, name="serial")
+            for name, line in board.lines.items():
+                device_nursery.start_soon(shielded, line.run, name=name)
             async with trio.open_nursery() as vcpu_nursery:
                 try:
                     await vcpus.start(vcpu_nursery)
@@ -331,6 +337,10 @@ async def open_machine(
                     await machine.close_gate(deadlines.device_stop)
                 except DeadlineError as error:
                     board.note_stuck(str(error))
+                with trio.move_on_after(deadlines.drain):
+                    async with trio.open_nursery() as flushing:
+                        for line in board.lines.values():
+                            flushing.start_soon(line.flush)
             for scope in scopes:
                 scope.cancel()
     if failure is not None:

@@ -46,6 +46,7 @@ class FakeVm:
     wait_fails: BaseException | None = None
     migrate_options: dict[str, Any] = attrs.field(factory=dict)
     closed: bool = False
+    pty_paths: dict[str, str] = attrs.field(factory=dict)
     _exit: ExitReason | None = None
     _exited: trio.Event = attrs.field(factory=trio.Event)
     _scope: trio.CancelScope | None = None
