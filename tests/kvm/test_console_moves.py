@@ -86,7 +86,10 @@ async def test_the_guest_echoes_on_a_pty(tmp_path: Path, options: dict[str, int]
             await vm.boot()
             assert set(vm.pty_paths) == {"console"}
             tree = vm.info()["device_tree"]
-            assert (tree["__console"]["pci_bdf"], tree["_disk0"]["pci_bdf"]) == ("0000:00:01.0", "0000:00:02.0")
+            assert (tree["_virtio-pci-__console"]["pci_bdf"], tree["_virtio-pci-_disk0"]["pci_bdf"]) == (
+                "0000:00:01.0",
+                "0000:00:02.0",
+            )
             terminal = Terminal.open(vm)
             await terminal.echo(pattern(20_000))  # more than the rings and the terminal hold
             terminal.close()
