@@ -31,7 +31,7 @@ RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER of 0 s: close() resets
 @attrs.frozen
 class Fate:
     """A frame goes on after ``delay_s``, or not at all (``lost``); ``again``: once more, after so many later ones that
-    go the same way (0: at once)."""
+    go the same way (0: at once), and at the latest before STATE, which ends the pages."""
 
     delay_s: float = 0.0
     lost: bool = False
@@ -150,6 +150,10 @@ class Box:
             fate = await self.hook(kind, nth, True)
             await trio.sleep(fate.delay_s)
             await _unless_silent(pair)
+            if kind is MessageType.STATE:
+                for _, each in late:
+                    await there.send_all(each)
+                late.clear()
             if not fate.lost:
                 await there.send_all(data)
                 self.passed.setdefault(kind, trio.current_time())
@@ -215,7 +219,7 @@ async def open_box(front: Address, target: Address, hook: Hook) -> AsyncIterator
     try:
         async with trio.open_nursery() as nursery:
             box = Box(target, hook)
-            nursery.start_soon(trio.serve_listeners, box.serve, [listener])
+            await nursery.start(trio.serve_listeners, box.serve, [listener])
             try:
                 yield box
             except trio.Cancelled:

@@ -24,7 +24,9 @@ SHORT: Final = (0.1, 0.5)  # of the commit deadline: what is over so soon leaves
 LONG: Final = (1.25, 1.8)
 DISKLESS_SHARE: Final = 0.5  # of the guests that have no disk, hence no lock that could keep a second copy away
 FRAME_REACH: Final = (4, 40)  # a scripted guest fills a handful of PAGES frames, the probe guest some thirty
-MAX_LAG: Final = 40  # frames: far enough for pages to come again after newer ones
+MAX_LAG: Final = 40  # frames
+NEVER: Final = 1 << 20  # frames: there are not so many, so that it comes again after the last pages
+LEADS_S: Final = (0.002, 0.05)  # "before" means that the process could see the signal first, at once or at leisure
 MAX_ROUND: Final = 3  # the guest is small: more rounds are rare
 
 
@@ -120,8 +122,9 @@ class Point:
 
 @attrs.frozen
 class Plan:
-    """``seconds``: how long a stop, a cut or a delay lasts; ``lag``: after how many others a frame comes
-    again; ``disk``: the guest has one, whose lock only one side can have."""
+    """``seconds``: how long a stop, a cut or a delay lasts; ``lag``: after how many others a frame comes again;
+    ``lead_s``: how long a frame waits for the process to see a signal; ``disk``: the guest has one, whose lock only one
+    side can have."""
 
     number: int
     kind: Kind
@@ -130,11 +133,14 @@ class Plan:
     point: Point
     seconds: float = 0.0
     lag: int = 0
+    lead_s: float = 0.0
 
     def __str__(self) -> str:
         lasts = f" for {self.seconds:.2f} s" if self.seconds else ""
         if self.kind.act is Act.REPEAT:
-            lasts = f" after {self.lag} more"
+            lasts = " at the end" if self.lag == NEVER else f" after {self.lag} more"
+        elif self.kind.act is Act.TERM and self.point.before and self.point.message is not None:
+            lasts = f" by {self.lead_s * 1000:g} ms"
         disk = "a disk" if self.disk else "no disk"
         where = "" if self.kind.act is Act.NOTHING else f" {self.point}"
         return f"{self.kind.name}{where}{lasts} ({self.transport}, {disk})"
@@ -154,8 +160,9 @@ def draw(seed: int, number: int, kinds: Sequence[Kind], limits: Deadlines) -> Pl
     if kind.act in (Act.STOP, Act.CUT, Act.DELAY):
         share = LONG if kind.outlasts or random.random() < 0.5 else SHORT
         seconds = limits.commit * random.uniform(*share)
-    lag = random.choice((0, random.randint(1, MAX_LAG))) if kind.act is Act.REPEAT else 0
-    return Plan(number, kind, transport, disk, point, seconds, lag)
+    lag = random.choice((0, random.randint(1, MAX_LAG), NEVER, NEVER)) if kind.act is Act.REPEAT else 0
+    lead_s = random.choice(LEADS_S) if kind.act is Act.TERM else 0.0
+    return Plan(number, kind, transport, disk, point, seconds, lag, lead_s)
 
 
 def _point(random: Random, kind: Kind) -> Point:
@@ -165,7 +172,7 @@ def _point(random: Random, kind: Kind) -> Point:
     nth = 1
     if message is _T.ROUND_END:
         nth = random.randint(1, MAX_ROUND)
-    elif message is _T.PAGES and not kind.instants:  # which pages are in it is what matters
+    elif message is _T.PAGES and kind.act in (Act.DELAY, Act.DROP, Act.REPEAT):  # which pages are in it is what matters
         nth = random.randint(1, random.choice(FRAME_REACH))
     before = kind.act in (Act.DELAY, Act.DROP, Act.REPEAT) or random.random() < 0.5
     if kind.resume:  # the destination has COMMIT, and the source no answer
