@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import signal
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, TextIO
 
 import attrs
 import trio
@@ -114,11 +115,21 @@ async def torture(options: Options, folder: Path, results: Results) -> None:
             seen = await run_trial(stage, plan)
             result = Result(plan, seen, judge(plan, seen, options.deadlines), trio.current_time() - start)
             results.results.append(result)
-            print(result.line(), file=told, flush=True)
+            _tell(result.line(), told)
             if not result.judgement.ok:
                 await stage.clear()
                 if not options.keep_going:
                     return
+
+
+def _tell(text: str, stream: TextIO) -> None:
+    """A reader that went away ends nothing: the exit code is still wanted."""
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 async def _until_told(options: Options, folder: Path, results: Results) -> TrivmmError | int | None:
@@ -157,9 +168,9 @@ def main(arguments: Sequence[str]) -> int:
         say_error(told)
         return EXIT_USAGE
     if options.as_json:
-        print(json.dumps({"seed": options.seed, **results.json()}, indent=2))
+        _tell(json.dumps({"seed": options.seed, **results.json()}, indent=2), sys.stdout)
     else:
-        print(f"\nseed {options.seed}, {len(results.results)} trials\n{results.table()}")
+        _tell(f"\nseed {options.seed}, {len(results.results)} trials\n{results.table()}", sys.stdout)
     if isinstance(told, TrivmmError):
         say_error(told)
         return EXIT_FAILED
