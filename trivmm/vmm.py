@@ -91,6 +91,7 @@ class _Slot:
 
     what: str
     vm: Vm | None = None
+    moved: bool = False  # the VM is another process's now
     cancel: Callable[[], None] | None = None
     close: trio.Event = attrs.field(factory=trio.Event)
     gone: trio.Event = attrs.field(factory=trio.Event)
@@ -166,7 +167,6 @@ class Vmm:
             return
         self._changing("delete")
         await self._close()
-        self.events.emit("vm", "deleted")
 
     async def boot(self) -> None:
         self._changing("boot")
@@ -337,6 +337,8 @@ class Vmm:
             raise
         finally:
             self._slot = None
+            if slot.vm is not None and not slot.moved:
+                self.events.emit("vm", "deleted")
             slot.gone.set()
 
     async def _watch(self, slot: _Slot, vm: Vm) -> None:
@@ -346,6 +348,7 @@ class Vmm:
             reason = await vm.wait()
             LOG.info("the VM ended: %s", reason.kind)
             if reason.kind == "migrated":
+                slot.moved = True
                 if self.options.stay_after_migration:
                     return
                 if self._sending is not None:
