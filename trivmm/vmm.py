@@ -36,6 +36,7 @@ from trivmm.vm import Dial, ExitReason, Vm, open_vm
 __all__ = ["Vmm", "VmmEnd", "VmmOptions", "open_vmm"]
 
 LOG: Final = logging.getLogger(__name__)
+FIRST_LOOK_S: Final = 1.0  # for a client that has not asked yet when a short migration is over already
 T = TypeVar("T")
 
 
@@ -113,6 +114,7 @@ class Vmm:
     _sending: _Outcome[None] | None = attrs.field(default=None, init=False)
     _last_progress: MigrationProgress | None = attrs.field(default=None, init=False)
     _verdict_read: trio.Event = attrs.field(factory=trio.Event, init=False)
+    _watched: bool = attrs.field(default=False, init=False)  # somebody has asked for this migration's progress
     _end: _Outcome[VmmEnd] = attrs.field(factory=_Outcome, init=False)
 
     # --- reading -----------------------------------------------------------------------------------------------
@@ -133,7 +135,7 @@ class Vmm:
 
     def read_progress(self) -> MigrationProgress | None:
         """:attr:`progress` for a client: once it has read how a migration ended, the process may go."""
-        progress = self.progress
+        progress, self._watched = self.progress, True
         if progress is not None and progress.ended:
             self._verdict_read.set()
         return progress
@@ -218,7 +220,7 @@ class Vmm:
         vm = self.vm
         self._changing("send-migration")
         self._sending = _Outcome[None]()
-        self._verdict_read = trio.Event()
+        self._watched, self._verdict_read = False, trio.Event()
         try:
             await self._nursery.start(self._send, vm, data, name="send-migration")
         except BaseException:
@@ -353,7 +355,8 @@ class Vmm:
                     return
                 if self._sending is not None:
                     await self._sending.get()
-                with trio.move_on_after(self.deadlines.verdict_read):  # who asked for it reads how it ended
+                limit_s = self.deadlines.verdict_read  # who asks for it reads how it ended
+                with trio.move_on_after(limit_s if self._watched else min(limit_s, FIRST_LOOK_S)):
                     await self._verdict_read.wait()
             stays = reason.kind == "shutdown" or (reason.kind == "poweroff" and self.options.stay_after_shutdown)
             if not stays:
