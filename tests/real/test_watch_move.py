@@ -140,7 +140,7 @@ def test_the_example_prints_a_line_a_round(fake_vmm: Start, tmp_path: Path) -> N
 
 
 def test_the_example_tells_of_a_peer_that_dies(fake_vmm: Start, tmp_path: Path) -> None:
-    source, target = booted(fake_vmm("send-migration=precopy:stall:60s")), fake_vmm()
+    source, target = booted(fake_vmm("send-migration=precopy:stall:5s")), fake_vmm()
     url = f"unix:{tmp_path}/m.sock"
 
     def receive() -> None:
@@ -158,7 +158,6 @@ def test_the_example_tells_of_a_peer_that_dies(fake_vmm: Start, tmp_path: Path) 
     while (progress is None or progress["phase"] != "PRECOPY") and time.monotonic() < until:
         progress = source.call("GET", "vm.migration-progress")[1]
     target.process.kill()
-    source.fail()  # the stall that is under way ends with the link
     said, _ = process.communicate(timeout=90)
     thread.join(LIMIT_S)
     assert process.returncode == 1
