@@ -54,6 +54,12 @@ _ROWS: Final = (
         "serial output that its sink does not take stays in the ring and is part of the saved state",
     ),
     Deadline("lease", 10.0, "the operation is refused, naming the one that owns the VM"),
+    Deadline(
+        "kernel",
+        10.0,
+        "a call that waits for the kernel (KVM's most of all) has not returned: its operation fails; its thread is "
+        "named as stuck until it is back, and keeps what it works on",
+    ),
     Deadline("lock", 2.0, "a register lock was held too long: a bug, reported with the lock's name"),
     Deadline("api_read", 10.0, "the connection is closed"),
     Deadline("api_write", 10.0, "the connection is closed"),
@@ -97,6 +103,7 @@ class Deadlines:
     rollback: float = _limit("rollback")
     drain: float = _limit("drain")
     lease: float = _limit("lease")
+    kernel: float = _limit("kernel")
     lock: float = _limit("lock")
     api_read: float = _limit("api_read")
     api_write: float = _limit("api_write")

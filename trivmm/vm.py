@@ -37,6 +37,7 @@ from trivmm.machine.board import Board, build_board
 from trivmm.migration.progress import MigrationProgress, MigrationReport
 from trivmm.migration.sender import SendOptions, send, socket_dialer
 from trivmm.migration.transports import Dialer
+from trivmm.nursery.kernel import KernelCalls
 from trivmm.nursery.ownership import MIGRATION, Ownership
 from trivmm.nursery.tree import Machine, open_machine
 from trivmm.nursery.vcpus import Driver, thread_driver
@@ -86,6 +87,10 @@ class Vm:
     ownership: Ownership = attrs.field(
         default=attrs.Factory(lambda self: Ownership(self.deadlines), takes_self=True), init=False
     )
+    kernel: KernelCalls = attrs.field(
+        default=attrs.Factory(lambda self: KernelCalls(self.deadlines, self._driver is thread_driver), takes_self=True),
+        init=False,
+    )
     reboots: int = attrs.field(default=0, init=False)
     _activated: int = attrs.field(default=0, init=False)  # device activations so far
     _machine: Machine | None = attrs.field(default=None, init=False)
@@ -116,7 +121,8 @@ class Vm:
     @property
     def stuck(self) -> tuple[str, ...]:
         """Threads that outlived their deadline, by name; a process that has some leaves by ``os._exit``."""
-        return () if self._last_board is None else tuple(self._last_board.stuck)
+        board = () if self._last_board is None else tuple(self._last_board.stuck)
+        return board + self.kernel.stuck
 
     @property
     def console_tail(self) -> bytes:
@@ -207,16 +213,16 @@ class Vm:
             self._tell("booted")
 
     async def _boot(self, *, reboot: bool = False) -> None:
-        board = build_board(self.config, self.hypervisor, on_event=self._tell_of_device, reboot=reboot)
+        board = await self._build(reboot=reboot)
         try:
             await self._in_pieces(board.load_payload)  # seconds, where the kernel is to be unpacked
             machine = await self._run(board)
         except BaseException:
-            board.close()
+            await self._discard(board)
             raise
         self.config = board.config  # what was found out about its images stays, see there
         try:
-            machine.resume()
+            await machine.resume()
         except BaseException:
             await self._end()  # noqa: ASYNC102 - shields and bounds itself
             raise
@@ -225,6 +231,20 @@ class Vm:
             self._exited = trio.Event()
         self.state = VmState.RUNNING
         self.in_doubt = False  # its board took the locks afresh
+
+    async def _build(self, *, incoming: bool = False, reboot: bool = False) -> Board:
+        def work() -> Board:
+            return build_board(
+                self.config, self.hypervisor, on_event=self._tell_of_device, incoming=incoming, reboot=reboot
+            )
+
+        return await self.kernel.call("building the machine", work, late=Board.close)
+
+    async def _discard(self, board: Board) -> None:
+        """Close it, in bounded time. Idempotent."""
+        board.disconnect()
+        with trio.move_on_after(self.deadlines.free, shield=True):
+            await self._aside(board.free, abandon=True)  # nothing of the VM looks at the board any more
 
     async def _run(self, board: Board, *, gate_open: bool = True) -> Machine:
         """Start the machine's task in the VM nursery; it owns ``board`` once this returns."""
@@ -250,7 +270,9 @@ class Vm:
     ) -> None:
         end, ended = self._end_machine, self._machine_ended
         try:
-            async with open_machine(board, self.deadlines, driver=self._driver, gate_open=gate_open) as machine:
+            async with open_machine(
+                board, self.deadlines, driver=self._driver, gate_open=gate_open, kernel=self.kernel
+            ) as machine:
                 task_status.started(machine)
                 # If start() was cancelled meanwhile it waits for this task: leave before the shield, not after.
                 await trio.lowlevel.checkpoint_if_cancelled()
@@ -262,9 +284,7 @@ class Vm:
             if ended is self._machine_ended:
                 self._machine = None
             try:
-                board.disconnect()
-                with trio.move_on_after(self.deadlines.free, shield=True):
-                    await self._aside(board.free, abandon=True)  # nothing of the VM looks at the board any more
+                await self._discard(board)  # noqa: ASYNC102 - shields and bounds itself
             finally:
                 ended.set()
 
@@ -321,7 +341,7 @@ class Vm:
             if self.in_doubt:
                 await machine.take_locks()
                 self.in_doubt = False
-            machine.resume()
+            await machine.resume()
             self.state = VmState.RUNNING
             if machine.guest_request is not None:
                 self._asked_set()  # it came while nobody carried it out: in doubt, or in the moment of the pause
@@ -490,6 +510,8 @@ class Vm:
     async def _close(self) -> None:
         """The bounded end: owner, vCPUs, devices. Shielded by the caller."""
         self._closing = True
+        if self._machine is not None:
+            self._machine.ending = True
         if self.cancel_migration():
             with trio.move_on_after(self.deadlines.rollback + self.deadlines.commit):
                 await self.ownership.free()
@@ -507,15 +529,15 @@ class Vm:
 
         :raises ConfigError: when this host can't, naming the field."""
         self.config = config
-        self.ownership.deadlines = config.deadlines
-        board = build_board(config, self.hypervisor, on_event=self._tell_of_device, incoming=True)
+        self.ownership.deadlines = self.kernel.deadlines = config.deadlines
+        board = await self._build(incoming=True)
         self.config = board.config
         try:
             board.check_setup(setup)
             await self._in_pieces(board.check_payload)
             return await self._run(board, gate_open=False)
         except BaseException:
-            board.close()
+            await self._discard(board)
             raise
 
     async def abandon(self) -> None:

@@ -1,8 +1,9 @@
 """The board: everything of a machine that is not a task. Built in one go from a configuration, or not at all.
 
-``build_board`` opens files, maps RAM, makes the KVM VM and its vCPUs, and plugs the devices; a failure anywhere closes
-what was opened. The board then answers every vCPU exit (:meth:`Board.handle_exit`, on vCPU threads), and is saved,
-loaded and closed as a whole. Tasks around it (actors, vCPUs, drain) belong to ``trivmm.nursery.tree``.
+``build_board`` opens files, maps RAM, makes the KVM VM and its vCPUs, and plugs the devices, in any thread, since it
+waits for the kernel; a failure anywhere closes what was opened. The board then answers every vCPU exit
+(:meth:`Board.handle_exit`, on vCPU threads), and is saved, loaded and closed as a whole. Tasks around
+it (actors, vCPUs, drain) belong to ``trivmm.nursery.tree``.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import attrs
 
 from trivmm._native import ffi, lib
 from trivmm.config import VmConfig
-from trivmm.errors import ConfigError, MigrationError
+from trivmm.errors import ConfigError, MigrationError, TrivmmError
 from trivmm.hypervisor.base import Hypervisor, IoIn, IoOut, MmioRead, MmioWrite, VcpuBackend, VcpuExit, VmBackend
 from trivmm.machine import layout
 from trivmm.machine.acpi_port import ACPI_PORTS, AcpiPort
@@ -57,7 +59,8 @@ class DeviceSlot:
 
 @attrs.define(eq=False)
 class Board:
-    """``devices`` in the order of their PCI slots. ``stuck`` names threads that outlived their deadline."""
+    """``devices`` in the order of their PCI slots. ``stuck`` names threads that outlived their deadline; ``in_use``
+    says that one of them works on the board itself: then it stays open."""
 
     config: VmConfig
     memory: GuestMemory
@@ -70,6 +73,7 @@ class Board:
     cpus: list[VcpuBackend] = attrs.field(factory=list)
     devices: list[DeviceSlot] = attrs.field(factory=list)
     stuck: list[str] = attrs.field(factory=list)
+    in_use: bool = False
     clock: Callable[[], float] = time.monotonic
     needs_payload: bool = True
     _dirty_logging: bool = False
@@ -123,7 +127,7 @@ class Board:
         if self.needs_payload:
             check_payload(self.config.payload, checkpoint)
 
-    # --- interrupts ------------------------------------------------------------------------------------------
+    # --- interrupts and the dirty log: these wait for the kernel -----------------------------------------------
 
     def connect_interrupts(self) -> None:
         self.serial.thaw()
@@ -138,13 +142,16 @@ class Board:
             slot.transport.disconnect_interrupts()
         self.vm.disconnect_irq(self.serial.irq_fd, COM1_IRQ)
 
-    # --- dirty log -------------------------------------------------------------------------------------------
-
     def start_dirty_log(self) -> None:
         for region in self.memory.regions:  # the first round sends every touched page anyway
             lib.tv_dirty_take(region.dirty, ffi.new("uint64_t[]", region.bitmap_words), region.bitmap_words)
-        self.vm.set_dirty_log(True)
         self._dirty_logging = True
+        try:
+            self.vm.set_dirty_log(True)
+        except TrivmmError:  # of one slot, perhaps: no other goes on logging for nobody
+            with suppress(TrivmmError):
+                self.stop_dirty_log()
+            raise
 
     def stop_dirty_log(self) -> None:
         if self._dirty_logging:
@@ -264,8 +271,9 @@ class Board:
         }
         return counted
 
-    def note_stuck(self, what: str) -> None:
+    def note_stuck(self, what: str, *, in_use: bool = False) -> None:
         self.stuck.append(what)
+        self.in_use |= in_use
 
     def close(self) -> None:
         """Close everything, in the reverse order of the build. Idempotent. A stuck thread keeps guest memory."""
@@ -273,13 +281,17 @@ class Board:
         self.free()
 
     def disconnect(self) -> None:
-        """The quick half of :meth:`close`: nothing of the outside is held any more. In the trio thread."""
+        """The quick half of :meth:`close`: nothing of the outside is held any more. In the trio thread, once something
+        of it ran there. Doorbells and interrupts go with the VM: taking each away would wait for the kernel."""
         if self._closed:
             return
         self._closed = True
         for slot in self.devices:
-            slot.transport.close()
             slot.backend.close()
+        if self.in_use:
+            return
+        for slot in self.devices:
+            slot.transport.close()
         self.serial.close()
         for cpu in self.cpus:
             cpu.close()
@@ -287,7 +299,7 @@ class Board:
     def free(self) -> None:
         """The other half, after it: blocks while the kernel frees what the guest touched, some 0.2 s a GiB. In any
         thread."""
-        if self._freed:
+        if self._freed or self.in_use:
             return
         self._freed = True
         self.vm.close()

@@ -64,6 +64,7 @@ class FdSink:
         self._fd = fd
         self.threaded = stat.S_ISREG(os.fstat(fd).st_mode)
         self._limiter = trio.CapacityLimiter(1)
+        self._waited = False  # somebody may be waiting for it to become writable
         if not self.threaded:
             os.set_blocking(fd, False)
 
@@ -75,6 +76,7 @@ class FdSink:
             try:
                 sent = os.write(self._fd, data)
             except BlockingIOError:
+                self._waited = True
                 await trio.lowlevel.wait_writable(self._fd)  # bounded by the owner: a slow sink may be slow for ever
             else:
                 await trio.lowlevel.cancel_shielded_checkpoint()
@@ -83,7 +85,7 @@ class FdSink:
     def close(self) -> None:
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            if not self.threaded:
+            if self._waited:  # else the thread that built it may close it too: trio has never heard of it
                 trio.lowlevel.notify_closing(fd)
             os.close(fd)
 
