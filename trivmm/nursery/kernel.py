@@ -37,6 +37,7 @@ class _Call:
     what: str
     work: Callable[[], Any]
     late: Callable[[Any], None] | None
+    limit_s: float
     began: float = attrs.field(factory=time.monotonic)
     given_up: bool = False
     result: Any = PENDING
@@ -51,15 +52,20 @@ class _Call:
                 if not self.given_up:
                     self.error = error
                     return
-            logger.warning("%s: failed after %.1f s: %s", self.what, time.monotonic() - self.began, error)
+            self._say("failed", f": {error}")
             return
         with self.lock:
             if not self.given_up:
                 self.result = result
                 return
-        logger.warning("%s: came back after %.1f s", self.what, time.monotonic() - self.began)
+        self._say("came back")
         if self.late is not None:
             self.late(result)
+
+    def _say(self, how: str, why: str = "") -> None:
+        took_s = time.monotonic() - self.began
+        level = logging.WARNING if took_s >= self.limit_s else logging.INFO  # it was named as stuck, or only late
+        logger.log(level, "%s: %s after %.1f s%s", self.what, how, took_s, why)
 
     def give_up(self) -> bool:
         """False when it ended in this very moment: there is an outcome after all."""
@@ -117,7 +123,7 @@ class KernelCalls:
             to come."""
         if not self.threaded:
             return work()
-        call = _Call(what, work, late)
+        call = _Call(what, work, late, self.deadlines.kernel)
         try:
             with self.deadlines.enter("kernel", lambda: self._diagnose(call), at_most_s=at_most_s, shield=True):
                 # A limiter of its own: nobody else's threads in its way. The lock keeps the order, also of late ones.
