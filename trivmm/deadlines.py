@@ -51,8 +51,9 @@ _ROWS: Final = (
     Deadline(
         "drain",
         1.0,
-        "serial output that its sink does not take stays in the ring and is part of the saved state",
+        "console output that its sink does not take stays in the ring and is part of the saved state",
     ),
+    Deadline("typing", 1.0, "what is typed on the terminal is dropped until the guest takes input again"),
     Deadline("lease", 10.0, "the operation is refused, naming the one that owns the VM"),
     Deadline(
         "kernel",
@@ -102,6 +103,7 @@ class Deadlines:
     commit: float = _limit("commit")
     rollback: float = _limit("rollback")
     drain: float = _limit("drain")
+    typing: float = _limit("typing")
     lease: float = _limit("lease")
     kernel: float = _limit("kernel")
     lock: float = _limit("lock")

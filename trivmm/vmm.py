@@ -36,6 +36,7 @@ from trivmm.vm import Dial, ExitReason, Vm, open_vm
 __all__ = ["Vmm", "VmmEnd", "VmmOptions", "open_vmm"]
 
 LOG: Final = logging.getLogger(__name__)
+FIRST_LOOK_S: Final = 1.0  # for a client that has not asked yet when a short migration is over already
 T = TypeVar("T")
 
 
@@ -91,6 +92,7 @@ class _Slot:
 
     what: str
     vm: Vm | None = None
+    moved: bool = False  # the VM is another process's now
     cancel: Callable[[], None] | None = None
     close: trio.Event = attrs.field(factory=trio.Event)
     gone: trio.Event = attrs.field(factory=trio.Event)
@@ -112,6 +114,7 @@ class Vmm:
     _sending: _Outcome[None] | None = attrs.field(default=None, init=False)
     _last_progress: MigrationProgress | None = attrs.field(default=None, init=False)
     _verdict_read: trio.Event = attrs.field(factory=trio.Event, init=False)
+    _watched: bool = attrs.field(default=False, init=False)  # somebody has asked for this migration's progress
     _end: _Outcome[VmmEnd] = attrs.field(factory=_Outcome, init=False)
 
     # --- reading -----------------------------------------------------------------------------------------------
@@ -132,7 +135,7 @@ class Vmm:
 
     def read_progress(self) -> MigrationProgress | None:
         """:attr:`progress` for a client: once it has read how a migration ended, the process may go."""
-        progress = self.progress
+        progress, self._watched = self.progress, True
         if progress is not None and progress.ended:
             self._verdict_read.set()
         return progress
@@ -166,7 +169,6 @@ class Vmm:
             return
         self._changing("delete")
         await self._close()
-        self.events.emit("vm", "deleted")
 
     async def boot(self) -> None:
         self._changing("boot")
@@ -192,6 +194,14 @@ class Vmm:
         self._changing("reboot")
         await self.vm.reboot()
 
+    async def nmi(self) -> None:
+        self._changing("nmi")
+        await self.vm.nmi()
+
+    async def power_button(self) -> None:
+        self._changing("power-button")
+        await self.vm.power_button()
+
     async def resize(self, vcpus: int | None, ram: int | None, balloon: int | None) -> None:
         """As far as there is nothing to do: hotplug of vCPUs and memory is not there yet. A VM that was never booted
         is changed on paper.
@@ -210,7 +220,7 @@ class Vmm:
         vm = self.vm
         self._changing("send-migration")
         self._sending = _Outcome[None]()
-        self._verdict_read = trio.Event()
+        self._watched, self._verdict_read = False, trio.Event()
         try:
             await self._nursery.start(self._send, vm, data, name="send-migration")
         except BaseException:
@@ -329,6 +339,8 @@ class Vmm:
             raise
         finally:
             self._slot = None
+            if slot.vm is not None and not slot.moved:
+                self.events.emit("vm", "deleted")
             slot.gone.set()
 
     async def _watch(self, slot: _Slot, vm: Vm) -> None:
@@ -338,11 +350,13 @@ class Vmm:
             reason = await vm.wait()
             LOG.info("the VM ended: %s", reason.kind)
             if reason.kind == "migrated":
+                slot.moved = True
                 if self.options.stay_after_migration:
                     return
                 if self._sending is not None:
                     await self._sending.get()
-                with trio.move_on_after(self.deadlines.verdict_read):  # who asked for it reads how it ended
+                limit_s = self.deadlines.verdict_read  # who asks for it reads how it ended
+                with trio.move_on_after(limit_s if self._watched else min(limit_s, FIRST_LOOK_S)):
                     await self._verdict_read.wait()
             stays = reason.kind == "shutdown" or (reason.kind == "poweroff" and self.options.stay_after_shutdown)
             if not stays:

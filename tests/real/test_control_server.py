@@ -96,7 +96,10 @@ async def test_a_vm_driven_as_ch_remote_does(stage_of: StageOf) -> None:
             assert await ch(stage, "PUT", f"vm.{command}") is None
             assert (await ch(stage, "GET", "vm.info"))["state"] == state
         assert await ch(stage, "PUT", "vm.boot") is None
-        assert await ch(stage, "GET", "vm.counters") == {"_rng": {"activations": 3}}
+        assert await ch(stage, "GET", "vm.counters") == {"__rng": {"activations": 3}}
+        for command in ("nmi", "power-button"):
+            assert await ch(stage, "PUT", f"vm.{command}") is None
+            assert stage.vms[0].said[-1] == command
         assert await ch(stage, "PUT", "vm.delete") is None
         assert stage.vms[0].closed
         with pytest.raises(ChRemoteError) as caught:
@@ -106,6 +109,24 @@ async def test_a_vm_driven_as_ch_remote_does(stage_of: StageOf) -> None:
         assert await ch(stage, "PUT", "vmm.shutdown") is None
         with trio.fail_after(LIMIT_S):
             assert (await stage.vmm.ended()).kind == "asked"
+
+
+@pytest.mark.parametrize(
+    ("command", "fails"), [("nmi", "Error triggering NMI"), ("power-button", "Error triggering power button")]
+)
+async def test_a_vm_that_does_not_run_takes_no_nmi_and_no_button(stage_of: StageOf, command: str, fails: str) -> None:
+    async with stage_of() as stage:
+        for state, why in (
+            ("no VM", "VM is not created; create it first"),
+            ("Created", f"{command}: the VM is Created; it must be Running or Paused"),
+        ):
+            if state == "Created":
+                assert await ch(stage, "PUT", "vm.create", BODY) is None
+            with pytest.raises(ChRemoteError) as caught:
+                await ch(stage, "PUT", f"vm.{command}")
+            said = json.loads(caught.value.body or "")
+            assert (caught.value.status, said[:2]) == (500, ["Error from API", fails])
+            assert said[2].startswith(why)
 
 
 async def test_routes_that_do_not_exist_yet_say_so_by_name(stage_of: StageOf) -> None:
@@ -199,7 +220,8 @@ async def test_a_migration_is_accepted_at_once_and_the_process_ends_with_it(stag
         await client.boot()
         with trio.fail_after(LIMIT_S):
             await client.send_migration("unix:/x", downtime_ms=50, timeout_strategy="Ignore")
-            for refused in (client.pause, client.boot, client.delete, client.shutdown, client.reboot):
+            verbs = (client.pause, client.boot, client.delete, client.shutdown, client.reboot, client.nmi)
+            for refused in (*verbs, client.power_button):
                 with pytest.raises(ApiError, match="the VM is migrating") as caught:
                     await refused()
                 assert caught.value.status == 500

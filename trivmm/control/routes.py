@@ -70,7 +70,10 @@ async def _shut_down(vmm: Vmm, _: None) -> Response:
 async def _info(vmm: Vmm, _: None) -> Response:
     vm = vmm.vm
     state = STATES.get(vm.state, vm.state)
-    return Response.of({"config": dump_config(vm.config), **vm.info(), "state": state.value})
+    config = dump_config(vm.config)
+    for line, path in vm.pty_paths.items():  # where a client finds the other end, as there
+        config[line]["file"] = path
+    return Response.of({"config": config, **vm.info(), "state": state.value})
 
 
 async def _counters(vmm: Vmm, _: None) -> Response:
@@ -154,6 +157,8 @@ ROUTES: Final[Mapping[str, Route]] = {
     "vm.resume": _verb("resume", "The VM could not resume"),
     "vm.shutdown": _verb("shutdown", "The VM could not shutdown"),
     "vm.reboot": _verb("reboot", "The VM could not reboot", 404),
+    "vm.nmi": _verb("nmi", "Error triggering NMI"),
+    "vm.power-button": _verb("power_button", "Error triggering power button"),
     "vm.resize": Route("PUT", _resize, load_resize, "The VM could not be resized"),
     "vm.send-migration": Route("PUT", _send, load_send, "Error starting migration sender", 500),
     "vm.receive-migration": Route("PUT", _receive, load_receive, "Error starting migration receiver", 500),

@@ -2,7 +2,7 @@
 
 ::
 
-    open_machine(board)        device nursery     device actors (the activation servicer), queue workers, serial drain
+    open_machine(board)        device nursery     device actors (the activation servicer), queue workers, console lines
     └─ vCPU nursery            one task and one OS thread per vCPU
        └─ the body             whoever owns the VM: the control loop, or a migration
 
@@ -152,6 +152,7 @@ class Machine:
             logger.critical("the guest runs before its interrupts are connected: %s", error)
 
     def _reopen(self) -> None:
+        self.board.thaw()
         if self._gate_closed:
             self._gate_closed = False
             for slot in self.board.devices:
@@ -166,9 +167,23 @@ class Machine:
             for vcpu in self.vcpus.vcpus:
                 vcpu.request_pause()
 
+    async def nmi(self) -> None:
+        """Give every vCPU a non-maskable interrupt; a paused machine takes it when it resumes.
+
+        :raises PauseTimeout: naming who did not stop for it; nobody got one, the machine runs."""
+        await self._pause_vcpus(None)  # a back end takes it only between two runs
+        try:
+            for vcpu in self.vcpus.vcpus:
+                vcpu.cpu.inject_nmi()
+        finally:
+            self._resume_vcpus()
+
+    def power_button(self) -> None:
+        self.board.power_button()
+
     async def close_gate(self, at_most_s: float, *, drain_s: float = math.inf) -> None:
         """Switchover step 2: no activation starts or takes effect, no queue takes a chain, in-flight work ends.
-        Serial output may take ``drain`` or ``drain_s``, whichever is less: what is left is part of the state.
+        Console output may take ``drain`` or ``drain_s``, whichever is less: what is left is part of the state.
 
         :raises DeadlineError: ``quiesce``, naming the device; the gate may be half closed: :meth:`undo`."""
         self._gate_closed = True
@@ -176,13 +191,14 @@ class Machine:
         def diagnose() -> str:
             late = [slot.lifecycle for slot in self.board.devices if slot.lifecycle.busy]
             names = ", ".join(f"{each.name} ({each.stuck or each.state.value})" for each in late)
-            return f"in-flight work did not end: {names or 'serial output'}"
+            return f"in-flight work did not end: {names or 'console output'}"
 
         with self.deadlines.enter("quiesce", diagnose, at_most_s=at_most_s):
             async with trio.open_nursery() as nursery:
                 for slot in self.board.devices:
                     nursery.start_soon(slot.lifecycle.quiesce)
-                nursery.start_soon(self.board.serial.drain, min(self.deadlines.drain, at_most_s, drain_s))
+                for line in self.board.lines.values():
+                    nursery.start_soon(line.drain, min(self.deadlines.drain, at_most_s, drain_s))
 
     # --- migration port: source ------------------------------------------------------------------------------
 
@@ -268,19 +284,17 @@ class Machine:
         for slot in self.board.devices:
             if slot.lifecycle.stuck is not None:
                 raise HypervisorError("COMMIT", slot.lifecycle.stuck, "wait until the device's storage answers")
-        for slot in self.board.devices:
-            slot.backend.release_locks()
+        self.board.give_locks()
 
     async def take_locks(self) -> None:
-        """:raises ConfigError: when another process has an image; those taken before are given back."""
-        taken = []
+        """:raises ConfigError: when another process has an image or socket; those taken before are given back."""
         try:
             for slot in self.board.devices:
                 slot.backend.take_locks()
-                taken.append(slot)
+            for line in self.board.lines.values():
+                line.retake()
         except TrivmmError:
-            for slot in taken:
-                slot.backend.release_locks()
+            self.board.give_locks()
             raise
 
     # --- migration port: destination -------------------------------------------------------------------------
@@ -320,8 +334,7 @@ class Machine:
             await self._connect_interrupts()  # they are
             self._reopen()
         except BaseException:
-            for slot in self.board.devices:
-                slot.backend.release_locks()
+            self.board.give_locks()
             raise
         if self.guest_request is not None:
             self.on_guest_request()
@@ -366,7 +379,8 @@ async def open_machine(
                 if not gate_open:
                     slot.lifecycle.close_gate()
                 device_nursery.start_soon(shielded, slot.lifecycle.run, device_nursery, name=slot.lifecycle.name)
-            device_nursery.start_soon(shielded, board.serial.run, name="serial")
+            for name, line in board.lines.items():
+                device_nursery.start_soon(shielded, line.run, name=name)
             async with trio.open_nursery() as vcpu_nursery:
                 try:
                     await vcpus.start(vcpu_nursery)
@@ -393,6 +407,10 @@ async def open_machine(
                 except DeadlineError as error:
                     logger.critical("%s", error)
                     board.note_stuck(str(error), in_use=True)
+                with trio.move_on_after(deadlines.drain):
+                    async with trio.open_nursery() as flushing:
+                        for line in board.lines.values():
+                            flushing.start_soon(line.flush)
             for scope in scopes:
                 scope.cancel()
     if failure is not None:

@@ -113,7 +113,7 @@ class Activation:
 class DeviceBackend(Protocol):
     """A device as its lifecycle and transport see it. All ``async`` methods run in the device nursery's actor."""
 
-    name: str  # unique in the VM and stable: "_disk0", "_rng"
+    name: str  # unique in the VM and stable: "_disk0", "__rng"
     device_type: int  # virtio 1.2 section 5: 2 block, 4 entropy
     features: int  # offered bits, VERSION_1 included
     queue_sizes: tuple[int, ...]  # maximum size of each queue

@@ -170,7 +170,7 @@ class PciBus:
                 continue
             name = f"{window.function.name} BAR {index}"
             if _allowed(wanted, bar.size) and self._mmio.insert(Range(wanted, bar.size, window, name)):
-                bar.mapped = wanted
+                bar.mapped = bar.base = wanted
                 moved.add(slot)
                 self._refused.pop((slot, index), None)
             elif self._refused.get((slot, index)) != wanted:

@@ -256,6 +256,11 @@ class VirtioPciTransport:
         with self._registers():
             self.common.generation += 1
 
+    def config_changed(self) -> None:
+        """The device's configuration is another now, and the driver is to know."""
+        self.bump_config_generation()
+        self.signal_config_change()
+
     # --- doorbells and interrupts ----------------------------------------------------------------------------
 
     def bars_changed(self) -> None:
