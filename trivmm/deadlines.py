@@ -55,6 +55,12 @@ _ROWS: Final = (
     ),
     Deadline("typing", 1.0, "what is typed on the terminal is dropped until the guest takes input again"),
     Deadline("lease", 10.0, "the operation is refused, naming the one that owns the VM"),
+    Deadline(
+        "kernel",
+        10.0,
+        "a call that waits for the kernel (KVM's most of all) has not returned: its operation fails; its thread is "
+        "named as stuck until it is back, and keeps what it works on",
+    ),
     Deadline("lock", 2.0, "a register lock was held too long: a bug, reported with the lock's name"),
     Deadline("api_read", 10.0, "the connection is closed"),
     Deadline("api_write", 10.0, "the connection is closed"),
@@ -99,6 +105,7 @@ class Deadlines:
     drain: float = _limit("drain")
     typing: float = _limit("typing")
     lease: float = _limit("lease")
+    kernel: float = _limit("kernel")
     lock: float = _limit("lock")
     api_read: float = _limit("api_read")
     api_write: float = _limit("api_write")

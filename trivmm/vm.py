@@ -34,12 +34,13 @@ from trivmm.errors import GuestCrash, MigrationCancelled, MigrationInDoubt, NotS
 from trivmm.events import EventBus
 from trivmm.hypervisor.base import Hypervisor
 from trivmm.hypervisor.select import choose_hypervisor
-from trivmm.machine.board import Board, build_board
+from trivmm.machine.board import Board, build_board, check_board, close_sinks, open_sinks
 from trivmm.machine.line import Line
 from trivmm.machine.sinks import Sink
 from trivmm.migration.progress import MigrationProgress, MigrationReport
 from trivmm.migration.sender import SendOptions, send, socket_dialer
 from trivmm.migration.transports import Dialer
+from trivmm.nursery.kernel import KernelCalls
 from trivmm.nursery.ownership import MIGRATION, Ownership
 from trivmm.nursery.tree import Machine, open_machine
 from trivmm.nursery.vcpus import Driver, thread_driver
@@ -89,6 +90,10 @@ class Vm:
     ownership: Ownership = attrs.field(
         default=attrs.Factory(lambda self: Ownership(self.deadlines), takes_self=True), init=False
     )
+    kernel: KernelCalls = attrs.field(
+        default=attrs.Factory(lambda self: KernelCalls(self.deadlines, self._driver is thread_driver), takes_self=True),
+        init=False,
+    )
     reboots: int = attrs.field(default=0, init=False)
     _activated: int = attrs.field(default=0, init=False)  # device activations so far
     _machine: Machine | None = attrs.field(default=None, init=False)
@@ -120,7 +125,8 @@ class Vm:
     @property
     def stuck(self) -> tuple[str, ...]:
         """Threads that outlived their deadline, by name; a process that has some leaves by ``os._exit``."""
-        return () if self._last_board is None else tuple(self._last_board.stuck)
+        board = () if self._last_board is None else tuple(self._last_board.stuck)
+        return board + self.kernel.stuck
 
     @property
     def console_tail(self) -> bytes:
@@ -269,21 +275,20 @@ class Vm:
             await self._end()
             await self._boot(sinks)
         except BaseException:
-            for sink in sinks.values():
-                sink.close()
+            close_sinks(sinks)
             raise
 
     async def _boot(self, sinks: Mapping[str, Sink] | None = None) -> None:
-        board = build_board(self.config, self.hypervisor, on_event=self._tell_of_device, sinks=sinks)
+        board = await self._build(sinks)
         try:
             await self._in_pieces(board.load_payload)  # seconds, where the kernel is to be unpacked
             machine = await self._run(board)
         except BaseException:
-            board.close()
+            await self._discard(board)
             raise
         self.config = board.config_as_built()
         try:
-            machine.resume()
+            await machine.resume()
         except BaseException:
             await self._end()  # noqa: ASYNC102 - shields and bounds itself
             raise
@@ -292,6 +297,29 @@ class Vm:
             self._exited = trio.Event()
         self.state = VmState.RUNNING
         self.in_doubt = False  # its board took the locks afresh
+
+    async def _build(self, kept: Mapping[str, Sink] | None = None, *, incoming: bool = False) -> Board:
+        """A board that this VM has to close. What is ``kept`` of the one before is closed when it fails, too."""
+        config = self.config
+        check_board(config, self.hypervisor)
+        sinks = {} if incoming else open_sinks(config, kept)
+
+        def work() -> Board:
+            return build_board(config, self.hypervisor, on_event=self._tell_of_device, incoming=incoming, sinks=sinks)
+
+        try:
+            board = await self.kernel.call("building the machine", work, late=Board.close)
+        except BaseException:
+            close_sinks(sinks)
+            raise
+        board.own_sinks()
+        return board
+
+    async def _discard(self, board: Board) -> None:
+        """Close it, in bounded time. Idempotent."""
+        board.disconnect()
+        with trio.move_on_after(self.deadlines.free, shield=True):
+            await self._aside(board.free, abandon=True)  # nothing of the VM looks at the board any more
 
     async def _run(self, board: Board, *, gate_open: bool = True) -> Machine:
         """Start the machine's task in the VM nursery; it owns ``board`` once this returns."""
@@ -317,7 +345,9 @@ class Vm:
     ) -> None:
         end, ended = self._end_machine, self._machine_ended
         try:
-            async with open_machine(board, self.deadlines, driver=self._driver, gate_open=gate_open) as machine:
+            async with open_machine(
+                board, self.deadlines, driver=self._driver, gate_open=gate_open, kernel=self.kernel
+            ) as machine:
                 task_status.started(machine)
                 # If start() was cancelled meanwhile it waits for this task: leave before the shield, not after.
                 await trio.lowlevel.checkpoint_if_cancelled()
@@ -329,9 +359,7 @@ class Vm:
             if ended is self._machine_ended:
                 self._machine = None
             try:
-                board.disconnect()
-                with trio.move_on_after(self.deadlines.free, shield=True):
-                    await self._aside(board.free, abandon=True)  # nothing of the VM looks at the board any more
+                await self._discard(board)  # noqa: ASYNC102 - shields and bounds itself
             finally:
                 ended.set()
 
@@ -388,7 +416,7 @@ class Vm:
             if self.in_doubt:
                 await machine.take_locks()
                 self.in_doubt = False
-            machine.resume()
+            await machine.resume()
             self.state = VmState.RUNNING
             if machine.guest_request is not None:
                 self._asked_set()  # it came while nobody carried it out: in doubt, or in the moment of the pause
@@ -567,6 +595,8 @@ class Vm:
     async def _close(self) -> None:
         """The bounded end: owner, vCPUs, devices. Shielded by the caller."""
         self._closing = True
+        if self._machine is not None:
+            self._machine.ending = True
         if self.cancel_migration():
             with trio.move_on_after(self.deadlines.rollback + self.deadlines.commit):
                 await self.ownership.free()
@@ -584,15 +614,15 @@ class Vm:
 
         :raises ConfigError: when this host can't, naming the field."""
         self.config = config
-        self.ownership.deadlines = config.deadlines
-        board = build_board(config, self.hypervisor, on_event=self._tell_of_device, incoming=True)
+        self.ownership.deadlines = self.kernel.deadlines = config.deadlines
+        board = await self._build(incoming=True)
         self.config = board.config_as_built()
         try:
             board.check_setup(setup)
             await self._in_pieces(board.check_payload)
             return await self._run(board, gate_open=False)
         except BaseException:
-            board.close()
+            await self._discard(board)
             raise
 
     async def abandon(self) -> None:

@@ -11,6 +11,7 @@ lost); a frame that was cut short on its way out, or pages cut short on their wa
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, Protocol
@@ -155,10 +156,10 @@ class StreamChannel:
         await trio.aclose_forcefully(self.stream)
 
 
-def _aligned_staging() -> tuple[Any, Any]:
-    """(owner, pointer) of FRAME_PAGES pages on a 64-byte boundary."""
-    owner = ffi.new("uint8_t[]", FRAME_PAGES * PAGE_BYTES + 64)
-    return owner, ffi.cast("uint8_t *", (int(ffi.cast("uintptr_t", owner)) + 63) & ~63)
+def _staging() -> Any:
+    """FRAME_PAGES pages, a mapping of their own: the host has them back with the channel. From the heap half a MiB a
+    channel would stay with the process, in pieces."""
+    return ffi.from_buffer("uint8_t[]", mmap.mmap(-1, FRAME_PAGES * PAGE_BYTES))
 
 
 class SocketChannel:
@@ -172,7 +173,7 @@ class SocketChannel:
         self._broken = False
         self._closed = False
         self._limiter = trio.CapacityLimiter(1)
-        self._staging_owner, self._staging = _aligned_staging()
+        self._staging: Any = _staging()
         self._kick = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     async def send(self, data: bytes) -> None:
@@ -195,11 +196,11 @@ class SocketChannel:
         if self._broken:
             raise _lost(self.name, "a frame was cut short")
         region = dirty.region
-        job = ffi.new("struct tv_page_send *")
+        job, staging = ffi.new("struct tv_page_send *"), self._staging  # held until the thread is done with it
         job.fd, job.kick_fd = self._sock.fileno(), self._kick
         job.stall_ms, job.grace_ms = self._stall_ms, GRACE_MS
         job.version, job.slot, job.pages = VERSION, region.slot, region.pages
-        job.hva, job.dirty, job.staging = ffi.cast("uint8_t *", region.hva), dirty.bits, self._staging
+        job.hva, job.dirty, job.staging = ffi.cast("uint8_t *", region.hva), dirty.bits, staging
         job.max_pages = limit
         try:
             await self._in_thread(lib.tv_pages_send, job)
@@ -235,11 +236,12 @@ class SocketChannel:
         """Take page frames until another one comes, whose header then is in the reader."""
         if self._broken:
             raise _lost(self.name, "pages were cut short")
+        staging = self._staging  # held until the thread is done with it
         while True:
             job = ffi.new("struct tv_page_intake *")
             job.fd, job.kick_fd, job.stall_ms, job.version = self._sock.fileno(), self._kick, self._stall_ms, VERSION
             job.memory, job.max_pages = landing.memory.native, INTAKE_PAGES
-            job.staging = self._staging
+            job.staging = staging
             for slot, bits in enumerate(landing.landed):
                 job.landed[slot], job.memfd[slot] = bits, landing.memory.regions[slot].memfd
             self._broken = True
@@ -307,4 +309,5 @@ class SocketChannel:
             self._closed = True
             self._sock.close()
             os.close(self._kick)
+            self._staging = ffi.NULL  # a channel may be kept as long as the machine that came through it
         await trio.lowlevel.checkpoint()

@@ -71,10 +71,12 @@ class Rounds:
             each.add_touched()
         self.tracker.remaining_pages = self.remaining
 
-    def harvest(self) -> int:
+    async def harvest(self) -> int:
         """Add what was written since the last harvest; gives the pages to send now."""
         now, before = trio.current_time(), self.remaining
-        total = sum(self.source.harvest_dirty(each.region.slot, each.bits) for each in self.dirty)
+        total = 0
+        for each in self.dirty:
+            total += await self.source.harvest_dirty(each.region.slot, each.bits)
         if self._harvested is not None and now > self._harvested:
             self.tracker.dirty_rate = (total - before) / (now - self._harvested)
         self._harvested = now

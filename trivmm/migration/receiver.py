@@ -361,7 +361,7 @@ class _Incoming:
             case State(state):
                 self.tracker.enter(Phase.SWITCHOVER)
                 start = trio.current_time()
-                machine.load(state)
+                await machine.load(state)
                 # Resuming touches what loading touched; until a start was measured, that is the best estimate.
                 self._resume_ms = (trio.current_time() - start) * 1000
                 await self.link.send(Ready(self._resume_ms))

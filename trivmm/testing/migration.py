@@ -87,15 +87,18 @@ class FakeSource(_Machine):
     def describe(self) -> dict[str, Any]:
         return {"ram": self.memory.size}
 
-    def start_dirty_log(self) -> None:
+    async def start_dirty_log(self) -> None:
         self.logging = True
+        self.events.append("log on")
         for region in self.memory.regions:  # what was written before is in the first round anyway
             lib.tv_dirty_take(region.dirty, ffi.new("uint64_t[]", region.bitmap_words), region.bitmap_words)
 
-    def stop_dirty_log(self) -> None:
+    async def stop_dirty_log(self) -> None:
+        if self.logging:
+            self.events.append("log off")
         self.logging = False
 
-    def harvest_dirty(self, slot: int, into: Any) -> int:
+    async def harvest_dirty(self, slot: int, into: Any) -> int:
         region = self.memory.regions[slot]
         lib.tv_dirty_take(region.dirty, into, region.bitmap_words)
         return int(lib.tv_pages_count(into, region.bitmap_words))
@@ -155,7 +158,7 @@ class FakeDestination(_Machine):
         assert setup == {"ram": self.memory.size}
         return self
 
-    def load(self, state: MachineState) -> None:
+    async def load(self, state: MachineState) -> None:
         if self.load_error:
             raise self.load_error
         self.state = state
