@@ -123,6 +123,11 @@ class Vm:
         return self.ownership.holder == MIGRATION
 
     @property
+    def on_paper(self) -> bool:
+        """Of the VM there is only a configuration: it is not booted, and nobody is about to."""
+        return self._machine is None and self._machine_ended.is_set() and self.ownership.holder is None
+
+    @property
     def stuck(self) -> tuple[str, ...]:
         """Threads that outlived their deadline, by name; a process that has some leaves by ``os._exit``."""
         board = () if self._last_board is None else tuple(self._last_board.stuck)

@@ -92,7 +92,8 @@ class _Slot:
 
     what: str
     vm: Vm | None = None
-    moved: bool = False  # the VM is another process's now
+    moved: bool = False  # the VM is another process's now, or was overwritten: it is not deleted
+    aside: _Slot | None = None  # of a VM that is not booted, and gives way to the one that comes if one does
     cancel: Callable[[], None] | None = None
     close: trio.Event = attrs.field(factory=trio.Event)
     gone: trio.Event = attrs.field(factory=trio.Event)
@@ -269,13 +270,23 @@ class Vmm:
         self._last_progress = progress
 
     async def receive_migration(self, url: str) -> None:
-        """Listen at ``url``, take one VM in. :raises WrongState: there is a VM. :raises MigrationError: it failed."""
-        slot = self._take("receive-migration")
+        """Listen at ``url``, take one VM in. One that is not booted gives way to it, as in Cloud Hypervisor; when none
+        comes, its configuration is there again.
+
+        :raises WrongState: there is a VM. :raises MigrationError: it failed."""
+        slot = self._take("receive-migration", in_place_of=self._on_paper())
         outcome: _Outcome[Vm] = _Outcome()
         self._last_progress = None
         incoming = open_incoming(url, hypervisor=self.hypervisor, deadlines=self.deadlines, events=self.events)
         self._nursery.start_soon(self._live, slot, incoming, _received, outcome, name="receive-migration")
         await outcome.get()
+
+    def _on_paper(self) -> _Slot | None:
+        slot = self._slot
+        if slot is None or slot.vm is None or slot.moved or not slot.vm.on_paper:
+            return None
+        LOG.warning("the VM that is here, and not booted, will give way to the one that comes")
+        return slot
 
     def cancel_migration(self) -> None:
         """Ask the migration that runs, in either direction, to roll back. :raises WrongState: none runs."""
@@ -289,12 +300,12 @@ class Vmm:
 
     # --- the VM's task -----------------------------------------------------------------------------------------
 
-    def _take(self, what: str) -> _Slot:
-        if self._slot is not None:
+    def _take(self, what: str, *, in_place_of: _Slot | None = None) -> _Slot:
+        if self._slot is not None and self._slot is not in_place_of:
             raise WrongState(
                 what, "there already" if self._slot.vm else f"in the middle of {self._slot.what}", "deleted first"
             )
-        self._slot = _Slot(what)
+        self._slot = _Slot(what, aside=in_place_of)
         return self._slot
 
     def _changing(self, operation: str) -> None:
@@ -320,6 +331,10 @@ class Vmm:
                     slot.vm = await obtain(opened)
                 slot.cancel = None
                 if slot.vm is not None:
+                    if slot.aside is not None:
+                        slot.aside.moved = True
+                        slot.aside.close.set()
+                        slot.aside = None
                     outcome.set(slot.vm)
                     async with trio.open_nursery() as nursery:
                         nursery.start_soon(self._watch, slot, slot.vm)
@@ -338,7 +353,8 @@ class Vmm:
                 outcome.fail(TrivmmError(f"{slot.what}: the VMM is shutting down"))
             raise
         finally:
-            self._slot = None
+            if self._slot is slot:
+                self._slot = slot.aside
             if slot.vm is not None and not slot.moved:
                 self.events.emit("vm", "deleted")
             slot.gone.set()

@@ -51,6 +51,10 @@ class FakeVm:
     _exited: trio.Event = attrs.field(factory=trio.Event)
     _scope: trio.CancelScope | None = None
 
+    @property
+    def on_paper(self) -> bool:
+        return self.state in (VmState.CREATED, VmState.SHUTDOWN)
+
     def _must(self, operation: str, *states: VmState) -> None:
         self.said.append(operation)
         if self.state not in states:
