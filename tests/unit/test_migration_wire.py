@@ -17,6 +17,7 @@ from trivmm.errors import ConfigError, ProtocolError
 from trivmm.hypervisor.base import VcpuState, VmmState
 from trivmm.migration import messages as m
 from trivmm.migration import wire
+from trivmm.migration.fields import MAX_DEPTH, load_json
 from trivmm.migration.setup import config_from_setup, config_to_setup
 from trivmm.migration.state import MachineState, SavedVcpu
 from trivmm.migration.steps import FROM_DESTINATION, FROM_SOURCE, Session, SessionState
@@ -272,6 +273,58 @@ JSON = st.recursive(
 def test_fuzzed_json_gives_messages_or_protocol_errors(kind: wire.MessageType, value: Any) -> None:
     with contextlib.suppress(ProtocolError):
         parse(kind, json.dumps(value).encode())
+
+
+def nested(depth: int, opening: str, closing: str) -> str:
+    return opening * depth + "1" + closing * depth
+
+
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}"), ('{"a":[', "]}"), ('["\\"[",', "]")])
+def test_what_is_nested_too_deep_is_refused_and_never_parsed(opening: str, closing: str) -> None:
+    room = (MAX_DEPTH - 2) // len(closing)  # the message and its field are two levels
+    for depth in (room, room + 1, 300, 900, 100_000):
+        inner = f'{{"x":{nested(depth, opening, closing)}}}'
+        setup = f'{{"session":"{ID.hex()}","memory":[],"machine":{inner}}}'.encode()
+        if depth == room:
+            assert isinstance(parse(wire.MessageType.SETUP, setup), m.Setup)
+            continue
+        for kind, body in (("SETUP", setup), ("STATE", (STATE_JSON % inner).encode()), ("READY", b"[" + setup + b"]")):
+            with pytest.raises(ProtocolError, match="nested more than 32 deep"):
+                parse(wire.MessageType[kind], body)
+
+
+def test_brackets_in_strings_nest_nothing() -> None:
+    for text in ("[" * 99, "{" * 99 + '"', '\\"' + "[" * 99, "\\" * 99, '"]}"'):
+        body = json.dumps({"session": ID.hex(), "memory": [], "machine": {"x": text, text: 1}}).encode()
+        assert parse(wire.MessageType.SETUP, body) == m.Setup(ID, {"x": text, text: 1}, ())
+
+
+@given(st.sampled_from(list(wire.MessageType)), st.text(alphabet='{}[]":,1\\a ', max_size=60))
+def test_fuzzed_syntax_gives_messages_or_protocol_errors(kind: wire.MessageType, text: str) -> None:
+    with contextlib.suppress(ProtocolError):
+        parse(kind, text.encode())
+
+
+@given(st.text(alphabet='{}[]":,1\\a ', max_size=60) | st.integers(1, 60).map(lambda n: nested(n, '{"a":[', "]}")))
+def test_what_passes_the_depth_check_and_parses_is_not_deep(text: str) -> None:
+    def depth(value: Any) -> int:
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+        return 0 if inner is None else 1 + max(map(depth, inner), default=0)
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) != len(pairs):
+            raise ValueError("twice")
+        return dict(pairs)
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique)
+    except ValueError:
+        value = None
+    if isinstance(value, dict) and depth(value) <= MAX_DEPTH:
+        assert load_json("x", text.encode()) == value
+    else:
+        with pytest.raises(ProtocolError):
+            load_json("x", text.encode())
 
 
 @pytest.mark.parametrize("source", [True, False])
