@@ -43,7 +43,12 @@ _ROWS: Final = (
     Deadline("accept", 60.0, "receiving fails, nothing was created"),
     Deadline("handshake", 10.0, "the migration fails, the source runs"),
     Deadline("quiesce", 5.0, "in-flight device work did not end; the switchover is undone, the source runs"),
-    Deadline("stall", 30.0, "no byte of progress: the migration fails, the source runs"),
+    Deadline("stall", 30.0, "no frame began, or one that did was not whole: the migration fails, the source runs"),
+    Deadline(
+        "intake",
+        14400.0,
+        "from SETUP to COMMIT: the destination gives up, the source runs; raise it for sources with a long `timeout_s`",
+    ),
     Deadline("migration", 3600.0, "strategy cancel: the source runs; strategy ignore: switch over anyway"),
     Deadline("downtime", 0.3, "the switchover is undone and precopy goes on; after 5 attempts the strategy decides"),
     Deadline("commit", 10.0, "in doubt: the VM stays paused, an operator decides"),
@@ -98,6 +103,7 @@ class Deadlines:
     handshake: float = _limit("handshake")
     quiesce: float = _limit("quiesce")
     stall: float = _limit("stall")
+    intake: float = _limit("intake")
     migration: float = _limit("migration")
     downtime: float = _limit("downtime")
     commit: float = _limit("commit")

@@ -57,6 +57,7 @@ class Rounds:
     tracker: Tracker
     estimates: Estimates
     dirty: list[DirtySet] = attrs.field(factory=list)
+    sent_pages: int = 0  # on this connection, in all rounds and in pieces of undone ones
     _harvested: float | None = None
 
     def __attrs_post_init__(self) -> None:
@@ -116,6 +117,7 @@ class Rounds:
         total.bytes += counts.bytes
         total.pages += counts.pages
         total.zero_pages += counts.zero_pages
+        self.sent_pages += counts.pages + counts.zero_pages
         self.tracker.bytes_sent += counts.bytes
         self.tracker.pages += counts.pages
         self.tracker.zero_pages += counts.zero_pages
@@ -123,9 +125,9 @@ class Rounds:
         self.tracker.push()
 
     async def _barrier(self) -> None:
-        """ROUND_END and its answer: all pages sent so far have landed."""
+        """ROUND_END and its answer: all pages sent so far have landed, by the destination's own count."""
         number = self.tracker.round
-        await self.link.send(RoundEnd(number))
+        await self.link.send(RoundEnd(number, self.sent_pages))
         answer = await self.link.expect(RoundAck)
         if answer.round != number:
             raise ProtocolError(f"ROUND_ACK of round {answer.round}, {number} was due")
