@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         MigrationInDoubt,
         NotSupported,
         PauseTimeout,
+        RunsElsewhere,
         TrivmmError,
         VmMigrating,
         WrongState,
@@ -54,7 +55,7 @@ _HOME = {
     "trivmm.deadlines": "Deadlines",
     "trivmm.errors": (
         "CommitRefused ConfigError DeadlineError GuestCrash HypervisorError MigrationCancelled MigrationError "
-        "MigrationInDoubt NotSupported PauseTimeout TrivmmError VmMigrating WrongState"
+        "MigrationInDoubt NotSupported PauseTimeout RunsElsewhere TrivmmError VmMigrating WrongState"
     ),
     "trivmm.events": "Event EventBus Subscription",
     "trivmm.hypervisor.select": "choose_hypervisor",
@@ -88,6 +89,7 @@ __all__ = [
     "PauseTimeout",
     "PayloadConfig",
     "RngConfig",
+    "RunsElsewhere",
     "SerialConfig",
     "Subscription",
     "TrivmmError",
