@@ -52,6 +52,7 @@ _ROWS: Final = (
     Deadline("migration", 3600.0, "strategy cancel: the source runs; strategy ignore: switch over anyway"),
     Deadline("downtime", 0.3, "the switchover is undone and precopy goes on; after 5 attempts the strategy decides"),
     Deadline("commit", 10.0, "in doubt: the VM stays paused, an operator decides"),
+    Deadline("resolve", 5.0, "in doubt and asked again: the destination does not answer, resuming wants `force`"),
     Deadline("rollback", 5.0, "undoing a switchover took too long; named in the log, a process-level error"),
     Deadline(
         "drain",
@@ -101,6 +102,7 @@ class Deadlines:
     migration: float = _limit("migration")
     downtime: float = _limit("downtime")
     commit: float = _limit("commit")
+    resolve: float = _limit("resolve")
     rollback: float = _limit("rollback")
     drain: float = _limit("drain")
     typing: float = _limit("typing")

@@ -273,7 +273,9 @@ class Vmm:
         slot = self._take("receive-migration")
         outcome: _Outcome[Vm] = _Outcome()
         self._last_progress = None
-        incoming = open_incoming(url, hypervisor=self.hypervisor, deadlines=self.deadlines, events=self.events)
+        incoming = open_incoming(
+            url, hypervisor=self.hypervisor, deadlines=self.deadlines, events=self.events, answering=self._nursery
+        )
         self._nursery.start_soon(self._live, slot, incoming, _received, outcome, name="receive-migration")
         await outcome.get()
 

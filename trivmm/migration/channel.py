@@ -48,10 +48,7 @@ BAD_LENGTH, BAD_BODY_CRC, BAD_SLOT, BAD_PAGE, BAD_PAGE_CRC = range(1, 6)  # enum
 
 
 class LinkLost(MigrationError):
-    """The connection ended or broke: the peer closed it, died, or the network did. ``clean``: closed in good order
-    between two frames, so that everything the peer ever sent was read."""
-
-    clean: bool = False
+    """The connection ended or broke: the peer closed it, died, or the network did. Which of them, nobody can tell."""
 
 
 class Channel(Protocol):
@@ -80,9 +77,7 @@ def _lost(name: str, why: object) -> LinkLost:
 
 
 def _closed(name: str, reader: FrameReader) -> LinkLost:
-    error = _lost(name, "closed by the peer" + (" in the middle of a frame" if reader.pending else ""))
-    error.clean = not reader.pending
-    return error
+    return _lost(name, "closed by the peer" + (" in the middle of a frame" if reader.pending else ""))
 
 
 async def _whole_frame(

@@ -260,7 +260,7 @@ class _Sender:
         self.tracker.actual = attrs.evolve(parts, resume_ms=(trio.current_time() - sent) * 1000)
         self.tracker.reason = outcome.reason or None
         if outcome.running is not None:
-            await say_done(link)
+            await say_done(link, self.dialer, self.session_id)
         await link.close()
         return outcome
 
@@ -269,7 +269,8 @@ class _Sender:
         if outcome.running is None:
             self.tracker.enter(Phase.IN_DOUBT)
             raise MigrationInDoubt(
-                f"{outcome.reason}: the VM stays paused here; resume it only when it does not run at the destination"
+                f"{outcome.reason}: the VM stays paused here until the destination says what it did (docs/in-doubt.md)",
+                self.session_id,
             )
         try:
             await switchover.restore()

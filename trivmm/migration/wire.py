@@ -19,7 +19,7 @@ A migration, seen from the wire (source on the left; one connection)::
 
     UNDO, any time after a ROUND_END, STATE or READY and before COMMIT: the source runs again, ◀ UNDONE, rounds go on
     ABORT reason, from either side before RUNNING: the end; from the destination a promise that it never ran
-    QUERY session, first on a new connection: ◀ VERDICT (running, refused, pending or unknown)
+    QUERY session, first on a new connection: ◀ VERDICT (running, refused, pending or unknown), DONE ▶
 
 Which message may come when is the table in ``steps``. A frame, little-endian::
 
