@@ -85,6 +85,8 @@ class World:
                 await trio.sleep(3 * LIMITS.commit)
                 assert self.net.closed or self.destination.running, "it answers although nothing runs there"
                 nursery.cancel_scope.cancel()  # the end of the machine that came
+            if self.destination.running:  # and answers for its life where the box took DONE
+                nursery.cancel_scope.deadline = trio.current_time() + 3 * LIMITS.commit
         self.check()
 
     def check(self) -> None:
