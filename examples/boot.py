@@ -17,7 +17,7 @@ async def main(kernel: str, text: str, cmdline: str) -> None:
         await vm.boot()
         with trio.fail_after(120):
             said = await vm.wait_for_console(text)
-        print(said.decode(errors="replace"))
+        print(said.text.decode(errors="replace"))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 #define SECTOR 512u
@@ -59,33 +60,87 @@ static int in_range(const struct tv_block *block, uint64_t sector, uint64_t leng
     return length % SECTOR == 0 && sector <= block->sectors && length / SECTOR <= block->sectors - sector;
 }
 
+/* --- what it counts: the worker is the only writer, so a plain sum is right and only the store must be whole ----- */
+
+static uint64_t load(const uint64_t *at)
+{
+    return __atomic_load_n(at, __ATOMIC_RELAXED);
+}
+
+static void store(uint64_t *at, uint64_t value)
+{
+    __atomic_store_n(at, value, __ATOMIC_RELAXED);
+}
+
+static void add(uint64_t *at, uint64_t more)
+{
+    store(at, *at + more);
+}
+
+static uint64_t now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+static void count_flow(struct tv_flow *flow, uint64_t bytes, uint64_t since_ns)
+{
+    uint64_t took = now_ns() - since_ns;
+    if (took < flow->least_ns)
+        store(&flow->least_ns, took);
+    if (took > flow->most_ns)
+        store(&flow->most_ns, took);
+    add(&flow->total_ns, took);
+    add(&flow->bytes, bytes);
+    add(&flow->ops, 1);
+}
+
+static void read_flow(const struct tv_flow *flow, struct tv_flow *into)
+{
+    into->ops = load(&flow->ops);
+    into->bytes = load(&flow->bytes);
+    into->total_ns = load(&flow->total_ns);
+    into->least_ns = load(&flow->least_ns);
+    into->most_ns = load(&flow->most_ns);
+}
+
+/* From any thread, while the worker runs or after it. A request that ends meanwhile may be in some fields only. */
+void tv_block_count(const struct tv_block *block, struct tv_block_counts *into)
+{
+    read_flow(&block->counts.read, &into->read);
+    read_flow(&block->counts.write, &into->write);
+    into->flush_ops = load(&block->counts.flush_ops);
+    into->errors = load(&block->counts.errors);
+}
+
 /* Gives the status; *written counts the data bytes put into the driver's buffers, from the first one on. */
 static int serve_request(struct tv_block *block, struct tv_chain *chain, const struct header *header, uint64_t room,
                          uint64_t *written)
 {
     uint64_t out = chain->readable_bytes - sizeof *header;
+    uint64_t began = now_ns();
     int failed;
     switch (header->type) {
     case T_IN:
-        block->read_ops++;
         if (!in_range(block, header->sector, room))
             return S_IOERR;
         failed = transfer(block, chain, 1, header->sector * SECTOR, 0, room);
         tv_chain_mark_written(block->worker.queue.memory, chain, room); /* a failed one may have written some */
         if (failed)
             return S_IOERR;
-        block->read_bytes += room;
+        count_flow(&block->counts.read, room, began);
         *written = room;
         return S_OK;
     case T_OUT:
-        block->write_ops++;
         if (block->readonly || !in_range(block, header->sector, out) ||
-            transfer(block, chain, 0, header->sector * SECTOR, sizeof *header, out))
+            transfer(block, chain, 0, header->sector * SECTOR, sizeof *header, out) ||
+            (block->write_through && sync_data(block)))
             return S_IOERR;
-        block->write_bytes += out;
-        return block->write_through && sync_data(block) ? S_IOERR : S_OK;
+        count_flow(&block->counts.write, out, began);
+        return S_OK;
     case T_FLUSH:
-        block->flush_ops++;
+        add(&block->counts.flush_ops, 1);
         return sync_data(block) ? S_IOERR : S_OK;
     case T_GET_ID:
         *written = room < sizeof block->id ? room : sizeof block->id;
@@ -109,7 +164,7 @@ static int64_t serve(struct tv_worker *worker, struct tv_chain *chain)
     if (tv_chain_read(chain, 0, &header, sizeof header) == sizeof header)
         status = (uint8_t)serve_request(block, chain, &header, room, &written);
     if (status != S_OK)
-        block->errors++;
+        add(&block->counts.errors, 1);
     tv_chain_write(worker->queue.memory, chain, room, &status, 1);
     return (int64_t)(written == room ? room + 1 : written); /* no gap in it (virtio 1.2 section 2.7.8.2) */
 }
@@ -117,4 +172,5 @@ static int64_t serve(struct tv_worker *worker, struct tv_chain *chain)
 void tv_block_init(struct tv_block *block)
 {
     block->worker.serve = serve;
+    block->counts.read.least_ns = block->counts.write.least_ns = UINT64_MAX;
 }

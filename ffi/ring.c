@@ -289,7 +289,7 @@ void tv_worker_stop(struct tv_worker *worker)
     (void)written;
 }
 
-/* Serve until the queue is empty, asked to stop, or broken (-1). */
+/* Serve until the queue is empty or its handler can't go on, asked to stop, or broken (-1). */
 static int serve_all(struct tv_worker *worker)
 {
     struct tv_queue *queue = &worker->queue;
@@ -297,8 +297,10 @@ static int serve_all(struct tv_worker *worker)
         int got = 0;
         while (!tv_worker_stopping(worker) && (got = tv_queue_pop(queue, &worker->chain)) > 0) {
             int64_t length = worker->serve(worker, &worker->chain);
-            if (length == TV_STOPPED) {
+            if (length == TV_STOPPED || length == TV_NOT_NOW) {
                 tv_queue_unpop(queue);
+                if (length == TV_NOT_NOW)
+                    return 0; /* not armed again: the driver has nothing to tell that the doorbell's other user won't */
                 break;
             }
             tv_queue_push(queue, worker->chain.head, (uint32_t)length);

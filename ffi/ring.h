@@ -70,9 +70,10 @@ void tv_chain_mark_written(struct tv_memory *memory, const struct tv_chain *chai
 /* --- the worker ------------------------------------------------------------------------------------------------ */
 
 #define TV_STOPPED (-1) /* a handler's answer: asked to stop, the chain goes back */
+#define TV_NOT_NOW (-2) /* the chain goes back and stays available; whoever ends the reason signals the doorbell */
 
 struct tv_worker;
-/* Serve one chain; gives the used length, or TV_STOPPED. May set queue.broken. */
+/* Serve one chain; gives the used length, TV_STOPPED or TV_NOT_NOW. May set queue.broken. */
 typedef int64_t (*tv_serve_fn)(struct tv_worker *worker, struct tv_chain *chain);
 
 struct tv_worker {

@@ -6,6 +6,8 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "bytes.h"
+
 /* Registers by offset; DLAB turns the first two into the divisor latch. Names and bits: PC16550D data sheet. */
 enum { RBR_THR_DLL, IER_DLM, IIR_FCR, LCR, MCR, LSR, MSR, SCR, REGISTERS };
 
@@ -32,13 +34,6 @@ enum { RBR_THR_DLL, IER_DLM, IIR_FCR, LCR, MCR, LSR, MSR, SCR, REGISTERS };
 #define WAKE_IRQ 1u
 #define WAKE_READY 2u
 
-struct ring {
-    uint8_t *bytes;
-    uint32_t size; /* a power of two */
-    uint32_t head; /* free running; the next byte to leave is bytes[head & (size - 1)] */
-    uint32_t used;
-};
-
 struct tv_uart {
     pthread_mutex_t lock;
     int irq_fd;
@@ -48,34 +43,10 @@ struct tv_uart {
     uint8_t rx_was_full; /* somebody may wait for room */
     uint8_t frozen;      /* saved: the consumer gets nothing until the VM runs again */
     uint64_t tx_dropped;
-    struct ring tx, rx;
+    struct tv_bytes tx, rx;
     uint8_t tx_bytes[TV_UART_TX_SIZE];
     uint8_t rx_bytes[TV_UART_RX_SIZE];
 };
-
-static int ring_put(struct ring *ring, uint8_t byte)
-{
-    if (ring->used == ring->size)
-        return -1;
-    ring->bytes[(ring->head + ring->used++) & (ring->size - 1)] = byte;
-    return 0;
-}
-
-static uint32_t ring_peek(const struct ring *ring, uint8_t *into, uint32_t max)
-{
-    uint32_t len = ring->used < max ? ring->used : max;
-    for (uint32_t i = 0; i < len; i++)
-        into[i] = ring->bytes[(ring->head + i) & (ring->size - 1)];
-    return len;
-}
-
-static void ring_drop(struct ring *ring, uint32_t len)
-{
-    if (len > ring->used)
-        len = ring->used;
-    ring->head += len;
-    ring->used -= len;
-}
 
 /* Signal what a step asked for. Called without the lock; a full eventfd counter is as good as a signal. */
 static void wake(struct tv_uart *uart, unsigned what)
@@ -133,7 +104,7 @@ static unsigned set_modem_lines(struct tv_uart *uart)
 
 static unsigned receive(struct tv_uart *uart, uint8_t byte)
 {
-    if (ring_put(&uart->rx, byte)) {
+    if (tv_bytes_put(&uart->rx, byte)) {
         uart->overrun = 1;
         return uart->ier & IER_LINE ? WAKE_IRQ : 0;
     }
@@ -147,7 +118,7 @@ static unsigned transmit(struct tv_uart *uart, uint8_t byte)
     uart->thre_pending = 0;
     if (uart->mcr & MCR_LOOP) {
         what |= receive(uart, byte);
-    } else if (ring_put(&uart->tx, byte)) {
+    } else if (tv_bytes_put(&uart->tx, byte)) {
         uart->tx_dropped++;
     } else if (uart->tx.used == 1) {
         what |= WAKE_READY;
@@ -177,7 +148,7 @@ static unsigned write_register(struct tv_uart *uart, uint32_t offset, uint8_t va
         return enabled && cause(uart) != IIR_NONE ? WAKE_IRQ : 0;
     case IIR_FCR:
         if (value & FCR_CLEAR_RX || (value ^ uart->fcr) & FCR_ENABLE)
-            ring_drop(&uart->rx, uart->rx.used);
+            tv_bytes_drop(&uart->rx, uart->rx.used);
         uart->fcr = value & (FCR_ENABLE | 0xc0);
         return uart->rx_was_full ? (uart->rx_was_full = 0, WAKE_READY) : 0;
     case LCR:
@@ -205,8 +176,8 @@ static unsigned read_register(struct tv_uart *uart, uint32_t offset, uint8_t *va
             return 0;
         }
         *value = 0;
-        ring_peek(&uart->rx, value, 1);
-        ring_drop(&uart->rx, 1);
+        tv_bytes_peek(&uart->rx, value, 1);
+        tv_bytes_drop(&uart->rx, 1);
         if (uart->rx.used && uart->ier & IER_RX)
             what = WAKE_IRQ; /* the next byte arrives */
         if (uart->rx_was_full && uart->rx.used <= TV_UART_RX_SIZE / 2) {
@@ -254,7 +225,7 @@ static void reset_locked(struct tv_uart *uart)
     uart->dll = 12;   /* 9600 baud */
     uart->msr = MSR_WIRED;
     uart->thre_pending = uart->overrun = 0;
-    ring_drop(&uart->rx, uart->rx.used);
+    tv_bytes_drop(&uart->rx, uart->rx.used);
 }
 
 /* A UART as after power-on; descriptors may be -1. NULL without memory. */
@@ -266,8 +237,8 @@ struct tv_uart *tv_uart_new(int irq_fd, int ready_fd)
     pthread_mutex_init(&uart->lock, NULL);
     uart->irq_fd = irq_fd;
     uart->ready_fd = ready_fd;
-    uart->tx = (struct ring){uart->tx_bytes, TV_UART_TX_SIZE, 0, 0};
-    uart->rx = (struct ring){uart->rx_bytes, TV_UART_RX_SIZE, 0, 0};
+    uart->tx = (struct tv_bytes){uart->tx_bytes, TV_UART_TX_SIZE, 0, 0};
+    uart->rx = (struct tv_bytes){uart->rx_bytes, TV_UART_RX_SIZE, 0, 0};
     reset_locked(uart);
     return uart;
 }
@@ -304,7 +275,7 @@ int tv_uart_pio(void *opaque, uint16_t offset, uint8_t size, int is_out, uint8_t
 uint32_t tv_uart_peek_tx(struct tv_uart *uart, uint8_t *into, uint32_t max)
 {
     pthread_mutex_lock(&uart->lock);
-    uint32_t len = uart->frozen ? 0 : ring_peek(&uart->tx, into, max);
+    uint32_t len = uart->frozen ? 0 : tv_bytes_peek(&uart->tx, into, max);
     pthread_mutex_unlock(&uart->lock);
     return len;
 }
@@ -315,7 +286,7 @@ void tv_uart_consume_tx(struct tv_uart *uart, uint32_t len)
     unsigned what = 0;
     pthread_mutex_lock(&uart->lock);
     int was = thre(uart);
-    ring_drop(&uart->tx, len);
+    tv_bytes_drop(&uart->tx, len);
     if (!was && thre(uart))
         what = raise_thre(uart);
     pthread_mutex_unlock(&uart->lock);
@@ -333,10 +304,8 @@ uint32_t tv_uart_take_tx(struct tv_uart *uart, uint8_t *into, uint32_t max)
 /* Bytes for the guest; gives how many found room. With less than all, `ready_fd` tells of new room later. */
 uint32_t tv_uart_push_rx(struct tv_uart *uart, const uint8_t *from, uint32_t len)
 {
-    uint32_t taken = 0;
     pthread_mutex_lock(&uart->lock);
-    while (taken < len && !ring_put(&uart->rx, from[taken]))
-        taken++;
+    uint32_t taken = tv_bytes_fill(&uart->rx, from, len);
     if (taken < len)
         uart->rx_was_full = 1;
     unsigned what = taken && uart->ier & IER_RX ? WAKE_IRQ : 0;
@@ -354,11 +323,13 @@ uint32_t tv_uart_tx_used(struct tv_uart *uart)
     return used;
 }
 
-/* How many bytes tv_uart_push_rx would take now. */
+/* How many bytes tv_uart_push_rx would take now. When that is none, `ready_fd` tells of new room later. */
 uint32_t tv_uart_rx_room(struct tv_uart *uart)
 {
     pthread_mutex_lock(&uart->lock);
     uint32_t room = uart->rx.size - uart->rx.used;
+    if (!room)
+        uart->rx_was_full = 1;
     pthread_mutex_unlock(&uart->lock);
     return room;
 }
@@ -394,10 +365,10 @@ void tv_uart_save(struct tv_uart *uart, struct tv_uart_state *state, uint32_t in
         .msr = uart->msr, .scr = uart->scr, .dll = uart->dll, .dlm = uart->dlm,
         .thre_pending = uart->thre_pending, .overrun = uart->overrun,
     };
-    struct ring left = uart->tx;
-    ring_drop(&left, in_flight);
-    state->tx_len = ring_peek(&left, state->tx, TV_UART_TX_SIZE);
-    state->rx_len = ring_peek(&uart->rx, state->rx, TV_UART_RX_SIZE);
+    struct tv_bytes left = uart->tx;
+    tv_bytes_drop(&left, in_flight);
+    state->tx_len = tv_bytes_peek(&left, state->tx, TV_UART_TX_SIZE);
+    state->rx_len = tv_bytes_peek(&uart->rx, state->rx, TV_UART_RX_SIZE);
     pthread_mutex_unlock(&uart->lock);
 }
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         SerialConfig,
         VmConfig,
     )
+    from trivmm.console import ConsoleMatch
     from trivmm.deadlines import Deadlines
     from trivmm.errors import (
         CommitRefused,
@@ -52,6 +53,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "trivmm.config": ("ConsoleConfig CpusConfig DiskConfig MemoryConfig PayloadConfig RngConfig SerialConfig VmConfig"),
+    "trivmm.console": "ConsoleMatch",
     "trivmm.deadlines": "Deadlines",
     "trivmm.errors": (
         "CommitRefused ConfigError DeadlineError GuestCrash HypervisorError MigrationCancelled MigrationError "
@@ -69,6 +71,7 @@ __all__ = [
     "CommitRefused",
     "ConfigError",
     "ConsoleConfig",
+    "ConsoleMatch",
     "CpusConfig",
     "DeadlineError",
     "Deadlines",

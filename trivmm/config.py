@@ -20,6 +20,7 @@ from trivmm.errors import ConfigError, NotSupported
 from trivmm.values import not_boolean, not_integer, not_text, parse_size
 
 __all__ = [
+    "CONSOLE_MODES",
     "MAX_VCPUS",
     "ConsoleConfig",
     "CpusConfig",
@@ -32,8 +33,10 @@ __all__ = [
 ]
 
 MAX_VCPUS: Final = 8  # the probe guest's and the state format's limit; KVM itself allows more
-MAX_DISKS: Final = 24  # PCI slots 1..31 less rng, console and room for hotplug
+MAX_DISKS: Final = 24  # PCI slots 1..31 less console, rng and room for hotplug
 MAX_ID: Final = 128  # characters; an id names threads, log lines, counters and state
+OUR_IDS: Final = ("__", "_virtio-pci-")  # what the VMM's own entries in the device tree and the counters begin with
+CONSOLE_MODES: Final = ("Off", "Null", "Tty", "Pty", "File", "Socket")
 IMAGE_TYPES: Final = ("Raw", "Unknown")
 FOREIGN_IMAGES: Final = ("Qcow2", "Vhdx", "FixedVhd", "FlatVmdk")  # Cloud Hypervisor's others
 ALIGNMENT: Final = 2 << 20  # RAM sizes: one x86 large page, so that a region never splits one
@@ -122,6 +125,8 @@ def _as_disks(value: Iterable[DiskConfig | PathText]) -> tuple[DiskConfig, ...]:
 def _check_id(field: str, value: str | None) -> None:
     if value is not None and (len(value) > MAX_ID or not value.isprintable()):
         raise ConfigError(field, value, "not a name", f"give at most {MAX_ID} printable characters, or leave it out")
+    if value is not None and value.startswith(OUR_IDS):
+        raise ConfigError(field, value, f"ids that begin with {' or '.join(OUR_IDS)} are the VMM's own", "give another")
 
 
 def _check_image_type(value: str) -> None:
@@ -130,6 +135,14 @@ def _check_image_type(value: str) -> None:
         raise NotSupported("disks.image_type", value, "only raw images are supported yet", remedy)
     if value not in IMAGE_TYPES:
         raise ConfigError("disks.image_type", f"{value:.80}", "no such type", "give Raw, or leave it out")
+
+
+def _check_mode(field: str, mode: str, file: str | None, socket: str | None) -> None:
+    if mode not in CONSOLE_MODES:
+        raise ConfigError(f"{field}.mode", mode, "no such mode", f"use {', '.join(CONSOLE_MODES)}")
+    for needs, name, value in (("File", "file", file), ("Socket", "socket", socket)):
+        if mode == needs and not value:
+            raise ConfigError(f"{field}.{name}", value, f"missing, and the mode is {mode}", "give a path")
 
 
 @attrs.frozen(field_transformer=_typed)
@@ -210,18 +223,29 @@ class RngConfig:
 
 @attrs.frozen(field_transformer=_typed)
 class SerialConfig:
-    """``mode``: ``Off``, ``Null``, ``Tty`` or ``File`` (with ``file``)."""
+    """``mode`` is one of :data:`CONSOLE_MODES`; ``File`` needs ``file``, ``Socket`` needs ``socket``."""
 
     mode: str = "Null"
     file: str | None = attrs.field(default=None, converter=_as_path_or_none)
+    socket: str | None = attrs.field(default=None, converter=_as_path_or_none)
+
+    def __attrs_post_init__(self) -> None:
+        _check_mode("serial", self.mode, self.file, self.socket)
 
 
 @attrs.frozen(field_transformer=_typed)
 class ConsoleConfig:
-    """virtio-console; only ``Off`` exists so far."""
+    """virtio-console, as :class:`SerialConfig`; ``Off``: there is no such device."""
 
     mode: str = "Off"
     file: str | None = attrs.field(default=None, converter=_as_path_or_none)
+    socket: str | None = attrs.field(default=None, converter=_as_path_or_none)
+    id: str | None = None
+    pci_device_id: int | None = None
+
+    def __attrs_post_init__(self) -> None:
+        _check_mode("console", self.mode, self.file, self.socket)
+        _check_id("console.id", self.id)
 
 
 @attrs.frozen(field_transformer=_typed)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import enum
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -28,16 +28,20 @@ import attrs
 import trio
 
 from trivmm.config import CpusConfig, VmConfig
+from trivmm.console import ConsoleCursor, ConsoleMatch, ConsolePattern, bytes_pattern
 from trivmm.deadlines import Deadlines
 from trivmm.errors import GuestCrash, MigrationCancelled, MigrationInDoubt, NotSupported, WrongState
 from trivmm.events import EventBus
 from trivmm.hypervisor.base import Hypervisor
 from trivmm.hypervisor.select import choose_hypervisor
-from trivmm.machine.board import Board, build_board
+from trivmm.machine.board import Board, build_board, check_board, close_sinks, open_sinks
+from trivmm.machine.line import Line
+from trivmm.machine.sinks import Sink
 from trivmm.migration.doubt import Doubt, Resolution
 from trivmm.migration.progress import MigrationProgress, MigrationReport, Phase
 from trivmm.migration.sender import SendOptions, send, socket_dialer
 from trivmm.migration.transports import Dialer
+from trivmm.nursery.kernel import KernelCalls
 from trivmm.nursery.ownership import MIGRATION, Ownership
 from trivmm.nursery.tree import Machine, open_machine
 from trivmm.nursery.vcpus import Driver, thread_driver
@@ -87,6 +91,10 @@ class Vm:
     ownership: Ownership = attrs.field(
         default=attrs.Factory(lambda self: Ownership(self.deadlines), takes_self=True), init=False
     )
+    kernel: KernelCalls = attrs.field(
+        default=attrs.Factory(lambda self: KernelCalls(self.deadlines, self._driver is thread_driver), takes_self=True),
+        init=False,
+    )
     reboots: int = attrs.field(default=0, init=False)
     _activated: int = attrs.field(default=0, init=False)  # device activations so far
     _machine: Machine | None = attrs.field(default=None, init=False)
@@ -98,6 +106,7 @@ class Vm:
     _migration: trio.CancelScope | None = attrs.field(default=None, init=False)
     _closing: bool = attrs.field(default=False, init=False)
     _last_board: Board | None = attrs.field(default=None, init=False)
+    _console: ConsoleCursor | None = attrs.field(default=None, init=False)  # where wait_for_console goes on
     _new_board: trio.Event = attrs.field(factory=trio.Event, init=False)  # set, and replaced, with every board
 
     # --- reading: always possible ----------------------------------------------------------------------------
@@ -121,9 +130,15 @@ class Vm:
         return self.ownership.holder == MIGRATION
 
     @property
+    def on_paper(self) -> bool:
+        """Of the VM there is only a configuration: it is not booted, and nobody is about to."""
+        return self._machine is None and self._machine_ended.is_set() and self.ownership.holder is None
+
+    @property
     def stuck(self) -> tuple[str, ...]:
         """Threads that outlived their deadline, by name; a process that has some leaves by ``os._exit``."""
-        return () if self._last_board is None else tuple(self._last_board.stuck)
+        board = () if self._last_board is None else tuple(self._last_board.stuck)
+        return board + self.kernel.stuck
 
     @property
     def console_tail(self) -> bytes:
@@ -138,34 +153,59 @@ class Vm:
         self.events.emit("virtio-device", event, id=device, generation=str(generation))
 
     def info(self) -> dict[str, Any]:
-        """JSON-able: state, RAM in use, device tree (names, slots), vCPU states, migration."""
+        """JSON-able: state, RAM in use, vCPU states; while there is a machine, its ``Board.device_tree``."""
         machine = self._machine
+        tree = {} if machine is None else {"device_tree": machine.board.device_tree()}
         return {
             "state": self.state.value,
             "in_doubt": self.in_doubt,
-            "doubt": None if self.doubt is None else self.doubt.told(),
             "hypervisor": self.hypervisor.name,
             "memory_actual_size": self.config.memory.size,
-            "device_tree": {} if machine is None else machine.board.device_tree(),
             "vcpus": [] if machine is None else [vcpu.state.value for vcpu in machine.vcpus.vcpus],
+            **tree,
+            **({} if self.doubt is None else {"doubt": self.doubt.told()}),
         }
 
     def counters(self) -> dict[str, dict[str, int]]:
         return {} if self._machine is None else self._machine.board.counters()
 
-    async def wait_for_console(self, text: str | bytes) -> bytes:
-        """Wait until the serial console has printed ``text``; gives the tail up to and including it.
+    async def wait_for_console(self, pattern: ConsolePattern, *, rewind: bool = False) -> ConsoleMatch:
+        """Wait until the serial console has printed ``pattern``: text, bytes, or a compiled regular expression.
 
-        Bounded by the caller. :raises WrongState: when the VM ends without having printed it."""
-        wanted = text.encode() if isinstance(text, str) else text
+        A wait begins where the last one's match ended: a second identical one waits for a second text. A boot brings a
+        new console, read from its start; where the guest reboots by itself, what it had said before comes first.
+        ``rewind`` begins at the start of the console that there is now. Only the last mebibyte is kept: what was
+        printed before it is not found. An expression matches as soon as it can (``t=[0-9]+`` in the middle of a
+        number): end it with what comes after.
+
+        Bounded by the caller. :raises WrongState: when the VM ends without having printed it. :raises ConfigError:
+        for a pattern that can't be."""
+        wanted = bytes_pattern(pattern)
+        await trio.lowlevel.checkpoint()
+        cursor = self._newest_console() if rewind or self._console is None else self._console
+        if rewind and cursor is not None:
+            cursor.at = 0
+        at = 0 if cursor is None else cursor.at  # ours: a wait that ends meanwhile takes nothing from this one
         while True:
-            tail = self.console_tail
-            at = tail.find(wanted)
-            if at >= 0:
-                return tail[: at + len(wanted)]
-            if self._exited.is_set():
-                raise WrongState(f"wait for {text!r} on the console", self.state.value, "running until it prints that")
-            await self.console_output()
+            found = None if cursor is None else cursor.find(wanted, at)
+            if found is not None:
+                return found
+            newest = self._newest_console()
+            if cursor is not newest:
+                cursor, at = newest, 0
+            elif self._exited.is_set():
+                shown = getattr(pattern, "pattern", pattern)
+                raise WrongState(f"wait for {shown!r} on the console", self.state.value, "running until it prints that")
+            else:
+                await self.console_output()
+
+    def _newest_console(self) -> ConsoleCursor | None:
+        """The cursor of the console that there is now, from which the next wait goes on."""
+        if self._last_board is not None and (
+            self._console is None or self._console.console is not self._last_board.serial
+        ):
+            self._console = ConsoleCursor(self._last_board.serial)
+        return self._console
 
     async def console_output(self) -> None:
         """Wait until the serial console prints something more, or the VM ends. Bounded by the caller."""
@@ -183,11 +223,35 @@ class Vm:
             if board is not None:
                 nursery.start_soon(until, board.serial.subscribe(seen).receive)
 
-    def console_input(self, data: bytes) -> None:
-        """Type on the serial console. :raises WrongState: when nothing runs."""
-        if self._machine is None:
-            raise WrongState("console input", self.state.value, "booted")
-        self._machine.board.serial.push_input(data)
+    def console_input(self, data: bytes, line: str = "serial") -> int:
+        """Type on the serial port, or on the ``console``: as many bytes as find room at once, which it gives; the rest
+        is dropped.
+
+        :raises WrongState: when nothing runs, or it has no such line."""
+        return self._line(line).push_input(data)
+
+    async def feed_console(self, data: bytes, line: str = "serial") -> None:
+        """Type all of ``data``, as the guest makes room for it. Bounded by the caller.
+
+        :raises WrongState: as :meth:`console_input`."""
+        await self._line(line).feed(data)
+
+    def _line(self, name: str) -> Line:
+        lines = {} if self._machine is None else self._machine.board.lines
+        if name not in lines:
+            raise WrongState(f"input on the {name} line", self.state.value, "booted, and to have one")
+        return lines[name]
+
+    @property
+    def pty_paths(self) -> dict[str, str]:
+        """Where the lines (``serial``, ``console``) that are pseudo-terminals can be opened: from boot (or, where a
+        migration brought the VM, from its COMMIT) to the end, over reboots."""
+        return {} if self._last_board is None else self._last_board.pty_paths
+
+    def terminal_resized(self) -> None:
+        """The terminal that a virtio console is shown on may have another size now: the guest is told."""
+        if self._machine is not None and self._machine.board.console is not None:
+            self._machine.board.console.measure()
 
     async def wait(self) -> ExitReason:
         """Wait until the VM has ended (see :class:`ExitReason`). Bounded by the caller."""
@@ -212,19 +276,32 @@ class Vm:
             self._tell("booting")
             await self._end()  # of a machine that ended by itself, if that still goes on
             await self._boot()
+            self._console = None
             self._tell("booted")
 
-    async def _boot(self, *, reboot: bool = False) -> None:
-        board = build_board(self.config, self.hypervisor, on_event=self._tell_of_device, reboot=reboot)
+    async def _reboot(self) -> None:
+        """End the machine and build it anew; the sinks of its console lines, and their clients, stay."""
+        assert self._machine is not None
+        self._tell("rebooting")
+        sinks = self._machine.board.keep_sinks()
+        try:
+            await self._end()
+            await self._boot(sinks)
+        except BaseException:
+            close_sinks(sinks)
+            raise
+
+    async def _boot(self, sinks: Mapping[str, Sink] | None = None) -> None:
+        board = await self._build(sinks)
         try:
             await self._in_pieces(board.load_payload)  # seconds, where the kernel is to be unpacked
             machine = await self._run(board)
         except BaseException:
-            board.close()
+            await self._discard(board)
             raise
-        self.config = board.config  # what was found out about its images stays, see there
+        self.config = board.config_as_built()
         try:
-            machine.resume()
+            await machine.resume()
         except BaseException:
             await self._end()  # noqa: ASYNC102 - shields and bounds itself
             raise
@@ -233,6 +310,29 @@ class Vm:
             self._exited = trio.Event()
         self.state = VmState.RUNNING
         self.doubt = None  # its board took the locks afresh
+
+    async def _build(self, kept: Mapping[str, Sink] | None = None, *, incoming: bool = False) -> Board:
+        """A board that this VM has to close. What is ``kept`` of the one before is closed when it fails, too."""
+        config = self.config
+        check_board(config, self.hypervisor)
+        sinks = {} if incoming else open_sinks(config, kept)
+
+        def work() -> Board:
+            return build_board(config, self.hypervisor, on_event=self._tell_of_device, incoming=incoming, sinks=sinks)
+
+        try:
+            board = await self.kernel.call("building the machine", work, late=Board.close)
+        except BaseException:
+            close_sinks(sinks)
+            raise
+        board.own_sinks()
+        return board
+
+    async def _discard(self, board: Board) -> None:
+        """Close it, in bounded time. Idempotent."""
+        board.disconnect()
+        with trio.move_on_after(self.deadlines.free, shield=True):
+            await self._aside(board.free, abandon=True)  # nothing of the VM looks at the board any more
 
     async def _run(self, board: Board, *, gate_open: bool = True) -> Machine:
         """Start the machine's task in the VM nursery; it owns ``board`` once this returns."""
@@ -258,7 +358,9 @@ class Vm:
     ) -> None:
         end, ended = self._end_machine, self._machine_ended
         try:
-            async with open_machine(board, self.deadlines, driver=self._driver, gate_open=gate_open) as machine:
+            async with open_machine(
+                board, self.deadlines, driver=self._driver, gate_open=gate_open, kernel=self.kernel
+            ) as machine:
                 task_status.started(machine)
                 # If start() was cancelled meanwhile it waits for this task: leave before the shield, not after.
                 await trio.lowlevel.checkpoint_if_cancelled()
@@ -270,9 +372,7 @@ class Vm:
             if ended is self._machine_ended:
                 self._machine = None
             try:
-                board.disconnect()
-                with trio.move_on_after(self.deadlines.free, shield=True):
-                    await self._aside(board.free, abandon=True)  # nothing of the VM looks at the board any more
+                await self._discard(board)  # noqa: ASYNC102 - shields and bounds itself
             finally:
                 ended.set()
 
@@ -331,9 +431,9 @@ class Vm:
         :raises ConfigError: another process has the image locks: the VM runs elsewhere."""
         async with self.ownership.lease("resume"):
             machine = self._machine_in("resume", VmState.PAUSED)
-            self._tell("resuming")
             await self._out_of_doubt(machine, "resume", force)
-            machine.resume()
+            self._tell("resuming")
+            await machine.resume()
             self.state = VmState.RUNNING
             if machine.guest_request is not None:
                 self._asked_set()  # it came while nobody carried it out: in doubt, or in the moment of the pause
@@ -354,19 +454,30 @@ class Vm:
             self._finish(ExitReason("shutdown"))
 
     async def reboot(self) -> None:
-        """Power off and boot afresh, keeping the serial sink. In doubt as :meth:`resume`."""
+        """Power off and boot afresh, keeping the sinks of the console lines. In doubt as :meth:`resume`."""
         async with self.ownership.lease("reboot"):
             machine = self._machine_in("reboot", VmState.RUNNING, VmState.PAUSED)
-            self._tell("rebooting")
             await self._out_of_doubt(machine, "reboot", force=False)
-            await self._end()
             try:
-                await self._boot(reboot=True)
+                await self._reboot()
             except BaseException:
                 self._finish(ExitReason("shutdown"))
                 raise
+            self._console = None  # you asked: what the machine before it said is of the past
             self.reboots += 1
             self._tell("rebooted")
+
+    async def nmi(self) -> None:
+        """Give every vCPU a non-maskable interrupt, which a paused VM takes when it resumes.
+
+        :raises PauseTimeout: a vCPU could not be stopped for it; nobody got one, the VM runs."""
+        async with self.ownership.lease("nmi"):
+            await self._machine_in("nmi", VmState.RUNNING, VmState.PAUSED).nmi()
+
+    async def power_button(self) -> None:
+        """Press the ACPI power button. What comes of it is the guest's affair: a usual one powers off."""
+        async with self.ownership.lease("power-button"):
+            self._machine_in("power-button", VmState.RUNNING, VmState.PAUSED).power_button()
 
     async def resize(self, vcpus: int | None = None, ram: int | None = None, balloon: int | None = None) -> None:
         """What is None, or what is so already, stays. A VM that was never booted takes the new numbers on paper.
@@ -518,18 +629,17 @@ class Vm:
                 logger.info("the guest asks for %s (%s)", request.kind, request.why)
                 crash = machine.crash
                 if request.kind == "reset":
-                    self._tell("rebooting")
-                await self._end()
-                if request.kind == "reset":
                     try:
-                        await self._boot(reboot=True)
+                        await self._reboot()
                     except Exception as error:
                         logger.error("reboot failed: %s", error)
                         self._finish(ExitReason("crash", GuestCrash(0, f"its reboot failed: {error}", "")))
                     else:
                         self.reboots += 1
                         self._tell("rebooted")
-                elif request.kind == "crash":
+                    continue
+                await self._end()
+                if request.kind == "crash":
                     self._finish(ExitReason("crash", crash or GuestCrash(0, request.why, "")))
                 else:
                     self._finish(ExitReason("poweroff"))
@@ -537,6 +647,8 @@ class Vm:
     async def _close(self) -> None:
         """The bounded end: owner, vCPUs, devices. Shielded by the caller."""
         self._closing = True
+        if self._machine is not None:
+            self._machine.ending = True
         if self.cancel_migration():
             with trio.move_on_after(self.deadlines.rollback + self.deadlines.commit):
                 await self.ownership.free()
@@ -554,15 +666,15 @@ class Vm:
 
         :raises ConfigError: when this host can't, naming the field."""
         self.config = config
-        self.ownership.deadlines = config.deadlines
-        board = build_board(config, self.hypervisor, on_event=self._tell_of_device, incoming=True)
-        self.config = board.config
+        self.ownership.deadlines = self.kernel.deadlines = config.deadlines
+        board = await self._build(incoming=True)
+        self.config = board.config_as_built()
         try:
             board.check_setup(setup)
             await self._in_pieces(board.check_payload)
             return await self._run(board, gate_open=False)
         except BaseException:
-            board.close()
+            await self._discard(board)
             raise
 
     async def abandon(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
@@ -108,31 +109,124 @@ def test_a_crash_has_its_own_exit_code_and_a_diagnosis(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["crash.elf"]
 
 
-def test_the_terminal_is_raw_for_the_guest_and_restored(tmp_path: Path) -> None:
-    pid, terminal = pty.fork()
-    if pid == 0:
-        command = [*TRIVMM, *guest_options(), "--serial", "tty", "--hypervisor", "kvm"]
-        os.execve(sys.executable, command, command_environment())
-    before, out, typed = termios.tcgetattr(terminal), b"", False
-    deadline = time.monotonic() + LIMIT_S
-    try:
-        while time.monotonic() < deadline:
-            if select.select([terminal], [], [], 0.2)[0]:
-                try:
-                    out += os.read(terminal, 4096)
-                except OSError:  # EIO: the last process with this terminal is gone
-                    break
-            if b"PROBE t=" in out and not typed:
-                assert not termios.tcgetattr(terminal)[3] & (termios.ICANON | termios.ECHO)
-                os.write(terminal, b"q")
-                typed = True
-        assert termios.tcgetattr(terminal) == before
-        assert b"PROBE off" in out
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        _, status = os.waitpid(pid, 0)
-        os.close(terminal)
-    assert os.waitstatus_to_exitcode(status) == 0
+class Terminal:
+    """A person at a terminal of their own, in which a VMM runs; ``script`` is a shell's that starts it as "$@"."""
+
+    def __init__(self, folder: Path, *arguments: str, script: str = 'exec "$@"') -> None:
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.chdir(folder)
+            command = ["sh", "-c", script, "sh", *TRIVMM, *arguments, "--hypervisor", "kvm"]
+            os.execve("/bin/sh", command, command_environment())
+        self.before = termios.tcgetattr(self.fd)
+        self.seen = b""
+        self.deadline = time.monotonic() + LIMIT_S
+
+    def look(self) -> bool:
+        """Read what is there, for a while; False at the end, when the last process with this terminal is gone."""
+        assert time.monotonic() < self.deadline, self.seen[-2000:]
+        if select.select([self.fd], [], [], 0.1)[0]:
+            try:
+                self.seen += os.read(self.fd, 4096)
+            except OSError:  # EIO
+                return False
+        return True
+
+    def until(self, text: bytes) -> None:
+        while text not in self.seen:
+            assert self.look(), self.seen
+
+    def type(self, data: bytes) -> None:
+        assert os.write(self.fd, data) == len(data)
+
+    def end(self) -> int:
+        """Wait for its end; gives the exit code. The terminal is as it was."""
+        while self.look():
+            pass
+        assert termios.tcgetattr(self.fd) == self.before
+        pid, self.pid = self.pid, 0
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        os.close(self.fd)
+
+
+NOTICE = b"the guest has this terminal; Ctrl-A x ends the VMM"
+
+
+@pytest.mark.parametrize("options", [["--serial", "tty"], []], ids=["said", "default"])
+def test_the_terminal_is_raw_for_the_guest_and_restored(tmp_path: Path, options: list[str]) -> None:
+    with Terminal(tmp_path, *guest_options(), *options) as terminal:
+        terminal.until(b"PROBE t=")
+        assert not termios.tcgetattr(terminal.fd)[3] & (termios.ICANON | termios.ECHO)
+        terminal.type(b"q")
+        assert terminal.end() == 0
+        assert b"PROBE off" in terminal.seen
+        assert terminal.seen.count(NOTICE) == 1
+
+
+def test_ctrl_a_x_leaves(tmp_path: Path) -> None:
+    with Terminal(tmp_path, *guest_options(), "--serial", "tty", "--api-socket", "path=a.sock") as terminal:
+        terminal.until(b"PROBE t=")
+        terminal.type(b"\x01")
+        terminal.type(b"x")
+        assert terminal.end() == 0
+        assert b"PROBE off" not in terminal.seen
+        assert os.listdir(tmp_path) == []
+
+
+def test_ctrl_a_x_leaves_a_guest_that_reads_nothing(tmp_path: Path) -> None:
+    """Its 4 KiB are full, and more waits in the terminal before the two keys. (It looks for one key a report.)"""
+    with Terminal(tmp_path, *guest_options(), "--deadlines", "typing=0.1") as terminal:
+        terminal.until(b"PROBE t=")
+        for _ in range(8):
+            terminal.type(b"z" * 1024)
+        terminal.type(b"\x01x")
+        assert terminal.end() == 0
+        assert b"what is typed is dropped until it does" in terminal.seen
+
+
+def test_in_the_background_it_shows_what_the_guest_says_and_is_not_stopped(tmp_path: Path) -> None:
+    """A terminal stops a background job that reads it or makes it raw."""
+    options = guest_options(cycle="rng", once=3)
+    with Terminal(tmp_path, *options, script='set -m; "$@" & wait $!; echo "ended with $?"') as terminal:
+        assert terminal.end() == 0
+        assert b"PROBE off" in terminal.seen
+        assert b"ended with 0" in terminal.seen
+        assert NOTICE not in terminal.seen
+
+
+def test_a_virtio_console_on_the_terminal(tmp_path: Path) -> None:
+    """It is typed on, Ctrl-A too, and follows the terminal's size; the serial port is elsewhere."""
+    options = [*guest_options(echo=1), "--console", "tty,id=con0", "--serial", "file=out.txt"]
+    with Terminal(tmp_path, *options) as terminal:
+        terminal.until(NOTICE)
+        terminal.type(b"typed \x01\x01 and \x01b\r")
+        terminal.until(b"typed \x01 and \x01b\r")
+        for columns, rows in ((101, 37), (90, 30)):
+            fcntl.ioctl(terminal.fd, termios.TIOCSWINSZ, struct.pack("<HHHH", rows, columns, 0, 0))
+            while (report_of(tmp_path).cols, report_of(tmp_path).rows) != (columns, rows):
+                assert terminal.look()
+        terminal.type(b"\x01x")
+        assert terminal.end() == 0
+        assert report_of(tmp_path).problems == ()
+
+
+def test_one_terminal_has_one_reader(tmp_path: Path) -> None:
+    with Terminal(tmp_path, *guest_options(), "--serial", "tty", "--console", "tty") as terminal:
+        assert terminal.end() == 2
+        said = b'error: --console = "tty": the serial port reads the terminal; give one of them another mode'
+        assert terminal.seen.strip() == said
+    process = start(tmp_path, *guest_options(cycle="rng", once=3, echo=1), "--serial", "tty", "--console", "tty")
+    out, err = process.communicate(timeout=LIMIT_S)  # nobody reads: both may show what they say
+    assert (process.returncode, err) == (0, "")
+    assert "PROBE off" in out
 
 
 @pytest.mark.parametrize("transport", ["unix", "tcp"])

@@ -49,7 +49,7 @@ def unharmed(report: ProbeReport) -> bool:
 
 async def settled(road: Road) -> None:
     """Activations go on, and each is settled, on the side that runs."""
-    missing = {"_disk0", "_rng"}
+    missing = {"_disk0", "__rng"}
     all_seen = trio.Event()
 
     def note(event: Event) -> None:

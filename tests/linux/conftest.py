@@ -20,6 +20,9 @@ MODULES = (
     "virtio_pci",
     "virtio_blk",
     "virtio-rng",
+    "button",
+    "evdev",
+    "virtio_console",
 )
 
 

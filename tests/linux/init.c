@@ -1,13 +1,18 @@
-/* The init of a Linux guest: loads virtio's drivers, then writes, reads back and asks for random bytes, and powers
- * off. Every round is a line, so that a lost or a doubled one is seen. */
+/* The init of a Linux guest: loads the drivers, then writes, reads back and asks for random bytes, and powers off when
+ * the power button is pressed. Every round is a line, on the serial port and on the virtio console, so that a lost or a
+ * doubled one is seen. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/input.h>
+#include <poll.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
+#include <sys/ioctl.h>
 #include <sys/syscall.h>
+#include <termios.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -16,7 +21,7 @@
 
 static const char *const MODULES[] = {"virtio_ring",           "virtio",     "virtio_pci_legacy_dev",
                                       "virtio_pci_modern_dev", "virtio_pci", "virtio_blk",
-                                      "virtio-rng"};
+                                      "virtio-rng",            "virtio_console", "button", "evdev"};
 
 static void load(const char *name)
 {
@@ -43,6 +48,18 @@ static int open_soon(const char *path, int flags)
     return -1;
 }
 
+/* Whether the button is pressed within five minutes. */
+static int pressed(int button)
+{
+    struct pollfd wait = {button, POLLIN, 0};
+    struct input_event event;
+
+    while (poll(&wait, 1, 300000) == 1 && read(button, &event, sizeof event) == sizeof event)
+        if (event.type == EV_KEY && event.code == KEY_POWER && event.value == 1)
+            return 1;
+    return 0;
+}
+
 int main(void)
 {
     static char _Alignas(BLOCK) out[BLOCK], in[BLOCK];
@@ -53,6 +70,14 @@ int main(void)
     for (unsigned i = 0; i < sizeof MODULES / sizeof *MODULES; i++)
         load(MODULES[i]);
     int disk = open_soon("/dev/vda", O_RDWR | O_DIRECT), random = open_soon("/dev/hwrng", O_RDONLY);
+    int button = open_soon("/dev/input/event0", O_RDONLY);
+    int console = open_soon("/dev/hvc0", O_RDWR | O_NOCTTY | O_NONBLOCK);
+    struct winsize size = {0};
+    struct termios raw;
+    if (!tcgetattr(console, &raw)) {
+        cfmakeraw(&raw);
+        tcsetattr(console, TCSANOW, &raw);
+    }
     for (unsigned long round = 0; round < ROUNDS; round++) {
         unsigned char bytes[8] = {0};
         off_t at = (off_t)(round % 64) * BLOCK;
@@ -62,10 +87,15 @@ int main(void)
                    !memcmp(in, out, BLOCK);
         int got = (int)read(random, bytes, sizeof bytes);
         printf("GUEST round %lu disk %s rng %d\n", round, good ? "good" : "bad", got);
+        dprintf(console, "CONSOLE round %lu\n", round);
+        int typed = (int)read(console, in, BLOCK);
+        if (typed > 0 && !ioctl(console, TIOCGWINSZ, &size))
+            printf("GUEST typed %.*s on %d x %d\n", typed, in, size.ws_col, size.ws_row);
         nanosleep(&pause, NULL);
     }
     sync();
     printf("GUEST done\n");
+    printf(pressed(button) ? "GUEST power button\n" : "GUEST problem: no power button\n");
     reboot(RB_POWER_OFF);
     return 1;
 }

@@ -1,4 +1,4 @@
-"""A distribution's Linux, with its own drivers, on the soft CPU: boots, uses its devices, moves there and back.
+"""A distribution's Linux with its own drivers, on the soft CPU: boots, uses its devices, moves, powers off when told.
 
 The kernel is fetched by apt at each run; nothing of it is in the repository.
 """
@@ -13,7 +13,17 @@ from typing import Any
 import pytest
 import trio
 
-from trivmm import Deadlines, DiskConfig, MemoryConfig, PayloadConfig, SerialConfig, VmConfig, open_incoming, open_vm
+from trivmm import (
+    ConsoleConfig,
+    Deadlines,
+    DiskConfig,
+    MemoryConfig,
+    PayloadConfig,
+    SerialConfig,
+    VmConfig,
+    open_incoming,
+    open_vm,
+)
 
 pytest.importorskip("unicorn", reason="the soft extra is not installed")
 pytestmark = [pytest.mark.slow, pytest.mark.soft]
@@ -27,13 +37,14 @@ LAST = 59
 
 
 async def test_linux_boots_uses_its_devices_and_moves(linux: Any, tmp_path: Path) -> None:
-    disk, serial = tmp_path / "disk.img", tmp_path / "serial.txt"
+    disk, serial, console = tmp_path / "disk.img", tmp_path / "serial.txt", tmp_path / "console.txt"
     disk.write_bytes(bytes(4 << 20))
     config = VmConfig(
         PayloadConfig(str(linux.kernel), CMDLINE, initramfs=str(linux.initramfs)),
         memory=MemoryConfig(256 << 20),
         disks=(DiskConfig(str(disk)),),
         serial=SerialConfig("File", str(serial)),
+        console=ConsoleConfig("File", str(console)),
         deadlines=Deadlines(pause=10, downtime=30),  # one vCPU of an emulator, stopped while its memory is copied
     )
     with trio.fail_after(LIMIT_S):
@@ -42,6 +53,10 @@ async def test_linux_boots_uses_its_devices_and_moves(linux: Any, tmp_path: Path
             await vm.boot()
             for number, at in enumerate(MOVES_AT):
                 await vm.wait_for_console(f"GUEST round {at} ")
+                assert vm._machine is not None
+                assert vm._machine.board.console is not None
+                vm._machine.board.console.resize(100 + number, 30)
+                await vm.feed_console(b"word %d" % number, "console")
                 listening = open_incoming(f"unix:{tmp_path}/{number}.sock", hypervisor=SoftHypervisor())
                 incoming = await stack.enter_async_context(listening)
                 async with trio.open_nursery() as nursery:
@@ -49,9 +64,14 @@ async def test_linux_boots_uses_its_devices_and_moves(linux: Any, tmp_path: Path
                     await vm.migrate_to(incoming.url)
                 assert (await vm.wait()).kind == "migrated"
                 vm = incoming.vm
+            await vm.wait_for_console("GUEST done")
+            await vm.power_button()
             assert (await vm.wait()).kind == "poweroff"
     said = serial.read_text(errors="replace")
     assert "GUEST problem" not in said
+    assert said.count("GUEST power button") == 1
     rounds = re.findall(r"GUEST round (\d+) disk (\w+) rng (-?\d+)", said)
     assert rounds == [(str(number), "good", "8") for number in range(LAST + 1)]
+    assert console.read_text() == "".join(f"CONSOLE round {number}\n" for number in range(LAST + 1))
+    assert re.findall(r"GUEST typed (.*)", said) == [f"word {n} on {100 + n} x 30" for n in range(len(MOVES_AT))]
     assert disk.read_bytes()[4096 * 7 :].startswith(b"round 7\0")

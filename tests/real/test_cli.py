@@ -86,7 +86,7 @@ def wait_until_it_serves(path: Path, process: subprocess.Popen[str]) -> None:
         (["--kernel", "k", "--cpus", "boot=0"], "cpus.boot_vcpus = 0: out of range"),
         (["--kernel", "k", "--cpus", "boot=999"], "cpus.boot_vcpus = 999: out of range"),
         (["--kernel", "k", "--cpus", "boot"], '--cpus boot = "": no value'),
-        (["--kernel", "k", "--console", "tty"], 'console.mode = "Tty": virtio-console is not supported yet'),
+        (["--kernel", "k", "--console", "ptty"], '--console = "ptty": no such mode'),
         (["--kernel", "k", "--seccomp", "true"], '--seccomp = "true": there is no seccomp filter yet'),
         (["--kernel", "k", "--deadlines", "paus=1"], '--deadlines paus = "1": unknown key; did you mean pause?'),
         (["--kernel", "k", "--log-file", "no/where"], '--log-file = "no/where": No such file or directory'),

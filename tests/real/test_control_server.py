@@ -96,7 +96,10 @@ async def test_a_vm_driven_as_ch_remote_does(stage_of: StageOf) -> None:
             assert await ch(stage, "PUT", f"vm.{command}") is None
             assert (await ch(stage, "GET", "vm.info"))["state"] == state
         assert await ch(stage, "PUT", "vm.boot") is None
-        assert await ch(stage, "GET", "vm.counters") == {"_rng": {"activations": 3}}
+        assert await ch(stage, "GET", "vm.counters") == {"__rng": {"activations": 3}}
+        for command in ("nmi", "power-button"):
+            assert await ch(stage, "PUT", f"vm.{command}") is None
+            assert stage.vms[0].said[-1] == command
         assert await ch(stage, "PUT", "vm.delete") is None
         assert stage.vms[0].closed
         with pytest.raises(ChRemoteError) as caught:
@@ -106,6 +109,24 @@ async def test_a_vm_driven_as_ch_remote_does(stage_of: StageOf) -> None:
         assert await ch(stage, "PUT", "vmm.shutdown") is None
         with trio.fail_after(LIMIT_S):
             assert (await stage.vmm.ended()).kind == "asked"
+
+
+@pytest.mark.parametrize(
+    ("command", "fails"), [("nmi", "Error triggering NMI"), ("power-button", "Error triggering power button")]
+)
+async def test_a_vm_that_does_not_run_takes_no_nmi_and_no_button(stage_of: StageOf, command: str, fails: str) -> None:
+    async with stage_of() as stage:
+        for state, why in (
+            ("no VM", "VM is not created; create it first"),
+            ("Created", f"{command}: the VM is Created; it must be Running or Paused"),
+        ):
+            if state == "Created":
+                assert await ch(stage, "PUT", "vm.create", BODY) is None
+            with pytest.raises(ChRemoteError) as caught:
+                await ch(stage, "PUT", f"vm.{command}")
+            said = json.loads(caught.value.body or "")
+            assert (caught.value.status, said[:2]) == (500, ["Error from API", fails])
+            assert said[2].startswith(why)
 
 
 async def test_routes_that_do_not_exist_yet_say_so_by_name(stage_of: StageOf) -> None:
@@ -211,10 +232,52 @@ async def test_a_doubt_that_is_resolved_as_moved_ends_the_vm_as_a_migration_does
 async def test_one_vm_at_a_time(stage_of: StageOf) -> None:
     async with stage_of() as stage, Client(stage.path) as client:
         await client.create(CONFIG)
+        await client.boot()
         for refused in (client.create(BODY), client.receive_migration("unix:/x")):
             with pytest.raises(ApiError, match="there already"):
                 await refused
         assert (await client.info())["config"]["payload"]["kernel"] == "/boot/vmlinux"
+
+
+@pytest.mark.parametrize("shut_down", [False, True])
+async def test_a_vm_that_is_not_booted_gives_way_to_one_that_comes(stage_of: StageOf, shut_down: bool) -> None:
+    """As in Cloud Hypervisor, where it is a configuration only; but here it is kept when none comes."""
+    names: list[str] = []
+    async with stage_of() as stage, Client(stage.path) as client:
+        stage.vmm.events.listen(lambda event: names.append(event.event))
+        await client.create({**BODY, "payload": {"kernel": "/boot/other"}})
+        if shut_down:
+            await client.boot()
+            await client.shutdown()
+        for fails in (MigrationError("the link broke"), None):
+            with trio.fail_after(LIMIT_S):
+                async with trio.open_nursery() as nursery:
+
+                    async def receive(fails: Exception | None = fails) -> None:
+                        if fails is None:
+                            await client.receive_migration("unix:/x")
+                            return
+                        with pytest.raises(ApiError, match="the link broke"):
+                            await client.receive_migration("unix:/x")
+
+                    before = len(stage.incoming)
+                    nursery.start_soon(receive)
+                    while len(stage.incoming) == before:
+                        await client.ping()
+                    with pytest.raises(ApiError, match="in the middle of receive-migration"):
+                        await client.boot()
+                    stage.incoming[-1].fails = fails
+                    stage.incoming[-1].arrived.set()
+            info = await client.info()
+            kernel, state = info["config"]["payload"]["kernel"], info["state"]
+            assert (kernel, state) == (("/boot/vmlinux", "Running") if fails is None else ("/boot/other", "Created"))
+        await trio.testing.wait_all_tasks_blocked()
+        assert [vm.closed for vm in stage.vms] == [True]
+        assert names == []  # nothing was deleted by anybody
+        await client.delete()
+        assert names == ["deleted"]
+        with pytest.raises(ApiError, match="not created"):
+            await client.info()
 
 
 async def test_a_migration_is_accepted_at_once_and_the_process_ends_with_it(stage_of: StageOf) -> None:
@@ -223,7 +286,8 @@ async def test_a_migration_is_accepted_at_once_and_the_process_ends_with_it(stag
         await client.boot()
         with trio.fail_after(LIMIT_S):
             await client.send_migration("unix:/x", downtime_ms=50, timeout_strategy="Ignore")
-            for refused in (client.pause, client.boot, client.delete, client.shutdown, client.reboot):
+            verbs = (client.pause, client.boot, client.delete, client.shutdown, client.reboot, client.nmi)
+            for refused in (*verbs, client.power_button):
                 with pytest.raises(ApiError, match="the VM is migrating") as caught:
                     await refused()
                 assert caught.value.status == 500
@@ -286,7 +350,7 @@ async def test_what_can_not_begin_is_refused_and_not_accepted(stage_of: StageOf)
         await client.create(BODY)
         with pytest.raises(ApiError, match="the VM is Created") as caught:
             await client.send_migration("unix:/x")
-        assert (caught.value.status, caught.value.messages[1]) == (500, "Error starting migration sender")
+        assert (caught.value.status, caught.value.messages[1]) == (500, "Error dispatching the migration worker")
         await client.boot()  # the refused one left nothing behind
         stage.vms[0].let_migrate.set()
         await client.send_migration("unix:/x")

@@ -962,7 +962,7 @@ def test_the_vcpu_program_pauses_it_and_parks_it_at_a_barrier(build: Build) -> N
     def handle(_vcpu: int, reason: VcpuExit) -> bytes | Ticket | None:
         if not isinstance(reason, MmioWrite):
             return None
-        tickets.append(Ticket("_rng", len(tickets), "activation"))
+        tickets.append(Ticket("__rng", len(tickets), "activation"))
         written.release()
         return tickets[-1]
 

@@ -46,7 +46,7 @@ def test_one_that_is_in_use_is_not_touched(tmp_path: Path) -> None:
     path = tmp_path / "s"
     first = listen_unix(str(path), "--x")
     before = path.stat().st_ino
-    with pytest.raises(ConfigError, match=r"--x = 'unix:.*in use by another process") as caught:
+    with pytest.raises(ConfigError, match=r'--x = "unix:.*in use by another process') as caught:
         listen_unix(str(path), "--x", f"unix:{path}")
     assert "\n" not in str(caught.value)
     assert path.stat().st_ino == before
@@ -121,7 +121,7 @@ def test_a_descriptor_that_is_something_else_is_named_and_left_open(tmp_path: Pa
         (tcp.detach(), "AF_INET"),
     ]
     for fd, said in cases:
-        with pytest.raises(ConfigError, match=rf"--api-socket = 'fd={fd}': .*{said}") as caught:
+        with pytest.raises(ConfigError, match=rf'--api-socket = "fd={fd}": .*{said}') as caught:
             adopt_listener(SocketFd(fd), "--api-socket")
         assert "\n" not in str(caught.value)
         os.close(fd)  # raises if it had been closed

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import struct
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import trio
+import trio.testing
 
 from trivmm.config import DiskConfig, RngConfig
 from trivmm.errors import ConfigError, TrivmmError
@@ -20,12 +23,28 @@ from trivmm.testing.driver import WRITE, Descriptor, MockDriver
 from trivmm.virtio.block import BlockDevice
 from trivmm.virtio.device import WorkerDevice
 from trivmm.virtio.port import Activation
+from trivmm.virtio.queue import QueueWorker
 from trivmm.virtio.rng import RngDevice
 
 VERSION_1 = 1 << 32
 FLUSH = 1 << 9
 HEADER, DATA, STATUS = 0x100000, 0x101000, 0x140000
 IN, OUT, T_FLUSH, GET_ID = 0, 1, 4, 8
+NONE_YET = (1 << 64) - 1
+FRESH_COUNTERS = {  # Cloud Hypervisor's answer for a disk that has done nothing, and what only we count
+    "read_bytes": 0,
+    "read_ops": 0,
+    "read_latency_min": NONE_YET,
+    "read_latency_max": NONE_YET,
+    "read_latency_avg": 1844674407370955,
+    "write_bytes": 0,
+    "write_ops": 0,
+    "write_latency_min": NONE_YET,
+    "write_latency_max": NONE_YET,
+    "write_latency_avg": 1844674407370955,
+    "flush_ops": 0,
+    "errors": 0,
+}
 
 
 @pytest.fixture
@@ -104,6 +123,57 @@ async def test_read_write_flush_and_identity(memory: GuestMemory, driver: MockDr
         assert memory.read(DATA, 20) == b"a-serial".ljust(20, b"\0")
     assert device.counters()["read_bytes"] == 1024
     assert device.counters()["write_ops"] == 1
+    device.close()
+
+
+async def test_latencies_are_none_yet_then_measured_and_kept_over_activations(
+    memory: GuestMemory, driver: MockDriver, image: Path
+) -> None:
+    device = BlockDevice(DiskConfig(str(image)), memory, "_disk0")
+    assert device.counters() == FRESH_COUNTERS
+    seen: list[dict[str, int]] = []
+    for activation in range(1, 3):
+        async with active(device, driver, **({} if activation == 1 else {"next_avail": 2, "next_used": 2})):
+            began = time.monotonic_ns()
+            assert await do(driver, IN, 0, 4096) == (0, 4097)
+            took_us = (time.monotonic_ns() - began) // 1000
+            assert (await do(driver, IN, 128, 512))[0] == 1, "past the end: an error, and no latency"
+            seen.append(device.counters())  # while its worker runs
+            live = seen[-1]
+            assert live["read_latency_min"] <= live["read_latency_avg"] <= live["read_latency_max"]
+            assert live["read_latency_min"] <= took_us, "measured inside what the driver waited"
+        assert device.counters() == live, "an ended worker's are kept"
+    assert [(each["read_ops"], each["read_bytes"], each["errors"]) for each in seen] == [(1, 4096, 1), (2, 8192, 2)]
+    assert seen[1]["read_latency_min"] <= seen[0]["read_latency_min"]
+    assert seen[1]["read_latency_max"] >= seen[0]["read_latency_max"]
+    writes = [name for name in FRESH_COUNTERS if name.startswith("write")]
+    assert {name: seen[1][name] for name in writes} == {name: FRESH_COUNTERS[name] for name in writes}
+    device.close()
+
+
+async def test_a_stop_that_expires_counts_each_worker_once(
+    memory: GuestMemory, driver: MockDriver, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = BlockDevice(DiskConfig(str(image), num_queues=2), memory, "_disk0")
+    queue = driver.config()
+    async with trio.open_nursery() as workers:
+        await device.activate(Activation(1, VERSION_1 | FLUSH, (queue,)), workers)
+        assert await do(driver, IN, 0, 512) == (0, 513)
+        (worker,) = device._workers
+        stuck = attrs.evolve(queue, index=1)  # a second one that does not hear of the stop yet
+        late = QueueWorker("_disk0_q1", device._make_worker(stuck, VERSION_1), memory, stuck, VERSION_1, device._broken)
+        device._workers.append(late)
+        with trio.fail_after(10):
+            async with trio.open_nursery() as stopping:
+                stopping.start_soon(device.stop)
+                await worker.done.wait()
+                await trio.testing.wait_all_tasks_blocked()
+                stopping.cancel_scope.cancel()
+        assert device.counters()["read_ops"] == 1
+        late.done.set()
+        await device.stop()
+        late.close()
+    assert device.counters()["read_ops"] == 1
     device.close()
 
 

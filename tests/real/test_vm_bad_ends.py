@@ -343,9 +343,9 @@ async def test_a_guest_that_crashes_in_mid_migration_fails_it_and_is_reported_he
     guest = Guest(TripleFault())
     begin = Machine.start_dirty_log
 
-    def began(self: Machine) -> None:
+    async def began(self: Machine) -> None:
         guest.asked = where == "precopy"
-        begin(self)
+        await begin(self)
 
     monkeypatch.setattr(Machine, "start_dirty_log", began)
     ask_before(monkeypatch, guest, "stop")
@@ -398,9 +398,7 @@ async def test_closing_the_source_in_mid_migration_rolls_back_and_ends_it(config
             assert ended, "the migration was not cancelled"
             assert incoming.vm.state is not VmState.RUNNING
         assert all(("close",) in vm.calls for vm in hypervisor.vms)
-        assert all(
-            vm.calls.count(("set_dirty_log", True)) == vm.calls.count(("set_dirty_log", False)) for vm in hypervisor.vms
-        )
+        assert all(("set_dirty_log", False) not in vm.calls for vm in hypervisor.vms), "it goes with the VM"
         assert lock_is_free(config)
 
 

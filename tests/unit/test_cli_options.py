@@ -20,6 +20,7 @@ from trivmm.cli.options import (
     parse_vm,
     split_commas,
 )
+from trivmm.config import ConsoleConfig
 from trivmm.control.schema import load_config, load_receive, load_send
 from trivmm.errors import ConfigError, NotSupported
 from trivmm.unixsocket import SocketFd
@@ -149,9 +150,15 @@ def test_defaults() -> None:
         ({"memory": "shared=maybe"}, '--memory shared = "maybe": neither on nor off'),
         ({"disk": ["readonly=on"]}, '--disk = "readonly=on": no path'),
         ({"disk": ["path=a,vhost_user=on"]}, "disks[0].vhost_user = true: not supported yet"),
-        ({"serial": "pty"}, 'serial.mode = "Pty": not supported yet'),
-        ({"serial": "file="}, '--serial = "file=": no such mode'),
-        ({"console": "tty"}, 'console.mode = "Tty": virtio-console is not supported yet'),
+        ({"serial": "file="}, '--serial = "file=": no such mode; give one of off, null, tty, pty, file=PATH, socket=P'),
+        ({"serial": ""}, '--serial = "": no such mode'),
+        ({"serial": "ptty"}, '--serial = "ptty": no such mode'),
+        ({"serial": "tty=x"}, '--serial = "tty=x": no such mode'),
+        ({"serial": "tty,pty"}, '--serial = "tty,pty": more than one mode; give one'),
+        ({"serial": "file=/a,b"}, '--serial = "file=/a,b": more than a mode; leave b out'),
+        ({"console": "tty,idd=x"}, '--console idd = "x": unknown key; did you mean id?'),
+        ({"console": "tty,iommu=on"}, "console.iommu = true: not supported yet"),
+        ({"console": "id=x"}, '--console = "id=x": no such mode'),
     ],
 )
 def test_mistakes(given: dict[str, Any], said: str) -> None:
@@ -169,6 +176,24 @@ def test_consoles() -> None:
     assert parse_console("--serial", "off") == {"mode": "Off"}
     assert parse_console("--serial", "file=/x=y") == {"mode": "File", "file": "/x=y"}
     assert parse_console("--serial", "socket=/x") == {"mode": "Socket", "socket": "/x"}
+    assert parse_console("--serial", 'file="/a,b"') == {"mode": "File", "file": "/a,b"}
+    config = load_config(parse_vm(arguments(console='pty,id="a,b",addr=9')))
+    assert config.console == ConsoleConfig("Pty", id="a,b", pci_device_id=9)
+
+
+@pytest.mark.parametrize(
+    ("given", "modes"),
+    [
+        ({}, ("Tty", "Off")),
+        ({"serial": "null"}, ("Null", "Off")),
+        ({"console": "tty"}, ("Null", "Tty")),
+        ({"console": "pty"}, ("Tty", "Pty")),
+        ({"console": "tty", "serial": "tty"}, ("Tty", "Tty")),
+    ],
+)
+def test_the_serial_port_shows_on_a_terminal(given: dict[str, str], modes: tuple[str, str]) -> None:
+    config = load_config(parse_vm(arguments(**given), terminal=True))
+    assert (config.serial.mode, config.console.mode) == modes
 
 
 def test_api_sockets() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import struct
+import subprocess
+from pathlib import Path
 
 import pytest
 
-from trivmm.machine import layout
+from trivmm.machine import aml, layout
 from trivmm.machine.acpi import acpi_tables
 
 
@@ -65,3 +68,67 @@ def test_namespace_lengths_nest() -> None:
     assert aml[0] == 0x10
     assert aml[1] >> 6 == 1
     assert aml[1 + length :] == b"\x08_S5_\x12\x48\x00\x04\x0a\x05\x00\x00\x00"
+
+
+def test_no_button_is_a_fixed_one() -> None:
+    """FADT flags 4 and 5: the power button is a device of the namespace, and there is none for sleep."""
+    (flags,) = struct.unpack_from("<I", _walk(1)[b"FACP"], 112)
+    assert flags == 1 | 1 << 4 | 1 << 5 | 1 << 10 | 1 << 20
+
+
+def _packages(code: bytes, opcode: bytes) -> list[bytes]:
+    """Bodies of the packages of a kind that have a four-byte name first, by their own lengths."""
+    found, at = [], code.find(opcode)
+    while at >= 0:
+        start = at + len(opcode)
+        length = code[start] & 0xF | code[start + 1] << 4
+        body = code[start + 2 : start + length]
+        if body[:4].replace(b"_", b"").isalnum():
+            found.append(body)
+        at = code.find(opcode, start)
+    return found
+
+
+def test_the_power_button_is_what_the_ged_event_notifies() -> None:
+    dsdt = _walk(1)[b"DSDT"][36:]
+    devices = {body[:4]: body for body in _packages(dsdt, b"\x5b\x82")}
+    assert set(devices) == {b"PCI0", b"COM1", b"PWRB", b"GEC_", b"GED_"}
+    assert b"_HID\x0c\x41\xd0\x0c\x0c" in devices[b"PWRB"]  # PNP0C0C
+    assert b"_HID\x0dACPI0013\0" in devices[b"GED_"]
+    assert bytes.fromhex("89 0600 03 01 0d000000 7900") in devices[b"GED_"]  # edge, active high, GSI 13, the end
+    (event,) = _packages(devices[b"GED_"], b"\x14")
+    assert event == b"_EVT\x09\\\x2f\x03_SB_GEC_ESCN"
+    register = struct.pack("<I", layout.GED_START)
+    assert b"\x5b\x80GDST\x00\x0c" + register + b"\x0a\x01" in devices[b"GEC_"]  # SystemMemory, one byte
+    assert bytes.fromhex("86 0900 01") + register + struct.pack("<I", 1) in devices[b"GEC_"]
+    (scan,) = _packages(devices[b"GEC_"], b"\x14")
+    # Local0 = GDAT; If (Local0 & 8) { Notify (\\_SB.PWRB, 0x80) }
+    assert scan == b"ESCN\x08\x70GDAT\x60\xa0\x44\x01\x7b\x60\x0a\x08\x00\x86\\\x2e_SB_PWRB\x0a\x80"
+
+
+def test_identities_and_lengths() -> None:
+    assert aml.eisa("PNP0A03") == bytes.fromhex("0c 41d00a03")
+    assert aml.eisa("PNP0501") == bytes.fromhex("0c 41d00501")
+    assert aml.scope(b"ABCD", bytes(4095 - 6)).startswith(b"\x10\x4f\xff")
+    with pytest.raises(ValueError, match="4096"):
+        aml.scope(b"ABCD", bytes(4095 - 5))
+
+
+@pytest.mark.skipif(shutil.which("iasl") is None, reason="needs iasl (the package acpica-tools)")
+def test_iasl_reads_the_namespace_and_compiles_it_again(tmp_path: Path) -> None:
+    def iasl(*words: str) -> str:
+        done = subprocess.run(["iasl", *words], cwd=tmp_path, timeout=60, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    (tmp_path / "dsdt.aml").write_bytes(_walk(2)[b"DSDT"])
+    assert "Disassembly completed" in iasl("-d", "dsdt.aml")
+    source = (tmp_path / "dsdt.dsl").read_text()
+    for line in (
+        "Device (PWRB)",
+        'Name (_HID, EisaId ("PNP0C0C")',
+        'Name (_HID, "ACPI0013"',
+        "Notify (\\_SB.PWRB, 0x80)",
+    ):
+        assert line in source
+    assert "0 Errors, 0 Warnings" in iasl("-we", "-p", "again", "dsdt.dsl")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import calendar
+import os
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from trivmm.machine.acpi_port import AcpiPort
 from trivmm.machine.bus import GuestRequest
 from trivmm.machine.cmos import Cmos
 from trivmm.machine.debug_ports import DebugConsole, DebugPort
+from trivmm.machine.ged import POWER_BUTTON, Ged
 from trivmm.machine.i8042 import I8042
 
 GIB = 1 << 30
@@ -95,6 +97,47 @@ def test_acpi_port() -> None:
     assert reset.kind == "reset"
     assert isinstance(poweroff, GuestRequest)
     assert poweroff.kind == "poweroff"
+
+
+def test_ged_events_are_read_once_and_each_interrupts() -> None:
+    ged = Ged()
+    try:
+        assert ged.read(0, 1) == b"\0"
+        ged.notify(POWER_BUTTON)
+        ged.notify(POWER_BUTTON)
+        ged.notify(1)
+        assert os.eventfd_read(ged.irq_fd) == 3
+        assert ged.write(0, b"\0") is None
+        assert [ged.read(0, 1), ged.read(0, 1)] == [b"\x09", b"\0"]
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(ged.irq_fd)
+        os.eventfd_write(ged.irq_fd, (1 << 64) - 2)
+        ged.notify(POWER_BUTTON)  # to a guest that has taken none for a very long time
+        assert ged.read(0, 1) == b"\x08"
+    finally:
+        ged.close()
+    ged.close()
+
+
+def test_ged_state() -> None:
+    ged, twin = Ged(), Ged()
+    try:
+        ged.notify(POWER_BUTTON)
+        assert ged.save() == {"events": 8}
+        assert ged.read(0, 1) == b"\x08", "saving does not read it: the save may be undone"
+        twin.load({"events": 8})
+        assert os.eventfd_read(twin.irq_fd) == 1, "no interrupt controller has taken the source's, perhaps"
+        assert twin.read(0, 1) == b"\x08"
+        twin.load({"events": 0})
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(twin.irq_fd)
+        for hostile in ({"events": 256}, {"events": -1}, {"events": "8"}, {}, {"events": 0, "more": 1}):
+            with pytest.raises(ProtocolError):
+                twin.load(hostile)
+        assert twin.read(0, 1) == b"\0"
+    finally:
+        ged.close()
+        twin.close()
 
 
 def test_debug_port() -> None:

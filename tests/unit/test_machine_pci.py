@@ -22,7 +22,7 @@ def space() -> PciConfigSpace:
 
 @attrs.define(eq=False)
 class Function:
-    name: str = "_rng"
+    name: str = "__rng"
     config: PciConfigSpace = attrs.field(factory=space)
     log: list[Any] = attrs.field(factory=list)
 

@@ -198,6 +198,8 @@ DISK: Final[Mapping[str, tuple[str, Convert]]] = {
     "lock_granularity": ("lock_granularity", _as_text),
     **_BUS,
 }
+CONSOLE_WORDS: Final = ("off", "null", "tty", "pty")
+CONSOLE_PATHS: Final = ("file", "socket")
 RNG: Final[Mapping[str, tuple[str, Convert]]] = {"src": ("src", _as_text), **_BUS}
 SEND: Final[Mapping[str, tuple[str, Convert]]] = {
     "destination_url": ("destination_url", _as_text),
@@ -229,22 +231,33 @@ def _object(option: str, text: str, keys: Mapping[str, tuple[str, Convert]], mai
     return made
 
 
-def parse_console(option: str, text: str) -> dict[str, Any]:
-    """``off``, ``null``, ``tty``, ``pty``, ``file=PATH`` or ``socket=PATH``, as ``--serial`` and ``--console`` take."""
-    mode, equals, value = text.partition("=")
-    match mode, equals:
-        case (("off" | "null" | "tty" | "pty"), ""):
-            return {"mode": mode.capitalize()}
-        case "file", "=" if value:
-            return {"mode": "File", "file": value}
-        case "socket", "=" if value:
-            return {"mode": "Socket", "socket": value}
-    raise ConfigError(option, text, "no such mode", "give off, null, tty or file=PATH")
+def parse_console(option: str, text: str, keys: Mapping[str, tuple[str, Convert]] | None = None) -> dict[str, Any]:
+    """``off``, ``null``, ``tty``, ``pty``, ``file=PATH`` or ``socket=PATH``, as ``--serial`` and ``--console`` take;
+    beside it the pairs that ``keys`` knows. :raises ConfigError:"""
+    made: dict[str, Any] = {}
+    pairs = []
+    for part in split_commas(option, text):
+        key, equals, value = part.partition("=")
+        if not (key in CONSOLE_WORDS and not equals) and not (key in CONSOLE_PATHS and value):
+            pairs.append(part)
+            continue
+        if "mode" in made:
+            raise ConfigError(option, text, "more than one mode", "give one")
+        made["mode"] = key.capitalize()
+        if value:
+            made[key] = value
+    if "mode" not in made:
+        modes = ", ".join([*CONSOLE_WORDS, *(f"{key}=PATH" for key in CONSOLE_PATHS)])
+        raise ConfigError(option, text, "no such mode", f"give one of {modes}")
+    if pairs and keys is None:
+        raise ConfigError(option, text, "more than a mode", f"leave {pairs[0]} out, or quote a path with commas")
+    return made | _object(option, ",".join(f'"{part}"' for part in pairs), keys or {}, "")
 
 
-def parse_vm(arguments: Any) -> dict[str, Any]:
+def parse_vm(arguments: Any, *, terminal: bool = False) -> dict[str, Any]:
     """The body of vm.create from parsed arguments (``kernel``, ``cmdline``, ``initramfs``, ``cpus``, ``memory``,
-    ``disk``, ``rng``, ``serial``, ``console``; None where not given). :raises ConfigError:"""
+    ``disk``, ``rng``, ``serial``, ``console``; None where not given). ``terminal``: there is one, so the serial port
+    shows on it unless something else was said. :raises ConfigError:"""
     payload = {"kernel": arguments.kernel, "cmdline": arguments.cmdline, "initramfs": arguments.initramfs}
     body: dict[str, Any] = {"payload": payload}
     cpus = _object("--cpus", arguments.cpus or "", CPUS, "boot")
@@ -253,8 +266,9 @@ def parse_vm(arguments: Any) -> dict[str, Any]:
     body["memory"] = {"size": 512 << 20, **_object("--memory", arguments.memory or "", MEMORY, "size")}
     body["disks"] = [_object("--disk", text, DISK, "path") for text in arguments.disk or ()]
     body["rng"] = {"src": "/dev/urandom", **_object("--rng", arguments.rng or "", RNG, "src")}
-    body["serial"] = parse_console("--serial", arguments.serial or "null")
-    body["console"] = parse_console("--console", arguments.console or "off")
+    body["console"] = parse_console("--console", "off" if arguments.console is None else arguments.console, _BUS)
+    shown = "tty" if terminal and body["console"]["mode"] != "Tty" else "null"
+    body["serial"] = parse_console("--serial", shown if arguments.serial is None else arguments.serial)
     for number, disk in enumerate(body["disks"]):
         if "path" not in disk:
             raise ConfigError("--disk", arguments.disk[number], "no path", "give path=FILE")

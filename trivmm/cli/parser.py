@@ -95,7 +95,7 @@ class Parser(argparse.ArgumentParser):
                 near = difflib.get_close_matches(option, [*known, *(refused or {})], n=1)
                 hint = f"did you mean {near[0]}?" if near else f"{self.prog} --help lists the options"
                 raise UsageError(f"{option}: unknown option; {hint}")
-        return self.parse_args(list(arguments))
+        return self.parse_intermixed_args(list(arguments))  # an option may stand between a verb and its argument
 
 
 def version_text(program: str) -> str:
@@ -123,8 +123,9 @@ def run_parser() -> Parser:
         help="raw images; several values, or the option again",
     )
     vm.add_argument("--rng", metavar="src=FILE", help="entropy (/dev/urandom)")
-    vm.add_argument("--serial", metavar="off|null|tty|file=FILE", help="the serial port (null)")
-    vm.add_argument("--console", metavar="off", help="virtio-console: only off yet (off)")
+    modes = "off|null|tty|pty|file=FILE|socket=PATH"
+    vm.add_argument("--serial", metavar=modes, help="the serial port (tty where stdout is a terminal, else null)")
+    vm.add_argument("--console", metavar=f"{modes}[,id=…]", help="virtio-console (off)")
     vmm = parser.add_argument_group("the VMM")
     vmm.add_argument(
         "--api-socket", metavar="path=FILE|fd=N", help="serve the HTTP API on this unix socket, or on one passed in"

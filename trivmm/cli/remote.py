@@ -42,6 +42,8 @@ VERBS: Final[Mapping[str, tuple[str, str, str | None]]] = {
     "resume": ("PUT", "vm.resume", None),
     "shutdown": ("PUT", "vm.shutdown", None),
     "reboot": ("PUT", "vm.reboot", None),
+    "nmi": ("PUT", "vm.nmi", None),
+    "power-button": ("PUT", "vm.power-button", None),
     "resize": ("PUT", "vm.resize", None),
     "delete": ("PUT", "vm.delete", None),
     "shutdown-vmm": ("PUT", "vmm.shutdown", None),

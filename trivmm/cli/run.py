@@ -7,19 +7,15 @@ then it names what still runs and leaves by ``os._exit``, since a thread stuck i
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
-import stat
 import sys
-import termios
 import threading
-import tty
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import attrs
 import trio
@@ -27,6 +23,7 @@ import trio
 from trivmm.cli import EXIT_CRASH, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, say_error
 from trivmm.cli.options import parse_deadlines, parse_socket, parse_vm
 from trivmm.cli.parser import REFUSED, UsageError, run_parser
+from trivmm.cli.terminal import follow_size, is_terminal, is_typed_on, raw_terminal, restore_terminal, type_into
 from trivmm.config import VmConfig
 from trivmm.control.schema import load_config
 from trivmm.deadlines import Deadlines
@@ -44,7 +41,6 @@ __all__ = ["RunOptions", "parse_run", "run", "serve"]
 LOG: Final = logging.getLogger(__name__)
 SWITCH_INTERVAL_S: Final = 1e-4  # the GIL's: with the default 5 ms two busy vCPU threads starve each other
 LEVELS: Final = (logging.WARNING, logging.INFO, logging.DEBUG)
-TYPED_BYTES: Final = 256
 VM_OPTIONS: Final = ("cmdline", "initramfs", "cpus", "memory", "disk", "rng", "serial", "console")
 
 
@@ -71,7 +67,9 @@ def parse_run(arguments: Sequence[str]) -> RunOptions:
     deadlines = parse_deadlines(given.deadlines)
     config: VmConfig | None = None
     if given.kernel is not None:
-        config = load_config(parse_vm(given), deadlines=deadlines)
+        config = load_config(parse_vm(given, terminal=is_terminal(1)), deadlines=deadlines)
+        if len(_terminal_lines(config)) > 1 and is_typed_on():
+            raise ConfigError("--console", "tty", "the serial port reads the terminal", "give one of them another mode")
     else:
         alone = [name for name in VM_OPTIONS if getattr(given, name) is not None]
         if alone:
@@ -91,6 +89,12 @@ def parse_run(arguments: Sequence[str]) -> RunOptions:
     )
 
 
+def _terminal_lines(config: VmConfig | None) -> list[str]:
+    if config is None:
+        return []
+    return [name for name in ("serial", "console") if getattr(config, name).mode == "Tty"]
+
+
 def run(arguments: Sequence[str]) -> int:
     return serve(parse_run(arguments))
 
@@ -100,7 +104,7 @@ def serve(options: RunOptions, faults: Faults | None = None, hypervisor: Hypervi
     _set_up_log(options)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     watchdog = Watchdog(options.deadlines.shutdown_grace)
-    with _raw_terminal(options.config is not None and options.config.serial.mode == "Tty"):
+    with raw_terminal(bool(_terminal_lines(options.config))):
         try:
             return trio.run(_serve, options, watchdog, faults, hypervisor)
         finally:
@@ -234,10 +238,12 @@ async def _live(options: RunOptions, vmm: Vmm, watchdog: Watchdog) -> VmmEnd:
             if options.config is not None:
                 vm = await vmm.create(options.config)
                 await vmm.boot()
-                if options.config.serial.mode == "Tty" and sys.stdin.isatty():
-                    nursery = await stack.enter_async_context(trio.open_nursery())
-                    stack.callback(nursery.cancel_scope.cancel)
-                    nursery.start_soon(_type, vm, name="terminal input")
+                nursery = await stack.enter_async_context(trio.open_nursery())
+                stack.callback(nursery.cancel_scope.cancel)
+                for line in _terminal_lines(options.config) if is_typed_on() else ():
+                    nursery.start_soon(type_into, vm, line, options.deadlines, name="terminal input")
+                if options.config.console.mode == "Tty":
+                    nursery.start_soon(follow_size, vm, name="terminal size")
             return await vmm.ended()
     finally:
         watchdog.start()
@@ -248,44 +254,3 @@ def _tell_crash(crash: GuestCrash) -> None:
     say_error(f"the guest crashed: vcpu{crash.vcpu}: {crash.reason}")
     if crash.details:
         print(crash.details, file=sys.stderr, flush=True)
-
-
-async def _type(vm: Any) -> None:
-    """What is typed goes to the serial port. Lives until the process ends, or the terminal does."""
-    fd = os.open("/proc/self/fd/0", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
-    stream = trio.lowlevel.FdStream(fd)
-    async with stream:
-        while data := await stream.receive_some(TYPED_BYTES):
-            with contextlib.suppress(TrivmmError):  # between power-off and boot nobody reads
-                vm.console_input(data)
-
-
-# --- the terminal ------------------------------------------------------------------------------------------------
-
-_SAVED: list[Any] = []  # the terminal's attributes from before; one terminal a process
-
-
-def restore_terminal() -> None:
-    """Idempotent; any thread."""
-    if _SAVED:
-        with contextlib.suppress(termios.error, ValueError, OSError):
-            termios.tcsetattr(0, termios.TCSADRAIN, _SAVED[0])
-
-
-@contextmanager
-def _raw_terminal(wanted: bool) -> Iterator[None]:
-    """Raw while the guest has the terminal (its own Ctrl-C included); as it was afterwards, whatever happened."""
-    try:
-        is_terminal = wanted and stat.S_ISCHR(os.fstat(0).st_mode) and os.isatty(0)
-    except OSError:
-        is_terminal = False
-    if not is_terminal:
-        yield
-        return
-    _SAVED.append(termios.tcgetattr(0))
-    try:
-        tty.setraw(0)
-        yield
-    finally:
-        restore_terminal()
-        _SAVED.clear()

@@ -107,6 +107,14 @@ class Client:
     async def reboot(self) -> None:
         await self.call("PUT", "vm.reboot")
 
+    async def nmi(self) -> None:
+        """A non-maskable interrupt for every vCPU."""
+        await self.call("PUT", "vm.nmi")
+
+    async def power_button(self) -> None:
+        """Press the ACPI power button."""
+        await self.call("PUT", "vm.power-button")
+
     async def send_migration(
         self,
         destination_url: str,

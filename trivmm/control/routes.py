@@ -47,13 +47,15 @@ STATES: Final = {VmState.SHUTDOWN: VmState.CREATED}  # as there: of a VM that wa
 class Route:
     """``load`` turns the body into the verb's argument, and tells a collector the keys that it doesn't know; None: the
     route takes no body; where that is ``optional``, none is ``{}``. ``fails`` is what its errors say first;
-    ``without_vm`` the code where there is none."""
+    ``without_vm`` the code where there is none, and ``not_booted`` where the one that is there is in a state that won't
+    do."""
 
     method: str
     run: Callable[[Vmm, Any], Awaitable[Response]]
     load: Callable[[object, Unknown], object] | None = None
     fails: str = "The VM info is not available"
     without_vm: int = 404
+    not_booted: int = 500
     optional: bool = False
 
 
@@ -80,7 +82,10 @@ async def _shut_down(vmm: Vmm, _: None) -> Response:
 async def _info(vmm: Vmm, _: None) -> Response:
     vm = vmm.vm
     state = STATES.get(vm.state, vm.state)
-    return Response.of({"config": dump_config(vm.config), **vm.info(), "state": state.value})
+    config = dump_config(vm.config)
+    for line, path in vm.pty_paths.items():  # where a client finds the other end, as there
+        config[line]["file"] = path
+    return Response.of({"config": config, **vm.info(), "state": state.value})
 
 
 async def _counters(vmm: Vmm, _: None) -> Response:
@@ -148,12 +153,12 @@ async def _open_events(vmm: Vmm) -> AsyncIterator[_EventStream]:
         yield _EventStream(events)
 
 
-def _verb(name: str, fails: str, without_vm: int = 500) -> Route:
+def _verb(name: str, fails: str, without_vm: int = 500, not_booted: int = 500) -> Route:
     async def run(vmm: Vmm, _: None) -> Response:
         await getattr(vmm, name)()
         return Response(204)
 
-    return Route("PUT", run, fails=fails, without_vm=without_vm)
+    return Route("PUT", run, fails=fails, without_vm=without_vm, not_booted=not_booted)
 
 
 ROUTES: Final[Mapping[str, Route]] = {
@@ -167,10 +172,12 @@ ROUTES: Final[Mapping[str, Route]] = {
     "vm.pause": _verb("pause", "The VM could not be paused"),
     "vm.resume": _verb("resume", "The VM could not resume"),
     "vm.shutdown": _verb("shutdown", "The VM could not shutdown"),
-    "vm.reboot": _verb("reboot", "The VM could not reboot", 404),
+    "vm.reboot": _verb("reboot", "The VM could not reboot", 404, not_booted=404),
+    "vm.nmi": _verb("nmi", "Error triggering NMI"),
+    "vm.power-button": _verb("power_button", "Error triggering power button"),
     "vm.resize": Route("PUT", _resize, load_resize, "The VM could not be resized"),
-    "vm.send-migration": Route("PUT", _send, load_send, "Error starting migration sender", 500),
-    "vm.receive-migration": Route("PUT", _receive, load_receive, "Error starting migration receiver", 500),
+    "vm.send-migration": Route("PUT", _send, load_send, "Error dispatching the migration worker", 500),
+    "vm.receive-migration": Route("PUT", _receive, load_receive, "Error receiving migration", 500),
     "vm.migration-progress": Route("GET", _progress, fails="The migration's progress is not available"),
     "vm.cancel-migration": Route("PUT", _cancel, fails="The migration could not be cancelled"),
     "vm.resolve-migration": Route(
@@ -208,6 +215,8 @@ class Router:
             return await route.run(self.vmm, argument)
         except VmNotCreated as error:
             return error_response(route.without_vm, API_ERROR, route.fails, *_chain(error))
+        except WrongState as error:
+            return error_response(route.not_booted, API_ERROR, route.fails, *_chain(error))
         except (TrivmmError, OSError) as error:
             return error_response(500, API_ERROR, route.fails, *_chain(error))
 

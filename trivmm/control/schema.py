@@ -46,7 +46,6 @@ __all__ = [
     "parse_json",
 ]
 
-SERIAL_MODES: Final = ("Off", "Null", "Tty", "File")
 STRATEGIES: Final = ("Cancel", "Ignore")
 
 T = TypeVar("T")
@@ -234,18 +233,6 @@ def _nested(schema: str, key: str, item: object, where: str, unknown: Unknown) -
         return [_checked("DiskConfig", disk, f"{where}[{index}]", unknown) for index, disk in enumerate(item)]
     if schema == "VmConfig" and key in NESTED:
         return _checked(NESTED[key], item, where, unknown)
-    if key == "mode":
-        return _mode(schema, item, where)
-    return item
-
-
-def _mode(schema: str, item: object, where: str) -> object:
-    if schema == "ConsoleConfig" and item != "Off":
-        raise NotSupported(where, item, "virtio-console is not supported yet", "use Off, and the serial port")
-    if schema == "SerialConfig" and item in ("Pty", "Socket"):
-        raise NotSupported(where, item, "not supported yet", "use Off, Null, Tty or File")
-    if schema == "SerialConfig" and item not in SERIAL_MODES:
-        raise ConfigError(where, item, "no such mode", "use Off, Null, Tty or File")
     return item
 
 

@@ -11,6 +11,7 @@ over PCI), and reports in lines on COM1. Its words on the command line:
 ``window=1``    every other cycle through the PCI config-access capability
 ``race=1``      CPU 0 resets the rng while CPU 1 activates it
 ``event_idx=1`` ``indirect=1``   negotiate these ring features
+``echo=1``      echo on the virtio console what is typed there
 ``sectors=N``   disk sectors to use, at most 4096
 ``beat=ms``     heartbeat period; ``report=ms`` report period
 ``once=N``      power off after N activations; ``reboot=N`` reboots by the i8042
@@ -58,6 +59,9 @@ class ProbeReport:
     stuck: int = 0
     needs_reset: int = 0
     raced: int = 0
+    echoed: int = 0
+    cols: int = 0
+    rows: int = 0
     reports: int = 0
     problems: tuple[str, ...] = ()
 

@@ -62,7 +62,7 @@ void devices_find(void)
     }
 }
 
-static uint64_t wanted_features(void)
+uint64_t wanted_features(void)
 {
     return VERSION_1 | (options.event_idx ? EVENT_IDX : 0) | (options.indirect ? INDIRECT : 0);
 }
@@ -211,6 +211,8 @@ void devices_step(void)
         step(&rng_cycle);
     if (options.cycle_blk)
         step(&blk_cycle);
+    if (options.echo)
+        echo_step();
 }
 
 /* CPU 0, with race=1: reset the rng while CPU 1 is somewhere in activating it. Through the BAR only: CF8 has one

@@ -99,7 +99,7 @@ static void parse_word(const char *word)
         {"beat=", &options.beat_ms},    {"report=", &options.report_ms}, {"sectors=", &options.sectors},
         {"once=", &options.once},       {"window=", &options.window},   {"race=", &options.race},
         {"corrupt=", &options.corrupt}, {"reboot=", &options.reboot},   {"event_idx=", &options.event_idx},
-        {"indirect=", &options.indirect},
+        {"indirect=", &options.indirect}, {"echo=", &options.echo},
     };
     for (uint32_t i = 0; i < sizeof known / sizeof known[0]; i++) {
         const char *value = word;
@@ -224,6 +224,11 @@ static void report(uint64_t began, uint64_t beats, uint64_t gap)
     put_number(" stuck=", rng_counters.stuck + blk_counters.stuck);
     put_number(" needs_reset=", rng_counters.needs_reset + blk_counters.needs_reset);
     put_number(" raced=", rng_counters.raced + blk_counters.raced);
+    if (options.echo) {
+        put_number(" echoed=", echoed);
+        put_number(" cols=", columns);
+        put_number(" rows=", rows);
+    }
     put_line();
 }
 
@@ -272,6 +277,7 @@ void cpu_main(uint32_t cpu)
         if (test_pages > room)
             test_pages = room;
         devices_find();
+        echo_find();
         start_cpus();
         memory_start(0, options.cpus, test_pages);
         barrier();

@@ -12,7 +12,7 @@
 
 struct options {
     uint32_t cpus, rate, mem_mib, beat_ms, report_ms, sectors, once, reboot;
-    uint32_t cycle_rng, cycle_blk, window, race, corrupt, event_idx, indirect;
+    uint32_t cycle_rng, cycle_blk, window, race, corrupt, event_idx, indirect, echo;
     uint64_t tsc_khz;
 };
 
@@ -98,6 +98,12 @@ extern volatile uint64_t device_errors;
 void devices_find(void);
 void devices_step(void);
 void devices_race(uint64_t now);
+
+/* echo.c: on the CPU that drives the devices */
+extern volatile uint64_t echoed, columns, rows;
+void echo_find(void);
+void echo_step(void);
+uint64_t wanted_features(void);
 
 void *map_mmio(uint64_t address);
 

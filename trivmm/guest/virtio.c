@@ -138,13 +138,39 @@ int vdev_reset(struct vdev *dev)
     return 1;
 }
 
-/* From reset to DRIVER_OK with queue 0; 0 where the device does not go along. */
-int vdev_start(struct vdev *dev, uint64_t wanted)
+/* MSI-X entry `entry` to CPU 0: any CPU sees the count. */
+static void route(struct vdev *dev, uint32_t entry)
+{
+    volatile uint32_t *at = dev->msix + 4 * entry;
+    at[0] = MSI_ADDRESS;
+    at[1] = 0;
+    at[2] = dev->vector + entry;
+    at[3] = 0;
+}
+
+/* Rings, an interrupt and a doorbell for one queue; its interrupt is `vector` + 1, after configuration changes. */
+static int queue_start(struct vdev *dev)
 {
     struct rings *rings = dev->rings;
     for (uint64_t i = 0; i < sizeof *rings / 8; i++)
         ((volatile uint64_t *)rings)[i] = 0;
     dev->next_used = 0;
+    common_write(dev, 0x16, 2, dev->queue);
+    common_write(dev, 0x18, 2, QUEUE_SIZE);
+    common_write(dev, 0x1a, 2, dev->queue + 1u);
+    if (common_read(dev, 0x1a, 2) != dev->queue + 1u)
+        return 0;
+    dev->notify_off = common_read(dev, 0x1e, 2) * dev->notify_multiplier;
+    common_write64(dev, 0x20, (uint64_t)rings->desc);
+    common_write64(dev, 0x28, (uint64_t)&rings->avail);
+    common_write64(dev, 0x30, (uint64_t)&rings->used);
+    common_write(dev, 0x1c, 2, 1);
+    return 1;
+}
+
+/* From reset to DRIVER_OK with queue 0, and queue 1 where there is a `next`; 0 where the device does not go along. */
+int vdev_start(struct vdev *dev, uint64_t wanted)
+{
     common_write(dev, 0x14, 1, ACKNOWLEDGE);
     common_write(dev, 0x14, 1, ACKNOWLEDGE | DRIVER);
     common_write(dev, 0x00, 4, 0);
@@ -159,24 +185,22 @@ int vdev_start(struct vdev *dev, uint64_t wanted)
     common_write(dev, 0x14, 1, ACKNOWLEDGE | DRIVER | FEATURES_OK);
     if (!(common_read(dev, 0x14, 1) & FEATURES_OK))
         return 0;
-    for (uint32_t entry = 0; entry < 2; entry++) { /* 0: configuration changes, 1: the queue */
-        volatile uint32_t *at = dev->msix + 4 * entry;
-        at[0] = MSI_ADDRESS; /* CPU 0: any CPU sees the count */
-        at[1] = 0;
-        at[2] = dev->vector + entry;
-        at[3] = 0;
-    }
+    for (uint32_t entry = 0; entry < (dev->next ? 3u : 2u); entry++) /* 0: configuration changes, then the queues */
+        route(dev, entry);
     common_write(dev, 0x10, 2, 0);
-    common_write(dev, 0x16, 2, 0);
-    common_write(dev, 0x18, 2, QUEUE_SIZE);
-    common_write(dev, 0x1a, 2, 1);
-    if (common_read(dev, 0x1a, 2) != 1)
+    if (!queue_start(dev))
         return 0;
-    dev->notify_off = common_read(dev, 0x1e, 2) * dev->notify_multiplier;
-    common_write64(dev, 0x20, (uint64_t)rings->desc);
-    common_write64(dev, 0x28, (uint64_t)&rings->avail);
-    common_write64(dev, 0x30, (uint64_t)&rings->used);
-    common_write(dev, 0x1c, 2, 1);
+    struct vdev *next = dev->next;
+    if (next) {
+        struct rings *rings = next->rings;
+        *next = *dev;
+        next->rings = rings;
+        next->queue = 1;
+        next->vector = dev->vector + 1;
+        next->next = NULL;
+        if (!queue_start(next))
+            return 0;
+    }
     common_write(dev, 0x14, 1, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
     return 1;
 }
@@ -205,7 +229,7 @@ void vdev_submit(struct vdev *dev, uint32_t count)
     barrier();
     int wanted = dev->features & EVENT_IDX ? rings->used.avail_event == before : !(rings->used.flags & 1);
     if (wanted)
-        *(volatile uint16_t *)(dev->notify + dev->notify_off) = 0;
+        *(volatile uint16_t *)(dev->notify + dev->notify_off) = dev->queue;
 }
 
 /* 1 once the interrupt has come and the chain is on the used ring. */

@@ -48,6 +48,8 @@ struct vdev {
     uint32_t notify_off;
     volatile uint32_t *msix;
     struct rings *rings;
+    uint16_t queue; /* whose rings these are */
+    struct vdev *next; /* the same device as its queue 1, or NULL */
     uint64_t features;
     uint16_t next_used;
     uint32_t irq_seen;

@@ -5,10 +5,11 @@ back end runs guest code until an exit that Python must handle. Three implementa
 and ``scripted`` (``trivmm.testing``). Exits are frozen classes, to be used with ``match``.
 
 Threads: ``VcpuBackend.run``, ``run_immediate``, ``complete_read`` and ``park`` belong to the vCPU's own thread;
-``kick`` may be called by any thread at any time, before the start and after the end too; ``save``, ``load`` and
-``describe`` only while the vCPU is parked or not started. ``VmBackend`` calls come from the trio thread, except
-``connect_msi``/``disconnect_msi``/``add_doorbell``/``remove_doorbell``, which vCPU threads make too (a guest that
-unmasks a vector or moves a BAR): implementations lock them.
+``kick`` may be called by any thread at any time, before the start and after the end too; ``save``, ``load``,
+``inject_nmi`` and ``describe`` only while the vCPU is parked or not started. ``VmBackend`` calls come from one thread
+at a time, not always the same (``trivmm.nursery.kernel``), except ``connect_msi``/``disconnect_msi``/``add_doorbell``/
+``remove_doorbell``, which vCPU threads make too (a guest that unmasks a vector or moves a BAR): implementations lock
+them.
 """
 
 from __future__ import annotations
@@ -179,6 +180,10 @@ class VcpuBackend(Protocol):
 
     def kick(self) -> None:
         """Make ``run`` or ``park`` return soon. Idempotent, any thread, any time; repeated by callers until seen."""
+
+    def inject_nmi(self) -> None:
+        """A non-maskable interrupt, taken when the vCPU next runs. A vCPU that waits for its INIT or SIPI gets none, as
+        on hardware."""
 
     def set_boot_state(self, entry_gpa: int, start_info_gpa: int) -> None:
         """The boot vCPU's registers as the x86/HVM direct boot ABI (PVH) wants them."""

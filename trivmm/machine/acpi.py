@@ -4,7 +4,8 @@ Pure bytes, made at boot and at every reboot, and never looked at again: from th
 migration carries. They lie from ``layout.ACPI_START`` on, in RAM that the memory map does not mention.
 
 The machine is *hardware-reduced* (ACPI 6.5 section 4.1): no PM1 registers; reset and S5 are the one byte of
-``acpi_port``. There is no MCFG: configuration space is reached by CF8 and CFC only.
+``acpi_port``, the power button comes through the generic event device of ``ged``. There is no MCFG: configuration space
+is reached by CF8 and CFC only.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from __future__ import annotations
 import struct
 from typing import Final
 
-from trivmm.machine import layout
+from trivmm.machine import aml, layout
 from trivmm.machine.acpi_port import ACPI_PORTS, RESET, S5
+from trivmm.machine.ged import GED_IRQ, GED_SIZE, POWER_BUTTON
+from trivmm.machine.pci import CONFIG_PORTS
 from trivmm.machine.serial import COM1, COM1_IRQ
 
 __all__ = ["acpi_tables"]
@@ -23,17 +26,17 @@ RSDP_SIZE: Final = 36
 CREATOR: Final = b"TRIV"
 ALIGNMENT: Final = 16
 
-RESET_REGISTER, HARDWARE_REDUCED = 1 << 10, 1 << 20  # FADT flags; a CPU's WBINVD works too (bit 0)
+WBINVD: Final = 1 << 0  # FADT flags
+NO_FIXED_BUTTONS: Final = 1 << 4 | 1 << 5  # power and sleep: a device of the namespace, or none
+RESET_REGISTER, HARDWARE_REDUCED = 1 << 10, 1 << 20
 NO_VGA: Final = 1 << 2
 SYSTEM_IO: Final = 1
 LAPIC_IDS: Final = 255  # of 8 bits; from here on an x2APIC entry is needed
 ENABLED: Final = 1
 
-PCI_ROOT: Final = 0x030A_D041  # PNP0A03, compressed (ACPI 6.5 section 19.6.36)
-UART_16550: Final = 0x0105_D041  # PNP0501
-FIXED_RANGE: Final = 0x0C
 READ_WRITE: Final = 1
-END_TAG: Final = b"\x79\x00"
+ZERO: Final = b"\x00"
+PRESSED: Final = 0x80  # what a power button is notified of (section 5.6.6)
 
 
 def acpi_tables(vcpus: int) -> bytes:
@@ -75,7 +78,7 @@ def _fadt(dsdt: int) -> bytes:
     table = bytearray(276)
     register = struct.pack("<BBBBQ", SYSTEM_IO, 8, 0, 1, ACPI_PORTS[0])
     struct.pack_into("<H", table, 109, NO_VGA)
-    struct.pack_into("<I", table, 112, 1 | RESET_REGISTER | HARDWARE_REDUCED)
+    struct.pack_into("<I", table, 112, WBINVD | NO_FIXED_BUTTONS | RESET_REGISTER | HARDWARE_REDUCED)
     table[116:128] = register
     table[128] = RESET
     table[131] = 5  # minor revision
@@ -98,48 +101,30 @@ def _madt(vcpus: int) -> bytes:
     return _table(b"APIC", 5, bytes(body))
 
 
-# --- AML: section 20 ---------------------------------------------------------------------------------------------
-
-
-def _package(opcode: bytes, body: bytes) -> bytes:
-    """PkgLength counts itself; two bytes hold 4095."""
-    length = len(body) + 2
-    return opcode + bytes([0x40 | length & 0xF, length >> 4]) + body
-
-
-def _name(name: bytes, value: bytes) -> bytes:
-    return b"\x08" + name + value
-
-
-def _byte(value: int) -> bytes:
-    return bytes([0x0A, value])
-
-
-def _device(name: bytes, hardware_id: int, resources: bytes) -> bytes:
-    resources += END_TAG
-    buffer = _package(b"\x11", _byte(len(resources)) + resources)
-    identity = _name(b"_HID", b"\x0c" + struct.pack("<I", hardware_id)) + _name(b"_UID", _byte(0))
-    return _package(b"\x5b\x82", name + identity + _name(b"_CRS", buffer))
-
-
-def _ports(first: int, count: int) -> bytes:
-    return struct.pack("<BBHHBB", 0x47, 1, first, first, 1, count)
-
-
-def _range(tag: int, kind: int, flags: int, width: str, first: int, last: int) -> bytes:
-    """An address space descriptor: granularity, first, last, translation, length."""
-    body = struct.pack(f"<BBB5{width}", kind, FIXED_RANGE, flags, 0, first, last, 0, last - first + 1)
-    return struct.pack("<BH", tag, len(body)) + body
-
-
 def _namespace() -> bytes:
     bus = (
-        _range(0x88, 2, 0, "H", 0, 0)
-        + _ports(0xCF8, 8)
-        + _range(0x87, 0, READ_WRITE, "I", layout.BAR32_START, layout.BAR32_START + layout.BAR32_SIZE - 1)
-        + _range(0x8A, 0, READ_WRITE, "Q", layout.BAR64_START, layout.BAR64_END - 1)
+        aml.address_range(0x88, 2, 0, "H", 0, 0)
+        + aml.io_ports(*CONFIG_PORTS)
+        + aml.address_range(0x87, 0, READ_WRITE, "I", layout.BAR32_START, layout.BAR32_START + layout.BAR32_SIZE - 1)
+        + aml.address_range(0x8A, 0, READ_WRITE, "Q", layout.BAR64_START, layout.BAR64_END - 1)
     )
-    uart = _ports(*COM1) + struct.pack("<BH", 0x22, 1 << COM1_IRQ)
-    devices = _device(b"PCI0", PCI_ROOT, bus) + _device(b"COM1", UART_16550, uart)
-    sleep = _package(b"\x12", bytes([4]) + _byte(S5) + b"\0\0\0")
-    return _package(b"\x10", b"\\_SB_" + devices) + _name(b"_S5_", sleep)
+    devices = (
+        aml.device(b"PCI0", aml.eisa("PNP0A03"), bus)
+        + aml.device(b"COM1", aml.eisa("PNP0501"), aml.io_ports(*COM1) + aml.isa_irq(COM1_IRQ))
+        + aml.device(b"PWRB", aml.eisa("PNP0C0C"))
+        + _event_devices()
+    )
+    return aml.scope(b"\\_SB_", devices) + aml.name(b"_S5_", aml.package(aml.byte(S5), *[ZERO] * 3))
+
+
+def _event_devices() -> bytes:
+    """Two, since an OS takes each resource of the GED for an event: one that has the register, one its interrupt."""
+    register = aml.memory_range(layout.GED_START, GED_SIZE)
+    scan = aml.store(b"GDAT", aml.LOCAL0) + aml.if_(
+        aml.and_(aml.LOCAL0, aml.byte(POWER_BUTTON)), aml.notify(aml.path(b"_SB_", b"PWRB"), PRESSED)
+    )
+    controller = aml.memory_byte(b"GDST", b"GDAT", layout.GED_START) + aml.method(b"ESCN", 0, scan)
+    call = aml.method(b"_EVT", 1, aml.path(b"_SB_", b"GEC_", b"ESCN"))
+    return aml.device(b"GEC_", aml.eisa("PNP0A06"), register, controller) + aml.device(
+        b"GED_", aml.text("ACPI0013"), aml.edge_interrupt(GED_IRQ), call
+    )

@@ -1,46 +1,57 @@
 """The board: everything of a machine that is not a task. Built in one go from a configuration, or not at all.
 
-``build_board`` opens files, maps RAM, makes the KVM VM and its vCPUs, and plugs the devices; a failure anywhere closes
-what was opened. The board then answers every vCPU exit (:meth:`Board.handle_exit`, on vCPU threads), and is saved,
-loaded and closed as a whole. Tasks around it (actors, vCPUs, drain) belong to ``trivmm.nursery.tree``.
+``build_board`` opens files, maps RAM, makes the KVM VM and its vCPUs, and plugs the devices, in any thread, since it
+waits for the kernel; a failure anywhere closes what was opened. The board then answers every vCPU exit
+(:meth:`Board.handle_exit`, on vCPU threads), and is saved, loaded and closed as a whole. Tasks around
+it (actors, vCPUs, drain) belong to ``trivmm.nursery.tree``.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from types import MappingProxyType
+from typing import Any, Final
 
 import attrs
 
 from trivmm._native import ffi, lib
 from trivmm.config import VmConfig
-from trivmm.errors import ConfigError, MigrationError
+from trivmm.errors import ConfigError, MigrationError, TrivmmError
 from trivmm.hypervisor.base import Hypervisor, IoIn, IoOut, MmioRead, MmioWrite, VcpuBackend, VcpuExit, VmBackend
 from trivmm.machine import layout
 from trivmm.machine.acpi_port import ACPI_PORTS, AcpiPort
 from trivmm.machine.bus import AddressSpace, BusDevice, Outcome, Range
 from trivmm.machine.cmos import CMOS_PORTS, Cmos
 from trivmm.machine.debug_ports import DEBUG_CONSOLE_PORTS, DEBUG_PORTS, DebugConsole, DebugPort
+from trivmm.machine.ged import GED_IRQ, GED_SIZE, POWER_BUTTON, Ged
 from trivmm.machine.i8042 import I8042, I8042_PORTS
+from trivmm.machine.line import Line
 from trivmm.machine.memory import GuestMemory
-from trivmm.machine.pci import CONFIG_PORTS, PciBus
+from trivmm.machine.pci import CONFIG_PORTS, Bar, PciBus
 from trivmm.machine.pvh import check_payload, load_payload
-from trivmm.machine.serial import COM1, COM1_IRQ, Serial, open_sink
+from trivmm.machine.serial import COM1, COM1_IRQ, Serial
+from trivmm.machine.sinks import ClientSink, LineConfig, Sink, open_sink
 from trivmm.migration.fields import Fields
 from trivmm.migration.setup import config_to_setup
 from trivmm.migration.state import MachineState
 from trivmm.migration.statejson import MAX_DEVICES
 from trivmm.nursery.activation import DeviceLifecycle
 from trivmm.virtio.block import BlockDevice, check_given_once
+from trivmm.virtio.console import ConsoleDevice
 from trivmm.virtio.device import WorkerDevice
 from trivmm.virtio.pci import VirtioPciTransport
 from trivmm.virtio.rng import RngDevice
 
-__all__ = ["Board", "DeviceSlot", "build_board"]
+__all__ = ["Board", "DeviceSlot", "build_board", "check_board", "close_sinks", "open_sinks"]
 
 logger = logging.getLogger(__name__)
+
+SERIAL: Final = "__serial"  # ids of Cloud Hypervisor's, which a configuration can't give to anything else
+IOAPIC: Final = "__ioapic"
 
 EventSink = Callable[[str, str, int], None]
 
@@ -57,7 +68,8 @@ class DeviceSlot:
 
 @attrs.define(eq=False)
 class Board:
-    """``devices`` in the order of their PCI slots. ``stuck`` names threads that outlived their deadline."""
+    """``devices`` in the order of their PCI slots. ``stuck`` names threads that outlived their deadline; ``in_use``
+    says that one of them works on the board itself: then it stays open."""
 
     config: VmConfig
     memory: GuestMemory
@@ -66,10 +78,13 @@ class Board:
     mmio: AddressSpace
     pci: PciBus
     serial: Serial
+    ged: Ged
     fixed: dict[str, Any]
     cpus: list[VcpuBackend] = attrs.field(factory=list)
     devices: list[DeviceSlot] = attrs.field(factory=list)
+    console: ConsoleDevice | None = None
     stuck: list[str] = attrs.field(factory=list)
+    in_use: bool = False
     clock: Callable[[], float] = time.monotonic
     needs_payload: bool = True
     _dirty_logging: bool = False
@@ -123,11 +138,45 @@ class Board:
         if self.needs_payload:
             check_payload(self.config.payload, checkpoint)
 
-    # --- interrupts ------------------------------------------------------------------------------------------
+    # --- consoles --------------------------------------------------------------------------------------------
+
+    @property
+    def lines(self) -> dict[str, Line]:
+        """``serial``, and ``console`` where there is one."""
+        found: dict[str, Line] = {"serial": self.serial}
+        return found if self.console is None else found | {"console": self.console.line}
+
+    @property
+    def pty_paths(self) -> dict[str, str]:
+        """The lines that are pseudo-terminals, and their paths. Empty on the receiving side before COMMIT."""
+        sinks = {name: line.sink for name, line in self.lines.items()}
+        return {name: sink.path for name, sink in sinks.items() if isinstance(sink, ClientSink) and sink.path}
+
+    def keep_sinks(self) -> dict[str, Sink]:
+        """For the board that comes after this one: they stay open when this one is closed."""
+        for line in self.lines.values():
+            line.keeps_sink = True
+        return {name: line.sink for name, line in self.lines.items() if line.sink is not None}
+
+    def own_sinks(self) -> None:
+        """From now on they are closed with the board. In the trio thread."""
+        for line in self.lines.values():
+            line.keeps_sink = False
+
+    def thaw(self) -> None:
+        """A saved state of the console lines was not used, or one was loaded: they go on."""
+        for line in self.lines.values():
+            line.thaw()
+
+    def power_button(self) -> None:
+        """The guest finds a press when it next looks, whether it runs or not."""
+        self.ged.notify(POWER_BUTTON)
+
+    # --- interrupts and the dirty log: these wait for the kernel -----------------------------------------------
 
     def connect_interrupts(self) -> None:
-        self.serial.thaw()
         self.vm.connect_irq(self.serial.irq_fd, COM1_IRQ)
+        self.vm.connect_irq(self.ged.irq_fd, GED_IRQ)
         for slot in self.devices:
             slot.transport.connect_interrupts()
 
@@ -136,15 +185,19 @@ class Board:
         eventfds and is saved as pending bits."""
         for slot in self.devices:
             slot.transport.disconnect_interrupts()
+        self.vm.disconnect_irq(self.ged.irq_fd, GED_IRQ)
         self.vm.disconnect_irq(self.serial.irq_fd, COM1_IRQ)
-
-    # --- dirty log -------------------------------------------------------------------------------------------
 
     def start_dirty_log(self) -> None:
         for region in self.memory.regions:  # the first round sends every touched page anyway
             lib.tv_dirty_take(region.dirty, ffi.new("uint64_t[]", region.bitmap_words), region.bitmap_words)
-        self.vm.set_dirty_log(True)
         self._dirty_logging = True
+        try:
+            self.vm.set_dirty_log(True)
+        except TrivmmError:  # of one slot, perhaps: no other goes on logging for nobody
+            with suppress(TrivmmError):
+                self.stop_dirty_log()
+            raise
 
     def stop_dirty_log(self) -> None:
         if self._dirty_logging:
@@ -234,38 +287,63 @@ class Board:
             self.cpus[vcpu.index].load(vcpu.state)
 
     def committed(self) -> None:
-        """The machine runs here from now on: sinks that were opened for an incoming VM are written from here."""
-        self.serial.attach_sink(open_sink(self.config.serial, incoming=True))
+        """The machine runs here from now on, and so do its console lines: their sinks are opened now.
+
+        :raises ConfigError: when one can't be."""
+        configs: dict[str, LineConfig] = {"serial": self.config.serial, "console": self.config.console}
+        for name, line in self.lines.items():
+            line.attach_sink(open_sink(configs[name], name, incoming=True))
+        if self.console is not None:
+            self.console.measure()
 
     # --- reading ---------------------------------------------------------------------------------------------
 
     def device_tree(self) -> dict[str, Any]:
-        return {
-            slot.backend.name: {
-                "id": slot.backend.name,
-                "resources": [],
-                "children": [],
+        """Nodes by id, as Cloud Hypervisor's: ``id``, ``resources``, ``children``, ``parent`` below another node and
+        ``pci_bdf`` on PCI. Ours beside them: ``status``, where a device stands in its life."""
+        tree: dict[str, Any] = {name: {"id": name, "resources": [], "children": []} for name in (IOAPIC, SERIAL)}
+        for slot in self.devices:
+            name, transport = slot.backend.name, f"_virtio-pci-{slot.backend.name}"
+            tree[transport] = {
+                "id": transport,
+                "resources": [_bar_resource(bar) for bar in slot.transport.config.bars.values()],
+                "children": [name],
                 "pci_bdf": f"0000:00:{slot.pci_slot:02x}.0",
-                "status": slot.lifecycle.state.value,
             }
-            for slot in self.devices
-        }
+            status = slot.lifecycle.state.value
+            tree[name] = {"id": name, "resources": [], "parent": transport, "children": [], "status": status}
+        return tree
+
+    def config_as_built(self) -> VmConfig:
+        """The configuration with what the build found out: the ids of the disks and the types of their images. The
+        rng's id does not show, as in Cloud Hypervisor."""
+        names = [slot.backend.name for slot in self.devices if isinstance(slot.backend, BlockDevice)]
+        disks = tuple(attrs.evolve(disk, id=name) for disk, name in zip(self.config.disks, names, strict=True))
+        return attrs.evolve(self.config, disks=disks)
 
     def counters(self) -> dict[str, dict[str, int]]:
         counted = {slot.backend.name: slot.backend.counters() | slot.lifecycle.counters() for slot in self.devices}
-        counted["_serial"] = self.serial.counters()
+        counted[SERIAL] = self.serial.counters()
         for cpu in self.cpus:
             if hasattr(cpu, "counters"):
-                counted[f"_vcpu{cpu.index}"] = cpu.counters()
-        counted["_bus"] = {
+                counted[f"__vcpu{cpu.index}"] = cpu.counters()
+        counted["__bus"] = {
             f"{space.name}_unhandled_{kind}": getattr(space, f"unhandled_{kind}")
             for space in (self.pio, self.mmio)
             for kind in ("reads", "writes")
         }
         return counted
 
-    def note_stuck(self, what: str) -> None:
+    def give_locks(self) -> None:
+        """Sockets of console lines are locks too: the side that runs the VM has the path."""
+        for slot in self.devices:
+            slot.backend.release_locks()
+        for line in self.lines.values():
+            line.release()
+
+    def note_stuck(self, what: str, *, in_use: bool = False) -> None:
         self.stuck.append(what)
+        self.in_use |= in_use
 
     def close(self) -> None:
         """Close everything, in the reverse order of the build. Idempotent. A stuck thread keeps guest memory."""
@@ -273,21 +351,26 @@ class Board:
         self.free()
 
     def disconnect(self) -> None:
-        """The quick half of :meth:`close`: nothing of the outside is held any more. In the trio thread."""
+        """The quick half of :meth:`close`: nothing of the outside is held any more. In the trio thread, once something
+        of it ran there. Doorbells and interrupts go with the VM: taking each away would wait for the kernel."""
         if self._closed:
             return
         self._closed = True
+        if self.in_use:
+            self.give_locks()
+            return
         for slot in self.devices:
             slot.transport.close()
             slot.backend.close()
         self.serial.close()
+        self.ged.close()
         for cpu in self.cpus:
             cpu.close()
 
     def free(self) -> None:
         """The other half, after it: blocks while the kernel frees what the guest touched, some 0.2 s a GiB. In any
         thread."""
-        if self._freed:
+        if self._freed or self.in_use:
             return
         self._freed = True
         self.vm.close()
@@ -301,16 +384,18 @@ def build_board(
     *,
     on_event: EventSink = lambda kind, device, generation: None,
     incoming: bool = False,
-    reboot: bool = False,
+    sinks: Mapping[str, Sink] = MappingProxyType({}),
 ) -> Board:
-    """Build everything, or nothing. ``incoming``: image locks and the serial sink wait for COMMIT.
+    """Build everything, or nothing, of a configuration that passed :func:`check_board`. ``incoming``: image locks and
+    the sinks of console lines wait for COMMIT. ``sinks`` are what :func:`open_sinks` gave; they stay the caller's until
+    :meth:`Board.own_sinks`, since only the trio thread may close them.
 
     :raises ConfigError: naming the field, the value and the remedy.
     :raises HypervisorError: when the host refuses."""
-    _check_limits(config, hypervisor)
     undo: list[Callable[[], None]] = []
     try:
-        serial = Serial(None if incoming else open_sink(config.serial, incoming=reboot))
+        serial = Serial(sinks.get("serial"))
+        serial.keeps_sink = True
         undo.append(serial.close)
         memory = GuestMemory(layout.ram_ranges(config.memory.size))
         undo.append(memory.close)
@@ -318,7 +403,7 @@ def build_board(
         undo.append(vm.close)
         board = _assemble(config, hypervisor, memory, vm, serial)
         undo = [board.close]
-        _plug_devices(board, on_event, lock=not incoming)
+        _plug_devices(board, on_event, incoming, sinks.get("console"))
         for index in range(config.cpus.boot_vcpus):
             cpu = vm.create_vcpu(index)
             cpu.inline_handler = board.inline_handler(index)
@@ -333,7 +418,39 @@ def build_board(
     return board
 
 
-def _check_limits(config: VmConfig, hypervisor: Hypervisor) -> None:
+def open_sinks(config: VmConfig, kept: Mapping[str, Sink] | None = None) -> dict[str, Sink]:
+    """The sinks of a board's console lines, for :func:`build_board`. In the trio thread. ``kept`` are those of the
+    board before (:meth:`Board.keep_sinks`), which was rebooted.
+
+    :raises ConfigError: when one can't be opened; those that were opened here are closed."""
+    configs: dict[str, LineConfig] = {"serial": config.serial}
+    if config.console.mode != "Off":
+        configs["console"] = config.console
+    sinks: dict[str, Sink] = {}
+    try:
+        for name, each in configs.items():
+            sink = kept.get(name) if kept else None
+            if sink is None:
+                sink = open_sink(each, name)
+            elif isinstance(sink, ClientSink):
+                sink.retake()  # a machine in doubt had let go of its socket
+            sinks[name] = sink
+    except BaseException:
+        close_sinks(sinks)
+        raise
+    return sinks
+
+
+def close_sinks(sinks: Mapping[str, Sink]) -> None:
+    """Idempotent. In the trio thread."""
+    for sink in sinks.values():
+        sink.close()
+
+
+def check_board(config: VmConfig, hypervisor: Hypervisor) -> None:
+    """What can be seen without opening anything.
+
+    :raises ConfigError: naming the field, the value and the remedy."""
     if not config.payload.kernel:
         remedy = "give the path of a PVH ELF kernel; firmware is not supported yet"
         raise ConfigError("payload.kernel", None, "missing", remedy)
@@ -388,18 +505,38 @@ def _assemble(config: VmConfig, hypervisor: Hypervisor, memory: GuestMemory, vm:
         attach(*COM1, ffi.addressof(lib, "tv_uart_pio"), serial.native)
     if hasattr(vm, "read_memory"):
         vm.read_memory = memory.read
-    fixed = {"pci": pci, "serial": serial, "cmos": cmos, "debug_port": debug_port}
-    board = Board(config, memory, vm, pio, mmio, pci, serial, fixed)
+    ged = Ged()  # nothing fails from here on: the board closes it
+    mmio.insert(Range(layout.GED_START, GED_SIZE, ged, "ged"))
+    fixed = {"pci": pci, "serial": serial, "cmos": cmos, "debug_port": debug_port, "ged": ged}
+    board = Board(config, memory, vm, pio, mmio, pci, serial, ged, fixed)
     board.clock = getattr(hypervisor, "clock", time.monotonic)
     board.needs_payload = hypervisor.needs_payload
     return board
 
 
-def _plug_devices(board: Board, on_event: EventSink, *, lock: bool) -> None:
-    """In Cloud Hypervisor's order: disks, then rng. (Its console would come first.)"""
+def _bar_resource(bar: Bar) -> dict[str, Any]:
+    kind = "Mmio64" if bar.is_64bit else "Mmio32"
+    where = {"index": bar.index, "base": bar.base, "size": bar.size, "type_": kind, "prefetchable": bar.prefetchable}
+    return {"PciBar": where}
+
+
+def _disk_names(config: VmConfig) -> list[str]:
+    """Disks without an id are numbered in their order, past numbers that another device was given as its id."""
+    given = {config.rng.id, config.console.id, *(disk.id for disk in config.disks)}
+    free = (name for number in itertools.count() if (name := f"_disk{number}") not in given)
+    return [disk.id or next(free) for disk in config.disks]
+
+
+def _plug_devices(board: Board, on_event: EventSink, incoming: bool, sink: Sink | None) -> None:
+    """In Cloud Hypervisor's order: the console, unless it is off, then disks, then rng."""
     config, memory = board.config, board.memory
-    for number, disk in enumerate(config.disks):
-        block = BlockDevice(disk, memory, f"_disk{number}", lock=lock)
+    if config.console.mode != "Off":
+        console = ConsoleDevice(config.console, memory, sink)
+        console.line.keeps_sink = True
+        _plug(board, console, on_event, slot=config.console.pci_device_id, use_64bit_bar=True)
+        board.console = console
+    for disk, name in zip(config.disks, _disk_names(config), strict=True):
+        block = BlockDevice(disk, memory, name, lock=not incoming)
         _plug(board, block, on_event, slot=disk.pci_device_id, use_64bit_bar=False)
     # Said from now on, at reboots and to a destination: nobody guesses again once the guest can write there.
     board.config = attrs.evolve(config, disks=tuple(attrs.evolve(disk, image_type="Raw") for disk in config.disks))
@@ -418,6 +555,7 @@ def _plug(board: Board, device: WorkerDevice, on_event: EventSink, *, slot: int 
     lifecycle = DeviceLifecycle(device, transport, board.config.deadlines, on_event)
     transport.status = lifecycle
     device.on_broken = lifecycle.fail
+    device.on_config_change = transport.config_changed
     board.devices.append(DeviceSlot(device, transport, lifecycle, 0))
     placed = board.pci.add(transport, slot)
     board.devices[-1] = DeviceSlot(device, transport, lifecycle, placed)

@@ -20,6 +20,8 @@ MMIO_HOLE_END: Final = 0x1_0000_0000
 BAR32_START: Final = 0xC000_0000
 BAR32_SIZE: Final = 640 << 20
 PCI_MMCONFIG_START: Final = 0xE800_0000
+# Ours: Cloud Hypervisor's platform devices end its address space, where here a BAR window does. The DSDT tells it.
+GED_START: Final = 0xFEB0_0000
 IOAPIC_START: Final = 0xFEC0_0000
 LAPIC_START: Final = 0xFEE0_0000
 KVM_TSS_START: Final = 0xFEF0_0000

@@ -353,13 +353,12 @@ class _Incoming:
     async def run(self, factory: DestinationFactory) -> DestinationMachine:
         machine = await self._build(factory)
         landing = Landing(machine.memory)
-        await self.link.send(SetupOk(self._resume_ms))
-        self.tracker.enter(Phase.PRECOPY)
-        while True:
-            message = await self._next(landing)
-            if isinstance(message, Commit):
-                return await self._commit(machine, message)
-            await self._handle(machine, message)
+        with self.deadlines.enter("intake", "the source sends and sends, and does not come to an end"):
+            await self.link.send(SetupOk(self._resume_ms))
+            self.tracker.enter(Phase.PRECOPY)
+            while not isinstance(message := await self._next(landing), Commit):
+                await self._handle(machine, message, landing)
+        return await self._commit(machine, message)
 
     async def _build(self, factory: DestinationFactory) -> DestinationMachine:
         try:
@@ -386,15 +385,18 @@ class _Incoming:
         report()
         return message
 
-    async def _handle(self, machine: DestinationMachine, message: Message) -> None:
+    async def _handle(self, machine: DestinationMachine, message: Message, landing: Landing) -> None:
         match message:
-            case RoundEnd(number):
+            case RoundEnd(number, pages):
+                landed = landing.counts.pages + landing.counts.zero_pages
+                if landed != pages:
+                    raise ProtocolError(f"round {number} ends with {landed} pages landed, {pages} were sent")
                 self._close_round(number)
                 await self.link.send(RoundAck(number))
             case State(state):
                 self.tracker.enter(Phase.SWITCHOVER)
                 start = trio.current_time()
-                machine.load(state)
+                await machine.load(state)
                 # Resuming touches what loading touched; until a start was measured, that is the best estimate.
                 self._resume_ms = (trio.current_time() - start) * 1000
                 await self.link.send(Ready(self._resume_ms))

@@ -47,9 +47,14 @@ class FakeVm:
     wait_fails: BaseException | None = None
     migrate_options: dict[str, Any] = attrs.field(factory=dict)
     closed: bool = False
+    pty_paths: dict[str, str] = attrs.field(factory=dict)
     _exit: ExitReason | None = None
     _exited: trio.Event = attrs.field(factory=trio.Event)
     _scope: trio.CancelScope | None = None
+
+    @property
+    def on_paper(self) -> bool:
+        return self.state in (VmState.CREATED, VmState.SHUTDOWN)
 
     def _must(self, operation: str, *states: VmState) -> None:
         self.said.append(operation)
@@ -95,6 +100,12 @@ class FakeVm:
     async def reboot(self) -> None:
         self._must("reboot", VmState.RUNNING, VmState.PAUSED)
 
+    async def nmi(self) -> None:
+        self._must("nmi", VmState.RUNNING, VmState.PAUSED)
+
+    async def power_button(self) -> None:
+        self._must("power-button", VmState.RUNNING, VmState.PAUSED)
+
     async def migrate_to(self, url: str, *, on_accepted: Callable[[], None], **options: Any) -> None:
         self._must("migrate", VmState.RUNNING, VmState.PAUSED)
         self.migrate_options = {"url": url, **options}
@@ -124,7 +135,7 @@ class FakeVm:
         return {"state": self.state.value, "memory_actual_size": self.config.memory.size, "device_tree": {}}
 
     def counters(self) -> dict[str, dict[str, int]]:
-        return {"_rng": {"activations": 3}}
+        return {"__rng": {"activations": 3}}
 
 
 @attrs.define(eq=False)

@@ -8,20 +8,30 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Callable
 from typing import Any, Final
 
 import attrs
+import trio
 
 from trivmm._native import ffi, lib
 from trivmm.machine.memory import GuestMemory
 from trivmm.virtio.port import QueueConfig
 
-__all__ = ["INDIRECT", "NEXT", "WRITE", "Descriptor", "MockDriver"]
+__all__ = ["INDIRECT", "NEXT", "WRITE", "Descriptor", "MockDriver", "until"]
 
 NEXT: Final = 1
 WRITE: Final = 2
 INDIRECT: Final = 4
 DESCRIPTOR: Final = struct.Struct("<QIHH")
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what a thread in C does, which nothing tells us of. The caller bounds it."""
+    while True:
+        if condition():
+            return
+        await trio.lowlevel.checkpoint()
 
 
 @attrs.frozen

@@ -9,7 +9,7 @@ A fault is written as on the command line of ``trivmm fake``::
 verb: ``error[:TEXT]``, ``delay:SECONDS`` (then it is carried out), ``timeout`` (pause only: after its deadline, named).
 A migration fails in the phase that is named, on a real link to a real receiver: ``lost`` (the link breaks, after COMMIT
 too: then the source asks on a new one),
-``stall:SECONDS`` (nothing moves for so long), in setup and commit also ``refused`` (the destination says no), in
+``stall:SECONDS`` (nothing moves for so long, once), in setup and commit also ``refused`` (the destination says no), in
 commit ``in-doubt`` (the link breaks after COMMIT and nobody answers any more).
 """
 
@@ -160,10 +160,13 @@ class _FaultyChannel:
     _dialer: _FaultyDialer
     name: str = attrs.field(default=attrs.Factory(lambda self: self._channel.name, takes_self=True))
     _answer: bytes | None = None  # what the destination is made to say
+    _had: set[str] = attrs.field(factory=set)  # phases whose fault has happened: precopy has many rounds
 
     async def send(self, data: bytes) -> None:
         kind = parse_header(data[:HEADER_BYTES]).type
-        fault = self._faults.take(MOVE, PHASE_OF[kind]) if kind in PHASE_OF else None
+        phase = PHASE_OF.get(kind, "")
+        fault = self._faults.take(MOVE, phase) if phase and phase not in self._had else None
+        self._had.add(phase)
         match fault:
             case Fault(kind="stall", seconds=seconds):
                 await trio.sleep(seconds)

@@ -97,8 +97,9 @@ class BareTransport:
     config_changes: int = 0
     resets: int = 0
 
-    def reset_registers(self) -> None:
+    def reset_registers(self) -> bool:
         self.resets += 1
+        return True
 
     def signal_config_change(self) -> None:
         self.config_changes += 1
@@ -114,12 +115,21 @@ class Slot:
     lifecycle: DeviceLifecycle
 
 
-class _Serial:
+class _Line:
     async def run(self) -> None:
         await trio.sleep_forever()
 
     async def drain(self, at_most_s: float) -> None:
         await trio.lowlevel.checkpoint()
+
+    async def flush(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    def release(self) -> None:
+        return None
+
+    def retake(self) -> None:
+        return None
 
 
 class MiniBoard:
@@ -130,7 +140,7 @@ class MiniBoard:
     def __init__(self, devices: Sequence[BareDevice], *scripts: Script, deadlines: Deadlines) -> None:
         self.vm = ScriptedHypervisor(*scripts).open_vm()
         self.cpus = [self.vm.create_vcpu(index) for index in range(len(scripts))]
-        self.serial = _Serial()
+        self.lines = {"serial": _Line()}
         self.events: list[tuple[str, str, int]] = []
         self.stuck: list[str] = []
         self.interrupts: list[str] = []
@@ -162,5 +172,12 @@ class MiniBoard:
     def disconnect_interrupts(self) -> None:
         self.interrupts.append("disconnect")
 
-    def note_stuck(self, what: str) -> None:
+    def give_locks(self) -> None:
+        for slot in self.devices:
+            slot.backend.release_locks()
+
+    def thaw(self) -> None:
+        return None
+
+    def note_stuck(self, what: str, *, in_use: bool = False) -> None:
         self.stuck.append(what)

@@ -102,6 +102,9 @@ class ScriptedVcpu:
     def kick(self) -> None:
         self._kicked.set()
 
+    def inject_nmi(self) -> None:
+        self.calls.append("inject_nmi")
+
     def set_boot_state(self, entry_gpa: int, start_info_gpa: int) -> None:
         self.calls.append("set_boot_state")
 

@@ -21,7 +21,8 @@ RING_FEATURES: Final = F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX
 class WorkerDevice:
     """Base of the devices. Implements what it can of ``DeviceBackend``; subclasses say what a worker is made of.
 
-    ``on_broken`` is set by the board: it tells the lifecycle that a queue's driver is at fault."""
+    Set by the board: ``on_broken`` tells the lifecycle that a queue's driver is at fault, ``on_config_change`` tells
+    the driver that the configuration space has changed. Both are called in the trio thread."""
 
     device_type: int
     features: int
@@ -32,6 +33,7 @@ class WorkerDevice:
         self.name = name
         self.memory = memory
         self.on_broken: Callable[[str], None] = lambda problem: None
+        self.on_config_change: Callable[[], None] = lambda: None
         self._workers: list[QueueWorker] = []
         self._positions: dict[int, tuple[int, int, int]] = {}
 
@@ -58,11 +60,12 @@ class WorkerDevice:
         """Bounded by the caller (``device_stop``, ``quiesce``); may be called again after that expired."""
         for worker in self._workers:
             worker.request_stop()
-        for worker in self._workers:
+        for worker in list(self._workers):
             await worker.done.wait()
-            self._positions[worker.index] = worker.position
-            self._count(worker)
-        self._workers = []
+            if worker in self._workers:  # once each, though a call expires in the wait for the next one
+                self._workers.remove(worker)
+                self._positions[worker.index] = worker.position
+                self._count(worker)
 
     def _count(self, worker: QueueWorker) -> None:
         """Add a stopped worker's counters to the device's."""

@@ -113,7 +113,7 @@ class Activation:
 class DeviceBackend(Protocol):
     """A device as its lifecycle and transport see it. All ``async`` methods run in the device nursery's actor."""
 
-    name: str  # unique in the VM and stable: "_disk0", "_rng"
+    name: str  # unique in the VM and stable: "_disk0", "__rng"
     device_type: int  # virtio 1.2 section 5: 2 block, 4 entropy
     features: int  # offered bits, VERSION_1 included
     queue_sizes: tuple[int, ...]  # maximum size of each queue
@@ -166,8 +166,9 @@ class DeviceBackend(Protocol):
 class TransportPort(Protocol):
     """What the lifecycle asks of the transport. Called in the trio thread."""
 
-    def reset_registers(self) -> None:
-        """The reset is complete: queue and feature registers take their reset values (section 4.1.4.3.1)."""
+    def reset_registers(self) -> bool:
+        """The reset is complete: queue and feature registers take their reset values (section 4.1.4.3.1). False when
+        a vCPU is at them this moment, perhaps waiting for the kernel: try again soon."""
 
     def signal_config_change(self) -> None:
         """Raise the configuration-change interrupt (after NEEDS_RESET is set)."""

@@ -54,6 +54,8 @@ EXIT_IO: Final = int(lib.KVM_EXIT_IO)
 EXIT_MMIO: Final = int(lib.KVM_EXIT_MMIO)
 RUN_INTERRUPTED: Final = int(lib.TV_RUN_INTERRUPTED)
 INTERRUPTED: Final = Interrupted()
+MP_STATE: Final = struct.Struct("<I")  # struct kvm_mp_state
+WAITS_FOR_START: Final = (int(lib.KVM_MP_STATE_UNINITIALIZED), int(lib.KVM_MP_STATE_INIT_RECEIVED))
 MAX_CPUID: Final = 256  # KVM's own limit (KVM_MAX_CPUID_ENTRIES)
 
 
@@ -170,6 +172,14 @@ class KvmVcpu:
 
     def kick(self) -> None:
         lib.tv_kick(self._kicker)
+
+    def inject_nmi(self) -> None:
+        self._open()
+        state = bytearray(MP_STATE.size)
+        kvm_call(self._fd, "KVM_GET_MP_STATE", state)
+        # Queued on a vCPU that waits for its start, it would keep KVM_RUN from sleeping and hit an AP without an IDT.
+        if MP_STATE.unpack(state)[0] not in WAITS_FOR_START:
+            kvm_call(self._fd, "KVM_NMI")
 
     # --- state -----------------------------------------------------------------------------------------------
 

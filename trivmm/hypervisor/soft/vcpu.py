@@ -199,6 +199,9 @@ class SoftVcpu:
     def complete_read(self, data: bytes) -> None:
         raise HypervisorError("complete_read", "soft answers reads inline and never leaves the guest for one")
 
+    def inject_nmi(self) -> None:
+        self._lapic.nmi = True
+
     # --- interrupts and exceptions ---------------------------------------------------------------------------
 
     def _interrupt_waits(self) -> bool:

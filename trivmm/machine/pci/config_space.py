@@ -42,13 +42,15 @@ LOCK_S: Final = 2.0  # nobody holds the lock for more than a few copies; longer 
 
 @attrs.define(eq=False)
 class Bar:
-    """One memory BAR. ``size`` in bytes. ``mapped`` is where accesses reach it now, or None: set by the bus only."""
+    """One memory BAR. ``size`` in bytes. Set by the bus only: ``mapped`` is where accesses reach it now, or None;
+    ``base`` where they do or last did."""
 
     index: int
     size: int
     is_64bit: bool
     prefetchable: bool
     mapped: int | None = None
+    base: int = 0
 
 
 class PciConfigSpace:

@@ -12,6 +12,7 @@ from trivmm.config import DiskConfig
 from trivmm.errors import ConfigError, ProtocolError
 from trivmm.machine.memory import GuestMemory
 from trivmm.migration.fields import Fields
+from trivmm.virtio.block.counts import BlockCounts
 from trivmm.virtio.block.image import SECTOR, Image
 from trivmm.virtio.device import RING_FEATURES, WorkerDevice
 from trivmm.virtio.port import QueueConfig
@@ -29,7 +30,6 @@ MAX_QUEUES: Final = 16  # worker threads a disk; more than any guest here has vC
 MIN_QUEUE_SIZE, MAX_QUEUE_SIZE = 4, 1024  # a request is a header, a segment of data and a status at least
 ID_BYTES: Final = 20  # section 5.2.6.2: what GET_ID gives
 CONFIG: Final = struct.Struct("<QII HBB I BBH I BBH")  # section 5.2.4 up to num_queues and padding
-COUNTERS: Final = ("read_ops", "write_ops", "flush_ops", "read_bytes", "write_bytes", "errors")
 
 
 class BlockDevice(WorkerDevice):
@@ -56,7 +56,7 @@ class BlockDevice(WorkerDevice):
         self._id = self._identity(config.serial)
         self._sectors = self.image.sectors
         self.config_size = CONFIG.size
-        self._counted = dict.fromkeys(COUNTERS, 0)
+        self._counted = BlockCounts()  # of the workers that have ended
 
     def _identity(self, serial: str | None) -> bytes:
         """What GET_ID answers: the configured serial, or something stable about the file."""
@@ -105,12 +105,11 @@ class BlockDevice(WorkerDevice):
         self.image.take_lock()
 
     def _count(self, worker: QueueWorker) -> None:
-        for name in COUNTERS:
-            self._counted[name] += int(getattr(worker.native, name))
+        self._counted += BlockCounts.of(worker.native)
 
     def counters(self) -> dict[str, int]:
-        live = [worker.native for worker in self._workers]
-        return {name: self._counted[name] + sum(int(getattr(native, name)) for native in live) for name in COUNTERS}
+        """Over all queues, since the machine was built. See :meth:`BlockCounts.shown`."""
+        return sum((BlockCounts.of(worker.native) for worker in self._workers), self._counted).shown()
 
     def close(self) -> None:
         self.image.close()

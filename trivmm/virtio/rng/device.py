@@ -26,7 +26,7 @@ class RngDevice(WorkerDevice):
     features = RING_FEATURES
     queue_sizes = (QUEUE_SIZE,)
 
-    def __init__(self, config: RngConfig, memory: GuestMemory, name: str = "_rng") -> None:
+    def __init__(self, config: RngConfig, memory: GuestMemory, name: str = "__rng") -> None:
         """:raises ConfigError: when the source can't be read."""
         super().__init__(config.id or name, memory)
         try:

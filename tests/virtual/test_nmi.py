@@ -1,0 +1,86 @@
+"""An NMI is given to parked vCPUs: a pause, an injection and a resume, or nothing at all."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from trivmm.deadlines import Deadlines
+from trivmm.errors import PauseTimeout
+from trivmm.nursery.tree import open_machine
+from trivmm.testing.miniboard import MiniBoard
+from trivmm.testing.scripted import Compute, ScriptedVcpu, Wedge, task_driver
+
+Guest = Generator[Any, bytes | None, None]
+Clock = trio.testing.MockClock
+
+
+def beat(cpu: ScriptedVcpu) -> Guest:
+    while True:
+        yield Compute(0.1)
+        cpu.registers["beats"] = cpu.registers.get("beats", 0) + 1
+
+
+def wedged(cpu: ScriptedVcpu) -> Guest:
+    yield Compute(1)
+    yield Wedge(10)
+    yield from beat(cpu)
+
+
+def beats(board: MiniBoard) -> list[int]:
+    return [cpu.registers.get("beats", 0) for cpu in board.cpus]
+
+
+async def test_every_vcpu_gets_one_while_all_are_parked_and_runs_again(
+    autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deadlines = Deadlines()
+    board = MiniBoard([], beat, beat, deadlines=deadlines)
+    async with open_machine(board, deadlines, driver=task_driver) as machine:
+        parked: list[bool] = []
+
+        def inject(cpu: ScriptedVcpu) -> None:
+            parked.append(machine.vcpus.all_paused)
+            cpu.calls.append("inject_nmi")
+
+        monkeypatch.setattr(ScriptedVcpu, "inject_nmi", inject)
+        await machine.resume()
+        await trio.sleep(1)
+        await machine.nmi()
+        assert [cpu.calls for cpu in board.cpus] == [["inject_nmi"], ["inject_nmi"]]
+        assert parked == [True, True]
+        before = beats(board)
+        await trio.sleep(1)
+        assert all(late > early + 5 for early, late in zip(before, beats(board), strict=True))
+
+
+async def test_a_paused_machine_stays_paused(autojump_clock: Clock) -> None:
+    deadlines = Deadlines()
+    board = MiniBoard([], beat, deadlines=deadlines)
+    async with open_machine(board, deadlines, driver=task_driver) as machine:
+        await machine.resume()
+        await machine.pause()
+        before = beats(board)
+        await machine.nmi()
+        await trio.sleep(2)
+        assert board.cpus[0].calls == ["inject_nmi"]
+        assert machine.vcpus.all_paused
+        assert beats(board) == before
+
+
+async def test_a_vcpu_that_does_not_stop_for_it_spoils_it_for_all(autojump_clock: Clock) -> None:
+    deadlines = Deadlines()
+    board = MiniBoard([], beat, wedged, deadlines=deadlines)
+    async with open_machine(board, deadlines, driver=task_driver) as machine:
+        await machine.resume()
+        await trio.sleep(2)
+        with pytest.raises(PauseTimeout, match="vcpu1"):
+            await machine.nmi()
+        assert [cpu.calls for cpu in board.cpus] == [[], []]
+        before = beats(board)
+        await trio.sleep(11)
+        assert all(late > early + 5 for early, late in zip(before, beats(board), strict=True))

@@ -1,0 +1,69 @@
+"""The generic event device's register (ACPI 6.5 section 5.6.9): one byte that says what happened, and an interrupt.
+
+A byte of MMIO at ``layout.GED_START``, as in Cloud Hypervisor: each event has its bit there, a read gives them and
+clears them. The DSDT's ``_EVT`` method reads it and notifies the device whose event it was. An event that the guest has
+not read is part of the saved state, and interrupts again where that is loaded: whether an interrupt controller had
+taken the first one is not known, and an interrupt too many finds the register empty.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from typing import Any, Final
+
+from trivmm.machine.bus import Outcome
+from trivmm.migration.fields import Fields
+
+__all__ = ["GED_IRQ", "GED_SIZE", "POWER_BUTTON", "Ged"]
+
+GED_IRQ: Final = 13  # Cloud Hypervisor's, where 5 to 12 are the PCI slots'; edge, active high
+GED_SIZE: Final = 1
+POWER_BUTTON: Final = 1 << 3  # bits 0 to 2 are hotplug of CPUs, memory and PCI there
+
+
+class Ged:
+    """A :class:`~trivmm.machine.bus.BusDevice`; ``irq_fd`` is its eventfd for :data:`GED_IRQ`. Events come from the
+    trio thread, reads from vCPU threads."""
+
+    def __init__(self) -> None:
+        self.irq_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._events = 0
+        self._lock = threading.Lock()
+
+    def notify(self, events: int) -> None:
+        """Set the bits, then interrupt. What the guest has not read yet and comes again, it sees once."""
+        with self._lock:
+            self._events |= events
+        self._interrupt()
+
+    def _interrupt(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # full: it is readable, which is all that it says
+            os.eventfd_write(self.irq_fd, 1)
+
+    def read(self, offset: int, size: int) -> bytes:
+        with self._lock:
+            events, self._events = self._events, 0
+        return events.to_bytes(size, "little")
+
+    def write(self, offset: int, data: bytes) -> Outcome:
+        return None
+
+    def save(self) -> dict[str, Any]:
+        return {"events": self._events}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """:raises ProtocolError: when the state is malformed."""
+        fields = Fields("ged", state)
+        events = fields.integer("events", 0, 255)
+        fields.end()
+        self._events = events
+        if events:
+            self._interrupt()
+
+    def close(self) -> None:
+        """After every vCPU thread has ended. Idempotent."""
+        fd, self.irq_fd = self.irq_fd, -1
+        if fd >= 0:
+            os.close(fd)

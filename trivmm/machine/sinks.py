@@ -1,0 +1,346 @@
+"""Where a guest's console output goes, and where its input comes from.
+
+A plain sink only takes output: nowhere, a file, a terminal. A :class:`ClientSink` talks both ways with a client that
+comes and goes, over a pseudo-terminal or a unix socket. It never keeps the guest waiting: what no client has read yet
+is kept, the last MiB of it, and the next client gets that first; what is pushed out is counted. (A pseudo-terminal's
+own buffer in the kernel holds some 4 KiB more, from before.) Input is taken from a client only as the guest makes room.
+
+A sink outlives its machine where the guest reboots: the path stays, and so does the client. While no machine runs it,
+nothing moves.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+import tty
+from collections.abc import Awaitable, Callable
+from typing import Final, Protocol, TypeAlias
+
+import trio
+
+from trivmm.config import ConsoleConfig, SerialConfig
+from trivmm.errors import ConfigError
+from trivmm.unixsocket import listen_unix
+
+__all__ = ["ClientSink", "FdSink", "GuestInput", "LineConfig", "NullSink", "PtySink", "Sink", "SocketSink", "open_sink"]
+
+logger = logging.getLogger(__name__)
+
+BACKLOG_BYTES: Final = 1 << 20  # kept for a client that isn't there or doesn't read; Cloud Hypervisor keeps as much
+CHUNK: Final = 16384
+PATIENCE_S: Final = 0.05  # a client that takes nothing for so long isn't waited for at the end of its VM
+WAITING_CLIENTS: Final = 4  # a new client takes the place of the old one, so none waits for long
+ACCEPT_PAUSE_S: Final = 0.1  # after EMFILE and its like: the listener would be readable at once again
+
+LineConfig: TypeAlias = SerialConfig | ConsoleConfig
+
+
+class Sink(Protocol):
+    async def send(self, data: bytes) -> int:
+        """Take some of ``data``; gives how many bytes, at least one. Once begun, a write that a thread makes is
+        not abandoned: cancellation takes effect before it or at the next. :raises OSError: when it cannot."""
+
+    def close(self) -> None: ...
+
+
+class GuestInput(Protocol):
+    """The guest's end of a line, as a sink's client types on it."""
+
+    @property
+    def room(self) -> int:
+        """Bytes that :meth:`push_input` would take now."""
+
+    async def until_room(self) -> None: ...
+
+    def push_input(self, data: bytes) -> int: ...
+
+
+class NullSink:
+    async def send(self, data: bytes) -> int:
+        await trio.lowlevel.checkpoint()
+        return len(data)
+
+    def close(self) -> None:
+        return None
+
+
+class FdSink:
+    """A file, pipe, terminal or socket. Owns ``fd``. Regular files are written in a thread, since a full page cache
+    blocks; everything else through non-blocking writes, the open file description being ours alone."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self.threaded = stat.S_ISREG(os.fstat(fd).st_mode)
+        self._limiter = trio.CapacityLimiter(1)
+        if not self.threaded:
+            os.set_blocking(fd, False)
+
+    async def send(self, data: bytes) -> int:
+        if self.threaded:
+            return await trio.to_thread.run_sync(os.write, self._fd, data, limiter=self._limiter)
+        while True:
+            await trio.lowlevel.checkpoint_if_cancelled()
+            try:
+                sent = os.write(self._fd, data)
+            except BlockingIOError:
+                await trio.lowlevel.wait_writable(self._fd)  # bounded by the owner: a slow sink may be slow for ever
+            else:
+                await trio.lowlevel.cancel_shielded_checkpoint()
+                return sent
+
+    def size(self) -> tuple[int, int]:
+        """(columns, rows) of a terminal; zeros of anything else."""
+        try:
+            columns, rows = os.get_terminal_size(self._fd)
+        except OSError:
+            return 0, 0
+        return columns, rows
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            if not self.threaded:
+                trio.lowlevel.notify_closing(fd)
+            os.close(fd)
+
+
+class ClientSink:
+    """Base of those that talk with a client: the backlog, and carrying bytes both ways."""
+
+    path: str | None = None  # of a pseudo-terminal
+
+    def __init__(self) -> None:
+        self.dropped = 0
+        self._backlog = bytearray()
+        self._fd = -1  # the client's, nonblocking; -1: there is none
+        self._news = trio.Event()  # set, and replaced, with every piece of output
+        self._taken = trio.Event()  # the same with every piece that the client took
+
+    async def send(self, data: bytes) -> int:
+        """All of it, always, at once."""
+        await trio.lowlevel.checkpoint()
+        self._backlog += data
+        over = len(self._backlog) - BACKLOG_BYTES
+        if over > 0:
+            del self._backlog[:over]
+            self.dropped += over
+        self._news, news = trio.Event(), self._news
+        news.set()
+        return len(data)
+
+    async def flush(self) -> None:
+        """Wait until the client has what was sent, if there is one, and as long as it reads. Bounded by the caller."""
+        await trio.lowlevel.checkpoint()
+        while self._backlog and self._fd >= 0:
+            with trio.move_on_after(PATIENCE_S) as patience:
+                await self._taken.wait()
+            if patience.cancelled_caught:
+                return
+
+    async def serve(self, guest: GuestInput) -> None:
+        """Carry bytes between clients and the guest, until cancelled."""
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """Let another process have the path (a migration's COMMIT); :meth:`retake` it when that came to nothing."""
+
+    def retake(self) -> None:
+        """:raises ConfigError: when another process has it."""
+
+    async def _carry(self, fd: int, guest: GuestInput) -> OSError | None:
+        """Both ways, until the client is lost; gives why. One that only stops sending may still read."""
+        lost: OSError | None = None
+        async with trio.open_nursery() as nursery:
+
+            async def until_lost(work: Callable[[], Awaitable[None]]) -> None:
+                nonlocal lost
+                try:
+                    await work()
+                except OSError as error:
+                    lost = error
+                    nursery.cancel_scope.cancel()
+
+            nursery.start_soon(until_lost, lambda: self._write(fd))
+            nursery.start_soon(until_lost, lambda: self._read(fd, guest))
+        return lost
+
+    async def _write(self, fd: int) -> None:
+        while True:
+            news = self._news
+            while self._backlog:
+                await trio.lowlevel.checkpoint()
+                try:
+                    sent = os.write(fd, self._backlog[:CHUNK])
+                except BlockingIOError:
+                    await trio.lowlevel.wait_writable(fd)
+                    continue
+                del self._backlog[:sent]
+                self._taken, taken = trio.Event(), self._taken
+                taken.set()
+            await news.wait()
+
+    async def _read(self, fd: int, guest: GuestInput) -> None:
+        while True:
+            await guest.until_room()
+            await trio.lowlevel.wait_readable(fd)
+            room = guest.room  # asked again: nothing is read that would have to be kept here
+            if not room:
+                continue
+            try:
+                data = os.read(fd, min(room, CHUNK))
+            except BlockingIOError:
+                continue
+            if not data:
+                return
+            guest.push_input(data)
+
+    def counters(self) -> dict[str, int]:
+        return {"unread_dropped": self.dropped}
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            trio.lowlevel.notify_closing(fd)
+            os.close(fd)
+
+
+class PtySink(ClientSink):
+    """A raw pseudo-terminal at ``path``. Its other end is held open here too: so it never hangs up, whoever opens it
+    and closes it again, and what the kernel holds of it waits for the next to come."""
+
+    def __init__(self, field: str) -> None:
+        """:raises ConfigError: when the host gives none."""
+        super().__init__()
+        self._other_end = -1
+        try:
+            self._fd, self._other_end = os.openpty()  # close-on-exec, and nobody's controlling terminal
+            os.set_blocking(self._fd, False)
+            tty.setraw(self._other_end)
+            self.path = os.ttyname(self._other_end)
+        except OSError as error:
+            self._close()
+            remedy = "mount devpts at /dev/pts, or use another mode"
+            raise ConfigError(f"{field}.mode", "Pty", f"no pseudo-terminal to be had ({error})", remedy) from error
+
+    async def serve(self, guest: GuestInput) -> None:
+        lost = await self._carry(self._fd, guest)
+        logger.warning("%s: cannot be used any more (%s); the guest goes on without it", self.path, lost)
+
+    def _close(self) -> None:
+        for fd in (self._fd, self._other_end):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._other_end = -1
+        self.path = None
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            trio.lowlevel.notify_closing(self._fd)
+        self._close()
+
+
+class SocketSink(ClientSink):
+    """A unix socket, mode 0600, for one client at a time: a new one takes the place of the old one, as with Cloud
+    Hypervisor, so that a client that hangs shuts nobody out."""
+
+    def __init__(self, path: str, field: str) -> None:
+        """:raises ConfigError: when there can be no socket at ``path``."""
+        super().__init__()
+        self._where = path, f"{field}.socket"
+        self._carrying = trio.CancelScope()  # around the client's tasks
+        self._listens = trio.Event()
+        self._listen()
+
+    def _listen(self) -> None:
+        self._made = listen_unix(*self._where, backlog=WAITING_CLIENTS)
+        self._listener = trio.socket.from_stdlib_socket(self._made.sock)
+        self._listens.set()
+
+    async def serve(self, guest: GuestInput) -> None:
+        async with trio.open_nursery() as nursery:
+            if self._fd >= 0:  # of the machine before, which was rebooted
+                self._attend(nursery, guest)
+            while True:
+                await self._listens.wait()
+                try:
+                    sock, _ = await self._listener.accept()
+                except (OSError, trio.ClosedResourceError) as error:
+                    if self._listens.is_set():
+                        logger.warning("%s: accept: %s", self._where[0], error)
+                        await trio.sleep(ACCEPT_PAUSE_S)
+                    continue
+                self._carrying.cancel()
+                self._drop_client()
+                self._fd = sock.detach()
+                self._attend(nursery, guest)
+
+    def _attend(self, nursery: trio.Nursery, guest: GuestInput) -> None:
+        scope = self._carrying = trio.CancelScope()
+        fd = self._fd
+
+        async def until_lost() -> None:
+            with scope:
+                lost = await self._carry(fd, guest)
+                logger.info("%s: the client went away (%s)", self._where[0], lost)
+                if self._carrying is scope:  # not yet another's turn
+                    self._drop_client()
+
+        nursery.start_soon(until_lost, name="console client")
+
+    def _drop_client(self) -> None:
+        super().close()
+
+    def release(self) -> None:
+        if self._listens.is_set():
+            self._listens = trio.Event()
+            self._listener.close()
+            self._made.close()
+
+    def retake(self) -> None:
+        if not self._listens.is_set():
+            self._listen()
+
+    def close(self) -> None:
+        self.release()
+        self._drop_client()
+
+
+def open_sink(config: LineConfig, field: str = "serial", *, incoming: bool = False) -> Sink:
+    """The sink that ``--serial`` or ``--console`` asks for; ``field`` says which. A file is truncated, or continued
+    when the VM is ``incoming``.
+
+    :raises ConfigError: when it cannot be opened.
+    """
+    match config.mode:
+        case "Tty":
+            return FdSink(_open_stdout())
+        case "File":
+            return FdSink(_open_file(config.file or "", field, os.O_APPEND if incoming else os.O_TRUNC))
+        case "Pty":
+            return PtySink(field)
+        case "Socket":
+            return SocketSink(config.socket or "", field)
+        case _:
+            return NullSink()
+
+
+def _open_stdout() -> int:
+    # An open file description of our own: O_NONBLOCK on a shared one would surprise its other users. A regular file
+    # needs none, and with a position of its own our log, or the shell's next line, overwrites what the guest says.
+    if stat.S_ISREG(os.fstat(1).st_mode):
+        return os.dup(1)
+    try:
+        return os.open("/proc/self/fd/1", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY)
+    except OSError:  # a socket, or no /proc
+        return os.dup(1)
+
+
+def _open_file(path: str, field: str, how: int) -> int:
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK | how, 0o644)
+    except (OSError, ValueError) as error:
+        why = "a FIFO that nobody reads" if getattr(error, "errno", None) == errno.ENXIO else str(error)
+        raise ConfigError(f"{field}.file", path, f"cannot open it ({why})", "give a writable path") from error

@@ -1,0 +1,123 @@
+"""virtio-console (virtio 1.2 section 5.3): one port, no multiport, the size of the terminal behind it.
+
+Queue 0 receives what is typed, queue 1 transmits what the guest says; both end in the rings of the device's
+:class:`ConsoleLine`. Input without a buffer stays in its ring, output without room stays on the queue.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, Final
+
+import trio
+
+from trivmm._native import ffi, lib
+from trivmm.config import ConsoleConfig
+from trivmm.machine.memory import GuestMemory
+from trivmm.machine.sinks import FdSink, Sink
+from trivmm.migration.fields import Fields
+from trivmm.virtio.console.line import ConsoleLine
+from trivmm.virtio.device import RING_FEATURES, WorkerDevice
+from trivmm.virtio.port import Activation, QueueConfig
+from trivmm.virtio.queue import QueueWorker
+
+__all__ = ["ConsoleDevice"]
+
+F_SIZE: Final = 1 << 0
+QUEUE_SIZE: Final = 256
+RECEIVE, TRANSMIT = 0, 1
+CONFIG: Final = struct.Struct("<HHII")  # section 5.3.4: cols, rows, max_nr_ports, emerg_wr
+PORTS: Final = 1
+MAX_SIZE: Final = (1 << 16) - 1
+
+
+class ConsoleDevice(WorkerDevice):
+    """``sink`` None is for a destination: it gets its own at COMMIT. Owns the sink."""
+
+    device_type = 3
+    features = RING_FEATURES | F_SIZE
+    queue_sizes = (QUEUE_SIZE, QUEUE_SIZE)
+    config_size = CONFIG.size
+
+    def __init__(self, config: ConsoleConfig, memory: GuestMemory, sink: Sink | None, name: str = "__console") -> None:
+        super().__init__(config.id or name, memory)
+        self._size = 0, 0
+        self._sized = False  # the driver has taken F_SIZE and is active
+        self._bytes = [0, 0]
+        self.line = ConsoleLine(sink)
+        self.measure()
+
+    # --- size ------------------------------------------------------------------------------------------------
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(columns, rows) as the driver is told; zeros where there is no terminal."""
+        return self._size
+
+    def measure(self) -> None:
+        """Take the size of the terminal behind the line, if there is one; what it was otherwise stays."""
+        sink = self.line.sink
+        size = sink.size() if isinstance(sink, FdSink) else (0, 0)
+        if any(size):
+            self.resize(*size)
+
+    def resize(self, columns: int, rows: int) -> None:
+        """The terminal has another size now. In the trio thread."""
+        size = min(columns, MAX_SIZE), min(rows, MAX_SIZE)
+        if size != self._size:
+            self._size = size
+            if self._sized:
+                self.on_config_change()
+
+    def read_config(self, offset: int, size: int) -> bytes:
+        return CONFIG.pack(*self._size, PORTS, 0)[offset : offset + size].ljust(size, b"\xff")
+
+    # --- queues ----------------------------------------------------------------------------------------------
+
+    def _make_worker(self, queue: QueueConfig, features: int) -> Any:
+        native = ffi.new("struct tv_console_worker *")
+        lib.tv_console_worker_init(native, self.line.native, queue.index == RECEIVE)
+        return native
+
+    async def activate(self, activation: Activation, workers: trio.Nursery) -> None:
+        """:raises ValueError: when a queue's rings don't lie in RAM."""
+        bells = {queue.index: queue.doorbell for queue in activation.queues}
+        lib.tv_console_set_bells(self.line.native, bells.get(RECEIVE, -1), bells.get(TRANSMIT, -1))
+        await super().activate(activation, workers)
+        self._sized = bool(activation.features & F_SIZE)
+        if self._sized and any(self._size):
+            self.on_config_change()  # drivers look at the size when they are told to, as Linux's does
+
+    async def stop(self) -> None:
+        self._sized = False
+        lib.tv_console_set_bells(self.line.native, -1, -1)
+        await super().stop()
+
+    def reset(self) -> None:
+        super().reset()
+        lib.tv_console_reset(self.line.native)
+
+    def _count(self, worker: QueueWorker) -> None:
+        self._bytes[worker.index] += int(worker.native.bytes)
+
+    # --- state -----------------------------------------------------------------------------------------------
+
+    def save(self) -> dict[str, Any]:
+        return {"columns": self._size[0], "rows": self._size[1]} | self.line.save()
+
+    def load(self, state: dict[str, Any]) -> None:
+        """:raises ProtocolError: when the state is malformed."""
+        fields = Fields(self.name, state)
+        size = fields.integer("columns", 0, MAX_SIZE), fields.integer("rows", 0, MAX_SIZE)
+        self.line.load(fields)
+        fields.end()
+        self._size = size
+
+    def counters(self) -> dict[str, int]:
+        moved = list(self._bytes)
+        for worker in self._workers:
+            moved[worker.index] += int(worker.native.bytes)
+        return self.line.counters() | {"received_bytes": moved[RECEIVE], "transmitted_bytes": moved[TRANSMIT]}
+
+    def close(self) -> None:
+        self.line.close()
