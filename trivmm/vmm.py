@@ -29,6 +29,7 @@ from trivmm.errors import (
 from trivmm.events import EventBus
 from trivmm.hypervisor.base import Hypervisor
 from trivmm.incoming import open_incoming
+from trivmm.migration.doubt import Resolution
 from trivmm.migration.progress import MigrationProgress
 from trivmm.migration.sender import socket_dialer
 from trivmm.vm import Dial, ExitReason, Vm, open_vm
@@ -36,6 +37,7 @@ from trivmm.vm import Dial, ExitReason, Vm, open_vm
 __all__ = ["Vmm", "VmmEnd", "VmmOptions", "open_vmm"]
 
 LOG: Final = logging.getLogger(__name__)
+FIRST_LOOK_S: Final = 1.0  # for a client that has not asked yet when a short migration is over already
 T = TypeVar("T")
 
 
@@ -91,6 +93,8 @@ class _Slot:
 
     what: str
     vm: Vm | None = None
+    moved: bool = False  # the VM is another process's now, or was overwritten: it is not deleted
+    aside: _Slot | None = None  # of a VM that is not booted, and gives way to the one that comes if one does
     cancel: Callable[[], None] | None = None
     close: trio.Event = attrs.field(factory=trio.Event)
     gone: trio.Event = attrs.field(factory=trio.Event)
@@ -112,6 +116,7 @@ class Vmm:
     _sending: _Outcome[None] | None = attrs.field(default=None, init=False)
     _last_progress: MigrationProgress | None = attrs.field(default=None, init=False)
     _verdict_read: trio.Event = attrs.field(factory=trio.Event, init=False)
+    _watched: bool = attrs.field(default=False, init=False)  # somebody has asked for this migration's progress
     _end: _Outcome[VmmEnd] = attrs.field(factory=_Outcome, init=False)
 
     # --- reading -----------------------------------------------------------------------------------------------
@@ -132,7 +137,7 @@ class Vmm:
 
     def read_progress(self) -> MigrationProgress | None:
         """:attr:`progress` for a client: once it has read how a migration ended, the process may go."""
-        progress = self.progress
+        progress, self._watched = self.progress, True
         if progress is not None and progress.ended:
             self._verdict_read.set()
         return progress
@@ -166,7 +171,6 @@ class Vmm:
             return
         self._changing("delete")
         await self._close()
-        self.events.emit("vm", "deleted")
 
     async def boot(self) -> None:
         self._changing("boot")
@@ -218,7 +222,7 @@ class Vmm:
         vm = self.vm
         self._changing("send-migration")
         self._sending = _Outcome[None]()
-        self._verdict_read = trio.Event()
+        self._watched, self._verdict_read = False, trio.Event()
         try:
             await self._nursery.start(self._send, vm, data, name="send-migration")
         except BaseException:
@@ -266,14 +270,37 @@ class Vmm:
     def _note(self, progress: MigrationProgress) -> None:
         self._last_progress = progress
 
+    async def resolve_migration(self, force: bool) -> Resolution:
+        """Ask what became of a migration that ended in doubt. Where the VM runs there, it is gone from here as after
+        one that succeeded. :raises WrongState: the VM is not in doubt."""
+        self._changing("resolve-migration")
+        vm, self._verdict_read = self.vm, trio.Event()
+        found = await vm.resolve_migration(force=force)
+        self._last_progress = vm.migration_progress or self._last_progress
+        if found.verdict == "running" and self.options.stay_after_migration:
+            await self._close()
+        return found
+
     async def receive_migration(self, url: str) -> None:
-        """Listen at ``url``, take one VM in. :raises WrongState: there is a VM. :raises MigrationError: it failed."""
-        slot = self._take("receive-migration")
+        """Listen at ``url``, take one VM in. One that is not booted gives way to it, as in Cloud Hypervisor; when none
+        comes, its configuration is there again.
+
+        :raises WrongState: there is a VM. :raises MigrationError: it failed."""
+        slot = self._take("receive-migration", in_place_of=self._on_paper())
         outcome: _Outcome[Vm] = _Outcome()
         self._last_progress = None
-        incoming = open_incoming(url, hypervisor=self.hypervisor, deadlines=self.deadlines, events=self.events)
+        incoming = open_incoming(
+            url, hypervisor=self.hypervisor, deadlines=self.deadlines, events=self.events, answering=self._nursery
+        )
         self._nursery.start_soon(self._live, slot, incoming, _received, outcome, name="receive-migration")
         await outcome.get()
+
+    def _on_paper(self) -> _Slot | None:
+        slot = self._slot
+        if slot is None or slot.vm is None or slot.moved or not slot.vm.on_paper:
+            return None
+        LOG.warning("the VM that is here, and not booted, will give way to the one that comes")
+        return slot
 
     def cancel_migration(self) -> None:
         """Ask the migration that runs, in either direction, to roll back. :raises WrongState: none runs."""
@@ -287,12 +314,12 @@ class Vmm:
 
     # --- the VM's task -----------------------------------------------------------------------------------------
 
-    def _take(self, what: str) -> _Slot:
-        if self._slot is not None:
+    def _take(self, what: str, *, in_place_of: _Slot | None = None) -> _Slot:
+        if self._slot is not None and self._slot is not in_place_of:
             raise WrongState(
                 what, "there already" if self._slot.vm else f"in the middle of {self._slot.what}", "deleted first"
             )
-        self._slot = _Slot(what)
+        self._slot = _Slot(what, aside=in_place_of)
         return self._slot
 
     def _changing(self, operation: str) -> None:
@@ -318,6 +345,10 @@ class Vmm:
                     slot.vm = await obtain(opened)
                 slot.cancel = None
                 if slot.vm is not None:
+                    if slot.aside is not None:
+                        slot.aside.moved = True
+                        slot.aside.close.set()
+                        slot.aside = None
                     outcome.set(slot.vm)
                     async with trio.open_nursery() as nursery:
                         nursery.start_soon(self._watch, slot, slot.vm)
@@ -336,7 +367,10 @@ class Vmm:
                 outcome.fail(TrivmmError(f"{slot.what}: the VMM is shutting down"))
             raise
         finally:
-            self._slot = None
+            if self._slot is slot:
+                self._slot = slot.aside
+            if slot.vm is not None and not slot.moved:
+                self.events.emit("vm", "deleted")
             slot.gone.set()
 
     async def _watch(self, slot: _Slot, vm: Vm) -> None:
@@ -346,11 +380,13 @@ class Vmm:
             reason = await vm.wait()
             LOG.info("the VM ended: %s", reason.kind)
             if reason.kind == "migrated":
+                slot.moved = True
                 if self.options.stay_after_migration:
                     return
                 if self._sending is not None:
                     await self._sending.get()
-                with trio.move_on_after(self.deadlines.verdict_read):  # who asked for it reads how it ended
+                limit_s = self.deadlines.verdict_read  # who asks for it reads how it ended
+                with trio.move_on_after(limit_s if self._watched else min(limit_s, FIRST_LOOK_S)):
                     await self._verdict_read.wait()
             stays = reason.kind == "shutdown" or (reason.kind == "poweroff" and self.options.stay_after_shutdown)
             if not stays:

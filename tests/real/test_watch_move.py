@@ -78,7 +78,7 @@ def test_a_failure_is_exit_code_1_with_its_reason_and_the_source_runs(fake_vmm: 
 def test_what_is_not_accepted_is_told_at_once(fake_vmm: Start) -> None:
     done = run(send(fake_vmm(), "unix:/nowhere"))
     assert done.returncode == 1
-    assert done.stderr.startswith("error: Error from API: Error starting migration sender: ")
+    assert done.stderr.startswith("error: Error from API: Error dispatching the migration worker: ")
 
 
 def test_ctrl_c_cancels_and_the_source_runs(fake_vmm: Start, tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_the_example_prints_a_line_a_round(fake_vmm: Start, tmp_path: Path) -> N
 
 
 def test_the_example_tells_of_a_peer_that_dies(fake_vmm: Start, tmp_path: Path) -> None:
-    source, target = booted(fake_vmm("send-migration=precopy:stall:60s")), fake_vmm()
+    source, target = booted(fake_vmm("send-migration=precopy:stall:5s")), fake_vmm()
     url = f"unix:{tmp_path}/m.sock"
 
     def receive() -> None:
@@ -158,7 +158,6 @@ def test_the_example_tells_of_a_peer_that_dies(fake_vmm: Start, tmp_path: Path) 
     while (progress is None or progress["phase"] != "PRECOPY") and time.monotonic() < until:
         progress = source.call("GET", "vm.migration-progress")[1]
     target.process.kill()
-    source.fail()  # the stall that is under way ends with the link
     said, _ = process.communicate(timeout=90)
     thread.join(LIMIT_S)
     assert process.returncode == 1

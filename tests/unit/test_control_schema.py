@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trivmm.config import ConsoleConfig, PayloadConfig, VmConfig
-from trivmm.control.contract import NOT_YET_KEYS, NOT_YET_ROUTES, REQUIRED_KEYS, NotYet
+from trivmm.control.contract import NOT_YET_KEYS, NOT_YET_ROUTES, REQUIRED_KEYS, NotYet, markdown_not_yet
 from trivmm.control.schema import (
     CLASSES,
     NESTED,
@@ -73,7 +73,15 @@ def test_every_route_of_the_contract_is_known() -> None:
         "events",
         "vm.cancel-migration",
         "vm.migration-progress",
+        "vm.resolve-migration",
     }
+
+
+def test_the_readme_names_what_does_not_work_yet() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    shown = text.split("<!-- not-yet -->")[1].split("<!-- /not-yet -->")[0].strip()
+    assert shown == markdown_not_yet(), "copy trivmm.control.contract.markdown_not_yet() into the README"
+    assert all(f"`{name}`" in shown for name in NOT_YET_ROUTES)
 
 
 def test_a_full_body() -> None:

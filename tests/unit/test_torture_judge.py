@@ -123,6 +123,12 @@ def test_in_doubt_only_when_the_destination_is_out_of_reach(
     assert (not found) is allowed
 
 
+def test_a_doubt_can_be_ended_when_the_destination_is_dead() -> None:
+    dead = IN_DOUBT | {"destination": GONE}
+    assert not broken("kill-destination", **dead | {"source": HERE})
+    assert "not even to be resumed" in broken("kill-destination", **dead)[0]
+
+
 def test_an_answer_is_the_verdict() -> None:
     for sent in (Sent.FAILED, Sent.CANCELLED):
         assert broken("term-source", **MOVED, sent=sent) == (

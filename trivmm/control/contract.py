@@ -13,7 +13,16 @@ from typing import Final
 
 import attrs
 
-__all__ = ["API_ROOT", "CONTRACT_VERSION", "NOT_YET_KEYS", "NOT_YET_ROUTES", "REQUIRED_KEYS", "NotYet", "Within"]
+__all__ = [
+    "API_ROOT",
+    "CONTRACT_VERSION",
+    "NOT_YET_KEYS",
+    "NOT_YET_ROUTES",
+    "REQUIRED_KEYS",
+    "NotYet",
+    "Within",
+    "markdown_not_yet",
+]
 
 API_ROOT: Final = "/api/v1/"
 CONTRACT_VERSION: Final = "54.0.0"  # of Cloud Hypervisor, whose API this is
@@ -183,3 +192,13 @@ NOT_YET_ROUTES: Final = frozenset(
     }
 )
 """All are PUT."""
+
+
+def markdown_not_yet() -> str:
+    """What does not work yet, by name, as the README lists it."""
+    verbs = ", ".join(f"`{name}`" for name in sorted(NOT_YET_ROUTES))
+    rows = ["| where | keys |", "| --- | --- |"]
+    for schema, keys in NOT_YET_KEYS.items():
+        hints = [name for name, default in keys.items() if isinstance(default, NotYet) and True in default.also]
+        rows.append(f"| {schema} | " + ", ".join(f"`{name}`" for name in keys if name not in hints) + " |")
+    return f"Verbs: {verbs}.\n\nKeys, refused by name unless they ask for nothing:\n\n" + "\n".join(rows)

@@ -7,6 +7,7 @@ What is promised, and where it ends:
   destination (SIGTERM asks a process to end, and its VM with it; a destination that got it before COMMIT refuses);
 - in doubt only while the destination can't be reached: killed, or stopped, or cut off for longer than ``commit``; or
   ended by SIGTERM after COMMIT;
+- a doubt can be ended: the destination's answer ends it, or an operator who knows that the destination is dead;
 - what an answer says is so: failed or cancelled means that the guest did not run there, finished that it does;
 - before COMMIT a failure is known within the deadline of the wait that it met, after COMMIT within ``commit``;
 - the guest finds its memory and its disk as it wrote them, nothing stays behind, and the next move works.
@@ -110,6 +111,8 @@ def judge(plan: Plan, seen: Observation, limits: Deadlines) -> Judgement:
         broken.append(f"lost ({_where(seen)}), although {_who(plan)} did not own it")
     if seen.sent is Sent.IN_DOUBT and not _may_be_in_doubt(plan, seen, limits):
         broken.append("in doubt, although the destination could be asked")
+    if seen.sent is Sent.IN_DOUBT and not seen.destination.alive and not seen.source.runs:
+        broken.append("in doubt, and not even to be resumed by force when the destination is dead")
     broken += _false_answers(seen)
     limit = time_limit_s(plan, seen, limits)
     kept = seen.verdict_s is not None and seen.verdict_s <= limit

@@ -290,12 +290,18 @@ class _Trial:
     async def _resolve(self, copies: tuple[Copy, Copy]) -> tuple[str, bool, tuple[Copy, Copy]]:
         """As an operator would, who first tries the wrong thing: (what resume came to, both ran, how it is now)."""
         try:
-            with trio.fail_after(ASK_LIMIT_S):
+            with trio.fail_after(ASK_LIMIT_S + self.stage.limits.resolve):
                 await self.source.client.resume()
             answer = "resumed"
         except (TrivmmError, trio.TooSlowError) as error:
             answer = str(error)
         after = await self._look()
+        if not after[0].runs and not self.target.alive:  # only an operator can know that
+            with trio.move_on_after(ASK_LIMIT_S + self.stage.limits.resolve), contextlib.suppress(TrivmmError):
+                await self.source.client.resolve_migration(force=True)
+                await self.source.client.resume()
+                answer += "; resumed by force"
+            after = await self._look()
         two = after[0].runs and after[1].runs
         if after[1].runs and after[0].state is not None and not two:
             with trio.move_on_after(ASK_LIMIT_S):
@@ -320,9 +326,11 @@ class _Trial:
 
     async def _left_over(self, url: str, sent: Sent, copies: tuple[Copy, Copy]) -> list[str]:
         limits, left = self.stage.limits, []
-        # The destination answers questions for commit seconds more; then nobody listens.
-        if not await until(lambda: not listens(url), limits.commit + SLACK_S) and self.target.alive:
-            left.append(f"a listener at {url}")
+        assert self._box is not None
+        # A destination that runs a VM whose source was not heard any more answers for ever, any other one for a while.
+        answers = copies[1].runs and MessageType.DONE not in self._box.passed
+        if not answers and not await until(lambda: not listens(url), 2 * (limits.commit + 1) + SLACK_S):
+            left += [f"a listener at {url}"] if self.target.alive else []
         ended = self.plan.kind.act in (Act.KILL, Act.TERM) and self._acted
         for host, copy, side in zip((self.source, self.target), copies, Side, strict=True):
             hurt = ended and self.plan.kind.side is side
@@ -338,7 +346,9 @@ class _Trial:
                 found = ", ".join(sorted(set(host.vm_descriptors())))
                 left.append(f"descriptors of a VM in the {side.value}, which has none: {found}")
         if not (ended and self.plan.kind.act is Act.KILL):  # a killed one can't tidy up; the next one at its path does
-            left += sorted(_files(self.stage.folder) - self._files_before)
+            listener = url.rpartition("/")[2]
+            mine = {listener, f"{listener}.lock"} if answers else set()
+            left += sorted(_files(self.stage.folder) - self._files_before - mine)
         return left
 
     async def _afterwards(self, seen: Observation, copies: tuple[Copy, Copy]) -> Observation:
