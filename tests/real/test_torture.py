@@ -27,15 +27,16 @@ BEFORE_COMMIT = (
     "kill-source,kill-destination,stop-source,stop-destination,term-destination,cancel-source,cancel-destination,"
     "close,reset"
 )
-AROUND_COMMIT = "kill-source,kill-destination,cancel-destination"
+AROUND_COMMIT = "kill-destination,stop-source,stop-destination,term-source,silent,close,drop,resume"
 
 
 @pytest.mark.parametrize(
     ("kinds", "points", "trials", "seed"),
-    [(BEFORE_COMMIT, "SETUP,PAGES,ROUND_END,STATE", 9, 2), (AROUND_COMMIT, "READY,COMMIT,RUNNING,DONE", 3, 4)],
+    [(BEFORE_COMMIT, "SETUP,PAGES,ROUND_END,STATE", 5, 2), (AROUND_COMMIT, "READY,COMMIT,RUNNING", 8, 4)],
 )
 def test_a_short_torture_breaks_no_promise(kinds: str, points: str, trials: int, seed: int) -> None:
     words = ["--trials", str(trials), "--seed", str(seed), "--kinds", kinds, "--points", points, "--json"]
+    words += ["--deadlines", "commit=2"]
     done = subprocess.run(
         [*COMMAND, *words], capture_output=True, text=True, timeout=LIMIT_S, env=command_environment(), check=False
     )

@@ -25,7 +25,7 @@ from trivmm.errors import TrivmmError
 from trivmm.guest import ProbeReport, parse_report, probe_cmdline, probe_path
 from trivmm.testing.torture.judge import Copy
 
-__all__ = ["Host", "HostError", "guest_config", "open_host", "until"]
+__all__ = ["Host", "HostError", "files_in", "guest_config", "open_host", "until"]
 
 START_LIMIT_S: Final = 30.0
 END_LIMIT_S: Final = 15.0
@@ -36,11 +36,17 @@ TAIL: Final = 1 << 16  # of a serial file: some hundred reports
 SERIAL: Final = "serial.txt"
 IMAGE_BYTES: Final = 4 << 20
 MODULES: Final = {"scripted": "trivmm.testing.torture.scripted"}
+FILES: Final = {"log", "events", SERIAL}
+SOCKETS: Final = {"api.sock", "api.sock.lock"}
 OF_A_VM: Final = ("anon_inode:kvm-vm", "anon_inode:kvm-vcpu", "/memfd:trivmm-ram")
 
 
 class HostError(TrivmmError):
     """A process that does not do what every trial needs of it; its last words are in the text."""
+
+
+def files_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if not path.is_dir()}
 
 
 async def until(true: Callable[[], bool], limit_s: float) -> bool:
@@ -154,6 +160,10 @@ class Host:
                 break
             found.append(event)
         return found
+
+    def strangers(self, gone: bool) -> list[str]:
+        """Files that it should not have made, or, when it has ``gone`` in good order, left."""
+        return sorted(files_in(self.folder) - (FILES if gone else FILES | SOCKETS))
 
     def vm_descriptors(self) -> list[str]:
         """Open descriptors that only a process with a VM has."""

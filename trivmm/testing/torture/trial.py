@@ -6,7 +6,6 @@ import contextlib
 import signal
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Final
 
 import attrs
@@ -17,7 +16,7 @@ from trivmm.guest import ProbeReport
 from trivmm.migration.transports import parse_url
 from trivmm.migration.wire import MessageType
 from trivmm.testing.torture.box import Box, Fate, open_box
-from trivmm.testing.torture.hosts import ASK_LIMIT_S, Host, until
+from trivmm.testing.torture.hosts import ASK_LIMIT_S, Host, files_in, until
 from trivmm.testing.torture.judge import SLACK_S, Copy, Observation, Sent
 from trivmm.testing.torture.plan import Act, Plan, Side
 from trivmm.testing.torture.stage import LISTEN_LIMIT_S, Stage, listens, send
@@ -30,7 +29,6 @@ CANCEL_LIMIT_S: Final = 2.0
 SPEAK_LIMIT_S: Final = 5.0  # a guest that runs speaks every 50 ms
 QUIET_S: Final = 0.3  # how long one that must not run is listened to
 CHECK_LIMIT_S: Final = 15.0  # until it has looked at all its pages again
-FILES_OF_A_HOST: Final = {"api.sock", "api.sock.lock", "log", "events", "serial.txt"}
 
 
 async def run_trial(stage: Stage, plan: Plan) -> Observation:
@@ -59,7 +57,7 @@ class _Trial:
     _received: trio.Event = attrs.field(factory=trio.Event)
 
     async def run(self) -> Observation:
-        self._files_before = _files(self.stage.folder)
+        self._files_before = files_in(self.stage.folder)
         inner, outer = self.stage.url(self.plan.transport), self.stage.url(self.plan.transport)
         front, behind = parse_url(outer, "destination_url"), parse_url(inner, "receiver_url")
         async with trio.open_nursery() as nursery, open_box(front, behind, self._hook) as box:
@@ -337,7 +335,7 @@ class _Trial:
             if not host.alive and not hurt:
                 left.append(f"nothing of the {side.value}, which ended by itself: {host.last_words()}")
             gone = hurt and self.plan.kind.act is Act.TERM and not host.alive
-            left += [f"{each} of the {side.value}" for each in _strangers(host, gone)]
+            left += [f"{each} of the {side.value}" for each in host.strangers(gone)]
             if not host.alive or copy.runs or (side is Side.SOURCE and sent is Sent.IN_DOUBT):
                 continue
             if not await host.is_empty(limits.shutdown_grace + SLACK_S):
@@ -348,7 +346,7 @@ class _Trial:
         if not (ended and self.plan.kind.act is Act.KILL):  # a killed one can't tidy up; the next one at its path does
             listener = url.rpartition("/")[2]
             mine = {listener, f"{listener}.lock"} if answers else set()
-            left += sorted(_files(self.stage.folder) - self._files_before - mine)
+            left += sorted(files_in(self.stage.folder) - self._files_before - mine)
         return left
 
     async def _afterwards(self, seen: Observation, copies: tuple[Copy, Copy]) -> Observation:
@@ -390,16 +388,6 @@ def _has_looked(host: Host, first: ProbeReport) -> bool:
 
 def _has_no_vm(host: Host) -> bool:
     return not host.vm_descriptors()
-
-
-def _strangers(host: Host, gone: bool) -> list[str]:
-    """Files that the process should not have left, or made."""
-    wanted = FILES_OF_A_HOST - {"api.sock", "api.sock.lock"} if gone else FILES_OF_A_HOST
-    return sorted(_files(host.folder) - wanted)
-
-
-def _files(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir() if not path.is_dir()}
 
 
 _ENDS: Final = {
