@@ -297,7 +297,7 @@ class Vm:
             await self._in_pieces(board.load_payload)  # seconds, where the kernel is to be unpacked
             machine = await self._run(board)
         except BaseException:
-            await self._discard(board)
+            await self._discard(board)  # noqa: ASYNC102 - shields and bounds itself
             raise
         self.config = board.config_as_built()
         try:
@@ -674,7 +674,7 @@ class Vm:
             await self._in_pieces(board.check_payload)
             return await self._run(board, gate_open=False)
         except BaseException:
-            await self._discard(board)
+            await self._discard(board)  # noqa: ASYNC102 - shields and bounds itself
             raise
 
     async def abandon(self) -> None:
