@@ -41,6 +41,9 @@ THREAD = "a C call that polls its kicker and a timeout, in a task with a kicker"
 CORE = "bounded inside by its own named deadlines, step by step"
 EXCUSED: dict[str, str] = {
     "cli/event_monitor.py:_write_all": "its scope gets the drain deadline when the bus closes",
+    "cli/demo.py:_until_gone": CALLER,
+    "cli/demo.py:open_host": "Popen.poll() only looks whether the process has ended",
+    "cli/demo.py:run_demo.on_signal": "waits for a signal as long as the process lives",
     "cli/run.py:_Life.on_signal": "waits for a signal as long as the process lives",
     "cli/terminal.py:follow_size": "waits for a signal as long as the process lives",
     "cli/terminal.py:type_into": "waits for typing as long as the process lives",
