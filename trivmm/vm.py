@@ -30,7 +30,7 @@ import trio
 from trivmm.config import CpusConfig, VmConfig
 from trivmm.console import ConsoleCursor, ConsoleMatch, ConsolePattern, bytes_pattern
 from trivmm.deadlines import Deadlines
-from trivmm.errors import GuestCrash, MigrationCancelled, MigrationInDoubt, NotSupported, WrongState
+from trivmm.errors import GuestCrash, MigrationCancelled, MigrationInDoubt, NotSupported, PastCommit, WrongState
 from trivmm.events import EventBus
 from trivmm.hypervisor.base import Hypervisor
 from trivmm.hypervisor.select import choose_hypervisor
@@ -602,9 +602,13 @@ class Vm:
             return found
 
     def cancel_migration(self) -> bool:
-        """Ask a running migration to roll back; False when there is none. It ends in ``MigrationCancelled``."""
+        """Ask a running migration to roll back; False when there is none. It ends in ``MigrationCancelled``.
+
+        :raises PastCommit: COMMIT was sent: it is only waited for, ``commit`` seconds at most."""
         if self._migration is None:
             return False
+        if self.migration_progress is not None and self.migration_progress.committed:
+            raise PastCommit("COMMIT was sent")
         self._migration.cancel()
         return True
 
@@ -649,7 +653,8 @@ class Vm:
         self._closing = True
         if self._machine is not None:
             self._machine.ending = True
-        if self.cancel_migration():
+        if self._migration is not None:
+            self._migration.cancel()  # past COMMIT it does not hear that
             with trio.move_on_after(self.deadlines.rollback + self.deadlines.commit):
                 await self.ownership.free()
         await self._end()

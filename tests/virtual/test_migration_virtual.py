@@ -51,6 +51,7 @@ class World:
     seen: list[MigrationProgress] = attrs.field(factory=list)
     began: float = attrs.field(factory=trio.current_time)
     receiver: Receiver | None = None
+    refuse: Callable[[], str | None] = lambda: None
 
     @classmethod
     def make(cls, limits: Deadlines = LIMITS, **more: Any) -> World:
@@ -69,6 +70,7 @@ class World:
 
     async def receive(self, nursery: trio.Nursery) -> None:
         self.receiver = receiver = Receiver(self.net, LIMITS, nursery)
+        receiver.refuse = self.refuse
         try:
             _, self.taken = await receiver.receive(self.destination.factory)
         except Exception as error:
@@ -368,6 +370,50 @@ async def test_refused_locks_bring_the_source_back(autojump_clock: trio.testing.
     await world.run()
     assert isinstance(world.sent, CommitRefused)
     assert isinstance(world.taken, CommitRefused)
+    assert world.source.running
+    world.close()
+
+
+async def test_a_destination_that_shall_end_refuses_the_commit_that_it_reads(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """It was ready, and only then told: nothing has cancelled it yet when it reads COMMIT."""
+    world = World.make()
+    told: list[str] = []
+
+    async def tap(stream: TappedStream, data: bytes) -> bytes:
+        if data[6] == MessageType.COMMIT:
+            told.append("SIGTERM")
+        return data
+
+    world.net.source_tap = tap
+    world.refuse = lambda: told[0] if told else None
+    await world.run()
+    assert isinstance(world.sent, CommitRefused)
+    assert isinstance(world.taken, CommitRefused)
+    assert "not run here: SIGTERM" in str(world.sent)
+    assert world.source.running
+    world.close()
+
+
+async def test_a_cancellation_in_the_last_moment_before_commit_is_heard(autojump_clock: trio.testing.MockClock) -> None:
+    """Whoever cancels while the phase is not COMMIT was told that it can be: no COMMIT goes out after that."""
+    world = World.make()
+    release = world.source.release_locks
+
+    async def released_and_cancelled() -> None:
+        await release()
+        scope.cancel()
+
+    world.source.release_locks = released_and_cancelled  # type: ignore[method-assign]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(world.receive, nursery)
+        with trio.CancelScope() as scope:
+            await world.send()
+    world.check()
+    assert world.sent is None
+    assert world.seen[-1].phase is Phase.CANCELLED
+    assert Phase.COMMIT not in [each.phase for each in world.seen]
     assert world.source.running
     world.close()
 

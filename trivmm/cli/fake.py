@@ -22,7 +22,7 @@ faults:
   send-migration=PHASE:KIND      PHASE setup, precopy, switchover, commit; KIND lost, stall:SECONDS,
                                  refused (setup, commit), in-doubt (commit)
   …,times=N                      only N times
-GET and PUT /api/v1/fake.faults read and replace the list while it runs."""
+GET and PUT /api/v1/fake.faults read and replace the list while it runs; a stall ends with that."""
 
 
 def fake(arguments: Sequence[str]) -> int:

@@ -110,6 +110,8 @@ class Receiver:
     _lingers: bool = False
     _lingering: trio.CancelScope = attrs.field(factory=trio.CancelScope)
     _used: bool = False
+    refuse: Callable[[], str | None] = attrs.field(default=lambda: None, init=False)
+    """Asked in the moment in which COMMIT is read: why it is refused; None: it is not."""
 
     @property
     def url(self) -> str:
@@ -136,7 +138,7 @@ class Receiver:
         :raises DeadlineError: nobody came (accept), or the source went silent (handshake, stall, commit).
         :raises ConfigError: this host can't build the machine; the source was told.
         :raises ProtocolError: or :raises MigrationError: the source talked nonsense, died or gave up.
-        :raises CommitRefused: the locks could not be had: the source was told and runs.
+        :raises CommitRefused: the locks could not be had, or ``refuse`` said so: the source was told and runs.
         :raises MigrationInDoubt: the start outlived the ``commit`` deadline.
         """
         if self._used:
@@ -431,6 +433,8 @@ class _Incoming:
             raise ProtocolError("COMMIT of another session")
         if self.owner._verdict is not None:  # a question was answered in this very moment: that answer stands
             raise MigrationError(f"discarded: {self.owner._verdict.reason}")
+        if why := self.owner.refuse():
+            raise CommitRefused(f"not run here: {why}")
         self.tracker.enter(Phase.COMMIT)
         start = trio.current_time()
         starting = False

@@ -8,9 +8,9 @@ A fault is written as on the command line of ``trivmm fake``::
 ``VERB`` is a route without its ``vm.``; ``times=N`` after a comma ends the fault after N times. The kinds of every
 verb: ``error[:TEXT]``, ``delay:SECONDS`` (then it is carried out), ``timeout`` (pause only: after its deadline, named).
 A migration fails in the phase that is named, on a real link to a real receiver: ``lost`` (the link breaks, after COMMIT
-too: then the source asks on a new one),
-``stall:SECONDS`` (nothing moves for so long, once), in setup and commit also ``refused`` (the destination says no), in
-commit ``in-doubt`` (the link breaks after COMMIT and nobody answers any more).
+too: then the source asks on a new one), ``stall:SECONDS`` (nothing moves for so long, once, or until the list of faults
+is replaced), in setup and commit also ``refused`` (the destination says no), in commit ``in-doubt`` (the link breaks
+after COMMIT and nobody answers any more).
 """
 
 from __future__ import annotations
@@ -109,6 +109,17 @@ class Faults:
     """What shall fail, in the order that it was asked for. May change at any time."""
 
     faults: list[Fault] = attrs.field(factory=list)
+    _replaced: trio.Event = attrs.field(factory=trio.Event, init=False)
+
+    def replace(self, faults: Iterable[Fault]) -> None:
+        """From now on these; a stall that is under way ends."""
+        self.faults[:] = faults
+        self._replaced.set()
+        self._replaced = trio.Event()
+
+    async def stall(self, seconds: float) -> None:
+        with trio.move_on_after(seconds):
+            await self._replaced.wait()
 
     def take(self, verb: str, phase: str = "") -> Fault | None:
         """The first one that is due here, counted."""
@@ -169,7 +180,7 @@ class _FaultyChannel:
         self._had.add(phase)
         match fault:
             case Fault(kind="stall", seconds=seconds):
-                await trio.sleep(seconds)
+                await self._faults.stall(seconds)
             case Fault(kind="lost" | "in-doubt" as kind_of_loss):
                 await self._channel.send(data)
                 self._dialer._dead = kind_of_loss == "in-doubt"
