@@ -223,6 +223,13 @@ class ScriptedVm:
                 return
         raise ValueError(f"script stores outside RAM: {gpa:#x}")
 
+    def fetch(self, gpa: int, size: int) -> bytes:
+        """What the guest reads there."""
+        for start, length, hva in self._slots.values():
+            if start <= gpa and gpa + size <= start + length:
+                return bytes(ffi.buffer(ffi.cast("uint8_t *", hva + gpa - start), size))
+        raise ValueError(f"script reads outside RAM: {gpa:#x}")
+
     def set_dirty_log(self, enabled: bool) -> None:
         self.calls.append(("set_dirty_log", enabled))
         self._dirty = {} if enabled else None
