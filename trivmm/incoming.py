@@ -92,7 +92,8 @@ async def open_incoming(
     The VM that arrives lives until the end of the block, with the same promises as in ``open_vm``.
 
     A migration that failed when it was ready to run may leave a source that asks what became of it. ``answering`` is
-    where that is answered, for ``commit`` seconds; without it the block ends only then, or when it is cancelled.
+    where that is answered, for a little more than twice ``commit``; without it the block ends only then, or when it is
+    cancelled.
 
     :raises ConfigError: when the address can't be bound."""
     limits = deadlines or Deadlines()

@@ -29,6 +29,7 @@ from trivmm.errors import (
 from trivmm.events import EventBus
 from trivmm.hypervisor.base import Hypervisor
 from trivmm.incoming import open_incoming
+from trivmm.migration.doubt import Resolution
 from trivmm.migration.progress import MigrationProgress
 from trivmm.migration.sender import socket_dialer
 from trivmm.vm import Dial, ExitReason, Vm, open_vm
@@ -268,6 +269,17 @@ class Vmm:
 
     def _note(self, progress: MigrationProgress) -> None:
         self._last_progress = progress
+
+    async def resolve_migration(self, force: bool) -> Resolution:
+        """Ask what became of a migration that ended in doubt. Where the VM runs there, it is gone from here as after
+        one that succeeded. :raises WrongState: the VM is not in doubt."""
+        self._changing("resolve-migration")
+        vm, self._verdict_read = self.vm, trio.Event()
+        found = await vm.resolve_migration(force=force)
+        self._last_progress = vm.migration_progress or self._last_progress
+        if found.verdict == "running" and self.options.stay_after_migration:
+            await self._close()
+        return found
 
     async def receive_migration(self, url: str) -> None:
         """Listen at ``url``, take one VM in. One that is not booted gives way to it, as in Cloud Hypervisor; when none

@@ -193,6 +193,10 @@ async def test_a_vm_without_a_payload_is_created_and_does_not_boot(tmp_path: Pat
         ("PUT", "vm.create", {"payload": {"kernel": "/refused"}}, 500),
         ("PUT", "vm.send-migration", {"destination_url": "unix:/x"}, 500),
         ("PUT", "vm.cancel-migration", None, 500),
+        ("PUT", "vm.resolve-migration", None, 500),
+        ("PUT", "vm.resolve-migration", {"force": 1}, 400),
+        ("PUT", "vm.resolve-migration", [], 400),
+        ("GET", "vm.resolve-migration", None, 400),
     ],
 )
 async def test_codes(stage_of: StageOf, method: str, route: str, body: Any, status: int) -> None:
@@ -203,6 +207,26 @@ async def test_codes(stage_of: StageOf, method: str, route: str, body: Any, stat
         assert len(caught.value.messages) >= 2
         assert (await client.ping())["hypervisor"] == "fake"  # the server goes on
         assert await client.migration_progress() is None
+
+
+@pytest.mark.parametrize("stays", [False, True])
+async def test_a_doubt_that_is_resolved_as_moved_ends_the_vm_as_a_migration_does(
+    stage_of: StageOf, stays: bool
+) -> None:
+    async with stage_of(options=VmmOptions(stay_after_migration=stays)) as stage, Client(stage.path) as client:
+        await client.create(CONFIG)
+        await client.boot()
+        with pytest.raises(ApiError, match="it must be Paused"):
+            await client.resolve_migration()
+        await client.pause()
+        with trio.fail_after(LIMIT_S):
+            found = await client.resolve_migration()
+            assert (found["verdict"], found["in_doubt"], found["forced"]) == ("running", False, False)
+            if stays:
+                with pytest.raises(ApiError, match="not created"):
+                    await client.info()
+            else:
+                assert (await stage.vmm.ended()).kind == "migrated"
 
 
 async def test_one_vm_at_a_time(stage_of: StageOf) -> None:

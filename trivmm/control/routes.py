@@ -20,7 +20,15 @@ import trivmm
 from trivmm.control.contract import CONTRACT_VERSION, NOT_YET_ROUTES
 from trivmm.control.http import Request, Response, error_response
 from trivmm.control.progress import progress_body
-from trivmm.control.schema import dump_config, load_config, load_receive, load_resize, load_send, parse_json
+from trivmm.control.schema import (
+    dump_config,
+    load_config,
+    load_receive,
+    load_resize,
+    load_resolve,
+    load_send,
+    parse_json,
+)
 from trivmm.control.unknown import Unknown
 from trivmm.errors import ConfigError, TrivmmError, VmNotCreated, WrongState
 from trivmm.events import Subscription
@@ -38,8 +46,9 @@ STATES: Final = {VmState.SHUTDOWN: VmState.CREATED}  # as there: of a VM that wa
 @attrs.frozen
 class Route:
     """``load`` turns the body into the verb's argument, and tells a collector the keys that it doesn't know; None: the
-    route takes no body. ``fails`` is what its errors say first; ``without_vm`` the code where there is none, and
-    ``not_booted`` where the one that is there is in a state that won't do."""
+    route takes no body; where that is ``optional``, none is ``{}``. ``fails`` is what its errors say first;
+    ``without_vm`` the code where there is none, and ``not_booted`` where the one that is there is in a state that won't
+    do."""
 
     method: str
     run: Callable[[Vmm, Any], Awaitable[Response]]
@@ -47,6 +56,7 @@ class Route:
     fails: str = "The VM info is not available"
     without_vm: int = 404
     not_booted: int = 500
+    optional: bool = False
 
 
 async def _ping(vmm: Vmm, _: None) -> Response:
@@ -115,6 +125,10 @@ async def _cancel(vmm: Vmm, _: None) -> Response:
     return Response(204)
 
 
+async def _resolve(vmm: Vmm, data: Any) -> Response:
+    return Response.of(attrs.asdict(await vmm.resolve_migration(data.force)))
+
+
 async def _events(vmm: Vmm, _: None) -> Response:
     return Response(200, stream=partial(_open_events, vmm))
 
@@ -166,6 +180,9 @@ ROUTES: Final[Mapping[str, Route]] = {
     "vm.receive-migration": Route("PUT", _receive, load_receive, "Error receiving migration", 500),
     "vm.migration-progress": Route("GET", _progress, fails="The migration's progress is not available"),
     "vm.cancel-migration": Route("PUT", _cancel, fails="The migration could not be cancelled"),
+    "vm.resolve-migration": Route(
+        "PUT", _resolve, load_resolve, "The migration could not be resolved", without_vm=500, optional=True
+    ),
     "events": Route("GET", _events, fails="The events are not available"),
 }
 
@@ -188,7 +205,8 @@ class Router:
         argument: object = None
         if route.load is not None:
             try:
-                argument = route.load(parse_json(request.body), self.vmm.unknown_keys)
+                body = {} if route.optional and not request.body else parse_json(request.body)
+                argument = route.load(body, self.vmm.unknown_keys)
             except ConfigError as error:
                 return error_response(400, "Bad Request", *_chain(error))
         elif request.method == "PUT" and request.body:

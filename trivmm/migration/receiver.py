@@ -9,7 +9,7 @@ heard the verdict (DONE), or that it never sent COMMIT (ABORT). How a link ends 
 good order with COMMIT in flight. A source that says neither may be in doubt, and its operator ask any time later:
 
 - where the machine runs, the listener stays in ``nursery``, the machine's own: as long as that machine is there;
-- where it does not, in ``answering``, for ``commit`` seconds.
+- where it does not, in ``answering``, for twice as long as a source asks (``commit``, and a last look).
 
 A new receiver of this process at the same address takes it over, and answers for every session that this process has
 settled and nobody has said DONE to.
@@ -56,6 +56,7 @@ from trivmm.migration.port import DestinationFactory, DestinationMachine
 from trivmm.migration.progress import MigrationProgress, MigrationReport, Phase, Round, Tracker
 from trivmm.migration.steps import Session, SessionState
 from trivmm.migration.transports import Listener, listen, parse_url
+from trivmm.migration.verdict import LAST_LOOK_S
 from trivmm.migration.wire import MessageType
 
 __all__ = ["Receiver", "open_receiver"]
@@ -74,9 +75,8 @@ _SETTLED: Final[dict[bytes, Verdict]] = {}  # this process's verdicts, by sessio
 async def open_receiver(
     url: str, deadlines: Deadlines, nursery: trio.Nursery, answering: trio.Nursery | None = None
 ) -> AsyncIterator[Receiver]:
-    """Listen at ``url``. ``nursery`` and ``answering`` (the same, unless given) hold the task that answers questions
-    after the verdict: the former should live as long as the machine that comes, the latter ``commit`` seconds longer
-    than ``receive``. Cancelling them is safe for everybody but a source in doubt.
+    """Listen at ``url``. ``nursery`` should live as long as the machine that comes, ``answering`` (the same, unless
+    given) as long as questions are answered. Cancelling them is safe for everybody but a source in doubt.
 
     :raises ConfigError: (``receiver_url``) when the address is no good, or in use.
     """
@@ -106,6 +106,7 @@ class Receiver:
     _greeting: int = 0
     _verdict: Verdict | None = None  # None: not settled yet
     _serving: trio.CancelScope = attrs.field(factory=trio.CancelScope)
+    _door: trio.CancelScope = attrs.field(factory=trio.CancelScope)
     _lingers: bool = False
     _lingering: trio.CancelScope = attrs.field(factory=trio.CancelScope)
     _used: bool = False
@@ -121,7 +122,7 @@ class Receiver:
         self.listener.close()
 
     def close(self) -> None:
-        """Stop listening, unless questions are still answered: that task closes the listener at its end."""
+        """Stop listening, unless questions are still answered: they close the listener at their end."""
         if not self._lingers:
             self.listener.close()
 
@@ -145,25 +146,16 @@ class Receiver:
         if progress is not None:
             tracker.callback = progress
         result: DestinationMachine | Exception | None = None
+        self.answering.start_soon(self._keep_door)
         # The guard is shielded at COMMIT, together with everything inside: from there a verdict is certain.
-        door = trio.CancelScope(shield=True)
-
-        async def keep_door() -> None:
-            # Shielded, and closed by us: a cancellation that reached this task in the very moment in which COMMIT is
-            # read would come out of it after the guard is shielded, and take the nursery with it.
-            with door:
-                async with trio.open_nursery() as strangers:
-                    await self._accept_strangers(strangers)
-
         with trio.CancelScope() as guard:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(keep_door)
-                try:
-                    result = await self._serve(factory, tracker, guard)
-                except Exception as error:
-                    result = error
-                finally:
-                    door.cancel()
+            try:
+                result = await self._serve(factory, tracker, guard)
+            except Exception as error:
+                result = error
+            finally:
+                if not self._lingers:
+                    self._door.cancel()
         if result is None:
             # Cancelled, and the guard's shield made its end absorb that: out here the cancellation shows again.
             await trio.lowlevel.checkpoint()
@@ -213,7 +205,7 @@ class Receiver:
                 with trio.move_on_after(2 * FAREWELL_S, shield=True):
                     await link.abort(reason)
             if could_commit:
-                self._linger(link, self.answering, self.deadlines.commit)
+                self._linger(link, self.answering, 2 * (self.deadlines.commit + LAST_LOOK_S))
             raise
 
     def _nobody(self) -> str:
@@ -247,15 +239,16 @@ class Receiver:
         _LINGERING[self.url] = self
 
     async def _answer_questions(self, link: Link, seconds: float) -> None:
+        """The door stays open."""
         try:
             self._lingering.deadline = trio.current_time() + seconds
             with self._lingering:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._accept_strangers, nursery)
-                    nursery.start_soon(self._until_done, link)
+                await self._until_done(link)
+                await trio.sleep_forever()
         finally:
             if _LINGERING.get(self.url) is self:
                 del _LINGERING[self.url]
+            self._door.cancel()
             self.listener.close()
             with trio.move_on_after(FAREWELL_S, shield=True):
                 await link.close()
@@ -275,6 +268,13 @@ class Receiver:
             self._heard(self._first[1].session)
 
     # --- strangers -----------------------------------------------------------------------------------------------
+
+    async def _keep_door(self) -> None:
+        """Open from the begin of :meth:`receive` to its end, or to that of the questions: one that comes in between
+        finds no gap."""
+        with self._door:
+            async with trio.open_nursery() as strangers:
+                await self._accept_strangers(strangers)
 
     async def _accept_strangers(self, nursery: trio.Nursery) -> None:
         while True:
@@ -319,8 +319,7 @@ class Receiver:
         await link.send(verdict)
         if verdict.verdict not in ("running", "refused"):
             return
-        # Shielded: the end of receive() ends its greetings, and a DONE that is lost keeps the address for long.
-        with trio.move_on_after(FAREWELL_S, shield=True), suppress(LinkLost):
+        with suppress(LinkLost):
             await link.expect(Done)
             self._heard(session)
 

@@ -37,10 +37,11 @@ from trivmm.migration.messages import Abort, Commit, Done, Query, Refused, Runni
 from trivmm.migration.steps import Session, SessionState
 from trivmm.migration.transports import Dialer
 
-__all__ = ["Outcome", "ask", "ask_for_verdict", "say_done"]
+__all__ = ["LAST_LOOK_S", "Outcome", "ask", "ask_for_verdict", "say_done"]
 
 LOG: Final = logging.getLogger(__name__)
 PATIENCE_S: Final = 1.0  # from COMMIT to the first question on a link that is silent: far more than any downtime limit
+LAST_LOOK_S: Final = 1.0  # after the deadline, however short that is: a question and its answer on a busy host
 ASK_AGAIN_S: Final = 0.1  # between two questions while the destination is still busy, or not reachable
 TRIES: Final = 5  # of an operator's question: a receiver that takes an address over is not there for a moment
 SETTLED: Final = {"running": True, "refused": False}
@@ -108,15 +109,14 @@ async def ask(dialer: Dialer, session_id: bytes, deadlines: Deadlines) -> Outcom
 
 
 async def ask_for_verdict(link: Link, dialer: Dialer, session_id: bytes, deadlines: Deadlines) -> Outcome:
-    """Send COMMIT and find out what came of it. Shielded; takes at most ``commit``, and ``PATIENCE_S`` for the last
-    look."""
+    """Send COMMIT and find out what came of it. Shielded; takes at most ``commit``, and ``LAST_LOOK_S`` more."""
     patience_s = min(deadlines.commit / 4, PATIENCE_S)
-    wait = _Wait(link, _Questions(dialer, session_id), deadlines.commit / 4)
+    wait = _Wait(link, _Questions(dialer, session_id), max(deadlines.commit / 4, LAST_LOOK_S))
     with trio.CancelScope(shield=True):
         outcome = await wait.race(deadlines.commit, patience_s, Commit(session_id))
         if outcome is None:
             LOG.warning("no verdict within commit: a last look")
-            outcome = await wait.race(patience_s, 0)
+            outcome = await wait.race(LAST_LOOK_S, 0)
     if outcome is not None:
         return outcome
     heard = wait.questions.heard
@@ -179,15 +179,17 @@ class _Wait:
 
 async def say_done(link: Link, dialer: Dialer, session_id: bytes) -> None:
     """Tell the destination that its verdict was heard, so that it can stop waiting for questions. A courtesy: unheard,
-    it goes on waiting. A verdict that was asked for has been thanked for already."""
+    it goes on waiting. A verdict that was asked for has been thanked for already.
+
+    A link that has carried RUNNING may lose DONE, silently. So it is looked whether the destination, which closes its
+    listener before the link, still listens; then it is asked once more, and thanked there."""
     if link.state not in (SessionState.RUNNING, SessionState.REFUSED):
         return
-    with trio.move_on_after(FAREWELL_S, shield=True):
-        try:
+    with trio.move_on_after(2 * FAREWELL_S, shield=True), suppress(MigrationError, DeadlineError):
+        with trio.move_on_after(FAREWELL_S), suppress(MigrationError, DeadlineError):
             await link.send(Done())
-        except (MigrationError, DeadlineError):
-            with suppress(MigrationError, DeadlineError):
-                await _ask(dialer, session_id)
+            await link.channel.receive(None)
+        await _ask(dialer, session_id)
 
 
 async def _ask(dialer: Dialer, session_id: bytes) -> Verdict:
