@@ -26,6 +26,7 @@ from trivmm.migration.link import Link
 from trivmm.migration.progress import MigrationProgress, MigrationReport, Phase
 from trivmm.migration.receiver import Receiver
 from trivmm.migration.sender import SendOptions, send
+from trivmm.migration.state import MachineState
 from trivmm.migration.steps import Session
 from trivmm.migration.verdict import LAST_LOOK_S, ask
 from trivmm.migration.wire import MessageType
@@ -266,6 +267,22 @@ async def test_the_parts_of_a_downtime_until_commit_and_after_it(autojump_clock:
     world.close()
 
 
+async def test_a_slow_load_foretells_nothing_of_the_start(autojump_clock: trio.testing.MockClock) -> None:
+    """What loading did need not be done again."""
+    world = World.make()
+    load = world.destination.load
+
+    async def slowly(state: MachineState) -> None:
+        await trio.sleep(0.18)
+        await load(state)
+
+    world.destination.load = slowly  # type: ignore[method-assign]
+    await world.run()
+    assert isinstance(world.sent, MigrationReport)
+    assert world.sent.attempts == 1
+    world.close()
+
+
 async def test_a_slow_answer_to_the_state_foretells_a_slow_answer_to_commit(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
@@ -293,7 +310,7 @@ async def test_a_destination_that_resumes_too_slowly_gets_no_commit(
     async def slow_ready(stream: TappedStream, data: bytes) -> bytes:
         if data[6] == MessageType.READY:
             number = wire.parse_header(data[: wire.HEADER_BYTES]).sequence
-            return wire.numbered(m.encode_message(m.Ready(400.0)), number)
+            return wire.numbered(m.encode_message(m.Ready(400.0, 0.0)), number)
         return data
 
     world.net.destination_tap = slow_ready

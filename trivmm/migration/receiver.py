@@ -64,7 +64,7 @@ __all__ = ["Receiver", "open_receiver"]
 LOG: Final = logging.getLogger(__name__)
 MAX_STRANGERS: Final = 16  # greeted at once; the next one is closed at sight
 MAX_SETTLED: Final = 64  # sessions that nobody said DONE to: each is a source that died, or may be in doubt
-FIRST_RESUME_MS: Final = 1.0  # guess of the time from COMMIT to RUNNING, until loading the state was measured
+RESUME_MS: Final = 1.0  # from COMMIT to RUNNING, the way aside: locks, sinks and a kick; all else was done by READY
 
 # Receivers of this process that only answer questions any more, by address: the next one takes the address over.
 _LINGERING: Final[dict[str, Receiver]] = {}
@@ -345,7 +345,6 @@ class _Incoming:
     setup: Setup
     tracker: Tracker
     guard: trio.CancelScope
-    _resume_ms: float = FIRST_RESUME_MS
     _round_start: tuple[float, int, int, int] = (0.0, 0, 0, 0)
 
     @property
@@ -356,7 +355,7 @@ class _Incoming:
         machine = await self._build(factory)
         landing = Landing(machine.memory)
         with self.deadlines.enter("intake", "the source sends and sends, and does not come to an end"):
-            await self.link.send(SetupOk(self._resume_ms))
+            await self.link.send(SetupOk(RESUME_MS))
             self.tracker.enter(Phase.PRECOPY)
             while not isinstance(message := await self._next(landing), Commit):
                 await self._handle(machine, message, landing)
@@ -399,9 +398,7 @@ class _Incoming:
                 self.tracker.enter(Phase.SWITCHOVER)
                 start = trio.current_time()
                 await machine.load(state)
-                # Resuming touches what loading touched; until a start was measured, that is the best estimate.
-                self._resume_ms = (trio.current_time() - start) * 1000
-                await self.link.send(Ready(self._resume_ms))
+                await self.link.send(Ready(RESUME_MS, (trio.current_time() - start) * 1000))
             case Undo():
                 await self.link.send(Undone())
                 if self.tracker.phase is Phase.SWITCHOVER:
