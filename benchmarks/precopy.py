@@ -82,12 +82,12 @@ class Rewriting(FakeSource):
 
     harvests = 0
 
-    def harvest_dirty(self, slot: int, into: Any) -> int:
+    async def harvest_dirty(self, slot: int, into: Any) -> int:
         self.harvests += 1
         if self.harvests <= 2:
             for word in range(self.memory.regions[slot].bitmap_words):
                 into[word] = (1 << 64) - 1
-        return super().harvest_dirty(slot, into)
+        return await super().harvest_dirty(slot, into)
 
 
 def precopy_rates(kind: str, source: FakeSource, target: FakeDestination) -> tuple[float, float]:

@@ -13,6 +13,7 @@
 #define POLL_SLICE_MS 1000 /* upper bound of one poll, so that no wait rests on one wake-up alone */
 #define BODY_MAX (8u + TV_FRAME_RUNS * 8u)
 
+_Static_assert((TV_FRAME_HEADER + 8u + TV_FRAME_PAGES * 8u) % 64 == 0, "a full frame's pages begin on a multiple of 64");
 _Static_assert(8u + TV_FRAME_PAGES * 8u <= BODY_MAX, "one buffer serves both bodies");
 
 /* --- CRC32C (Castagnoli, reflected 0x82f63b78, as in RFC 3720) ------------------------------------------------ */
@@ -259,12 +260,15 @@ static void fill_header(struct tv_page_send *job, struct outgoing *out, uint16_t
     memcpy(head + 6, &type, 2);
     put32(head + 8, body + payload);
     put32(head + 12, body);
-    put32(head + 16, tv_crc32c(0, head + TV_FRAME_HEADER, body));
-    put32(head + 20, tv_crc32c(0, head, 20));
+    memcpy(head + TV_FRAME_SEQUENCE, &job->sequence, 8);
+    put32(head + TV_FRAME_BODY_CRC, tv_crc32c(0, head + TV_FRAME_HEADER, body));
+    memset(head + TV_FRAME_BODY_CRC + 4, 0, TV_FRAME_CRC - TV_FRAME_BODY_CRC - 4);
+    put32(head + TV_FRAME_CRC, tv_crc32c(0, head, TV_FRAME_CRC));
 }
 
 /* Send a whole frame: `head_bytes` of out->head, then `payload` bytes of staging. Once its first byte is out the
- * frame is only given up on error, stall, or grace_ms after a kick; then job->broken is set. Gives a reason. */
+ * frame is only given up on error, after stall_ms for all of it, or grace_ms after a kick; then job->broken is set.
+ * Gives a reason. */
 static int send_frame(struct tv_page_send *job, struct outgoing *out, uint64_t head_bytes, uint64_t payload)
 {
     struct iovec parts[2] = {{out->head, head_bytes}, {job->staging, payload}};
@@ -299,8 +303,6 @@ static int send_frame(struct tv_page_send *job, struct outgoing *out, uint64_t h
         started = 1;
         left -= (uint64_t)sent;
         job->bytes += (uint64_t)sent;
-        if (kick_fd >= 0)
-            until = now_ms() + job->stall_ms;
         while (message.msg_iovlen && (size_t)sent >= message.msg_iov->iov_len) {
             sent -= (ssize_t)message.msg_iov->iov_len;
             message.msg_iov++;
@@ -313,6 +315,8 @@ static int send_frame(struct tv_page_send *job, struct outgoing *out, uint64_t h
     }
     if (left && started)
         job->broken = 1;
+    if (!left)
+        job->sequence++;
     return left ? reason : TV_PAGES_DONE;
 }
 
@@ -444,10 +448,9 @@ int tv_pages_send(struct tv_page_send *job)
 
 /* --- receiving ------------------------------------------------------------------------------------------------ */
 
-/* Fill `parts` from the socket. Gives a reason; EOF when the peer closed before the last byte. */
+/* Fill `parts` from the socket until job->until_ms. Gives a reason; EOF when the peer closed before the last byte. */
 static int receive_parts(struct tv_page_intake *job, struct iovec *parts, uint64_t count)
 {
-    uint64_t until = now_ms() + job->stall_ms;
     while (count) {
         if (!parts->iov_len) {
             parts++;
@@ -469,13 +472,12 @@ static int receive_parts(struct tv_page_intake *job, struct iovec *parts, uint64
                 job->error = errno;
                 return TV_PAGES_ERRNO;
             }
-            int reason = wait_ready(job->fd, POLLIN, job->kick_fd, until, &job->error);
+            int reason = wait_ready(job->fd, POLLIN, job->kick_fd, job->until_ms, &job->error);
             if (reason != TV_PAGES_DONE)
                 return reason;
             continue;
         }
         job->bytes += (uint64_t)got;
-        until = now_ms() + job->stall_ms;
         while (got > 0) {
             uint64_t step = (uint64_t)got < parts->iov_len ? (uint64_t)got : parts->iov_len;
             parts->iov_base = (uint8_t *)parts->iov_base + step;
@@ -639,8 +641,8 @@ static int take_zero(struct tv_page_intake *job, const uint8_t *body, uint32_t b
 }
 
 /* Receive page frames into guest RAM, each one's page numbers checked before anything lands and its CRCs before it
- * counts, until a frame comes that is none (its header, unchecked beyond what tells the two apart, is left in
- * job->header: DONE), about max_pages were taken (BUDGET, between two frames) or it can't go on. After anything but
+ * counts, until a frame comes that is none or is not the next one (its header, unchecked beyond what tells them apart,
+ * is left in job->header: DONE), about max_pages were taken (BUDGET, between two frames) or it can't go on. After anything but
  * DONE and BUDGET the stream is good for nothing. Runs on any one thread. */
 int tv_pages_receive(struct tv_page_intake *job)
 {
@@ -650,10 +652,12 @@ int tv_pages_receive(struct tv_page_intake *job)
     job->error = job->problem = 0;
 
     while (reason == TV_PAGES_DONE) {
-        if (kicked(job->kick_fd)) {
-            reason = TV_PAGES_KICKED;
+        /* A frame may be stall_ms in coming, and then as long in becoming whole. */
+        job->until_ms = 0;
+        reason = wait_ready(job->fd, POLLIN, job->kick_fd, now_ms() + job->stall_ms, &job->error);
+        if (reason != TV_PAGES_DONE)
             break;
-        }
+        job->until_ms = now_ms() + job->stall_ms;
         struct iovec part = {job->header, TV_FRAME_HEADER};
         reason = receive_parts(job, &part, 1);
         if (reason != TV_PAGES_DONE)
@@ -662,9 +666,11 @@ int tv_pages_receive(struct tv_page_intake *job)
         memcpy(&version, job->header + 4, 2);
         memcpy(&type, job->header + 6, 2);
         uint32_t length = get32(job->header + 8), covered = get32(job->header + 12);
+        uint64_t sequence;
+        memcpy(&sequence, job->header + TV_FRAME_SEQUENCE, 8);
         if (get32(job->header) != TV_FRAME_MAGIC || version != job->version ||
-            get32(job->header + 20) != tv_crc32c(0, job->header, 20) ||
-            (type != TV_TYPE_PAGES && type != TV_TYPE_ZERO))
+            get32(job->header + TV_FRAME_CRC) != tv_crc32c(0, job->header, TV_FRAME_CRC) ||
+            (type != TV_TYPE_PAGES && type != TV_TYPE_ZERO) || sequence != job->sequence)
             break;
         if (covered < 8 || covered > BODY_MAX || covered > length) {
             reason = bad(job, TV_BAD_LENGTH, 0, 0);
@@ -674,12 +680,14 @@ int tv_pages_receive(struct tv_page_intake *job)
         reason = receive_parts(job, &part, 1);
         if (reason != TV_PAGES_DONE)
             break;
-        if (tv_crc32c(0, body, covered) != get32(job->header + 16))
+        if (tv_crc32c(0, body, covered) != get32(job->header + TV_FRAME_BODY_CRC))
             reason = bad(job, TV_BAD_BODY_CRC, 0, 0);
         else if (type == TV_TYPE_PAGES)
             reason = take_pages(job, body, covered, length - covered);
         else
             reason = take_zero(job, body, covered, length - covered);
+        if (reason == TV_PAGES_DONE)
+            job->sequence++;
         if (reason == TV_PAGES_DONE && job->sent_pages + job->zero_pages >= limit)
             reason = TV_PAGES_BUDGET;
     }

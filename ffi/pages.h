@@ -1,7 +1,8 @@
 /* Guest pages on a socket: page frames are built, sent, received and checked here, with the GIL released.
  *
  * The frame format is that of trivmm/migration/wire.py, which is its definition. In short, little-endian:
- *   header  magic u32, version u16, type u16, length u32, body u32, body_crc u32, header_crc u32   (24 bytes)
+ *   header  magic u32, version u16, type u16, length u32, body u32, sequence u64, body_crc u32, 24 bytes of zero,
+ *           header_crc u32 (56 bytes)
  *   PAGES   slot u32, count u32, count x (page u32, crc u32), then count x 4096 bytes
  *   ZERO    slot u32, count u32, count x (first u32, pages u32)
  * `length` counts all bytes after the header; the first `body` of them are covered by `body_crc`. Pages carry a
@@ -16,6 +17,11 @@
  *    a write that comes during the copy is seen by the next harvest. A bit is cleared when its page is in a frame
  *    that is whole on the socket, and not before.
  *  - Receiving: the machine does not run and nobody else touches its RAM.
+ *  - `sequence` is the number of the connection's next frame in this direction, in and out: it goes up with each
+ *    whole frame and with nothing else. A page frame that is not that number is not taken: its header goes to the
+ *    caller, as any frame's that is not ours, who counts on from the same number and names what is wrong.
+ *  - A frame that has begun is whole within `stall_ms`, whatever trickles in: 512 KiB in 30 s is less than any link
+ *    gives that a migration could use.
  */
 #ifndef TV_PAGES_H
 #define TV_PAGES_H
@@ -24,7 +30,12 @@
 #include "memory.h"
 
 #define TV_FRAME_MAGIC 0x674d5654u /* "TVMg" */
-#define TV_FRAME_HEADER 24u
+/* Header and page list of a full frame are 17 x 64 bytes: where they end off a multiple of 32, the kernel copies the
+ * pages behind them a tenth slower, in and out. */
+#define TV_FRAME_HEADER 56u
+#define TV_FRAME_SEQUENCE 16u /* its place in the header */
+#define TV_FRAME_BODY_CRC 24u
+#define TV_FRAME_CRC 52u /* of all header bytes before it */
 #define TV_FRAME_PAGES 128u /* pages a frame: 512 KiB; fewer, and its wake-ups show; more, and a slow link is held long */
 #define TV_FRAME_RUNS 512u /* zero runs a frame: 4 KiB of body */
 #define TV_TYPE_PAGES 16u
@@ -34,7 +45,7 @@ enum tv_pages_reason {
     TV_PAGES_DONE = 0,    /* sent: no dirty page is left; received: `header` holds a frame that is not ours */
     TV_PAGES_BUDGET = 1,  /* max_pages done; call again */
     TV_PAGES_KICKED = 2,
-    TV_PAGES_STALLED = 3, /* no byte went through for stall_ms */
+    TV_PAGES_STALLED = 3, /* no frame began, or one that did was not whole, within stall_ms */
     TV_PAGES_ERRNO = 4,   /* see `error` */
     TV_PAGES_EOF = 5,     /* the peer closed */
     TV_PAGES_BAD = 6,     /* the peer sent nonsense: see `problem` */
@@ -61,8 +72,9 @@ struct tv_page_send {
     uint64_t *dirty;  /* (pages + 63) / 64 words, this job's own */
     uint64_t cursor;  /* in and out: first page to look at */
     uint64_t max_pages;
-    uint8_t *staging; /* TV_FRAME_PAGES pages */
-    uint64_t bytes;   /* out, like all below: added up over calls */
+    uint8_t *staging;  /* TV_FRAME_PAGES pages */
+    uint64_t sequence; /* in and out */
+    uint64_t bytes;    /* out, like all below: added up over calls */
     uint64_t sent_pages;
     uint64_t zero_pages;
     int reason;
@@ -80,6 +92,8 @@ struct tv_page_intake {
     uint8_t *staging;          /* TV_FRAME_PAGES pages, 8-byte aligned */
     uint64_t *landed[TV_MAX_REGIONS]; /* a bit a page: its frame is (or may be) not all zero */
     uint64_t max_pages;
+    uint64_t sequence;               /* in and out */
+    uint64_t until_ms;               /* when the frame at hand must be whole; 0: none has begun */
     uint8_t header[TV_FRAME_HEADER]; /* out */
     uint64_t bytes;
     uint64_t sent_pages;

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         MigrationInDoubt,
         NotSupported,
         PauseTimeout,
+        RunsElsewhere,
         TrivmmError,
         VmMigrating,
         WrongState,
@@ -56,7 +57,7 @@ _HOME = {
     "trivmm.deadlines": "Deadlines",
     "trivmm.errors": (
         "CommitRefused ConfigError DeadlineError GuestCrash HypervisorError MigrationCancelled MigrationError "
-        "MigrationInDoubt NotSupported PauseTimeout TrivmmError VmMigrating WrongState"
+        "MigrationInDoubt NotSupported PauseTimeout RunsElsewhere TrivmmError VmMigrating WrongState"
     ),
     "trivmm.events": "Event EventBus Subscription",
     "trivmm.hypervisor.select": "choose_hypervisor",
@@ -91,6 +92,7 @@ __all__ = [
     "PauseTimeout",
     "PayloadConfig",
     "RngConfig",
+    "RunsElsewhere",
     "SerialConfig",
     "Subscription",
     "TrivmmError",

@@ -43,10 +43,16 @@ _ROWS: Final = (
     Deadline("accept", 60.0, "receiving fails, nothing was created"),
     Deadline("handshake", 10.0, "the migration fails, the source runs"),
     Deadline("quiesce", 5.0, "in-flight device work did not end; the switchover is undone, the source runs"),
-    Deadline("stall", 30.0, "no byte of progress: the migration fails, the source runs"),
+    Deadline("stall", 30.0, "no frame began, or one that did was not whole: the migration fails, the source runs"),
+    Deadline(
+        "intake",
+        14400.0,
+        "from SETUP to COMMIT: the destination gives up, the source runs; raise it for sources with a long `timeout_s`",
+    ),
     Deadline("migration", 3600.0, "strategy cancel: the source runs; strategy ignore: switch over anyway"),
     Deadline("downtime", 0.3, "the switchover is undone and precopy goes on; after 5 attempts the strategy decides"),
     Deadline("commit", 10.0, "in doubt: the VM stays paused, an operator decides"),
+    Deadline("resolve", 5.0, "in doubt and asked again: the destination does not answer, resuming wants `force`"),
     Deadline("rollback", 5.0, "undoing a switchover took too long; named in the log, a process-level error"),
     Deadline(
         "drain",
@@ -55,6 +61,12 @@ _ROWS: Final = (
     ),
     Deadline("typing", 1.0, "what is typed on the terminal is dropped until the guest takes input again"),
     Deadline("lease", 10.0, "the operation is refused, naming the one that owns the VM"),
+    Deadline(
+        "kernel",
+        10.0,
+        "a call that waits for the kernel (KVM's most of all) has not returned: its operation fails; its thread is "
+        "named as stuck until it is back, and keeps what it works on",
+    ),
     Deadline("lock", 2.0, "a register lock was held too long: a bug, reported with the lock's name"),
     Deadline("api_read", 10.0, "the connection is closed"),
     Deadline("api_write", 10.0, "the connection is closed"),
@@ -97,13 +109,16 @@ class Deadlines:
     handshake: float = _limit("handshake")
     quiesce: float = _limit("quiesce")
     stall: float = _limit("stall")
+    intake: float = _limit("intake")
     migration: float = _limit("migration")
     downtime: float = _limit("downtime")
     commit: float = _limit("commit")
+    resolve: float = _limit("resolve")
     rollback: float = _limit("rollback")
     drain: float = _limit("drain")
     typing: float = _limit("typing")
     lease: float = _limit("lease")
+    kernel: float = _limit("kernel")
     lock: float = _limit("lock")
     api_read: float = _limit("api_read")
     api_write: float = _limit("api_write")

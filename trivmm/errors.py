@@ -26,6 +26,7 @@ __all__ = [
     "PastCommit",
     "PauseTimeout",
     "ProtocolError",
+    "RunsElsewhere",
     "TrivmmError",
     "VmMigrating",
     "VmNotCreated",
@@ -197,4 +198,26 @@ class CommitRefused(MigrationError):
 
 
 class MigrationInDoubt(TrivmmError):
-    """The link died between COMMIT and RUNNING and nobody answered: the VM stays paused, an operator decides."""
+    """Nobody knows whether the destination runs the VM, or its image locks are gone: it stays paused, an operator
+    decides (docs/in-doubt.md).
+
+    :ivar session: what to ask the destination about; None where it has nothing to say: COMMIT was never sent, or was
+        refused, and only the image locks are missing.
+    """
+
+    def __init__(self, message: str, session: bytes | None = None) -> None:
+        self.session = session
+        super().__init__(message)
+
+
+class RunsElsewhere(TrivmmError):
+    """The destination of a migration says that it runs the VM: it never runs here again.
+
+    :ivar destination: its URL.
+    """
+
+    def __init__(self, operation: str, destination: str) -> None:
+        self.destination = destination
+        super().__init__(
+            f"{operation}: {destination} says that it runs the VM; delete it here, or let vm.resolve-migration end it"
+        )

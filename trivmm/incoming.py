@@ -91,6 +91,7 @@ async def open_incoming(
     deadlines: Deadlines | None = None,
     driver: Driver | None = None,
     events: EventBus | None = None,
+    answering: trio.Nursery | None = None,
     refuse: Callable[[], str | None] = lambda: None,
 ) -> AsyncIterator[Incoming]:
     """Listen at ``url`` (``unix:PATH`` or ``tcp:HOST:PORT``) for one migration. ``events`` as for ``open_vm``.
@@ -98,18 +99,33 @@ async def open_incoming(
 
     The VM that arrives lives until the end of the block, with the same promises as in ``open_vm``.
 
+    A migration that failed when it was ready to run may leave a source that asks what became of it. ``answering`` is
+    where that is answered, for a little more than twice ``commit``; without it the block ends only then, or when it is
+    cancelled.
+
     :raises ConfigError: when the address can't be bound."""
     limits = deadlines or Deadlines()
     chosen = hypervisor if hypervisor is not None else choose_hypervisor("auto")
     empty = VmConfig(PayloadConfig(""), deadlines=limits)  # until the sender's SETUP says what it is
+    failure: BaseException | None = None
     try:
-        async with (
-            vm_scope(empty, chosen, driver or driver_of(chosen), events) as (vm, nursery),
-            open_receiver(url, limits, nursery) as receiver,
-        ):
-            receiver.refuse = refuse
-            vm.tell_of_receiving("ready")
-            yield Incoming(chosen, limits, vm, receiver)
+        async with trio.open_nursery() as own:
+            try:
+                async with (
+                    vm_scope(empty, chosen, driver or driver_of(chosen), events) as (vm, nursery),
+                    open_receiver(url, limits, nursery, answering or own) as receiver,
+                ):
+                    receiver.refuse = refuse
+                    vm.tell_of_receiving("ready")
+                    yield Incoming(chosen, limits, vm, receiver)
+            except trio.Cancelled:
+                raise
+            except BaseException as error:
+                failure = error  # raised again outside the nursery, so that it isn't wrapped in a group
+                if not isinstance(error, Exception):
+                    own.cancel_scope.cancel()
     finally:
         if hypervisor is None:
             chosen.close()
+    if failure is not None:
+        raise failure

@@ -34,12 +34,14 @@ from trivmm.errors import GuestCrash, MigrationCancelled, MigrationInDoubt, NotS
 from trivmm.events import EventBus
 from trivmm.hypervisor.base import Hypervisor
 from trivmm.hypervisor.select import choose_hypervisor
-from trivmm.machine.board import Board, build_board
+from trivmm.machine.board import Board, build_board, check_board, close_sinks, open_sinks
 from trivmm.machine.line import Line
 from trivmm.machine.sinks import Sink
-from trivmm.migration.progress import MigrationProgress, MigrationReport
+from trivmm.migration.doubt import Doubt, Resolution
+from trivmm.migration.progress import MigrationProgress, MigrationReport, Phase
 from trivmm.migration.sender import SendOptions, send, socket_dialer
 from trivmm.migration.transports import Dialer
+from trivmm.nursery.kernel import KernelCalls
 from trivmm.nursery.ownership import MIGRATION, Ownership
 from trivmm.nursery.tree import Machine, open_machine
 from trivmm.nursery.vcpus import Driver, thread_driver
@@ -84,10 +86,14 @@ class Vm:
     _driver: Driver = thread_driver
     events: EventBus = attrs.field(factory=EventBus)
     state: VmState = attrs.field(default=VmState.CREATED, init=False)
-    in_doubt: bool = attrs.field(default=False, init=False)
+    doubt: Doubt | None = attrs.field(default=None, init=False)
     migration_progress: MigrationProgress | None = attrs.field(default=None, init=False)
     ownership: Ownership = attrs.field(
         default=attrs.Factory(lambda self: Ownership(self.deadlines), takes_self=True), init=False
+    )
+    kernel: KernelCalls = attrs.field(
+        default=attrs.Factory(lambda self: KernelCalls(self.deadlines, self._driver is thread_driver), takes_self=True),
+        init=False,
     )
     reboots: int = attrs.field(default=0, init=False)
     _activated: int = attrs.field(default=0, init=False)  # device activations so far
@@ -114,13 +120,25 @@ class Vm:
         return self.hypervisor.name
 
     @property
+    def in_doubt(self) -> bool:
+        """PAUSED after a migration, and nobody knows whether it runs at the destination (or its image locks are
+        gone): see :meth:`resume` and :meth:`resolve_migration`."""
+        return self.doubt is not None
+
+    @property
     def migrating(self) -> bool:
         return self.ownership.holder == MIGRATION
 
     @property
+    def on_paper(self) -> bool:
+        """Of the VM there is only a configuration: it is not booted, and nobody is about to."""
+        return self._machine is None and self._machine_ended.is_set() and self.ownership.holder is None
+
+    @property
     def stuck(self) -> tuple[str, ...]:
         """Threads that outlived their deadline, by name; a process that has some leaves by ``os._exit``."""
-        return () if self._last_board is None else tuple(self._last_board.stuck)
+        board = () if self._last_board is None else tuple(self._last_board.stuck)
+        return board + self.kernel.stuck
 
     @property
     def console_tail(self) -> bytes:
@@ -145,6 +163,7 @@ class Vm:
             "memory_actual_size": self.config.memory.size,
             "vcpus": [] if machine is None else [vcpu.state.value for vcpu in machine.vcpus.vcpus],
             **tree,
+            **({} if self.doubt is None else {"doubt": self.doubt.told()}),
         }
 
     def counters(self) -> dict[str, dict[str, int]]:
@@ -269,21 +288,20 @@ class Vm:
             await self._end()
             await self._boot(sinks)
         except BaseException:
-            for sink in sinks.values():
-                sink.close()
+            close_sinks(sinks)
             raise
 
     async def _boot(self, sinks: Mapping[str, Sink] | None = None) -> None:
-        board = build_board(self.config, self.hypervisor, on_event=self._tell_of_device, sinks=sinks)
+        board = await self._build(sinks)
         try:
             await self._in_pieces(board.load_payload)  # seconds, where the kernel is to be unpacked
             machine = await self._run(board)
         except BaseException:
-            board.close()
+            await self._discard(board)
             raise
         self.config = board.config_as_built()
         try:
-            machine.resume()
+            await machine.resume()
         except BaseException:
             await self._end()  # noqa: ASYNC102 - shields and bounds itself
             raise
@@ -291,7 +309,30 @@ class Vm:
         if self._exited.is_set():  # else somebody may wait on it already: since before boot, or since before a reboot
             self._exited = trio.Event()
         self.state = VmState.RUNNING
-        self.in_doubt = False  # its board took the locks afresh
+        self.doubt = None  # its board took the locks afresh
+
+    async def _build(self, kept: Mapping[str, Sink] | None = None, *, incoming: bool = False) -> Board:
+        """A board that this VM has to close. What is ``kept`` of the one before is closed when it fails, too."""
+        config = self.config
+        check_board(config, self.hypervisor)
+        sinks = {} if incoming else open_sinks(config, kept)
+
+        def work() -> Board:
+            return build_board(config, self.hypervisor, on_event=self._tell_of_device, incoming=incoming, sinks=sinks)
+
+        try:
+            board = await self.kernel.call("building the machine", work, late=Board.close)
+        except BaseException:
+            close_sinks(sinks)
+            raise
+        board.own_sinks()
+        return board
+
+    async def _discard(self, board: Board) -> None:
+        """Close it, in bounded time. Idempotent."""
+        board.disconnect()
+        with trio.move_on_after(self.deadlines.free, shield=True):
+            await self._aside(board.free, abandon=True)  # nothing of the VM looks at the board any more
 
     async def _run(self, board: Board, *, gate_open: bool = True) -> Machine:
         """Start the machine's task in the VM nursery; it owns ``board`` once this returns."""
@@ -317,7 +358,9 @@ class Vm:
     ) -> None:
         end, ended = self._end_machine, self._machine_ended
         try:
-            async with open_machine(board, self.deadlines, driver=self._driver, gate_open=gate_open) as machine:
+            async with open_machine(
+                board, self.deadlines, driver=self._driver, gate_open=gate_open, kernel=self.kernel
+            ) as machine:
                 task_status.started(machine)
                 # If start() was cancelled meanwhile it waits for this task: leave before the shield, not after.
                 await trio.lowlevel.checkpoint_if_cancelled()
@@ -329,9 +372,7 @@ class Vm:
             if ended is self._machine_ended:
                 self._machine = None
             try:
-                board.disconnect()
-                with trio.move_on_after(self.deadlines.free, shield=True):
-                    await self._aside(board.free, abandon=True)  # nothing of the VM looks at the board any more
+                await self._discard(board)  # noqa: ASYNC102 - shields and bounds itself
             finally:
                 ended.set()
 
@@ -362,7 +403,7 @@ class Vm:
 
     def _finish(self, reason: ExitReason) -> None:
         ran, self.state = self.state in (VmState.RUNNING, VmState.PAUSED), VmState.SHUTDOWN
-        self.in_doubt = False
+        self.doubt = None
         if self._exit is None:
             self._exit = reason
             self._exited.set()
@@ -378,21 +419,32 @@ class Vm:
             self.state = VmState.PAUSED
             self._tell("paused")
 
-    async def resume(self) -> None:
-        """Run again. A VM in doubt takes its image locks first.
+    async def resume(self, *, force: bool = False) -> None:
+        """Run again. A VM in doubt asks its destination first (at most ``resolve``), then takes its image locks.
 
-        :raises ConfigError: when another process has them: the VM runs elsewhere."""
+        ``force`` runs it although the destination does not answer, or does not know. If the VM runs there after all,
+        two copies run: nothing but the image locks is left to keep them apart, and a VM without a writable image, or
+        with a copy of it on each side, has none. It never overrides an answer.
+
+        :raises RunsElsewhere: the destination says that it runs the VM.
+        :raises MigrationInDoubt: nobody knows, and ``force`` was not said.
+        :raises ConfigError: another process has the image locks: the VM runs elsewhere."""
         async with self.ownership.lease("resume"):
             machine = self._machine_in("resume", VmState.PAUSED)
+            await self._out_of_doubt(machine, "resume", force)
             self._tell("resuming")
-            if self.in_doubt:
-                await machine.take_locks()
-                self.in_doubt = False
-            machine.resume()
+            await machine.resume()
             self.state = VmState.RUNNING
             if machine.guest_request is not None:
                 self._asked_set()  # it came while nobody carried it out: in doubt, or in the moment of the pause
             self._tell("resumed")
+
+    async def _out_of_doubt(self, machine: Machine, operation: str, force: bool) -> None:
+        if self.doubt is not None:
+            self.doubt = await self.doubt.look(self.deadlines)
+            self.doubt.check(operation, force)
+            await machine.take_locks()
+            self.doubt = None
 
     async def shutdown(self) -> None:
         """Power off: vCPUs, then devices, end. The configuration stays; ``boot`` starts afresh."""
@@ -402,9 +454,10 @@ class Vm:
             self._finish(ExitReason("shutdown"))
 
     async def reboot(self) -> None:
-        """Power off and boot afresh, keeping the sinks of the console lines."""
+        """Power off and boot afresh, keeping the sinks of the console lines. In doubt as :meth:`resume`."""
         async with self.ownership.lease("reboot"):
-            self._machine_in("reboot", VmState.RUNNING, VmState.PAUSED)
+            machine = self._machine_in("reboot", VmState.RUNNING, VmState.PAUSED)
+            await self._out_of_doubt(machine, "reboot", force=False)
             try:
                 await self._reboot()
             except BaseException:
@@ -495,7 +548,7 @@ class Vm:
         async with self.ownership.lease(MIGRATION):
             machine = self._machine_in("migrate", VmState.RUNNING, VmState.PAUSED)
             if self.in_doubt:
-                raise WrongState("migrate", "Paused, in doubt", "resumed or shut down by you first")
+                raise WrongState("migrate", "Paused, in doubt", "resolved, resumed or shut down by you first")
             self._tell("migration-started")
             try:
                 with trio.CancelScope() as scope:
@@ -506,7 +559,7 @@ class Vm:
                 if scope.cancelled_caught:
                     raise MigrationCancelled("the migration was cancelled; the VM runs here")
             except MigrationInDoubt as error:
-                self.state, self.in_doubt = VmState.PAUSED, True
+                self.state, self.doubt = VmState.PAUSED, Doubt(url, error.session, str(error), dialer)
                 machine.running = False
                 self._tell("migration-failed", outcome="in doubt", reason=str(error))
                 raise
@@ -520,6 +573,33 @@ class Vm:
             self._finish(ExitReason("migrated"))
             self._tell("migration-finished")
             return report
+
+    async def resolve_migration(self, *, force: bool = False) -> Resolution:
+        """Ask the destination what became of a migration that ended in doubt, within ``resolve``.
+
+        It runs the VM: the doubt is over, and the VM SHUTDOWN here, as after a migration that succeeded. It never ran
+        it: the doubt is over, the VM stays PAUSED with its image locks, and ``resume`` runs it. Nobody knows: nothing
+        changes, unless ``force`` takes the doubt away (see :meth:`resume` for what that risks).
+
+        :raises WrongState: the VM is not in doubt.
+        :raises ConfigError: another process has the image locks: the VM stays in doubt."""
+        async with self.ownership.lease("resolve-migration"):
+            if self.doubt is None:
+                raise WrongState("resolve-migration", self.state.value, "in doubt after a migration")
+            machine = self._machine_in("resolve-migration", VmState.PAUSED)
+            self.doubt = await self.doubt.look(self.deadlines)
+            found = self.doubt.resolution(force)
+            if found.verdict == "running":
+                await self._end()
+                self._finish(ExitReason("migrated"))
+            elif not found.in_doubt:
+                await machine.take_locks()
+                self.doubt = None
+            if found.verdict in ("running", "refused") and self.migration_progress is not None:
+                phase = Phase.DONE if found.verdict == "running" else Phase.FAILED
+                self.migration_progress = attrs.evolve(self.migration_progress, phase=phase, reason=found.reason)
+            self._tell("migration-resolved", verdict=found.verdict, forced=str(found.forced).lower())
+            return found
 
     def cancel_migration(self) -> bool:
         """Ask a running migration to roll back; False when there is none. It ends in ``MigrationCancelled``.
@@ -571,6 +651,8 @@ class Vm:
     async def _close(self) -> None:
         """The bounded end: owner, vCPUs, devices. Shielded by the caller."""
         self._closing = True
+        if self._machine is not None:
+            self._machine.ending = True
         if self._migration is not None:
             self._migration.cancel()  # past COMMIT it does not hear that
             with trio.move_on_after(self.deadlines.rollback + self.deadlines.commit):
@@ -589,15 +671,15 @@ class Vm:
 
         :raises ConfigError: when this host can't, naming the field."""
         self.config = config
-        self.ownership.deadlines = config.deadlines
-        board = build_board(config, self.hypervisor, on_event=self._tell_of_device, incoming=True)
+        self.ownership.deadlines = self.kernel.deadlines = config.deadlines
+        board = await self._build(incoming=True)
         self.config = board.config_as_built()
         try:
             board.check_setup(setup)
             await self._in_pieces(board.check_payload)
             return await self._run(board, gate_open=False)
         except BaseException:
-            board.close()
+            await self._discard(board)
             raise
 
     async def abandon(self) -> None:

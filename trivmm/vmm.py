@@ -31,6 +31,7 @@ from trivmm.errors import (
 from trivmm.events import EventBus
 from trivmm.hypervisor.base import Hypervisor
 from trivmm.incoming import Incoming, open_incoming
+from trivmm.migration.doubt import Resolution
 from trivmm.migration.progress import MigrationProgress, Phase
 from trivmm.migration.sender import socket_dialer
 from trivmm.vm import Dial, ExitReason, Vm, open_vm
@@ -94,7 +95,8 @@ class _Slot:
 
     what: str
     vm: Vm | None = None
-    moved: bool = False  # the VM is another process's now
+    moved: bool = False  # the VM is another process's now, or was overwritten: it is not deleted
+    aside: _Slot | None = None  # of a VM that is not booted, and gives way to the one that comes if one does
     incoming: Incoming | None = None
     url: str = ""  # of the migration that brings it, or takes it away
     cancelled: bool = False
@@ -324,10 +326,24 @@ class Vmm:
     def _note(self, progress: MigrationProgress) -> None:
         self._last_progress = progress
 
+    async def resolve_migration(self, force: bool) -> Resolution:
+        """Ask what became of a migration that ended in doubt. Where the VM runs there, it is gone from here as after
+        one that succeeded. :raises WrongState: the VM is not in doubt."""
+        self._changing("resolve-migration")
+        vm, self._verdict_read = self.vm, trio.Event()
+        found = await vm.resolve_migration(force=force)
+        self._last_progress = vm.migration_progress or self._last_progress
+        if found.verdict == "running" and self.options.stay_after_migration:
+            await self._close()
+        return found
+
     async def receive_migration(self, url: str) -> None:
-        """Listen at ``url``, take one VM in. :raises WrongState: there is a VM. :raises MigrationError: it failed."""
+        """Listen at ``url``, take one VM in. One that is not booted gives way to it, as in Cloud Hypervisor; when none
+        comes, its configuration is there again.
+
+        :raises WrongState: there is a VM. :raises MigrationError: it failed."""
         self._not_leaving("receive-migration")
-        slot = self._take("receive-migration")
+        slot = self._take("receive-migration", in_place_of=self._on_paper())
         slot.url, slot.arrival = url, _Outcome[Vm]()
         self._last_progress = None
         incoming = open_incoming(
@@ -335,6 +351,7 @@ class Vmm:
             hypervisor=self.hypervisor,
             deadlines=self.deadlines,
             events=self.events,
+            answering=self._nursery,
             refuse=partial(self._refuse_commit, slot),
         )
         received = partial(_received, slot)
@@ -345,6 +362,13 @@ class Vmm:
         """Why a VM whose COMMIT comes now is not run here; None: it is. Who cancelled was told that it is not."""
         why = self._settled_for or self._told_to_end()
         return f"the VMM is shutting down ({why})" if why else "it was cancelled" if slot.cancelled else None
+
+    def _on_paper(self) -> _Slot | None:
+        slot = self._slot
+        if slot is None or slot.vm is None or slot.moved or not slot.vm.on_paper:
+            return None
+        LOG.warning("the VM that is here, and not booted, will give way to the one that comes")
+        return slot
 
     def cancel_migration(self) -> None:
         """Ask the migration that runs, in either direction, to roll back.
@@ -363,12 +387,12 @@ class Vmm:
 
     # --- the VM's task -----------------------------------------------------------------------------------------
 
-    def _take(self, what: str) -> _Slot:
-        if self._slot is not None:
+    def _take(self, what: str, *, in_place_of: _Slot | None = None) -> _Slot:
+        if self._slot is not None and self._slot is not in_place_of:
             raise WrongState(
                 what, "there already" if self._slot.vm else f"in the middle of {self._slot.what}", "deleted first"
             )
-        self._slot = _Slot(what)
+        self._slot = _Slot(what, aside=in_place_of)
         return self._slot
 
     def _changing(self, operation: str) -> None:
@@ -398,6 +422,10 @@ class Vmm:
                     slot.vm = await obtain(opened)
                 slot.cancel = None
                 if slot.vm is not None:
+                    if slot.aside is not None:
+                        slot.aside.moved = True
+                        slot.aside.close.set()
+                        slot.aside = None
                     outcome.set(slot.vm)
                     async with trio.open_nursery() as nursery:
                         nursery.start_soon(self._watch, slot, slot.vm)
@@ -416,7 +444,8 @@ class Vmm:
                 outcome.fail(TrivmmError(f"{slot.what}: the VMM is shutting down"))
             raise
         finally:
-            self._slot = None
+            if self._slot is slot:
+                self._slot = slot.aside
             if slot.vm is not None and not slot.moved:
                 self.events.emit("vm", "deleted")
             slot.gone.set()

@@ -10,15 +10,21 @@ import pytest
 
 from trivmm.config import DiskConfig, PayloadConfig, VmConfig
 from trivmm.errors import ConfigError
-from trivmm.machine.board import build_board
+from trivmm.machine.board import build_board, check_board
 from trivmm.testing.control import FakeHypervisor
 
 
 def build(config: VmConfig) -> str:
     """What is wrong with it; nothing is left open. The double has no VM to give, so a good one fails there."""
     before = os.listdir("/proc/self/fd")
+    hypervisor = cast("Any", FakeHypervisor())
+
+    def boot() -> None:
+        check_board(config, hypervisor)
+        build_board(config, hypervisor)
+
     with pytest.raises((ConfigError, AttributeError)) as caught:
-        build_board(config, cast("Any", FakeHypervisor()), on_event=lambda *_: None)
+        boot()
     assert os.listdir("/proc/self/fd") == before
     return str(caught.value)
 

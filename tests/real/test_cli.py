@@ -109,6 +109,7 @@ def wait_until_it_serves(path: Path, process: subprocess.Popen[str]) -> None:
             ["--api-socket", "a.sock", "--event-monitor", "path=no/where/x"],
             '--event-monitor path = "no/where/x": cannot',
         ),
+        (["remote", "--api-socket", "x", "pause", "--force"], "pause: --force belongs to resolve-migration"),
         (["remote", "--api-socket", "x", "pause", "now"], "pause now: the verb takes no argument"),
         (["remote", "--api-socket", "x", "send-migration"], "send-migration: give destination_url="),
         (["remote", "--api-socket", "x", "create", "nofile"], "create nofile: No such file or directory"),

@@ -193,6 +193,10 @@ async def test_a_vm_without_a_payload_is_created_and_does_not_boot(tmp_path: Pat
         ("PUT", "vm.create", {"payload": {"kernel": "/refused"}}, 500),
         ("PUT", "vm.send-migration", {"destination_url": "unix:/x"}, 500),
         ("PUT", "vm.cancel-migration", None, 500),
+        ("PUT", "vm.resolve-migration", None, 500),
+        ("PUT", "vm.resolve-migration", {"force": 1}, 400),
+        ("PUT", "vm.resolve-migration", [], 400),
+        ("GET", "vm.resolve-migration", None, 400),
     ],
 )
 async def test_codes(stage_of: StageOf, method: str, route: str, body: Any, status: int) -> None:
@@ -205,13 +209,75 @@ async def test_codes(stage_of: StageOf, method: str, route: str, body: Any, stat
         assert await client.migration_progress() is None
 
 
+@pytest.mark.parametrize("stays", [False, True])
+async def test_a_doubt_that_is_resolved_as_moved_ends_the_vm_as_a_migration_does(
+    stage_of: StageOf, stays: bool
+) -> None:
+    async with stage_of(options=VmmOptions(stay_after_migration=stays)) as stage, Client(stage.path) as client:
+        await client.create(CONFIG)
+        await client.boot()
+        with pytest.raises(ApiError, match="it must be Paused"):
+            await client.resolve_migration()
+        await client.pause()
+        with trio.fail_after(LIMIT_S):
+            found = await client.resolve_migration()
+            assert (found["verdict"], found["in_doubt"], found["forced"]) == ("running", False, False)
+            if stays:
+                with pytest.raises(ApiError, match="not created"):
+                    await client.info()
+            else:
+                assert (await stage.vmm.ended()).kind == "migrated"
+
+
 async def test_one_vm_at_a_time(stage_of: StageOf) -> None:
     async with stage_of() as stage, Client(stage.path) as client:
         await client.create(CONFIG)
+        await client.boot()
         for refused in (client.create(BODY), client.receive_migration("unix:/x")):
             with pytest.raises(ApiError, match="there already"):
                 await refused
         assert (await client.info())["config"]["payload"]["kernel"] == "/boot/vmlinux"
+
+
+@pytest.mark.parametrize("shut_down", [False, True])
+async def test_a_vm_that_is_not_booted_gives_way_to_one_that_comes(stage_of: StageOf, shut_down: bool) -> None:
+    """As in Cloud Hypervisor, where it is a configuration only; but here it is kept when none comes."""
+    names: list[str] = []
+    async with stage_of() as stage, Client(stage.path) as client:
+        stage.vmm.events.listen(lambda event: names.append(event.event))
+        await client.create({**BODY, "payload": {"kernel": "/boot/other"}})
+        if shut_down:
+            await client.boot()
+            await client.shutdown()
+        for fails in (MigrationError("the link broke"), None):
+            with trio.fail_after(LIMIT_S):
+                async with trio.open_nursery() as nursery:
+
+                    async def receive(fails: Exception | None = fails) -> None:
+                        if fails is None:
+                            await client.receive_migration("unix:/x")
+                            return
+                        with pytest.raises(ApiError, match="the link broke"):
+                            await client.receive_migration("unix:/x")
+
+                    before = len(stage.incoming)
+                    nursery.start_soon(receive)
+                    while len(stage.incoming) == before:
+                        await client.ping()
+                    with pytest.raises(ApiError, match="in the middle of receive-migration"):
+                        await client.boot()
+                    stage.incoming[-1].fails = fails
+                    stage.incoming[-1].arrived.set()
+            info = await client.info()
+            kernel, state = info["config"]["payload"]["kernel"], info["state"]
+            assert (kernel, state) == (("/boot/vmlinux", "Running") if fails is None else ("/boot/other", "Created"))
+        await trio.testing.wait_all_tasks_blocked()
+        assert [vm.closed for vm in stage.vms] == [True]
+        assert names == []  # nothing was deleted by anybody
+        await client.delete()
+        assert names == ["deleted"]
+        with pytest.raises(ApiError, match="not created"):
+            await client.info()
 
 
 async def test_a_migration_is_accepted_at_once_and_the_process_ends_with_it(stage_of: StageOf) -> None:
@@ -284,7 +350,7 @@ async def test_what_can_not_begin_is_refused_and_not_accepted(stage_of: StageOf)
         await client.create(BODY)
         with pytest.raises(ApiError, match="the VM is Created") as caught:
             await client.send_migration("unix:/x")
-        assert (caught.value.status, caught.value.messages[1]) == (500, "Error starting migration sender")
+        assert (caught.value.status, caught.value.messages[1]) == (500, "Error dispatching the migration worker")
         await client.boot()  # the refused one left nothing behind
         stage.vms[0].let_migrate.set()
         await client.send_migration("unix:/x")

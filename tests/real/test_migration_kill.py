@@ -30,9 +30,9 @@ from trivmm.migration.sender import SendOptions, send, socket_dialer
 from trivmm.testing.migration import DiskLock, FakeDestination, FakeSource
 
 class Endless(FakeSource):
-    def harvest_dirty(self, slot, into):
+    async def harvest_dirty(self, slot, into):
         into[0] = into[1] = (1 << 64) - 1
-        return super().harvest_dirty(slot, into)
+        return await super().harvest_dirty(slot, into)
 
 async def main(role, url):
     limits = Deadlines(downtime=0.001, accept=60.0)
@@ -70,10 +70,10 @@ class Endless(FakeSource):
 
     calm = False
 
-    def harvest_dirty(self, slot: int, into: object) -> int:
+    async def harvest_dirty(self, slot: int, into: object) -> int:
         if not self.calm:
             into[0] = into[1] = (1 << 64) - 1  # type: ignore[index]
-        return super().harvest_dirty(slot, into)
+        return await super().harvest_dirty(slot, into)
 
 
 @pytest.mark.parametrize("scheme", ["unix", "tcp"])

@@ -22,7 +22,8 @@ from trivmm.migration.wire import FRAME_PAGES, PAGE_BYTES, MessageType
 DONE, BUDGET, KICKED, STALLED, ERRNO, EOF, BAD = range(7)
 MIB = 1 << 20
 STAGING = ffi.new("uint8_t[]", FRAME_PAGES * PAGE_BYTES)
-END = wire.encode_frame(MessageType.ROUND_END, b'{"round":1}')
+END = wire.encode_frame(MessageType.ROUND_END, b'{"round":1,"pages":0}')
+HEADER = wire.HEADER_BYTES
 
 
 class Pair:
@@ -90,7 +91,7 @@ def send_job(pair: Pair, dirty: DirtySet, **more: Any) -> tuple[Any, Any]:
     aligned = ffi.cast("uint8_t *", (int(ffi.cast("uintptr_t", staging)) + 63) & ~63)
     job = ffi.new("struct tv_page_send *")
     job.fd, job.kick_fd, job.stall_ms, job.grace_ms = pair.a.fileno(), pair.kick_a, 20_000, 1000
-    job.version, job.slot, job.pages = 1, dirty.region.slot, dirty.region.pages
+    job.version, job.slot, job.pages = wire.VERSION, dirty.region.slot, dirty.region.pages
     job.hva, job.dirty, job.staging = ffi.cast("uint8_t *", dirty.region.hva), dirty.bits, aligned
     job.max_pages = 1 << 40
     for name, value in more.items():
@@ -100,7 +101,7 @@ def send_job(pair: Pair, dirty: DirtySet, **more: Any) -> tuple[Any, Any]:
 
 def intake(pair: Pair, landing: Landing, **more: Any) -> Any:
     job = ffi.new("struct tv_page_intake *")
-    job.fd, job.kick_fd, job.stall_ms, job.version = pair.b.fileno(), pair.kick_b, 20_000, 1
+    job.fd, job.kick_fd, job.stall_ms, job.version = pair.b.fileno(), pair.kick_b, 20_000, wire.VERSION
     job.memory, job.max_pages = landing.memory.native, 1 << 40
     job.staging = STAGING
     for slot, bits in enumerate(landing.landed):
@@ -118,27 +119,32 @@ def in_thread(work: Any) -> threading.Thread:
 
 def test_c_to_c_and_the_zero_pages_clear_what_landed(pair: Pair, memory: GuestMemory, other: GuestMemory) -> None:
     landing = Landing(other)
+    number = 0
     for seed in (1, 2, 3):
         scribble(memory, seed)
-        job = intake(pair, landing, sent_pages=0)
+        job = intake(pair, landing, sequence=number)
         thread = in_thread(lambda job=job: lib.tv_pages_receive(job))
         sent = zero = 0
         for region in memory.regions:
             dirty = DirtySet.of(region)
             dirty.add_touched()
-            out, keep = send_job(pair, dirty)
+            out, keep = send_job(pair, dirty, sequence=number)
             assert lib.tv_pages_send(out) == DONE
             assert dirty.count == 0
+            assert out.sequence > number
+            number = out.sequence
             sent, zero = sent + out.sent_pages, zero + out.zero_pages
             del keep
         pair.a.setblocking(True)
-        pair.a.sendall(END)
+        pair.a.sendall(wire.numbered(END, number))
         pair.a.setblocking(False)
         thread.join(60)
         assert not thread.is_alive()
         assert job.reason == DONE
-        assert bytes(ffi.buffer(job.header)) == END[:24]
-        assert pair.b.recv(len(END) - 24, socket.MSG_WAITALL) == END[24:]
+        assert job.sequence == number  # the frame that is not the C side's has it, and is not counted here
+        number += 1
+        assert bytes(ffi.buffer(job.header)) == wire.numbered(END, job.sequence)[:HEADER]
+        assert pair.b.recv(len(END) - HEADER, socket.MSG_WAITALL) == END[HEADER:]
         assert (job.sent_pages, job.zero_pages) == (sent, zero)
         assert sent > 500
         assert zero > 100
@@ -156,17 +162,20 @@ def test_c_frames_read_by_the_oracle(pair: Pair, memory: GuestMemory, other: Gue
                 landing.take(frame)
 
     thread = in_thread(read)
+    number = 0
     for region in memory.regions:
         dirty = DirtySet.of(region)
         dirty.add_touched()
-        out, keep = send_job(pair, dirty, max_pages=100)
+        out, keep = send_job(pair, dirty, max_pages=100, sequence=number)
         while (reason := lib.tv_pages_send(out)) == BUDGET:
             pass
         assert reason == DONE
+        number = out.sequence
         del keep
     pair.a.close()
     thread.join(60)
     assert not thread.is_alive()
+    assert reader.due == number
     assert contents(memory) == contents(other)
 
 
@@ -176,15 +185,18 @@ def test_oracle_frames_read_by_c(pair: Pair, memory: GuestMemory, other: GuestMe
     job = intake(pair, landing)
     thread = in_thread(lambda: lib.tv_pages_receive(job))
     pair.a.setblocking(True)
+    number = 0
     for region in memory.regions:
         dirty = DirtySet.of(region)
         dirty.add_touched()
         for frame, _, _ in page_frames(dirty, 1 << 40):
-            pair.a.sendall(frame)
+            pair.a.sendall(wire.numbered(frame, number))
+            number += 1
     pair.a.close()
     thread.join(60)
     assert not thread.is_alive()
     assert job.reason == EOF
+    assert job.sequence == number
     assert contents(memory) == contents(other)
 
 
@@ -208,6 +220,7 @@ def test_a_kick_ends_a_sender_whose_peer_does_not_read(pair: Pair, memory: Guest
     os.eventfd_write(pair.kick_a, 1)
     assert lib.tv_pages_send(out) == KICKED  # kicked before the start: nothing is broken
     assert not out.broken
+    assert out.sequence == 0
     assert dirty.count == before
     os.eventfd_read(pair.kick_a)
     thread = in_thread(lambda: lib.tv_pages_send(out))
@@ -233,6 +246,31 @@ def test_a_silent_peer_stalls_both_sides(pair: Pair, memory: GuestMemory, other:
         pytest.skip("socket buffers larger than the memory")
     assert reason == STALLED
     assert out.broken
+    del keep
+
+
+def test_a_peer_that_takes_a_little_now_and_then_stalls_a_sender(pair: Pair, memory: GuestMemory) -> None:
+    for page in range(memory.regions[0].pages):
+        memory.write(page * 4096, b"z")
+    dirty = DirtySet.of(memory.regions[0])
+    dirty.add_touched()
+    pair.a.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    pair.b.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    out, keep = send_job(pair, dirty, stall_ms=100)
+    halt = threading.Event()
+
+    def take_a_little() -> None:
+        while not halt.wait(0.005):
+            pair.b.recv(100)  # a frame of 512 KiB would take 26 s of this
+
+    thread = in_thread(take_a_little)
+    try:
+        assert lib.tv_pages_send(out) == STALLED
+        assert out.broken
+    finally:
+        halt.set()
+        thread.join(60)
+    assert not thread.is_alive()
     del keep
 
 
@@ -313,8 +351,8 @@ def test_pages_that_landed_before_are_filled_in_place_and_checked_all_the_same(m
     new = [bytes([number]) * 4096 for number in numbers]
     body = struct.pack("<II", 0, len(numbers))
     body += b"".join(struct.pack("<II", *pair) for pair in zip(numbers, map(wire.crc32c, new), strict=True))
-    frames.append(wire.encode_frame(MessageType.PAGES, body, b"".join(new)))
-    bad = bytearray(frames[1])
+    frames.append(wire.numbered(wire.encode_frame(MessageType.PAGES, body, b"".join(new)), 1))
+    bad = bytearray(wire.numbered(frames[1], 2))
     bad[-1] ^= 1
     made = Pair("unix")
     try:
@@ -324,16 +362,17 @@ def test_pages_that_landed_before_are_filled_in_place_and_checked_all_the_same(m
         assert [memory.read(number * 4096, 4096) for number in numbers] == new
         assert memory.read(3 * 4096, 4096) == bytes(4096)
         made.a.sendall(bad)
-        job = intake(made, landing)
+        job = intake(made, landing, sequence=2)
         assert lib.tv_pages_receive(job) == BAD
         assert job.bad_page == 100
+        assert job.sequence == 2
     finally:
         made.close()
 
 
 def test_fuzzed_streams_never_crash_the_receiver(memory: GuestMemory) -> None:
     chance = random.Random(9)
-    good = pages_frame(0, [1, 2, 9]) + zero_frame(0, [(1, 2)])
+    good = pages_frame(0, [1, 2, 9]) + wire.numbered(zero_frame(0, [(1, 2)]), 1)
     for _ in range(300):
         made = Pair("unix")
         try:
@@ -345,3 +384,68 @@ def test_fuzzed_streams_never_crash_the_receiver(memory: GuestMemory) -> None:
             assert lib.tv_pages_receive(intake(made, Landing(memory))) in (DONE, EOF, BAD)
         finally:
             made.close()
+
+
+def test_frames_lost_repeated_or_moved_are_not_taken() -> None:
+    """Whatever order they come in: what landed is what the frames up to the first wrong number say."""
+    chance = random.Random(10)
+    for _ in range(200):
+        made, memory = Pair("unix"), GuestMemory([(0, MIB)])
+        try:
+            frames = [wire.numbered(pages_frame(0, [i, i + 100]), i) for i in range(5)]
+            order = list(range(5))
+            match chance.randrange(4):
+                case 0:
+                    del order[chance.randrange(4)]
+                case 1:
+                    order.insert(chance.randrange(5), chance.randrange(5))
+                case 2:
+                    a, b = chance.sample(range(5), 2)
+                    order[a], order[b] = order[b], order[a]
+            good = next((place for place, i in enumerate(order) if place != i), len(order))
+            made.a.sendall(b"".join(frames[i] for i in order))
+            made.a.close()
+            landing = Landing(memory)
+            job = intake(made, landing)
+            assert lib.tv_pages_receive(job) == (EOF if good == len(order) else DONE)
+            assert job.sequence == good
+            assert job.sent_pages == 2 * good
+            expected = sorted([*range(good), *range(100, 100 + good)])
+            assert [page for page in range(256) if landing.landed[0][page // 64] >> page % 64 & 1] == expected
+            if good < len(order):  # handed over, for the other reader to name
+                head = wire.parse_header(bytes(ffi.buffer(job.header)))
+                assert (head.type, head.sequence) == (MessageType.PAGES, order[good])
+                reader = wire.FrameReader()
+                reader.due = job.sequence
+                reader.feed(bytes(ffi.buffer(job.header)))
+                with pytest.raises(ProtocolError, match=f"frame {order[good]} .PAGES. came where {good} was due"):
+                    reader.next_frame()
+        finally:
+            made.close()
+            memory.close()
+
+
+@pytest.mark.parametrize("place", [1, HEADER - 1, HEADER, HEADER + 9, HEADER + 24, HEADER + 24 + 5000])
+def test_a_frame_that_trickles_stalls_at_any_place(memory: GuestMemory, place: int) -> None:
+    """Bytes that keep coming don't help: the whole frame has one limit."""
+    frame = pages_frame(0, [1, 2])
+    made, halt = Pair("unix"), threading.Event()
+
+    def trickle() -> None:
+        made.a.sendall(frame[:place])
+        for each in frame[place:-1]:  # 8,000 bytes at 5 ms each are 40 s
+            if halt.wait(0.005):
+                return
+            made.a.sendall(bytes([each]))
+
+    thread = in_thread(trickle)
+    try:
+        job = intake(made, Landing(memory), stall_ms=100)
+        assert lib.tv_pages_receive(job) == STALLED
+        assert job.until_ms
+        assert job.sequence == 0
+    finally:
+        halt.set()
+        thread.join(60)
+        made.close()
+    assert not thread.is_alive()

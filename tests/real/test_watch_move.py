@@ -78,7 +78,7 @@ def test_a_failure_is_exit_code_1_with_its_reason_and_the_source_runs(fake_vmm: 
 def test_what_is_not_accepted_is_told_at_once(fake_vmm: Start) -> None:
     done = run(send(fake_vmm(), "unix:/nowhere"))
     assert done.returncode == 1
-    assert done.stderr.startswith("error: Error from API: Error starting migration sender: ")
+    assert done.stderr.startswith("error: Error from API: Error dispatching the migration worker: ")
 
 
 def test_ctrl_c_cancels_and_the_source_runs(fake_vmm: Start, tmp_path: Path) -> None:

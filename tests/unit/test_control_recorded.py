@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trivmm.config import (
+    OUR_IDS,
     CpusConfig,
     DiskConfig,
     MemoryConfig,
@@ -171,7 +172,7 @@ def test_the_structs_table_finds_faults(broken: dict[str, Any], said: str) -> No
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=8)
-NAME = st.none() | TEXT.filter(str.isprintable)
+NAME = st.none() | TEXT.filter(lambda name: name.isprintable() and not name.startswith(OUR_IDS))
 CONFIGS = st.builds(
     VmConfig,
     payload=st.builds(PayloadConfig, kernel=TEXT | st.just(""), cmdline=st.just("") | TEXT, initramfs=st.none() | TEXT),

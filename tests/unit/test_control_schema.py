@@ -73,6 +73,7 @@ def test_every_route_of_the_contract_is_known() -> None:
         "events",
         "vm.cancel-migration",
         "vm.migration-progress",
+        "vm.resolve-migration",
     }
 
 

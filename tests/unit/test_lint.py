@@ -19,7 +19,7 @@ FLAKE8_ASYNC = [
     # 111: a receiver's questions outlive it on purpose, so its nursery is outside. 124: a protocol's methods are
     # async, awaiting or not. 127: httpx is what users have. 9xx (optional rules): checkpoints are where they matter.
     "--disable=ASYNC111,ASYNC124,ASYNC127,ASYNC900,ASYNC910,ASYNC911,ASYNC912,ASYNC913",
-    "--startable-in-context-manager=run,host,first,hold,_serve,_machine_task",
+    "--startable-in-context-manager=run,host,first,hold,_send,_serve,_machine_task",
 ]
 
 COMMANDS = {

@@ -7,6 +7,7 @@ import json
 import struct
 from typing import Any
 
+import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from trivmm.errors import ConfigError, ProtocolError
 from trivmm.hypervisor.base import VcpuState, VmmState
 from trivmm.migration import messages as m
 from trivmm.migration import wire
+from trivmm.migration.fields import MAX_DEPTH, load_json
 from trivmm.migration.setup import config_from_setup, config_to_setup
 from trivmm.migration.state import MachineState, SavedVcpu
 from trivmm.migration.steps import FROM_DESTINATION, FROM_SOURCE, Session, SessionState
@@ -42,7 +44,7 @@ EVERY: list[m.Message] = [
     m.Setup(ID, {"cpus": {"boot_vcpus": 2}, "text": "ä"}, ((0, 1 << 21), (1 << 32, 1 << 21))),
     m.SetupOk(2.5),
     m.SetupFail("no"),
-    m.RoundEnd(3),
+    m.RoundEnd(3, 1 << 40),
     m.RoundAck(3),
     m.State(STATE),
     m.Ready(0.0),
@@ -93,7 +95,7 @@ def test_message_round_trip_whole_bytewise_and_with_trailing_data(message: m.Mes
     assert m.parse_message(frame) == message
 
     reader = wire.FrameReader()
-    reader.feed(raw + PAGES + raw + raw[:10])
+    reader.feed(raw + wire.numbered(PAGES, 1) + wire.numbered(raw, 2) + raw[:10])
     frames = read_all(reader)
     assert [each.type for each in frames] == [m.TYPE_OF[type(message)], wire.MessageType.PAGES, frames[0].type]
     assert frames[1].payload == b"p" * 4096
@@ -110,8 +112,13 @@ def test_every_damaged_byte_is_noticed(message: m.Message) -> None:
             read_all(reader)
 
 
-def header(magic: bytes = b"TVMg", version: int = 1, kind: int = 4, length: int = 0, body: int = 0) -> bytes:
-    head = struct.pack("<4sHHIII", magic, version, kind, length, body, 0)
+VERSION_1 = struct.pack("<4sHHIIII", b"TVMg", 1, 1, 2, 2, 0, 0x1234)  # a whole header, as it was
+
+
+def header(
+    magic: bytes = b"TVMg", version: int = 2, kind: int = 4, length: int = 0, body: int = 0, sequence: int = 0
+) -> bytes:
+    head = struct.pack("<4sHHIIQI24x", magic, version, kind, length, body, sequence, 0)
     return head + struct.pack("<I", wire.crc32c(head))
 
 
@@ -119,8 +126,13 @@ def header(magic: bytes = b"TVMg", version: int = 1, kind: int = 4, length: int 
     ("raw", "says"),
     [
         (header(magic=b"HTTP"), "bad magic"),
-        (header(version=2), "bad version 2"),
-        (header(version=0), "bad version 0"),
+        (header(version=3), "bad version 3: this side speaks 2$"),
+        (header(version=1), "bad version 1: this side speaks 2$"),
+        (VERSION_1, "bad version 1: this side speaks 2"),
+        (b"GET ", "bad magic b'GET '"),
+        (b"S", "bad magic b'S'"),
+        (header(sequence=1), r"frame 1 \(ROUND_END\) came where 0 was due: the link lost or moved frames"),
+        (header(sequence=(1 << 64) - 1), "came where 0 was due"),
         (header(kind=99), "bad type 99"),
         (header(length=1 << 30, body=1 << 30), "bad length"),
         (header(length=8, body=9), "bad length"),
@@ -137,8 +149,49 @@ def test_bad_headers_are_named_before_anything_is_awaited(raw: bytes, says: str)
         reader.next_frame()
 
 
+def test_a_number_changes_nothing_else() -> None:
+    for number in (0, 1, 1 << 32, (1 << 64) - 1):
+        frame = wire.numbered(PAGES, number)
+        head = wire.parse_header(frame[: wire.HEADER_BYTES])
+        assert head.sequence == number
+        assert attrs.evolve(head, sequence=0) == wire.parse_header(PAGES[: wire.HEADER_BYTES])
+        assert frame[wire.HEADER_BYTES :] == PAGES[wire.HEADER_BYTES :]
+
+
+def test_a_repeated_frame_is_named() -> None:
+    reader = wire.FrameReader()
+    reader.feed(PAGES + wire.numbered(PAGES, 1) + wire.numbered(PAGES, 1))
+    assert reader.next_frame()
+    assert reader.next_frame()
+    with pytest.raises(ProtocolError, match=r"frame 1 \(PAGES\) came where 2 was due: the link repeated frames"):
+        reader.next_frame()
+
+
+@given(st.data())
+def test_fuzzed_order_gives_the_frames_up_to_the_first_that_is_out_of_place(data: st.DataObject) -> None:
+    """Whole frames, lost, repeated and moved, in pieces of any size: what comes out is the start of what was sent."""
+    count = data.draw(st.integers(1, 6))
+    frames = [wire.numbered(m.encode_message(EVERY[data.draw(st.integers(0, 15))]), i) for i in range(count)]
+    order = data.draw(st.lists(st.integers(0, count - 1), max_size=8) | st.just(list(range(count))))
+    stream = b"".join(frames[i] for i in order)
+    good = next((place for place, i in enumerate(order) if place != i), len(order))
+    reader, found, at = wire.FrameReader(), 0, 0
+    try:
+        while at < len(stream):
+            piece = data.draw(st.integers(1, 200))
+            reader.feed(stream[at : at + piece])
+            at += piece
+            found += len(read_all(reader))
+    except ProtocolError as error:
+        assert f"came where {good} was due" in str(error)  # noqa: PT017 - there may be none
+        assert good < len(order)
+    else:
+        assert good == len(order)
+        assert found == good
+
+
 def parse(kind: wire.MessageType, body: bytes) -> m.Message:
-    return m.parse_message(wire.Frame(1, kind, body))
+    return m.parse_message(wire.Frame(wire.VERSION, kind, body))
 
 
 @pytest.mark.parametrize(
@@ -154,8 +207,10 @@ def parse(kind: wire.MessageType, body: bytes) -> m.Message:
         ("SETUP_OK", b'{"resume_ms":1,"resume_ms":2}'),
         ("SETUP_OK", b'{"resume_ms":1,"more":2}'),
         ("SETUP_OK", b"{}"),
-        ("ROUND_END", b'{"round":' + b"9" * 5000 + b"}"),
-        ("ROUND_END", b'{"round":1.0}'),
+        ("ROUND_END", b'{"pages":0,"round":' + b"9" * 5000 + b"}"),
+        ("ROUND_END", b'{"round":1.0,"pages":0}'),
+        ("ROUND_END", b'{"round":1}'),
+        ("ROUND_END", b'{"round":1,"pages":-1}'),
         ("COMMIT", b'{"session":"00"}'),
         ("COMMIT", b'{"session":"' + b"zz" * 16 + b'"}'),
         ("VERDICT", b'{"verdict":"maybe","reason":""}'),
@@ -272,6 +327,58 @@ JSON = st.recursive(
 def test_fuzzed_json_gives_messages_or_protocol_errors(kind: wire.MessageType, value: Any) -> None:
     with contextlib.suppress(ProtocolError):
         parse(kind, json.dumps(value).encode())
+
+
+def nested(depth: int, opening: str, closing: str) -> str:
+    return opening * depth + "1" + closing * depth
+
+
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}"), ('{"a":[', "]}"), ('["\\"[",', "]")])
+def test_what_is_nested_too_deep_is_refused_and_never_parsed(opening: str, closing: str) -> None:
+    room = (MAX_DEPTH - 2) // len(closing)  # the message and its field are two levels
+    for depth in (room, room + 1, 300, 900, 100_000):
+        inner = f'{{"x":{nested(depth, opening, closing)}}}'
+        setup = f'{{"session":"{ID.hex()}","memory":[],"machine":{inner}}}'.encode()
+        if depth == room:
+            assert isinstance(parse(wire.MessageType.SETUP, setup), m.Setup)
+            continue
+        for kind, body in (("SETUP", setup), ("STATE", (STATE_JSON % inner).encode()), ("READY", b"[" + setup + b"]")):
+            with pytest.raises(ProtocolError, match="nested more than 32 deep"):
+                parse(wire.MessageType[kind], body)
+
+
+def test_brackets_in_strings_nest_nothing() -> None:
+    for text in ("[" * 99, "{" * 99 + '"', '\\"' + "[" * 99, "\\" * 99, '"]}"'):
+        body = json.dumps({"session": ID.hex(), "memory": [], "machine": {"x": text, text: 1}}).encode()
+        assert parse(wire.MessageType.SETUP, body) == m.Setup(ID, {"x": text, text: 1}, ())
+
+
+@given(st.sampled_from(list(wire.MessageType)), st.text(alphabet='{}[]":,1\\a ', max_size=60))
+def test_fuzzed_syntax_gives_messages_or_protocol_errors(kind: wire.MessageType, text: str) -> None:
+    with contextlib.suppress(ProtocolError):
+        parse(kind, text.encode())
+
+
+@given(st.text(alphabet='{}[]":,1\\a ', max_size=60) | st.integers(1, 60).map(lambda n: nested(n, '{"a":[', "]}")))
+def test_what_passes_the_depth_check_and_parses_is_not_deep(text: str) -> None:
+    def depth(value: Any) -> int:
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+        return 0 if inner is None else 1 + max(map(depth, inner), default=0)
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) != len(pairs):
+            raise ValueError("twice")
+        return dict(pairs)
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique)
+    except ValueError:
+        value = None
+    if isinstance(value, dict) and depth(value) <= MAX_DEPTH:
+        assert load_json("x", text.encode()) == value
+    else:
+        with pytest.raises(ProtocolError):
+            load_json("x", text.encode())
 
 
 @pytest.mark.parametrize("source", [True, False])

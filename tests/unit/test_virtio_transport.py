@@ -276,6 +276,25 @@ def test_a_message_that_the_hypervisor_refuses_is_the_guests_mistake(
     assert routes(vm) == {(0xFEE0_0000, 0x51)}
 
 
+def test_a_reset_does_not_wait_for_a_vcpu_that_the_kernel_holds_up_at_the_registers(
+    transport: VirtioPciTransport,
+) -> None:
+    """It is made in the trio thread, which tries again."""
+    with transport._registers():
+        assert not transport.reset_registers()
+    assert transport.reset_registers()
+
+
+def test_closing_leaves_doorbells_and_routes_to_the_vm(transport: VirtioPciTransport, vm: ScriptedVm) -> None:
+    """It is closed next; each of them would wait for the kernel."""
+    transport.connect_interrupts()
+    enable_msix(transport)
+    set_vector(transport, 1, 0x51)
+    before = (dict(vm.doorbells), dict(vm.msi))
+    transport.close()
+    assert (vm.doorbells, vm.msi) == before
+
+
 # --- save and load -----------------------------------------------------------------------------------------------
 
 

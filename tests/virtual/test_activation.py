@@ -49,7 +49,7 @@ def beat(cpu: Any) -> Guest:
 @asynccontextmanager
 async def running(board: MiniBoard, deadlines: Deadlines, vcpu_type: type[Vcpu] = Vcpu) -> AsyncIterator[Machine]:
     async with open_machine(board, deadlines, driver=task_driver, vcpu_type=vcpu_type) as machine:
-        machine.resume()
+        await machine.resume()
         yield machine
 
 
@@ -85,7 +85,7 @@ async def test_a_pause_reaches_a_vcpu_at_the_barrier_and_it_parks_there_again(au
         before = trio.current_time()
         await machine.pause()
         assert trio.current_time() - before < 0.1, "an activation longer than the pause limit must not fail the pause"
-        machine.resume()
+        await machine.resume()
         await trio.sleep(1)
         assert machine.vcpus.vcpus[0].state is VcpuRunState.AT_BARRIER
         await trio.sleep(3)
@@ -129,7 +129,7 @@ async def test_owner_scoped_servicer_plus_our_barrier_pauses_but_never_activates
         async with running(board, deadlines) as machine, migration_owns_the_vm(servicer):
             await trio.sleep(2)
             await machine.pause()
-            machine.resume()
+            await machine.resume()
             await trio.sleep(deadlines.activation + 1)
             assert ("failed", "_dev0", 1) in board.events, "its deadline expires"
             assert board.devices[0].lifecycle.state is LifecycleState.NEEDS_RESET
@@ -143,10 +143,10 @@ async def test_ours_passes_both_scripts(autojump_clock: Clock, seconds: float) -
     async with running(board, deadlines) as machine:
         await trio.sleep(2)  # a migration owns the VM by now; nothing of the servicer is in its scope
         await machine.pause()
-        machine.resume()
+        await machine.resume()
         await trio.sleep(5)
         await machine.pause()
-        machine.resume()
+        await machine.resume()
         assert board.devices[0].lifecycle.state is LifecycleState.ACTIVE
         assert board.cpus[0].registers["status"] == DRIVER_READY
 
@@ -173,7 +173,7 @@ async def test_after_a_pause_timeout_every_vcpu_runs_again(autojump_clock: Clock
         assert all(late >= early + 9 for early, late in zip(before, after, strict=True))
         await trio.sleep(10)
         await machine.pause()
-        machine.resume()
+        await machine.resume()
 
 
 async def test_a_reset_from_another_vcpu_voids_the_activation(autojump_clock: Clock) -> None:
@@ -333,7 +333,7 @@ async def test_a_page_crossing_store_is_finished_before_the_pause(autojump_clock
         await trio.sleep(2)
         await machine.pause()
         assert board.devices[1].lifecycle.generation == 1, "the second half of the instruction was served"
-        machine.resume()
+        await machine.resume()
         await trio.sleep(5)
         assert board.cpus[0].registers == {"done": True}
 

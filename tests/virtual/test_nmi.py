@@ -48,7 +48,7 @@ async def test_every_vcpu_gets_one_while_all_are_parked_and_runs_again(
             cpu.calls.append("inject_nmi")
 
         monkeypatch.setattr(ScriptedVcpu, "inject_nmi", inject)
-        machine.resume()
+        await machine.resume()
         await trio.sleep(1)
         await machine.nmi()
         assert [cpu.calls for cpu in board.cpus] == [["inject_nmi"], ["inject_nmi"]]
@@ -62,7 +62,7 @@ async def test_a_paused_machine_stays_paused(autojump_clock: Clock) -> None:
     deadlines = Deadlines()
     board = MiniBoard([], beat, deadlines=deadlines)
     async with open_machine(board, deadlines, driver=task_driver) as machine:
-        machine.resume()
+        await machine.resume()
         await machine.pause()
         before = beats(board)
         await machine.nmi()
@@ -76,7 +76,7 @@ async def test_a_vcpu_that_does_not_stop_for_it_spoils_it_for_all(autojump_clock
     deadlines = Deadlines()
     board = MiniBoard([], beat, wedged, deadlines=deadlines)
     async with open_machine(board, deadlines, driver=task_driver) as machine:
-        machine.resume()
+        await machine.resume()
         await trio.sleep(2)
         with pytest.raises(PauseTimeout, match="vcpu1"):
             await machine.nmi()

@@ -54,6 +54,7 @@ VERBS: Final[Mapping[str, tuple[str, str, str | None]]] = {
     ),
     "receive-migration": ("PUT", "vm.receive-migration", "receiver_url=URL"),
     "cancel-migration": ("PUT", "vm.cancel-migration", None),
+    "resolve-migration": ("PUT", "vm.resolve-migration", None),
     "events": ("GET", "events", None),
 }
 LONG: Final = frozenset({"send-migration", "receive-migration"})
@@ -70,6 +71,9 @@ def remote(arguments: Sequence[str]) -> int:
     parser.add_argument("--cpus", metavar="N", help="resize: vCPUs")
     parser.add_argument("--memory", metavar="SIZE", help="resize: RAM")
     parser.add_argument("--balloon", metavar="SIZE", help="resize: the balloon")
+    parser.add_argument(
+        "--force", action="store_true", help="resolve-migration: take the doubt away; two copies may run then"
+    )
     parser.add_argument("verb", metavar="VERB")
     parser.add_argument("argument", metavar="ARGUMENT", nargs="?")
     given = parser.parse(arguments)
@@ -116,6 +120,8 @@ def _body(given: Any) -> bytes | None:
     sizes = {"desired_vcpus": given.cpus, "desired_ram": given.memory, "desired_balloon": given.balloon}
     if given.verb != "resize" and any(sizes.values()):
         raise UsageError(f"{given.verb}: --cpus, --memory and --balloon belong to resize")
+    if given.verb != "resolve-migration" and given.force:
+        raise UsageError(f"{given.verb}: --force belongs to resolve-migration")
     match given.verb:
         case "create":
             return _read_file(argument or "-")
@@ -124,6 +130,8 @@ def _body(given: Any) -> bytes | None:
                 raise UsageError("resize: give --cpus, --memory or --balloon")
             wanted = {name: None if text is None else parse_size("resize", text) for name, text in sizes.items()}
             return json.dumps(wanted).encode()
+        case "resolve-migration":
+            return json.dumps({"force": given.force}).encode()
         case "send-migration":
             convert = parse_send
         case "receive-migration":

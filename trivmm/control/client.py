@@ -157,6 +157,12 @@ class Client:
     async def cancel_migration(self) -> None:
         await self.call("PUT", "vm.cancel-migration")
 
+    async def resolve_migration(self, *, force: bool = False) -> dict[str, Any]:
+        """What became of a migration that ended in doubt: ``verdict``, ``reason``, ``advice``, ``in_doubt``,
+        ``forced``, as :class:`~trivmm.migration.doubt.Resolution` has them."""
+        found: dict[str, Any] = await self.call("PUT", "vm.resolve-migration", {"force": force})
+        return found
+
     async def _object(self, route: str) -> dict[str, Any]:
         found: dict[str, Any] = await self.call("GET", route)
         return found

@@ -28,8 +28,8 @@ def progress_body(progress: MigrationProgress) -> dict[str, Any]:
     ``{"Cancelled": {…}}`` or ``{"Failed": {…}}``, both with the reason in ``error_msg``; bytes and 4 KiB pages
     transmitted so far and remaining in this round; pages without content count as constant.
     Ours: ``phase`` (``PRECOPY``, …, ``IN_DOUBT``), ``session`` (hex), ``transport``, ``round``, ``rounds``, ``rate``
-    (bytes a second), ``attempts`` of a switchover, ``activations`` of devices meanwhile, the parts of the ``downtime``,
-    ``reason``.
+    (bytes a second), ``attempts`` of a switchover, ``activations`` of devices meanwhile, the parts of the ``downtime``
+    and their sum until COMMIT, up to where the limit is kept, ``reason``.
     """
     elapsed_ms = int(progress.elapsed_s * 1000)
     begin_ms = int(progress.began_s * 1000)
@@ -63,6 +63,9 @@ def progress_body(progress: MigrationProgress) -> dict[str, Any]:
         "attempts": progress.attempts,
         "activations": progress.activations,
         "downtime_ms": None if progress.actual_downtime is None else round(progress.actual_downtime.total_ms, 1),
+        "downtime_until_commit_ms": (
+            None if progress.actual_downtime is None else round(progress.actual_downtime.until_commit_ms, 1)
+        ),
         "downtime": _parts(progress.actual_downtime),
         "downtime_expected": _parts(progress.estimated_downtime),
         "reason": progress.reason,

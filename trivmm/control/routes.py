@@ -20,7 +20,15 @@ import trivmm
 from trivmm.control.contract import CONTRACT_VERSION, NOT_YET_ROUTES
 from trivmm.control.http import Request, Response, error_response
 from trivmm.control.progress import progress_body
-from trivmm.control.schema import dump_config, load_config, load_receive, load_resize, load_send, parse_json
+from trivmm.control.schema import (
+    dump_config,
+    load_config,
+    load_receive,
+    load_resize,
+    load_resolve,
+    load_send,
+    parse_json,
+)
 from trivmm.control.unknown import Unknown
 from trivmm.errors import ConfigError, TrivmmError, VmNotCreated, WrongState
 from trivmm.events import Subscription
@@ -38,13 +46,17 @@ STATES: Final = {VmState.SHUTDOWN: VmState.CREATED}  # as there: of a VM that wa
 @attrs.frozen
 class Route:
     """``load`` turns the body into the verb's argument, and tells a collector the keys that it doesn't know; None: the
-    route takes no body. ``fails`` is what its errors say first; ``without_vm`` the code where there is none."""
+    route takes no body; where that is ``optional``, none is ``{}``. ``fails`` is what its errors say first;
+    ``without_vm`` the code where there is none, and ``not_booted`` where the one that is there is in a state that won't
+    do."""
 
     method: str
     run: Callable[[Vmm, Any], Awaitable[Response]]
     load: Callable[[object, Unknown], object] | None = None
     fails: str = "The VM info is not available"
     without_vm: int = 404
+    not_booted: int = 500
+    optional: bool = False
 
 
 async def _ping(vmm: Vmm, _: None) -> Response:
@@ -113,6 +125,10 @@ async def _cancel(vmm: Vmm, _: None) -> Response:
     return Response(204)
 
 
+async def _resolve(vmm: Vmm, data: Any) -> Response:
+    return Response.of(attrs.asdict(await vmm.resolve_migration(data.force)))
+
+
 async def _events(vmm: Vmm, _: None) -> Response:
     return Response(200, stream=partial(_open_events, vmm))
 
@@ -137,12 +153,12 @@ async def _open_events(vmm: Vmm) -> AsyncIterator[_EventStream]:
         yield _EventStream(events)
 
 
-def _verb(name: str, fails: str, without_vm: int = 500) -> Route:
+def _verb(name: str, fails: str, without_vm: int = 500, not_booted: int = 500) -> Route:
     async def run(vmm: Vmm, _: None) -> Response:
         await getattr(vmm, name)()
         return Response(204)
 
-    return Route("PUT", run, fails=fails, without_vm=without_vm)
+    return Route("PUT", run, fails=fails, without_vm=without_vm, not_booted=not_booted)
 
 
 ROUTES: Final[Mapping[str, Route]] = {
@@ -156,14 +172,17 @@ ROUTES: Final[Mapping[str, Route]] = {
     "vm.pause": _verb("pause", "The VM could not be paused"),
     "vm.resume": _verb("resume", "The VM could not resume"),
     "vm.shutdown": _verb("shutdown", "The VM could not shutdown"),
-    "vm.reboot": _verb("reboot", "The VM could not reboot", 404),
+    "vm.reboot": _verb("reboot", "The VM could not reboot", 404, not_booted=404),
     "vm.nmi": _verb("nmi", "Error triggering NMI"),
     "vm.power-button": _verb("power_button", "Error triggering power button"),
     "vm.resize": Route("PUT", _resize, load_resize, "The VM could not be resized"),
-    "vm.send-migration": Route("PUT", _send, load_send, "Error starting migration sender", 500),
-    "vm.receive-migration": Route("PUT", _receive, load_receive, "Error starting migration receiver", 500),
+    "vm.send-migration": Route("PUT", _send, load_send, "Error dispatching the migration worker", 500),
+    "vm.receive-migration": Route("PUT", _receive, load_receive, "Error receiving migration", 500),
     "vm.migration-progress": Route("GET", _progress, fails="The migration's progress is not available"),
     "vm.cancel-migration": Route("PUT", _cancel, fails="The migration could not be cancelled"),
+    "vm.resolve-migration": Route(
+        "PUT", _resolve, load_resolve, "The migration could not be resolved", without_vm=500, optional=True
+    ),
     "events": Route("GET", _events, fails="The events are not available"),
 }
 
@@ -186,7 +205,8 @@ class Router:
         argument: object = None
         if route.load is not None:
             try:
-                argument = route.load(parse_json(request.body), self.vmm.unknown_keys)
+                body = {} if route.optional and not request.body else parse_json(request.body)
+                argument = route.load(body, self.vmm.unknown_keys)
             except ConfigError as error:
                 return error_response(400, "Bad Request", *_chain(error))
         elif request.method == "PUT" and request.body:
@@ -195,6 +215,8 @@ class Router:
             return await route.run(self.vmm, argument)
         except VmNotCreated as error:
             return error_response(route.without_vm, API_ERROR, route.fails, *_chain(error))
+        except WrongState as error:
+            return error_response(route.not_booted, API_ERROR, route.fails, *_chain(error))
         except (TrivmmError, OSError) as error:
             return error_response(500, API_ERROR, route.fails, *_chain(error))
 

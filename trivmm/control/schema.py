@@ -35,11 +35,13 @@ from trivmm.values import not_boolean, not_integer, not_text
 __all__ = [
     "ReceiveMigrationData",
     "ResizeData",
+    "ResolveMigrationData",
     "SendMigrationData",
     "dump_config",
     "load_config",
     "load_receive",
     "load_resize",
+    "load_resolve",
     "load_send",
     "parse_json",
 ]
@@ -73,6 +75,13 @@ class ReceiveMigrationData:
 
 
 @attrs.frozen
+class ResolveMigrationData:
+    """Ours. ``force``: take the doubt away although nobody knows, at the risk of two copies."""
+
+    force: bool = False
+
+
+@attrs.frozen
 class ResizeData:
     """Sizes that a VM is to have, RAM and balloon in bytes; None: as it is."""
 
@@ -94,6 +103,7 @@ CLASSES: Final[Mapping[str, type]] = {
     "ReceiveMigrationData": ReceiveMigrationData,
     "VmResize": ResizeData,
 }
+OURS: Final[Mapping[str, type]] = {"ResolveMigrationData": ResolveMigrationData}  # which the contract doesn't have
 # The fields of Cloud Hypervisor's structs that are options there, but not None in our classes.
 NULL_IS_LEFT_OUT: Final = frozenset(
     {("VmConfig", "payload"), ("VmConfig", "disks"), ("PayloadConfig", "kernel"), ("PayloadConfig", "cmdline")}
@@ -149,6 +159,11 @@ def load_resize(value: object, unknown: Unknown | None = None) -> ResizeData:
     return _load("VmResize", ResizeData, value, unknown)
 
 
+def load_resolve(value: object, unknown: Unknown | None = None) -> ResolveMigrationData:
+    """The body of vm.resolve-migration, which may be empty. :raises ConfigError: as :func:`load_config`."""
+    return _load("ResolveMigrationData", ResolveMigrationData, value, unknown)
+
+
 def dump_config(config: VmConfig) -> dict[str, Any]:
     """The configuration as vm.info gives it: Cloud Hypervisor's keys with its defaults, and none that is null, since
     most of its structs' fields can't be. It accepts this as vm.create's body; so do we: it loads to an equal one."""
@@ -189,7 +204,7 @@ def _checked(schema: str, value: object, path: str, unknown: Unknown) -> dict[st
     """The supported keys of ``value``, nested objects too. :raises ConfigError: / :raises NotSupported: by name."""
     if not isinstance(value, dict):
         raise ConfigError(path or "body", value, "not an object", "give a JSON object")
-    known = [field.name for field in attrs.fields(CLASSES[schema]) if field.name != "deadlines"]
+    known = [field.name for field in attrs.fields({**CLASSES, **OURS}[schema]) if field.name != "deadlines"]
     not_yet = NOT_YET_KEYS.get(schema, {})
     made: dict[str, Any] = {}
     for key, item in value.items():

@@ -6,9 +6,10 @@ and ``scripted`` (``trivmm.testing``). Exits are frozen classes, to be used with
 
 Threads: ``VcpuBackend.run``, ``run_immediate``, ``complete_read`` and ``park`` belong to the vCPU's own thread;
 ``kick`` may be called by any thread at any time, before the start and after the end too; ``save``, ``load``,
-``inject_nmi`` and ``describe`` only while the vCPU is parked or not started. ``VmBackend`` calls come from the trio
-thread, except ``connect_msi``/``disconnect_msi``/``add_doorbell``/``remove_doorbell``, which vCPU threads make too (a
-guest that unmasks a vector or moves a BAR): implementations lock them.
+``inject_nmi`` and ``describe`` only while the vCPU is parked or not started. ``VmBackend`` calls come from one thread
+at a time, not always the same (``trivmm.nursery.kernel``), except ``connect_msi``/``disconnect_msi``/``add_doorbell``/
+``remove_doorbell``, which vCPU threads make too (a guest that unmasks a vector or moves a BAR): implementations lock
+them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The board: everything of a machine that is not a task. Built in one go from a configuration, or not at all.
 
-``build_board`` opens files, maps RAM, makes the KVM VM and its vCPUs, and plugs the devices; a failure anywhere closes
-what was opened. The board then answers every vCPU exit (:meth:`Board.handle_exit`, on vCPU threads), and is saved,
-loaded and closed as a whole. Tasks around it (actors, vCPUs, drain) belong to ``trivmm.nursery.tree``.
+``build_board`` opens files, maps RAM, makes the KVM VM and its vCPUs, and plugs the devices, in any thread, since it
+waits for the kernel; a failure anywhere closes what was opened. The board then answers every vCPU exit
+(:meth:`Board.handle_exit`, on vCPU threads), and is saved, loaded and closed as a whole. Tasks around
+it (actors, vCPUs, drain) belong to ``trivmm.nursery.tree``.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from types import MappingProxyType
 from typing import Any, Final
 
 import attrs
 
 from trivmm._native import ffi, lib
 from trivmm.config import VmConfig
-from trivmm.errors import ConfigError, MigrationError
+from trivmm.errors import ConfigError, MigrationError, TrivmmError
 from trivmm.hypervisor.base import Hypervisor, IoIn, IoOut, MmioRead, MmioWrite, VcpuBackend, VcpuExit, VmBackend
 from trivmm.machine import layout
 from trivmm.machine.acpi_port import ACPI_PORTS, AcpiPort
@@ -43,7 +46,7 @@ from trivmm.virtio.device import WorkerDevice
 from trivmm.virtio.pci import VirtioPciTransport
 from trivmm.virtio.rng import RngDevice
 
-__all__ = ["Board", "DeviceSlot", "build_board"]
+__all__ = ["Board", "DeviceSlot", "build_board", "check_board", "close_sinks", "open_sinks"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +68,8 @@ class DeviceSlot:
 
 @attrs.define(eq=False)
 class Board:
-    """``devices`` in the order of their PCI slots. ``stuck`` names threads that outlived their deadline."""
+    """``devices`` in the order of their PCI slots. ``stuck`` names threads that outlived their deadline; ``in_use``
+    says that one of them works on the board itself: then it stays open."""
 
     config: VmConfig
     memory: GuestMemory
@@ -80,6 +84,7 @@ class Board:
     devices: list[DeviceSlot] = attrs.field(factory=list)
     console: ConsoleDevice | None = None
     stuck: list[str] = attrs.field(factory=list)
+    in_use: bool = False
     clock: Callable[[], float] = time.monotonic
     needs_payload: bool = True
     _dirty_logging: bool = False
@@ -153,11 +158,23 @@ class Board:
             line.keeps_sink = True
         return {name: line.sink for name, line in self.lines.items() if line.sink is not None}
 
-    # --- interrupts ------------------------------------------------------------------------------------------
+    def own_sinks(self) -> None:
+        """From now on they are closed with the board. In the trio thread."""
+        for line in self.lines.values():
+            line.keeps_sink = False
 
-    def connect_interrupts(self) -> None:
+    def thaw(self) -> None:
+        """A saved state of the console lines was not used, or one was loaded: they go on."""
         for line in self.lines.values():
             line.thaw()
+
+    def power_button(self) -> None:
+        """The guest finds a press when it next looks, whether it runs or not."""
+        self.ged.notify(POWER_BUTTON)
+
+    # --- interrupts and the dirty log: these wait for the kernel -----------------------------------------------
+
+    def connect_interrupts(self) -> None:
         self.vm.connect_irq(self.serial.irq_fd, COM1_IRQ)
         self.vm.connect_irq(self.ged.irq_fd, GED_IRQ)
         for slot in self.devices:
@@ -171,17 +188,16 @@ class Board:
         self.vm.disconnect_irq(self.ged.irq_fd, GED_IRQ)
         self.vm.disconnect_irq(self.serial.irq_fd, COM1_IRQ)
 
-    def power_button(self) -> None:
-        """The guest finds a press when it next looks, whether it runs or not."""
-        self.ged.notify(POWER_BUTTON)
-
-    # --- dirty log -------------------------------------------------------------------------------------------
-
     def start_dirty_log(self) -> None:
         for region in self.memory.regions:  # the first round sends every touched page anyway
             lib.tv_dirty_take(region.dirty, ffi.new("uint64_t[]", region.bitmap_words), region.bitmap_words)
-        self.vm.set_dirty_log(True)
         self._dirty_logging = True
+        try:
+            self.vm.set_dirty_log(True)
+        except TrivmmError:  # of one slot, perhaps: no other goes on logging for nobody
+            with suppress(TrivmmError):
+                self.stop_dirty_log()
+            raise
 
     def stop_dirty_log(self) -> None:
         if self._dirty_logging:
@@ -318,8 +334,16 @@ class Board:
         }
         return counted
 
-    def note_stuck(self, what: str) -> None:
+    def give_locks(self) -> None:
+        """Sockets of console lines are locks too: the side that runs the VM has the path."""
+        for slot in self.devices:
+            slot.backend.release_locks()
+        for line in self.lines.values():
+            line.release()
+
+    def note_stuck(self, what: str, *, in_use: bool = False) -> None:
         self.stuck.append(what)
+        self.in_use |= in_use
 
     def close(self) -> None:
         """Close everything, in the reverse order of the build. Idempotent. A stuck thread keeps guest memory."""
@@ -327,10 +351,14 @@ class Board:
         self.free()
 
     def disconnect(self) -> None:
-        """The quick half of :meth:`close`: nothing of the outside is held any more. In the trio thread."""
+        """The quick half of :meth:`close`: nothing of the outside is held any more. In the trio thread, once something
+        of it ran there. Doorbells and interrupts go with the VM: taking each away would wait for the kernel."""
         if self._closed:
             return
         self._closed = True
+        if self.in_use:
+            self.give_locks()
+            return
         for slot in self.devices:
             slot.transport.close()
             slot.backend.close()
@@ -342,7 +370,7 @@ class Board:
     def free(self) -> None:
         """The other half, after it: blocks while the kernel frees what the guest touched, some 0.2 s a GiB. In any
         thread."""
-        if self._freed:
+        if self._freed or self.in_use:
             return
         self._freed = True
         self.vm.close()
@@ -356,17 +384,18 @@ def build_board(
     *,
     on_event: EventSink = lambda kind, device, generation: None,
     incoming: bool = False,
-    sinks: Mapping[str, Sink] | None = None,
+    sinks: Mapping[str, Sink] = MappingProxyType({}),
 ) -> Board:
-    """Build everything, or nothing. ``incoming``: image locks and the sinks of console lines wait for COMMIT.
-    ``sinks`` are those of the board before (:meth:`Board.keep_sinks`), which was rebooted.
+    """Build everything, or nothing, of a configuration that passed :func:`check_board`. ``incoming``: image locks and
+    the sinks of console lines wait for COMMIT. ``sinks`` are what :func:`open_sinks` gave; they stay the caller's until
+    :meth:`Board.own_sinks`, since only the trio thread may close them.
 
     :raises ConfigError: naming the field, the value and the remedy.
     :raises HypervisorError: when the host refuses."""
-    _check_limits(config, hypervisor)
     undo: list[Callable[[], None]] = []
     try:
-        serial = Serial(_sink("serial", config.serial, incoming, sinks))
+        serial = Serial(sinks.get("serial"))
+        serial.keeps_sink = True
         undo.append(serial.close)
         memory = GuestMemory(layout.ram_ranges(config.memory.size))
         undo.append(memory.close)
@@ -374,7 +403,7 @@ def build_board(
         undo.append(vm.close)
         board = _assemble(config, hypervisor, memory, vm, serial)
         undo = [board.close]
-        _plug_devices(board, on_event, incoming, sinks)
+        _plug_devices(board, on_event, incoming, sinks.get("console"))
         for index in range(config.cpus.boot_vcpus):
             cpu = vm.create_vcpu(index)
             cpu.inline_handler = board.inline_handler(index)
@@ -389,18 +418,39 @@ def build_board(
     return board
 
 
-def _sink(name: str, config: LineConfig, incoming: bool, kept: Mapping[str, Sink] | None) -> Sink | None:
-    if incoming:
-        return None
-    sink = kept.get(name) if kept else None
-    if sink is None:
-        return open_sink(config, name)
-    if isinstance(sink, ClientSink):
-        sink.retake()  # a machine in doubt had let go of its socket
-    return sink
+def open_sinks(config: VmConfig, kept: Mapping[str, Sink] | None = None) -> dict[str, Sink]:
+    """The sinks of a board's console lines, for :func:`build_board`. In the trio thread. ``kept`` are those of the
+    board before (:meth:`Board.keep_sinks`), which was rebooted.
+
+    :raises ConfigError: when one can't be opened; those that were opened here are closed."""
+    configs: dict[str, LineConfig] = {"serial": config.serial}
+    if config.console.mode != "Off":
+        configs["console"] = config.console
+    sinks: dict[str, Sink] = {}
+    try:
+        for name, each in configs.items():
+            sink = kept.get(name) if kept else None
+            if sink is None:
+                sink = open_sink(each, name)
+            elif isinstance(sink, ClientSink):
+                sink.retake()  # a machine in doubt had let go of its socket
+            sinks[name] = sink
+    except BaseException:
+        close_sinks(sinks)
+        raise
+    return sinks
 
 
-def _check_limits(config: VmConfig, hypervisor: Hypervisor) -> None:
+def close_sinks(sinks: Mapping[str, Sink]) -> None:
+    """Idempotent. In the trio thread."""
+    for sink in sinks.values():
+        sink.close()
+
+
+def check_board(config: VmConfig, hypervisor: Hypervisor) -> None:
+    """What can be seen without opening anything.
+
+    :raises ConfigError: naming the field, the value and the remedy."""
     if not config.payload.kernel:
         remedy = "give the path of a PVH ELF kernel; firmware is not supported yet"
         raise ConfigError("payload.kernel", None, "missing", remedy)
@@ -477,11 +527,12 @@ def _disk_names(config: VmConfig) -> list[str]:
     return [disk.id or next(free) for disk in config.disks]
 
 
-def _plug_devices(board: Board, on_event: EventSink, incoming: bool, sinks: Mapping[str, Sink] | None) -> None:
+def _plug_devices(board: Board, on_event: EventSink, incoming: bool, sink: Sink | None) -> None:
     """In Cloud Hypervisor's order: the console, unless it is off, then disks, then rng."""
     config, memory = board.config, board.memory
     if config.console.mode != "Off":
-        console = ConsoleDevice(config.console, memory, _sink("console", config.console, incoming, sinks))
+        console = ConsoleDevice(config.console, memory, sink)
+        console.line.keeps_sink = True
         _plug(board, console, on_event, slot=config.console.pci_device_id, use_64bit_bar=True)
         board.console = console
     for disk, name in zip(config.disks, _disk_names(config), strict=True):

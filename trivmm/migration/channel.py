@@ -2,15 +2,19 @@
 
 :class:`SocketChannel` moves pages in C, on a thread, with the GIL released (``ffi/pages.c``); :class:`StreamChannel`
 moves them in Python over any trio stream, which is what virtual time and tests use. Both bound every wait for the
-peer by the ``stall`` deadline: that long without a byte of progress is a named error.
+peer by the ``stall`` deadline: that long until a frame begins, and that long again until it is whole. A peer that lets
+a byte trickle now and then gains nothing, and a link that takes longer for half a megabyte is no good for migrations.
 
 A channel belongs to one task at a time. A *control* frame may be waited for again after a cancelled wait (nothing is
-lost); a frame that was cut short on its way out, or pages cut short on their way in, break the channel for good.
+lost); a frame that was cut short on its way out, or pages cut short on their way in, break the channel for good. Each
+channel numbers what it sends from 0, a frame when it is whole on its way, and checks the numbers of what comes; the C
+side is given the number at hand and gives it back.
 """
 
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, Protocol
@@ -22,22 +26,30 @@ from trivmm._native import ffi, lib
 from trivmm.deadlines import Deadlines
 from trivmm.errors import DeadlineError, MigrationError, ProtocolError
 from trivmm.migration.pages import DirtySet, Landing, PageCounts, bad_page, bad_page_crc, page_frames
-from trivmm.migration.wire import FRAME_PAGES, HEADER_BYTES, PAGE_BYTES, VERSION, Frame, FrameReader, MessageType
+from trivmm.migration.wire import (
+    FRAME_PAGES,
+    HEADER_BYTES,
+    PAGE_BYTES,
+    VERSION,
+    Frame,
+    FrameReader,
+    MessageType,
+    numbered,
+)
 
 __all__ = ["Channel", "LinkLost", "SocketChannel", "StreamChannel"]
 
 INTAKE_PAGES: Final = 32768  # pages between two progress reports of a receiver: some tenth of a second
 GRACE_MS: Final = 200  # how long a cancelled sender may take to end its frame, so that the stream stays usable
 RECEIVE_CHUNK: Final = 65536
+SILENT: Final = "the peer is silent"
+TRICKLES: Final = "the peer's frame does not end"
 DONE, BUDGET, KICKED, STALLED, ERRNO, EOF, BAD = range(7)  # enum tv_pages_reason
 BAD_LENGTH, BAD_BODY_CRC, BAD_SLOT, BAD_PAGE, BAD_PAGE_CRC = range(1, 6)  # enum tv_pages_problem
 
 
 class LinkLost(MigrationError):
-    """The connection ended or broke: the peer closed it, died, or the network did. ``clean``: closed in good order
-    between two frames, so that everything the peer ever sent was read."""
-
-    clean: bool = False
+    """The connection ended or broke: the peer closed it, died, or the network did. Which of them, nobody can tell."""
 
 
 class Channel(Protocol):
@@ -46,7 +58,7 @@ class Channel(Protocol):
     name: str
 
     async def send(self, data: bytes) -> None:
-        """Send a whole frame. :raises LinkLost: / :raises DeadlineError: (stall)."""
+        """Send a whole frame, which gets its number here. :raises LinkLost: / :raises DeadlineError: (stall)."""
 
     async def send_pages(self, dirty: DirtySet, limit: int, counts: PageCounts) -> bool:
         """Send about ``limit`` dirty pages, discard them from ``dirty`` and count them. True when none is left.
@@ -66,9 +78,20 @@ def _lost(name: str, why: object) -> LinkLost:
 
 
 def _closed(name: str, reader: FrameReader) -> LinkLost:
-    error = _lost(name, "closed by the peer" + (" in the middle of a frame" if reader.pending else ""))
-    error.clean = not reader.pending
-    return error
+    return _lost(name, "closed by the peer" + (" in the middle of a frame" if reader.pending else ""))
+
+
+async def _whole_frame(
+    reader: FrameReader, more: Callable[[], Awaitable[bytes]], name: str, deadlines: Deadlines
+) -> Frame:
+    """The next frame: ``stall`` until it begins, and ``stall`` until it is whole. What came stays in the reader."""
+    if not reader.pending:
+        with deadlines.enter("stall", f"{name}: {SILENT}"):
+            reader.feed(await more())
+    with deadlines.enter("stall", f"{name}: {TRICKLES}"):
+        while (frame := reader.next_frame()) is None:
+            reader.feed(await more())
+    return frame
 
 
 async def _with_grace(work: Callable[[], Awaitable[None]]) -> None:
@@ -104,11 +127,13 @@ class StreamChannel:
     deadlines: Deadlines
     _reader: FrameReader = attrs.field(factory=FrameReader)
     _broken: bool = False
+    _sequence: int = 0  # of the next frame to be sent
 
     async def send(self, data: bytes) -> None:
         if self._broken:
             raise _lost(self.name, "a frame was cut short")
-        await _with_grace(lambda: self._send_frame(data))
+        frame = numbered(data, self._sequence)
+        await _with_grace(lambda: self._send_frame(frame))
 
     async def _send_frame(self, data: bytes) -> None:
         self._broken = True
@@ -118,33 +143,34 @@ class StreamChannel:
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise _lost(self.name, error.__cause__ or "closed by the peer") from error
         self._broken = False
+        self._sequence += 1
 
     async def send_pages(self, dirty: DirtySet, limit: int, counts: PageCounts) -> bool:
         for frame, pages, zero in page_frames(dirty, limit):
-            await self.send(frame)
-            for page in pages:
-                dirty.discard(page)
-            counts.bytes += len(frame)
-            counts.pages += len(pages) - zero
-            counts.zero_pages += zero
+            before = self._sequence
+            try:
+                await self.send(frame)
+            finally:
+                if self._sequence > before:  # whole on its way, also when the call was cancelled meanwhile
+                    for page in pages:
+                        dirty.discard(page)
+                    counts.bytes += len(frame)
+                    counts.pages += len(pages) - zero
+                    counts.zero_pages += zero
         return dirty.count == 0
 
     async def receive(self, landing: Landing | None, report: Callable[[], None] | None = None) -> Frame:
         while True:
-            frame = self._reader.next_frame()
-            if frame is None:
-                self._reader.feed(await self._receive_some())
-            elif landing is not None and frame.type in (MessageType.PAGES, MessageType.ZERO):
-                landing.take(frame)
-                if report:
-                    report()
-            else:
+            frame = await _whole_frame(self._reader, self._receive_some, self.name, self.deadlines)
+            if landing is None or frame.type not in (MessageType.PAGES, MessageType.ZERO):
                 return frame
+            landing.take(frame)
+            if report:
+                report()
 
     async def _receive_some(self) -> bytes:
         try:
-            with self.deadlines.enter("stall", f"{self.name}: the peer is silent"):
-                data = bytes(await self.stream.receive_some(RECEIVE_CHUNK))
+            data = bytes(await self.stream.receive_some(RECEIVE_CHUNK))
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise _lost(self.name, error.__cause__ or "closed by the peer") from error
         if not data:
@@ -155,10 +181,10 @@ class StreamChannel:
         await trio.aclose_forcefully(self.stream)
 
 
-def _aligned_staging() -> tuple[Any, Any]:
-    """(owner, pointer) of FRAME_PAGES pages on a 64-byte boundary."""
-    owner = ffi.new("uint8_t[]", FRAME_PAGES * PAGE_BYTES + 64)
-    return owner, ffi.cast("uint8_t *", (int(ffi.cast("uintptr_t", owner)) + 63) & ~63)
+def _staging() -> Any:
+    """FRAME_PAGES pages, a mapping of their own: the host has them back with the channel. From the heap half a MiB a
+    channel would stay with the process, in pieces."""
+    return ffi.from_buffer("uint8_t[]", mmap.mmap(-1, FRAME_PAGES * PAGE_BYTES))
 
 
 class SocketChannel:
@@ -169,41 +195,45 @@ class SocketChannel:
         self.deadlines = deadlines
         self._sock = sock
         self._reader = FrameReader()
+        self._sequence = 0  # of the next frame to be sent
         self._broken = False
         self._closed = False
         self._limiter = trio.CapacityLimiter(1)
-        self._staging_owner, self._staging = _aligned_staging()
+        self._staging: Any = _staging()
         self._kick = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     async def send(self, data: bytes) -> None:
         if self._broken:
             raise _lost(self.name, "a frame was cut short")
-        await _with_grace(lambda: self._send_frame(data))
+        frame = numbered(data, self._sequence)
+        await _with_grace(lambda: self._send_frame(frame))
 
     async def _send_frame(self, data: bytes) -> None:
         self._broken = True
         rest = memoryview(data)
-        while rest:
-            with self.deadlines.enter("stall", f"{self.name}: the peer takes no data"):
+        with self.deadlines.enter("stall", f"{self.name}: the peer takes no data"):
+            while rest:
                 try:
                     rest = rest[await self._sock.send(rest) :]
                 except (OSError, trio.ClosedResourceError) as error:
                     raise _lost(self.name, error) from error
         self._broken = False
+        self._sequence += 1
 
     async def send_pages(self, dirty: DirtySet, limit: int, counts: PageCounts) -> bool:
         if self._broken:
             raise _lost(self.name, "a frame was cut short")
         region = dirty.region
-        job = ffi.new("struct tv_page_send *")
+        job, staging = ffi.new("struct tv_page_send *"), self._staging  # held until the thread is done with it
         job.fd, job.kick_fd = self._sock.fileno(), self._kick
         job.stall_ms, job.grace_ms = self._stall_ms, GRACE_MS
         job.version, job.slot, job.pages = VERSION, region.slot, region.pages
-        job.hva, job.dirty, job.staging = ffi.cast("uint8_t *", region.hva), dirty.bits, self._staging
-        job.max_pages = limit
+        job.hva, job.dirty, job.staging = ffi.cast("uint8_t *", region.hva), dirty.bits, staging
+        job.max_pages, job.sequence = limit, self._sequence
         try:
             await self._in_thread(lib.tv_pages_send, job)
         finally:
+            self._sequence = job.sequence
             self._broken = bool(job.broken)
             counts.bytes += job.bytes
             counts.pages += job.sent_pages
@@ -214,8 +244,7 @@ class SocketChannel:
     async def receive(self, landing: Landing | None, report: Callable[[], None] | None = None) -> Frame:
         if landing is not None and not self._reader.pending:
             await self._receive_pages(landing, report)
-        while (frame := self._reader.next_frame()) is None:
-            self._reader.feed(await self._receive_some())
+        frame = await _whole_frame(self._reader, self._receive_some, self.name, self.deadlines)
         if landing is not None and frame.type in (MessageType.PAGES, MessageType.ZERO):
             raise ProtocolError(f"{frame.type.name} in pieces")  # pragma: no cover - the C side takes all of these
         return frame
@@ -223,8 +252,7 @@ class SocketChannel:
     async def _receive_some(self) -> bytes:
         # Never more than the frame at hand: what follows may be pages, which the C side reads from the socket.
         try:
-            with self.deadlines.enter("stall", f"{self.name}: the peer is silent"):
-                data = await self._sock.recv(min(self._reader.wanted, RECEIVE_CHUNK))
+            data = await self._sock.recv(min(self._reader.wanted, RECEIVE_CHUNK))
         except (OSError, trio.ClosedResourceError) as error:
             raise _lost(self.name, error) from error
         if not data:
@@ -235,23 +263,25 @@ class SocketChannel:
         """Take page frames until another one comes, whose header then is in the reader."""
         if self._broken:
             raise _lost(self.name, "pages were cut short")
+        staging = self._staging  # held until the thread is done with it
         while True:
             job = ffi.new("struct tv_page_intake *")
             job.fd, job.kick_fd, job.stall_ms, job.version = self._sock.fileno(), self._kick, self._stall_ms, VERSION
             job.memory, job.max_pages = landing.memory.native, INTAKE_PAGES
-            job.staging = self._staging
+            job.staging, job.sequence = staging, self._reader.due
             for slot, bits in enumerate(landing.landed):
                 job.landed[slot], job.memfd[slot] = bits, landing.memory.regions[slot].memfd
             self._broken = True
             try:
                 await self._in_thread(lib.tv_pages_receive, job)
             finally:
+                self._reader.due = job.sequence
                 landing.counts.bytes += job.bytes
                 landing.counts.pages += job.sent_pages
                 landing.counts.zero_pages += job.zero_pages
             if job.reason == BAD:
                 raise self._nonsense(job)
-            self._check(job, "the peer is silent")
+            self._check(job, TRICKLES if job.until_ms else SILENT)
             self._broken = False
             if report:
                 report()
@@ -307,4 +337,5 @@ class SocketChannel:
             self._closed = True
             self._sock.close()
             os.close(self._kick)
+            self._staging = ffi.NULL  # a channel may be kept as long as the machine that came through it
         await trio.lowlevel.checkpoint()

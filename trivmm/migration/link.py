@@ -14,7 +14,7 @@ import trio
 
 from trivmm.errors import DeadlineError, MigrationError, ProtocolError
 from trivmm.migration.channel import Channel, LinkLost
-from trivmm.migration.messages import TYPE_OF, Abort, Message, encode_message, parse_message
+from trivmm.migration.messages import TYPE_OF, Abort, Done, Message, encode_message, parse_message
 from trivmm.migration.pages import DirtySet, Landing, PageCounts
 from trivmm.migration.steps import Session, SessionState
 from trivmm.migration.wire import MessageType
@@ -101,11 +101,12 @@ class Link:
         await self.close()
 
     async def say_abort(self, reason: str) -> None:
-        """:meth:`abort` without the close."""
+        """:meth:`abort` without the close. A destination that said it first hears that it was heard (DONE)."""
+        farewell = Done() if self.state is SessionState.CLOSED else Abort(reason)
         # Out of order, broken or gone: then it sees the connection close.
         with trio.move_on_after(FAREWELL_S, shield=True), suppress(MigrationError, DeadlineError):
-            self.session.sent(MessageType.ABORT)
-            await self.channel.send(encode_message(Abort(reason)))
+            self.session.sent(TYPE_OF[type(farewell)])
+            await self.channel.send(encode_message(farewell))
 
     async def close(self) -> None:
         with trio.move_on_after(FAREWELL_S, shield=True):

@@ -43,6 +43,7 @@ SESSION_BYTES: Final = 16
 MAX_REASON: Final = 2000  # characters of an error text
 MAX_REGIONS: Final = 8  # as TV_MAX_REGIONS
 MAX_ROUND: Final = 1 << 32
+MAX_PAGES: Final = 1 << 52  # as often as a page can be sent in a life
 MAX_MS: Final = 1e9
 VERDICTS: Final = ("running", "refused", "pending", "unknown")
 
@@ -70,7 +71,10 @@ class SetupFail:
 
 @attrs.frozen
 class RoundEnd:
+    """``pages``: how many went out on this connection, zero pages included, each time that one was sent."""
+
     round: int
+    pages: int
 
 
 @attrs.frozen
@@ -238,7 +242,7 @@ def parse_message(frame: Frame) -> Message:
         case MessageType.SETUP_FAIL:
             message = SetupFail(fields.line("reason", MAX_REASON))
         case MessageType.ROUND_END:
-            message = RoundEnd(fields.integer("round", 0, MAX_ROUND))
+            message = RoundEnd(fields.integer("round", 0, MAX_ROUND), fields.integer("pages", 0, MAX_PAGES))
         case MessageType.ROUND_ACK:
             message = RoundAck(fields.integer("round", 0, MAX_ROUND))
         case MessageType.READY:

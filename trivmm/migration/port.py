@@ -31,16 +31,20 @@ class SourceMachine(Protocol):
     def describe(self) -> dict[str, Any]:
         """JSON-able SETUP section: everything that the destination needs to build the same machine."""
 
-    def start_dirty_log(self) -> None:
+    async def start_dirty_log(self) -> None:
         """From now on every write, by guest or host, is seen by the next harvest; what was written before is not
-        (clear the host writers' log: the first round sends every touched page anyway)."""
+        (clear the host writers' log: the first round sends every touched page anyway). Not cut short by a cancellation.
 
-    def stop_dirty_log(self) -> None:
-        """Idempotent."""
+        :raises DeadlineError: (kernel) it is not on, or will be taken off again by itself."""
 
-    def harvest_dirty(self, slot: int, into: Any) -> int:
+    async def stop_dirty_log(self) -> None:
+        """Idempotent. :raises DeadlineError: (kernel) it goes off by itself, later."""
+
+    async def harvest_dirty(self, slot: int, into: Any) -> int:
         """OR both dirty logs of a region (guest's and host writers') into ``into`` (cffi ``uint64_t *``), clear
-        them, and give the number of pages dirty in ``into`` now."""
+        them, and give the number of pages dirty in ``into`` now. Not cut short by a cancellation.
+
+        :raises DeadlineError: (kernel)."""
 
     def set_throttle(self, percent: int) -> None:
         """0 takes it off."""
@@ -74,8 +78,9 @@ class DestinationMachine(Protocol):
     @property
     def memory(self) -> GuestMemory: ...
 
-    def load(self, state: MachineState) -> None:
-        """Set all state; may be called again. :raises TrivmmError: when the state makes no sense."""
+    async def load(self, state: MachineState) -> None:
+        """Set all state, and do all that can be done before COMMIT; may be called again. Not cut short by a
+        cancellation. :raises TrivmmError: when the state makes no sense."""
 
     async def take_locks(self) -> None:
         """On COMMIT. :raises ConfigError: → REFUSED."""

@@ -57,6 +57,7 @@ class Rounds:
     tracker: Tracker
     estimates: Estimates
     dirty: list[DirtySet] = attrs.field(factory=list)
+    sent_pages: int = 0  # on this connection, in all rounds and in pieces of undone ones
     _harvested: float | None = None
 
     def __attrs_post_init__(self) -> None:
@@ -71,10 +72,12 @@ class Rounds:
             each.add_touched()
         self.tracker.remaining_pages = self.remaining
 
-    def harvest(self) -> int:
+    async def harvest(self) -> int:
         """Add what was written since the last harvest; gives the pages to send now."""
         now, before = trio.current_time(), self.remaining
-        total = sum(self.source.harvest_dirty(each.region.slot, each.bits) for each in self.dirty)
+        total = 0
+        for each in self.dirty:
+            total += await self.source.harvest_dirty(each.region.slot, each.bits)
         if self._harvested is not None and now > self._harvested:
             self.tracker.dirty_rate = (total - before) / (now - self._harvested)
         self._harvested = now
@@ -114,6 +117,7 @@ class Rounds:
         total.bytes += counts.bytes
         total.pages += counts.pages
         total.zero_pages += counts.zero_pages
+        self.sent_pages += counts.pages + counts.zero_pages
         self.tracker.bytes_sent += counts.bytes
         self.tracker.pages += counts.pages
         self.tracker.zero_pages += counts.zero_pages
@@ -121,9 +125,9 @@ class Rounds:
         self.tracker.push()
 
     async def _barrier(self) -> None:
-        """ROUND_END and its answer: all pages sent so far have landed."""
+        """ROUND_END and its answer: all pages sent so far have landed, by the destination's own count."""
         number = self.tracker.round
-        await self.link.send(RoundEnd(number))
+        await self.link.send(RoundEnd(number, self.sent_pages))
         answer = await self.link.expect(RoundAck)
         if answer.round != number:
             raise ProtocolError(f"ROUND_ACK of round {answer.round}, {number} was due")

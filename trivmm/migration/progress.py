@@ -53,8 +53,9 @@ STEPS: Final[dict[Phase, frozenset[Phase]]] = {
 
 @attrs.frozen
 class Downtime:
-    """The parts of a switchover in milliseconds: stopping the machine, its last pages, its state to READY, and from
-    COMMIT to RUNNING."""
+    """The parts of a switchover in milliseconds: stopping the machine, its last pages, its state until COMMIT may go,
+    and from COMMIT to RUNNING. Until COMMIT the limit is kept, or the switchover undone; what comes after it can only
+    be estimated before."""
 
     stop_ms: float = 0.0
     pages_ms: float = 0.0
@@ -62,8 +63,12 @@ class Downtime:
     resume_ms: float = 0.0
 
     @property
+    def until_commit_ms(self) -> float:
+        return self.stop_ms + self.pages_ms + self.state_ms
+
+    @property
     def total_ms(self) -> float:
-        return self.stop_ms + self.pages_ms + self.state_ms + self.resume_ms
+        return self.until_commit_ms + self.resume_ms
 
 
 @attrs.frozen

@@ -1,10 +1,18 @@
 """The destination's side: :func:`open_receiver` listens, :meth:`Receiver.receive` takes one machine in.
 
 Only the first connection that says SETUP is served; strangers are told so and disturb nothing. Nothing runs before
-COMMIT. From COMMIT to the verdict the receiver is shielded, bounded by the ``commit`` deadline; then, for that long
-again, it keeps its listener in the caller's nursery to answer a source whose link died (QUERY), unless the source
-says that it heard the verdict (DONE). A destination that was ready to run and fails before it saw COMMIT has the
-verdict *refused*: a promise that it never ran and never will.
+COMMIT. From COMMIT to the verdict the receiver is shielded, bounded by the ``commit`` deadline. A destination that was
+ready to run and fails before it saw COMMIT has the verdict *refused*: a promise that it never ran and never will.
+
+Then it keeps its listener to answer a source whose link died or went silent (QUERY), until the source says that it
+heard the verdict (DONE), or that it never sent COMMIT (ABORT). How a link ends says nothing: a middle box closes it in
+good order with COMMIT in flight. A source that says neither may be in doubt, and its operator ask any time later:
+
+- where the machine runs, the listener stays in ``nursery``, the machine's own: as long as that machine is there;
+- where it does not, in ``answering``, for twice as long as a source asks (``commit``, and a last look).
+
+A new receiver of this process at the same address takes it over, and answers for every session that this process has
+settled and nobody has said DONE to.
 
 The machine that the factory built belongs to whoever passed the factory: when ``receive`` raises, they destroy it.
 """
@@ -12,6 +20,7 @@ The machine that the factory built belongs to whoever passed the factory: when `
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Final
@@ -26,6 +35,7 @@ from trivmm.migration.link import FAREWELL_S, Link
 from trivmm.migration.messages import (
     Abort,
     Commit,
+    Done,
     Message,
     Query,
     Ready,
@@ -46,31 +56,36 @@ from trivmm.migration.port import DestinationFactory, DestinationMachine
 from trivmm.migration.progress import MigrationProgress, MigrationReport, Phase, Round, Tracker
 from trivmm.migration.steps import Session, SessionState
 from trivmm.migration.transports import Listener, listen, parse_url
+from trivmm.migration.verdict import LAST_LOOK_S
 from trivmm.migration.wire import MessageType
 
 __all__ = ["Receiver", "open_receiver"]
 
 LOG: Final = logging.getLogger(__name__)
 MAX_STRANGERS: Final = 16  # greeted at once; the next one is closed at sight
-MAX_ANSWERS: Final = 64  # settled sessions that an address remembers
+MAX_SETTLED: Final = 64  # sessions that nobody said DONE to: each is a source that died, or may be in doubt
 FIRST_RESUME_MS: Final = 1.0  # guess of the time from COMMIT to RUNNING, until loading the state was measured
 
 # Receivers of this process that only answer questions any more, by address: the next one takes the address over.
 _LINGERING: Final[dict[str, Receiver]] = {}
+_SETTLED: Final[dict[bytes, Verdict]] = {}  # this process's verdicts, by session, until DONE; the latest
 
 
 @asynccontextmanager
-async def open_receiver(url: str, deadlines: Deadlines, nursery: trio.Nursery) -> AsyncIterator[Receiver]:
-    """Listen at ``url``. ``nursery`` holds the task that answers questions after the verdict: it should live
-    ``commit`` seconds longer than ``receive``; cancelling it is safe for everybody but a source in doubt.
+async def open_receiver(
+    url: str, deadlines: Deadlines, nursery: trio.Nursery, answering: trio.Nursery | None = None
+) -> AsyncIterator[Receiver]:
+    """Listen at ``url``. ``nursery`` should live as long as the machine that comes, ``answering`` (the same, unless
+    given) as long as questions are answered. Cancelling them is safe for everybody but a source in doubt.
 
     :raises ConfigError: (``receiver_url``) when the address is no good, or in use.
     """
     address = parse_url(url, "receiver_url")
     earlier = _LINGERING.pop(str(address), None)
-    answers = earlier.hand_over() if earlier else {}
+    if earlier is not None:
+        earlier.hand_over()
     listener = await listen(address, deadlines)
-    receiver = Receiver(listener, deadlines, nursery, answers)
+    receiver = Receiver(listener, deadlines, nursery, answering or nursery)
     try:
         yield receiver
     finally:
@@ -84,13 +99,14 @@ class Receiver:
     listener: Listener
     deadlines: Deadlines
     nursery: trio.Nursery
-    answers: dict[bytes, Verdict] = attrs.field(factory=dict)  # of earlier sessions at this address
+    answering: trio.Nursery = attrs.field(default=attrs.Factory(lambda self: self.nursery, takes_self=True))
     _first: tuple[Link, Setup] | None = None
     _came: trio.Event = attrs.field(factory=trio.Event)
     _turned_away: list[str] = attrs.field(factory=list)
     _greeting: int = 0
     _verdict: Verdict | None = None  # None: not settled yet
     _serving: trio.CancelScope = attrs.field(factory=trio.CancelScope)
+    _door: trio.CancelScope = attrs.field(factory=trio.CancelScope)
     _lingers: bool = False
     _lingering: trio.CancelScope = attrs.field(factory=trio.CancelScope)
     _used: bool = False
@@ -102,18 +118,13 @@ class Receiver:
         """Where it listens, with the real port."""
         return self.listener.url
 
-    def hand_over(self) -> dict[bytes, Verdict]:
-        """Stop answering at once, for a new receiver at the same address, which goes on with these answers."""
+    def hand_over(self) -> None:
+        """Stop answering at once, for a new receiver at the same address, which goes on with it."""
         self._lingering.cancel()
         self.listener.close()
-        return self._settled()
-
-    def _settled(self) -> dict[bytes, Verdict]:
-        mine = {self._first[1].session: self._verdict} if self._first and self._verdict else {}
-        return dict(list({**self.answers, **mine}.items())[-MAX_ANSWERS:])
 
     def close(self) -> None:
-        """Stop listening, unless questions are still answered: that task closes the listener at its end."""
+        """Stop listening, unless questions are still answered: they close the listener at their end."""
         if not self._lingers:
             self.listener.close()
 
@@ -137,25 +148,16 @@ class Receiver:
         if progress is not None:
             tracker.callback = progress
         result: DestinationMachine | Exception | None = None
+        self.answering.start_soon(self._keep_door)
         # The guard is shielded at COMMIT, together with everything inside: from there a verdict is certain.
-        door = trio.CancelScope(shield=True)
-
-        async def keep_door() -> None:
-            # Shielded, and closed by us: a cancellation that reached this task in the very moment in which COMMIT is
-            # read would come out of it after the guard is shielded, and take the nursery with it.
-            with door:
-                async with trio.open_nursery() as strangers:
-                    await self._accept_strangers(strangers)
-
         with trio.CancelScope() as guard:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(keep_door)
-                try:
-                    result = await self._serve(factory, tracker, guard)
-                except Exception as error:
-                    result = error
-                finally:
-                    door.cancel()
+            try:
+                result = await self._serve(factory, tracker, guard)
+            except Exception as error:
+                result = error
+            finally:
+                if not self._lingers:
+                    self._door.cancel()
         if result is None:
             # Cancelled, and the guard's shield made its end absorb that: out here the cancellation shows again.
             await trio.lowlevel.checkpoint()
@@ -184,13 +186,12 @@ class Receiver:
         except BaseException as error:
             reason = str(error) if isinstance(error, Exception) else "the destination was cancelled"
             tracker.reason = reason
-            # Ready, a COMMIT may be on its way: that source will ask, and gets a promise. One that closed the link
-            # in good order without a COMMIT has given up, or died: it won't.
+            # Ready, a COMMIT may be on its way, however the link ended: that source will ask, and gets a promise.
             could_commit = link.state in (SessionState.READY, SessionState.COMMITTED, SessionState.REFUSED)
-            if isinstance(error, LinkLost) and error.clean and link.state is SessionState.READY:
-                could_commit = False
-            if self._verdict is None and not isinstance(error, MigrationInDoubt):
-                self._verdict = Verdict("refused", reason)
+            verdict = self._verdict
+            if verdict is None:
+                verdict = Verdict("unknown" if isinstance(error, MigrationInDoubt) else "refused", reason)
+                self._settle(verdict, remember=could_commit)
             if tracker.phase is not Phase.IN_DOUBT:
                 cancelled = not isinstance(error, Exception) and tracker.phase is not Phase.COMMIT
                 tracker.enter(Phase.CANCELLED if cancelled else Phase.FAILED)
@@ -199,17 +200,14 @@ class Receiver:
                 with trio.move_on_after(2 * FAREWELL_S, shield=True):
                     await link.say_abort(reason)
             elif link.state is SessionState.COMMITTED:
-                if self._verdict is not None:
+                if verdict.verdict == "refused":
                     with trio.move_on_after(FAREWELL_S, shield=True), suppress(MigrationError, DeadlineError):
                         await link.send(Refused(reason))
             else:
                 with trio.move_on_after(2 * FAREWELL_S, shield=True):
                     await link.abort(reason)
             if could_commit:
-                self._linger(link, aborted)
-            elif aborted:
-                with trio.move_on_after(FAREWELL_S, shield=True):
-                    await link.close()
+                self._linger(link, self.answering, 2 * (self.deadlines.commit + LAST_LOOK_S))
             raise
 
     def _nobody(self) -> str:
@@ -217,43 +215,68 @@ class Receiver:
             return f"{self.url}: no source came"
         return f"{self.url}: {len(self._turned_away)} came, none with a migration; the last: {self._turned_away[-1]}"
 
-    def _linger(self, link: Link, aborted: bool = False) -> None:
-        """Answer questions for ``commit`` seconds more, in the caller's nursery."""
+    def _settle(self, verdict: Verdict, *, remember: bool = True) -> None:
+        """Decide, once; only then may anybody be told. ``remember``: the source may have sent COMMIT."""
+        assert self._first is not None
+        assert self._verdict is None
+        self._verdict = verdict
+        if remember:
+            _SETTLED[self._first[1].session] = verdict
+            while len(_SETTLED) > MAX_SETTLED:
+                del _SETTLED[next(iter(_SETTLED))]
+
+    def _heard(self, session: bytes) -> None:
+        """The source knows: nobody will ask about that session again."""
+        _SETTLED.pop(session, None)
+        if self._first is not None and self._first[1].session == session:
+            self._lingering.cancel()
+
+    def _linger(self, link: Link, nursery: trio.Nursery, seconds: float) -> None:
+        """Answer questions for so long, there."""
         try:
-            self.nursery.start_soon(self._answer_questions, link, aborted)
+            nursery.start_soon(self._answer_questions, link, seconds)
         except RuntimeError:  # that nursery is closed already: nobody will answer
             return
         self._lingers = True
         _LINGERING[self.url] = self
 
-    async def _answer_questions(self, link: Link, aborted: bool) -> None:
+    async def _answer_questions(self, link: Link, seconds: float) -> None:
+        """The door stays open."""
         try:
-            self._lingering.deadline = trio.current_time() + self.deadlines.commit
+            self._lingering.deadline = trio.current_time() + seconds
             with self._lingering:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._accept_strangers, nursery)
-                    nursery.start_soon(self._until_done, link, aborted, nursery.cancel_scope)
+                await self._until_done(link)
+                await trio.sleep_forever()
         finally:
             if _LINGERING.get(self.url) is self:
                 del _LINGERING[self.url]
+            self._door.cancel()
             self.listener.close()
             with trio.move_on_after(FAREWELL_S, shield=True):
                 await link.close()
 
-    async def _until_done(self, link: Link, aborted: bool, scope: trio.CancelScope) -> None:
-        """DONE ends the waiting, and so does a source that closes in good order after our ABORT: it has read that,
-        or died. Any other end of the link does not, since that is what the waiting is for."""
+    async def _until_done(self, link: Link) -> None:
+        """DONE ends the waiting, and so does an ABORT that crossed ours: that source never sent COMMIT. No end of the
+        link does, nor any silence: they are what the waiting is for."""
+        assert self._first is not None
         try:
-            while (await link.channel.receive(None)).type is not MessageType.DONE:
-                pass
-        except LinkLost as error:
-            if not (aborted and error.clean):
-                return
-        except (MigrationError, DeadlineError):
-            return
-        scope.cancel()
+            while True:
+                with suppress(DeadlineError):
+                    if (await link.channel.receive(None)).type in (MessageType.DONE, MessageType.ABORT):
+                        break
+        except MigrationError:
+            await link.close()
+        else:
+            self._heard(self._first[1].session)
 
     # --- strangers -----------------------------------------------------------------------------------------------
+
+    async def _keep_door(self) -> None:
+        """Open from the begin of :meth:`receive` to its end, or to that of the questions: one that comes in between
+        finds no gap."""
+        with self._door:
+            async with trio.open_nursery() as strangers:
+                await self._accept_strangers(strangers)
 
     async def _accept_strangers(self, nursery: trio.Nursery) -> None:
         while True:
@@ -275,7 +298,7 @@ class Receiver:
                 message = await link.receive()
             if isinstance(message, Query):
                 with self.deadlines.enter("handshake", f"{channel.name}: takes no answer"):
-                    await link.send(self._answer(message))
+                    await self._reply(link, message.session)
             elif isinstance(message, Setup) and self._first is None and not self._lingers:
                 self._first = link, message
                 keep = True
@@ -293,14 +316,24 @@ class Receiver:
                 with trio.move_on_after(FAREWELL_S, shield=True):
                     await channel.aclose()
 
-    def _answer(self, query: Query) -> Verdict:
-        """Asking proves that the source has given its link up; a COMMIT that was not read by now never counts."""
-        if self._first is None or self._first[1].session != query.session:
-            return self.answers.get(query.session) or Verdict("unknown", "no such session here")
+    async def _reply(self, link: Link, session: bytes) -> None:
+        verdict = self._answer(session)
+        await link.send(verdict)
+        if verdict.verdict not in ("running", "refused"):
+            return
+        with suppress(LinkLost):
+            await link.expect(Done)
+            self._heard(session)
+
+    def _answer(self, session: bytes) -> Verdict:
+        """What was decided. Asked before COMMIT was read, this is the decision: it never counts any more (``verdict``
+        says why that is safe while the source listens on)."""
+        if self._first is None or self._first[1].session != session:
+            return _SETTLED.get(session) or Verdict("unknown", "no such session here")
         if self._verdict is None and self._first[0].state is SessionState.READY:
-            self._verdict = Verdict("refused", "the link died before COMMIT came")
+            self._settle(Verdict("refused", "the source asked before COMMIT came"))
             self._serving.cancel()
-        return self._verdict or Verdict("pending", "not settled yet")
+        return self._verdict or Verdict("pending", "the destination has not settled it yet")
 
 
 @attrs.define(eq=False)
@@ -322,13 +355,12 @@ class _Incoming:
     async def run(self, factory: DestinationFactory) -> DestinationMachine:
         machine = await self._build(factory)
         landing = Landing(machine.memory)
-        await self.link.send(SetupOk(self._resume_ms))
-        self.tracker.enter(Phase.PRECOPY)
-        while True:
-            message = await self._next(landing)
-            if isinstance(message, Commit):
-                return await self._commit(machine, message)
-            await self._handle(machine, message)
+        with self.deadlines.enter("intake", "the source sends and sends, and does not come to an end"):
+            await self.link.send(SetupOk(self._resume_ms))
+            self.tracker.enter(Phase.PRECOPY)
+            while not isinstance(message := await self._next(landing), Commit):
+                await self._handle(machine, message, landing)
+        return await self._commit(machine, message)
 
     async def _build(self, factory: DestinationFactory) -> DestinationMachine:
         try:
@@ -355,15 +387,18 @@ class _Incoming:
         report()
         return message
 
-    async def _handle(self, machine: DestinationMachine, message: Message) -> None:
+    async def _handle(self, machine: DestinationMachine, message: Message, landing: Landing) -> None:
         match message:
-            case RoundEnd(number):
+            case RoundEnd(number, pages):
+                landed = landing.counts.pages + landing.counts.zero_pages
+                if landed != pages:
+                    raise ProtocolError(f"round {number} ends with {landed} pages landed, {pages} were sent")
                 self._close_round(number)
                 await self.link.send(RoundAck(number))
             case State(state):
                 self.tracker.enter(Phase.SWITCHOVER)
                 start = trio.current_time()
-                machine.load(state)
+                await machine.load(state)
                 # Resuming touches what loading touched; until a start was measured, that is the best estimate.
                 self._resume_ms = (trio.current_time() - start) * 1000
                 await self.link.send(Ready(self._resume_ms))
@@ -413,10 +448,10 @@ class _Incoming:
                 self.tracker.enter(Phase.IN_DOUBT)
                 raise MigrationInDoubt(f"the machine's start did not end ({error}): it may have run") from error
             raise CommitRefused(f"not run here: {error}; the source is told so") from error
-        self.owner._verdict = Verdict("running", "")
+        self.owner._settle(Verdict("running", ""))
         resume_ms = (trio.current_time() - start) * 1000
         with suppress(MigrationError, DeadlineError):  # unheard, the source asks
             await self.link.send(Running(resume_ms))
         self.tracker.enter(Phase.DONE)
-        self.owner._linger(self.link)
+        self.owner._linger(self.link, self.owner.nursery, math.inf)
         return machine

@@ -1,8 +1,8 @@
 """The source's side: :func:`send` moves a running machine to whoever listens at a URL.
 
 It runs in its caller's task, which holds the VM's lease. Whatever happens before COMMIT (peer killed, silent or
-talking nonsense, a deadline, a cancellation) ends with the source running, the throttle at 0, the dirty log off, the
-locks held and a named error; after COMMIT it is shielded until there is a verdict, which takes at most the
+talking nonsense, a deadline, a cancellation) ends with the source running, then the throttle at 0 and the dirty log
+off, the locks held and a named error; after COMMIT it is shielded until there is a verdict, which takes at most the
 ``commit`` deadline. How: ``precopy`` (rounds), ``switchover`` (downtime), ``verdict`` (commit).
 """
 
@@ -71,7 +71,7 @@ async def send(
     progress: Callable[[MigrationProgress], None] | None = None,
 ) -> MigrationReport:
     """Move ``source`` to the receiver that ``dialer`` reaches. On return the destination runs it; the source stays
-    stopped.
+    stopped, its dirty log on: it is closed next.
 
     :raises ConfigError: a machine that the destination can't build.
     :raises MigrationError: or :raises DeadlineError: failed before COMMIT; the source runs.
@@ -111,28 +111,32 @@ class _Sender:
         return self.source.deadlines.migration if asked is None else asked
 
     async def run(self) -> MigrationReport:
+        limits = self.source.deadlines
         try:
-            try:
-                switchover = await self._up_to_commit()
-            except BaseException as error:
-                with trio.move_on_after(self.source.deadlines.rollback + 4 * FAREWELL_S, shield=True) as scope:
-                    await self._roll_back(error)
-                if scope.cancelled_caught:  # pragma: no cover - each of its waits has a smaller bound
-                    LOG.error("rolling back a migration did not end in time")
-                raise
+            switchover = await self._up_to_commit()
+        except BaseException as error:
+            with trio.move_on_after(limits.rollback + limits.kernel + 4 * FAREWELL_S, shield=True) as scope:
+                await self._roll_back(error)
+            if scope.cancelled_caught:  # pragma: no cover - each of its waits has a smaller bound
+                LOG.error("rolling back a migration did not end in time")
+            raise
+        try:
             # No await between here and the shield: a cancellation comes before COMMIT, or after the verdict.
             return await self._commit(switchover)
-        finally:
-            self._let_go()
+        except BaseException:
+            with trio.CancelScope(shield=True):  # bounded: kernel
+                await self._let_go()
+            raise
 
-    def _let_go(self) -> None:
-        """Throttle 0, dirty log off: nothing of a migration slows the guest any more. Never raises."""
+    async def _let_go(self) -> None:
+        """Throttle 0, dirty log off: nothing of a migration slows the guest any more. It runs by now, where it may: the
+        log waits for the kernel. Of no use to a source that moved away and is closed next. Never raises."""
         try:
             self.source.set_throttle(0)
         except Exception:
             LOG.exception("taking the throttle off after a migration")
         try:
-            self.source.stop_dirty_log()
+            await self.source.stop_dirty_log()
         except Exception:
             LOG.exception("stopping the dirty log after a migration")
 
@@ -193,13 +197,13 @@ class _Sender:
         def time_is_up() -> bool:
             return ignore and trio.current_time() >= deadline
 
-        self.source.start_dirty_log()
+        await self.source.start_dirty_log()
         rounds.add_touched()
         wait_until = 0.0
         undone = 0
         while True:
             await rounds.send_round(last=False, give_up=time_is_up)
-            left = rounds.harvest()
+            left = await rounds.harvest()
             self.tracker.estimated = expected = rounds.estimates.downtime(left)
             limitless = time_is_up() or (ignore and undone >= MAX_ATTEMPTS)
             limit_s = NO_LIMIT if limitless else self._limit_s
@@ -216,16 +220,15 @@ class _Sender:
                 if undone >= MAX_ATTEMPTS and (limitless or not ignore):
                     raise DeadlineError("downtime", self._limit_s, f"{undone} switchovers were undone; the last: {why}")
                 wait_until = trio.current_time() + FIRST_BACK_OFF_S * 2 ** (undone - 1)
-                rounds.harvest()
+                await rounds.harvest()
             elif left < IDLE_PAGES:
                 await trio.sleep(IDLE_ROUND_S)
-                rounds.harvest()
+                await rounds.harvest()
 
     async def _roll_back(self, error: BaseException) -> None:
-        """The source runs again; then, and only then, the peer is told and the link closed."""
+        """The source runs again; then, and only then, the dirty log goes off, the peer is told and the link closed."""
         cancelled = not isinstance(error, Exception)
         reason = "cancelled" if cancelled else str(error)
-        self._let_go()
         self.tracker.reason = reason
         end = Phase.CANCELLED if cancelled else Phase.FAILED
         try:
@@ -237,6 +240,7 @@ class _Sender:
             end = Phase.IN_DOUBT
             raise
         finally:
+            await self._let_go()  # noqa: ASYNC102 - its caller shields and bounds it
             if self._link is not None:
                 with trio.move_on_after(2 * FAREWELL_S, shield=True):
                     await self._link.abort(reason)
@@ -262,7 +266,7 @@ class _Sender:
         self.tracker.actual = attrs.evolve(parts, resume_ms=(trio.current_time() - sent) * 1000)
         self.tracker.reason = outcome.reason or None
         if outcome.running is not None:
-            await say_done(link)
+            await say_done(link, self.dialer, self.session_id)
         await link.close()
         return outcome
 
@@ -271,7 +275,8 @@ class _Sender:
         if outcome.running is None:
             self.tracker.enter(Phase.IN_DOUBT)
             raise MigrationInDoubt(
-                f"{outcome.reason}: the VM stays paused here; resume it only when it does not run at the destination"
+                f"{outcome.reason}: the VM stays paused here until the destination says what it did (docs/in-doubt.md)",
+                self.session_id,
             )
         try:
             await switchover.restore()

@@ -8,7 +8,8 @@ that names the message, the state that this side is in and the states in which i
                                                    COMMITTED ─REFUSED▶ REFUSED ─DONE▶ CLOSED
     PRECOPY, BARRIER, LOADING, READY ─UNDO▶ UNDOING ─UNDONE▶ PRECOPY
     anything before COMMITTED ─ABORT▶ CLOSED; COMMITTED ─ABORT (the destination's)▶ REFUSED
-    NEW ─QUERY▶ ASKED ─VERDICT▶ CLOSED
+    CLOSED (by the destination's ABORT) ─DONE▶ CLOSED
+    NEW ─QUERY▶ ASKED ─VERDICT▶ ANSWERED ─DONE▶ CLOSED
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class SessionState(enum.Enum):
     RUNNING = "running"
     REFUSED = "refused"
     ASKED = "asked"
+    ANSWERED = "answered"
     CLOSED = "closed"
 
 
@@ -55,7 +57,9 @@ FROM_SOURCE: Final[dict[tuple[SessionState, MessageType], SessionState]] = {
     (_S.READY, _T.COMMIT): _S.COMMITTED,
     (_S.RUNNING, _T.DONE): _S.CLOSED,
     (_S.REFUSED, _T.DONE): _S.CLOSED,
+    (_S.CLOSED, _T.DONE): _S.CLOSED,  # its ABORT was heard
     (_S.NEW, _T.QUERY): _S.ASKED,
+    (_S.ANSWERED, _T.DONE): _S.CLOSED,
 }
 
 FROM_DESTINATION: Final[dict[tuple[SessionState, MessageType], SessionState]] = {
@@ -69,7 +73,7 @@ FROM_DESTINATION: Final[dict[tuple[SessionState, MessageType], SessionState]] = 
     (_S.COMMITTED, _T.RUNNING): _S.RUNNING,
     (_S.COMMITTED, _T.REFUSED): _S.REFUSED,
     (_S.COMMITTED, _T.ABORT): _S.REFUSED,  # it gave up before it saw COMMIT: it never ran
-    (_S.ASKED, _T.VERDICT): _S.CLOSED,
+    (_S.ASKED, _T.VERDICT): _S.ANSWERED,
     (_S.NEW, _T.ABORT): _S.CLOSED,  # a stranger is turned away
     (_S.ASKED, _T.ABORT): _S.CLOSED,
 }

@@ -69,14 +69,18 @@ class Switchover:
             state = self.source.save()
             saved_ms = self._elapsed_ms() - parts.stop_ms
             if self.source.live_copy:
-                self.rounds.harvest()
+                await self.rounds.harvest()
             else:
                 self.rounds.add_touched()
             await self.rounds.send_round(last=True)
             parts = attrs.evolve(parts, pages_ms=self._elapsed_ms() - parts.total_ms - saved_ms)
+            asked_ms = self._elapsed_ms()
             await self.link.send(State(state))
             ready = await self._ready()
-            estimates.resume_ms = ready.resume_ms
+            # COMMIT and RUNNING go the way of STATE and READY, past the same busy CPUs: what that took just now is the
+            # best guess of what they will take, unless the destination expects worse.
+            answered_ms = self._elapsed_ms() - asked_ms
+            estimates.resume_ms = max(ready.resume_ms, answered_ms - estimates.round_trip_ms)
             parts = attrs.evolve(parts, state_ms=self._elapsed_ms() - parts.total_ms)
             estimates.state_ms = parts.state_ms
             self.tracker.actual = parts
@@ -84,6 +88,8 @@ class Switchover:
                 return why
             self.unlocked = True
             await self.source.release_locks()
+            parts = attrs.evolve(parts, state_ms=parts.state_ms + self._elapsed_ms() - parts.total_ms)
+            self.tracker.actual = parts
             return self._too_late(limit_s)
         if budget.cancelled_caught:
             self.tracker.actual = parts

@@ -1,8 +1,23 @@
 """From COMMIT to a verdict: exactly one side runs the machine, or an operator is asked.
 
 After COMMIT the source never runs by itself again. RUNNING means that the destination does; REFUSED (or an ABORT that
-crossed COMMIT) is its promise that it never did and never will. A link that dies in between proves nothing: the
-source dials again and asks by session id, until the ``commit`` deadline makes *in doubt* the verdict.
+crossed COMMIT) is its promise that it never did and never will. A link that dies in between proves nothing, and neither
+does one that is silent: the source dials again and asks by session id (QUERY), while it still listens on the old link.
+
+**Why both may be heard at once.** The destination decides in one place, once, and before it tells anybody: its verdict
+is written down first (``Receiver._settle``), then RUNNING, REFUSED, ABORT and every VERDICT report what is written
+there. A question that comes before COMMIT was read *is* such a decision: the verdict becomes "refused", and a COMMIT
+that is read later finds it and is discarded. So whichever answer comes first is the answer, and the other one, if it
+comes at all, says the same. What asking early can cost is a COMMIT that was still under way after ``PATIENCE_S``: the
+source, which runs again then, and never a second copy.
+
+**When.** ``min(commit / 4, PATIENCE_S)`` after COMMIT, or at once when the link breaks; then again and again, each
+question bounded, until ``commit``. Then there is one last look at what lies in the old link's socket, beside a last
+question, bounded on their own: a source that was stopped (SIGSTOP, a suspended host) for longer than ``commit`` finds
+its deadline expired before it has read anything, although the answer has come long ago. Only then the verdict is *in
+doubt*, and :func:`ask` is how an operator asks later (``doubt``).
+
+A destination keeps answering until the source says DONE: on the link, or on the connection on which it asked.
 """
 
 from __future__ import annotations
@@ -19,75 +34,174 @@ from trivmm.errors import DeadlineError, MigrationError, ProtocolError
 from trivmm.migration.channel import LinkLost
 from trivmm.migration.link import FAREWELL_S, Link
 from trivmm.migration.messages import Abort, Commit, Done, Query, Refused, Running, Verdict
-from trivmm.migration.steps import Session
+from trivmm.migration.steps import Session, SessionState
 from trivmm.migration.transports import Dialer
 
-__all__ = ["Outcome", "ask_for_verdict", "say_done"]
+__all__ = ["LAST_LOOK_S", "Outcome", "ask", "ask_for_verdict", "say_done"]
 
 LOG: Final = logging.getLogger(__name__)
+PATIENCE_S: Final = 1.0  # from COMMIT to the first question on a link that is silent: far more than any downtime limit
+LAST_LOOK_S: Final = 1.0  # after the deadline, however short that is: a question and its answer on a busy host
 ASK_AGAIN_S: Final = 0.1  # between two questions while the destination is still busy, or not reachable
+TRIES: Final = 5  # of an operator's question: a receiver that takes an address over is not there for a moment
+SETTLED: Final = {"running": True, "refused": False}
 
 
 @attrs.frozen
 class Outcome:
-    """``running`` True: the destination runs. False: it never did (``reason``). None: nobody knows."""
+    """``running`` True: the destination runs, or ran, the machine. False: it never did (``reason``). None: nobody
+    knows; then ``answered`` says whether the destination was there at all."""
 
     running: bool | None
     reason: str = ""
+    answered: bool = False
+
+
+@attrs.define(eq=False)
+class _Questions:
+    """Asks until there is an answer that settles it, and keeps what else it heard."""
+
+    dialer: Dialer
+    session_id: bytes
+    heard: Outcome = Outcome(None, "nobody was asked")
+    pending: bool = False
+    asked: int = 0
+
+    async def once(self, limit_s: float) -> Outcome | None:
+        """One question, in at most ``limit_s``. None: it did not settle anything."""
+        self.asked += 1
+        self.pending = False
+        with trio.move_on_after(limit_s):
+            try:
+                answer = await _ask(self.dialer, self.session_id)
+            except (MigrationError, DeadlineError) as error:
+                self.heard = Outcome(None, f"the destination can't be asked ({error})")
+                return None
+            self.pending = answer.verdict == "pending"
+            self.heard = Outcome(SETTLED.get(answer.verdict), answer.reason, answered=True)
+            return None if self.heard.running is None else self.heard
+        self.heard = Outcome(None, f"the destination does not answer within {limit_s:g} s")
+        return None
+
+    async def until_settled(self, each_s: float) -> Outcome:
+        """Bounded by the caller."""
+        while True:
+            outcome = await self.once(each_s)
+            if outcome is not None:
+                return outcome
+            LOG.info("no verdict yet: %s", self.heard.reason)
+            await trio.sleep(ASK_AGAIN_S)
+
+
+async def ask(dialer: Dialer, session_id: bytes, deadlines: Deadlines) -> Outcome:
+    """An operator's question, later. Takes at most ``resolve``: an answer that settles it is given at once, one that
+    doesn't (the machine is still being started) is asked for again, and so, a few times, is nobody at all."""
+    questions = _Questions(dialer, session_id)
+    with trio.move_on_after(deadlines.resolve):
+        while True:
+            outcome = await questions.once(deadlines.resolve / 2)
+            if outcome is not None:
+                return outcome
+            if not questions.pending and (questions.heard.answered or questions.asked == TRIES):
+                break
+            await trio.sleep(ASK_AGAIN_S)
+    return questions.heard
 
 
 async def ask_for_verdict(link: Link, dialer: Dialer, session_id: bytes, deadlines: Deadlines) -> Outcome:
-    """Send COMMIT and find out what came of it. Shielded; takes at most the ``commit`` deadline."""
-    with trio.move_on_after(deadlines.commit, shield=True):
-        try:
-            return await _commit(link, session_id)
-        except (MigrationError, DeadlineError) as error:
-            LOG.warning("no answer to COMMIT (%s): asking for the verdict on a new connection", error)
-        await link.close()
-        while True:
+    """Send COMMIT and find out what came of it. Shielded; takes at most ``commit``, and ``LAST_LOOK_S`` more."""
+    patience_s = min(deadlines.commit / 4, PATIENCE_S)
+    wait = _Wait(link, _Questions(dialer, session_id), max(deadlines.commit / 4, LAST_LOOK_S))
+    with trio.CancelScope(shield=True):
+        outcome = await wait.race(deadlines.commit, patience_s, Commit(session_id))
+        if outcome is None:
+            LOG.warning("no verdict within commit: a last look")
+            outcome = await wait.race(LAST_LOOK_S, 0)
+    if outcome is not None:
+        return outcome
+    heard = wait.questions.heard
+    return Outcome(None, f"no verdict within {deadlines.commit:g} s after COMMIT: {heard.reason}", heard.answered)
+
+
+@attrs.define(eq=False)
+class _Wait:
+    """For a verdict, on the link and by questions at once."""
+
+    link: Link
+    questions: _Questions
+    each_s: float
+    link_over: trio.Event = attrs.field(factory=trio.Event)
+
+    async def race(self, limit_s: float, patience_s: float, commit: Commit | None = None) -> Outcome | None:
+        """Send ``commit``, listen, and ask after ``patience_s`` or when the link breaks. None: neither brought any."""
+        found: Outcome | None = None
+
+        async def listen() -> None:
+            nonlocal found
+            if self.link_over.is_set():
+                return
             try:
-                outcome = await _ask(dialer, session_id)
+                found = await self._listen(commit)
             except (MigrationError, DeadlineError) as error:
-                LOG.info("no verdict yet: %s", error)
+                LOG.warning("no answer to COMMIT (%s): asking for the verdict on a new connection", error)
+                self.link_over.set()
             else:
-                if outcome is not None:
-                    return outcome
-            await trio.sleep(ASK_AGAIN_S)
-    return Outcome(None, f"no verdict within {deadlines.commit:g} s after COMMIT")
+                nursery.cancel_scope.cancel()
+
+        async def question() -> None:
+            nonlocal found
+            with trio.move_on_after(patience_s):
+                await self.link_over.wait()
+            outcome = await self.questions.until_settled(self.each_s)
+            found = found or outcome
+            nursery.cancel_scope.cancel()
+
+        with trio.move_on_after(limit_s):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(listen)
+                nursery.start_soon(question)
+        return found
+
+    async def _listen(self, commit: Commit | None) -> Outcome:
+        if commit is not None:
+            try:
+                await self.link.send(commit)
+            except LinkLost as error:
+                LOG.info("%s: what the peer said before it left still counts", error)
+        match await self.link.receive():
+            case Running():
+                return Outcome(True, answered=True)
+            case Refused(reason) | Abort(reason):
+                return Outcome(False, reason, answered=True)
+            case other:  # pragma: no cover - the step table's
+                raise ProtocolError(f"{type(other).__name__} after COMMIT")
 
 
-async def _commit(link: Link, session_id: bytes) -> Outcome:
-    try:
-        await link.send(Commit(session_id))
-    except LinkLost as error:
-        LOG.info("%s: what the peer said before it left still counts", error)
-    match await link.receive():
-        case Running():
-            outcome = Outcome(True)
-        case Refused(reason) | Abort(reason):
-            outcome = Outcome(False, reason)
-        case other:  # pragma: no cover - the step table's
-            raise ProtocolError(f"{type(other).__name__} after COMMIT")
-    return outcome
+async def say_done(link: Link, dialer: Dialer, session_id: bytes) -> None:
+    """Tell the destination that its verdict was heard, so that it can stop waiting for questions. A courtesy: unheard,
+    it goes on waiting. A verdict that was asked for has been thanked for already.
+
+    A link that has carried RUNNING may lose DONE, silently. So it is looked whether the destination, which closes its
+    listener before the link, still listens; then it is asked once more, and thanked there."""
+    if link.state not in (SessionState.RUNNING, SessionState.REFUSED):
+        return
+    with trio.move_on_after(2 * FAREWELL_S, shield=True), suppress(MigrationError, DeadlineError):
+        with trio.move_on_after(FAREWELL_S), suppress(MigrationError, DeadlineError):
+            await link.send(Done())
+            await link.channel.receive(None)
+        await _ask(dialer, session_id)
 
 
-async def say_done(link: Link) -> None:
-    """Tell the destination that its verdict was heard, so that it can stop waiting for questions. A courtesy."""
-    with trio.move_on_after(FAREWELL_S, shield=True), suppress(MigrationError, DeadlineError):
-        await link.send(Done())  # unheard, it waits until its own deadline
-
-
-async def _ask(dialer: Dialer, session_id: bytes) -> Outcome | None:
+async def _ask(dialer: Dialer, session_id: bytes) -> Verdict:
     channel = await dialer.dial()
     link = Link(channel, Session(source=True))
     try:
         await link.send(Query(session_id))
         answer = await link.expect(Verdict)
+        if answer.verdict in SETTLED:
+            with trio.move_on_after(FAREWELL_S), suppress(MigrationError, DeadlineError):
+                await link.send(Done())
+        return answer
     finally:
         with trio.move_on_after(FAREWELL_S, shield=True):
             await link.close()
-    if answer.verdict == "running":
-        return Outcome(True)
-    if answer.verdict == "refused":
-        return Outcome(False, answer.reason)
-    return None

@@ -6,10 +6,10 @@ A migration, seen from the wire (source on the left; one connection)::
     SETUP session, machine, memory  ───────▶           build the machine, nothing runs
                                     ◀───────  SETUP_OK            (or SETUP_FAIL reason)
     PAGES, ZERO …                   ───────▶           pages land
-    ROUND_END n                     ───────▶
+    ROUND_END n, pages              ───────▶           are all of them here?
                                     ◀───────  ROUND_ACK n         barrier, measures the round trip
       … rounds; then the machine stops, saves, harvests the last pages …
-    PAGES, ZERO …, ROUND_END n      ───────▶
+    PAGES, ZERO …, ROUND_END n, pages ─────▶
                                     ◀───────  ROUND_ACK n
     STATE                           ───────▶           load it, still nothing runs
                                     ◀───────  READY resume_ms
@@ -19,16 +19,25 @@ A migration, seen from the wire (source on the left; one connection)::
 
     UNDO, any time after a ROUND_END, STATE or READY and before COMMIT: the source runs again, ◀ UNDONE, rounds go on
     ABORT reason, from either side before RUNNING: the end; from the destination a promise that it never ran
-    QUERY session, first on a new connection: ◀ VERDICT (running, refused, pending or unknown)
+    QUERY session, first on a new connection: ◀ VERDICT (running, refused, pending or unknown), DONE ▶
 
 Which message may come when is the table in ``steps``. A frame, little-endian::
 
-    0 magic "TVMg" · 4 version u16 · 6 type u16 · 8 length u32 · 12 body u32 · 16 body CRC32C · 20 CRC32C of 0..19
+    0 magic "TVMg" · 4 version u16 · 6 type u16 · 8 length u32 · 12 body u32 · 16 sequence u64 · 24 body CRC32C ·
+    28 zero, not looked at · 52 CRC32C of 0..51
 
 ``length`` counts all bytes after the header, ``body`` those of them that the body CRC covers: for all types but
 PAGES the two are equal and the body is a JSON object (ZERO and PAGES: see ``pages``). Limits are checked on the
-header, before anything is allocated. The peer's version is accepted when it is current or previous, and a session
-keeps the version of its SETUP.
+header, before anything is allocated.
+
+``sequence`` counts a connection's frames from 0, in each direction. A frame that is whole but not the next one was
+lost, repeated or moved on its way (a proxy that cuts and mends the stream): CRCs can't tell, and a lost frame of pages
+would leave old memory in a running guest. ROUND_END says besides how many pages went out on its connection (zero
+pages included, each time that one was sent), and the destination compares that with what landed.
+
+Magic and version stay where they are in every version, so that a peer of another one is named and not taken for
+damage. The rule is that current and previous are spoken. Version 1 had no sequence numbers, so it can be neither
+checked nor spoken any more: today :data:`SUPPORTED` is version 2 alone.
 """
 
 from __future__ import annotations
@@ -56,14 +65,19 @@ __all__ = [
     "check_body",
     "crc32c",
     "encode_frame",
+    "numbered",
     "parse_header",
 ]
 
 MAGIC: Final = b"TVMg"
-VERSION: Final = 1
-SUPPORTED: Final = (1,)  # current and previous; there is no previous yet
-HEADER: Final = struct.Struct("<4sHHIIII")
+VERSION: Final = 2
+SUPPORTED: Final = (2,)  # current and previous; but 1 has no sequence numbers, and is refused
+HEADER: Final = struct.Struct("<4sHHIIQI24xI")  # as long as TV_FRAME_HEADER in ffi/pages.h, where the reason stands
 HEADER_BYTES: Final = HEADER.size
+SEQUENCE: Final = struct.Struct("<Q")
+CRC: Final = struct.Struct("<I")
+SEQUENCE_AT: Final = 16
+CHECKED: Final = HEADER_BYTES - 4  # bytes of the header that its own CRC covers
 PAGE_BYTES: Final = 4096
 FRAME_PAGES: Final = 128  # as TV_FRAME_PAGES in ffi/pages.h, where the reason stands
 FRAME_RUNS: Final = 512
@@ -107,12 +121,13 @@ def crc32c(data: bytes) -> int:
 
 @attrs.frozen
 class Header:
-    """A checked header. ``length`` and ``body`` in bytes."""
+    """A checked header. ``length`` and ``body`` in bytes; ``sequence`` is the frame's number in its direction."""
 
     version: int
     type: MessageType
     length: int
     body: int
+    sequence: int
     body_crc: int
 
 
@@ -126,15 +141,20 @@ class Frame:
     payload: bytes = b""
 
 
+def _check_start(raw: bytes) -> None:
+    """Magic and version, as far as they came: who speaks something else may have a shorter header, or none."""
+    if not MAGIC.startswith(raw[:4]):
+        raise ProtocolError(f"bad magic {raw[:4]!r}: the peer does not speak this migration protocol")
+    if len(raw) >= 6 and (version := int.from_bytes(raw[4:6], "little")) not in SUPPORTED:
+        raise ProtocolError(f"bad version {version}: this side speaks {', '.join(map(str, SUPPORTED))}")
+
+
 def parse_header(raw: bytes) -> Header:
     """:raises ProtocolError: on a wrong magic, CRC, version, type or length; ``raw`` is HEADER_BYTES long."""
-    magic, version, number, length, body, body_crc, header_crc = HEADER.unpack(raw)
-    if magic != MAGIC:
-        raise ProtocolError(f"bad magic {magic!r}: the peer does not speak this migration protocol")
-    if header_crc != crc32c(raw[:20]):
+    _check_start(raw)
+    _, version, number, length, body, sequence, body_crc, header_crc = HEADER.unpack(raw)
+    if header_crc != crc32c(raw[:CHECKED]):
         raise ProtocolError("bad header CRC: the stream is damaged")
-    if version not in SUPPORTED:
-        raise ProtocolError(f"bad version {version}: this side speaks {', '.join(map(str, SUPPORTED))}")
     try:
         kind = MessageType(number)
     except ValueError:
@@ -144,7 +164,7 @@ def parse_header(raw: bytes) -> Header:
         raise ProtocolError(f"bad length: {kind.name} of {length} bytes with a body of {body}")
     if payload > FRAME_PAGES * PAGE_BYTES or payload % PAGE_BYTES:
         raise ProtocolError(f"bad length: {payload} bytes of pages in one frame")
-    return Header(version, kind, length, body, body_crc)
+    return Header(version, kind, length, body, sequence, body_crc)
 
 
 def check_body(header: Header, body: bytes) -> None:
@@ -153,17 +173,35 @@ def check_body(header: Header, body: bytes) -> None:
         raise ProtocolError(f"bad CRC of {header.type.name}: the stream is damaged")
 
 
+def check_sequence(header: Header, due: int) -> None:
+    """:raises ProtocolError: when the frame is not number ``due``."""
+    if header.sequence != due:
+        what = "lost or moved" if header.sequence > due else "repeated"
+        raise ProtocolError(
+            f"frame {header.sequence} ({header.type.name}) came where {due} was due: the link {what} frames"
+        )
+
+
 def encode_frame(kind: MessageType, body: bytes, payload: bytes = b"", version: int = VERSION) -> bytes:
+    """A whole frame, number 0: whoever sends it says which one it is (:func:`numbered`)."""
     if len(body) > MAX_BODY[kind]:
         raise ProtocolError(f"{kind.name} of {len(body)} bytes does not fit; {MAX_BODY[kind]} is the limit")
-    head = HEADER.pack(MAGIC, version, kind, len(body) + len(payload), len(body), crc32c(body), 0)[:20]
-    return head + struct.pack("<I", crc32c(head)) + body + payload
+    head = HEADER.pack(MAGIC, version, kind, len(body) + len(payload), len(body), 0, crc32c(body), 0)[:CHECKED]
+    return head + CRC.pack(crc32c(head)) + body + payload
+
+
+def numbered(frame: bytes, sequence: int) -> bytes:
+    """``frame``, a whole one, as number ``sequence`` of its connection and direction."""
+    head = frame[:SEQUENCE_AT] + SEQUENCE.pack(sequence) + frame[SEQUENCE_AT + SEQUENCE.size : CHECKED]
+    return head + CRC.pack(crc32c(head)) + frame[HEADER_BYTES:]
 
 
 class FrameReader:
-    """Cuts a byte stream into frames. Holds at most one frame's bytes beyond what it was fed."""
+    """Cuts a byte stream into frames and checks that none is missing, twice or early. Holds at most one frame's bytes
+    beyond what it was fed. ``due`` is the number of the next frame; whoever takes frames past this reader counts on."""
 
     def __init__(self) -> None:
+        self.due = 0
         self._buffer = bytearray()
         self._header: Header | None = None
 
@@ -174,8 +212,11 @@ class FrameReader:
         """The next whole frame, or None: feed more. :raises ProtocolError: the stream is useless from here on."""
         if self._header is None:
             if len(self._buffer) < HEADER_BYTES:
+                _check_start(bytes(self._buffer[:6]))
                 return None
-            self._header = parse_header(bytes(self._buffer[:HEADER_BYTES]))
+            header = parse_header(bytes(self._buffer[:HEADER_BYTES]))
+            check_sequence(header, self.due)
+            self._header = header
         header = self._header
         if len(self._buffer) < HEADER_BYTES + header.length:
             return None
@@ -184,6 +225,7 @@ class FrameReader:
         check_body(header, body)
         del self._buffer[:end]
         self._header = None
+        self.due += 1
         return Frame(header.version, header.type, body, payload)
 
     @property

@@ -47,6 +47,8 @@ __all__ = ["DeviceLifecycle", "LifecycleState"]
 
 logger = logging.getLogger(__name__)
 
+REGISTERS_RETRY_S: Final = 0.001
+
 
 class LifecycleState(enum.Enum):
     RESET = "reset"
@@ -232,7 +234,8 @@ class DeviceLifecycle:
     async def _reset(self, generation: int) -> None:
         await self._stop_backend()
         self.backend.reset()
-        self.transport.reset_registers()
+        while not self.transport.reset_registers():  # noqa: ASYNC110 - a vCPU's thread has them, and no event
+            await trio.sleep(REGISTERS_RETRY_S)  # bounded by the vCPU's access, which the kernel may hold up
         with self._lock:
             if self.generation != generation:
                 return

@@ -17,6 +17,7 @@ import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
@@ -26,6 +27,7 @@ from trivmm.deadlines import Deadlines
 from trivmm.errors import DeadlineError, GuestCrash, HypervisorError, MigrationError, TrivmmError
 from trivmm.machine.bus import GuestRequest
 from trivmm.migration.state import MachineState, SavedVcpu
+from trivmm.nursery.kernel import KernelCalls
 from trivmm.nursery.vcpu import Vcpu
 from trivmm.nursery.vcpus import Driver, VcpuSet, thread_driver
 
@@ -44,18 +46,26 @@ DRAIN_SHARE: Final = 0.25  # of the downtime that is left: a sink that stalls mu
 class Machine:
     """A built board with its tasks. ``running`` says what the owner wants, not what each vCPU does this moment.
 
+    Interrupts and the dirty log are wanted or not, too: a thread makes the kernel agree (:meth:`_agree`). So one that
+    the kernel holds up, and that nobody can wait for any longer, ends with what is wanted by then.
+
     ``on_guest_request()`` is called in the trio thread when the guest asked for a reset or power-off, or crashed.
     """
 
     board: Board
     deadlines: Deadlines
     vcpus: VcpuSet
+    kernel: KernelCalls
     on_guest_request: Callable[[], None] = lambda: None
     running: bool = attrs.field(default=False, init=False)
+    ending: bool = attrs.field(default=False, init=False)  # its board is closed next, and the kernel's part with it
     guest_request: GuestRequest | None = attrs.field(default=None, init=False)
     crash: GuestCrash | None = attrs.field(default=None, init=False)
     _gate_closed: bool = attrs.field(default=False, init=False)
-    _interrupts_connected: bool = attrs.field(default=False, init=False)
+    _interrupts_wanted: bool = attrs.field(default=False, init=False)
+    _interrupts_connected: bool = attrs.field(default=False, init=False)  # the thread's, and so the next
+    _log_wanted: bool = attrs.field(default=False, init=False)
+    _log_on: bool = attrs.field(default=False, init=False)
     _token: trio.lowlevel.TrioToken = attrs.field(factory=trio.lowlevel.current_trio_token, init=False)
 
     # --- from vCPU threads -----------------------------------------------------------------------------------
@@ -94,15 +104,55 @@ class Machine:
             self._resume_vcpus()
             raise
 
-    def resume(self) -> None:
-        """Connect interrupts, open the gate, let the vCPUs go. Idempotent; never waits."""
+    async def resume(self) -> None:
+        """Connect interrupts, open the gate, let the vCPUs go. Idempotent.
+
+        :raises DeadlineError: (kernel) the interrupts are not connected: nothing runs."""
+        await self._connect_interrupts()
         self.running = True
         self._reopen()
 
+    def _agree(self) -> None:
+        """In a thread: it waits for the kernel. Interrupts first, since the guest waits for them."""
+        while True:
+            if self._interrupts_connected != self._interrupts_wanted:
+                wanted = self._interrupts_wanted
+                if wanted:
+                    self.board.connect_interrupts()
+                else:
+                    self.board.disconnect_interrupts()
+                self._interrupts_connected = wanted
+            elif self._log_on != self._log_wanted:
+                wanted = self._log_wanted
+                if wanted:
+                    self.board.start_dirty_log()
+                else:
+                    self.board.stop_dirty_log()
+                self._log_on = wanted
+            else:
+                return
+
+    async def _connect_interrupts(self) -> None:
+        self._interrupts_wanted = True
+        if self.kernel.busy or not self._interrupts_connected:
+            await self.kernel.call("connecting the interrupts", self._agree)
+
+    async def _disconnect_interrupts(self, at_most_s: float) -> None:
+        self._interrupts_wanted = False
+        await self.kernel.call("taking the interrupts away", self._agree, at_most_s=at_most_s)
+
+    async def _run_again(self) -> None:
+        """Back from a :meth:`stop`, finished or not. The guest first: interrupts that it waits for are kept meanwhile,
+        and come with their connection. Never raises; bounded by ``kernel``."""
+        self._interrupts_wanted = True
+        self._reopen()
+        try:
+            await self._connect_interrupts()
+        except TrivmmError as error:
+            logger.critical("the guest runs before its interrupts are connected: %s", error)
+
     def _reopen(self) -> None:
-        if not self._interrupts_connected:
-            self.board.connect_interrupts()
-            self._interrupts_connected = True
+        self.board.thaw()
         if self._gate_closed:
             self._gate_closed = False
             for slot in self.board.devices:
@@ -163,14 +213,24 @@ class Machine:
     def describe(self) -> dict[str, Any]:
         return self.board.describe()
 
-    def start_dirty_log(self) -> None:
-        self.board.start_dirty_log()
+    async def start_dirty_log(self) -> None:
+        self._log_wanted = True
+        try:
+            await self.kernel.call("switching the dirty log on", self._agree)
+        except BaseException:
+            self._log_wanted = False
+            raise
 
-    def stop_dirty_log(self) -> None:
-        self.board.stop_dirty_log()
+    async def stop_dirty_log(self) -> None:
+        self._log_wanted = False
+        if not self.ending and (self.kernel.busy or self._log_on):
+            await self.kernel.call("switching the dirty log off", self._agree)
 
-    def harvest_dirty(self, slot: int, into: Any) -> int:
-        return self.board.harvest_dirty(slot, into)
+    async def harvest_dirty(self, slot: int, into: Any) -> int:
+        work = partial(self.board.harvest_dirty, slot, into)
+        if self.vcpus.all_paused:  # no vCPU moves a BAR, which holds the kernel's lock for as long as that waits
+            return work()
+        return await self.kernel.call("reading the dirty log", work)
 
     def set_throttle(self, percent: int) -> None:
         self.vcpus.set_throttle(percent)
@@ -185,10 +245,10 @@ class Machine:
             await self._pause_vcpus(at_most_s)
             left = max(0.0, ends - trio.current_time())
             await self.close_gate(left, drain_s=left * DRAIN_SHARE)
-            self.board.disconnect_interrupts()
-            self._interrupts_connected = False
+            await self._disconnect_interrupts(max(0.0, ends - trio.current_time()))
         except BaseException:
-            self._reopen()
+            with trio.CancelScope(shield=True):  # bounded: kernel
+                await self._run_again()
             raise
 
     def save(self) -> MachineState:
@@ -216,22 +276,15 @@ class Machine:
         return None if ticket is None or ticket.settled else (ticket.device, ticket.what)
 
     async def undo(self) -> None:
-        """Back from :meth:`stop`: runs again, unless it was paused before. Never waits; safe when not stopped."""
-        self._reopen()
+        """Back from :meth:`stop`: runs again, unless it was paused before. Safe when not stopped."""
+        await self._run_again()
 
     async def release_locks(self) -> None:
         """:raises HypervisorError: while a device thread is stuck in the kernel: it could still write."""
         for slot in self.board.devices:
             if slot.lifecycle.stuck is not None:
                 raise HypervisorError("COMMIT", slot.lifecycle.stuck, "wait until the device's storage answers")
-        self._give_locks()
-
-    def _give_locks(self) -> None:
-        """Sockets of console lines are locks too: the side that runs the VM has the path."""
-        for slot in self.board.devices:
-            slot.backend.release_locks()
-        for line in self.board.lines.values():
-            line.release()
+        self.board.give_locks()
 
     async def take_locks(self) -> None:
         """:raises ConfigError: when another process has an image or socket; those taken before are given back."""
@@ -241,16 +294,26 @@ class Machine:
             for line in self.board.lines.values():
                 line.retake()
         except TrivmmError:
-            self._give_locks()
+            self.board.give_locks()
             raise
 
     # --- migration port: destination -------------------------------------------------------------------------
 
-    def load(self, state: MachineState) -> None:
-        """Set everything; may be called again after the source's undo.
+    async def load(self, state: MachineState) -> None:
+        """Set everything, with the interrupts connected: after COMMIT nothing is left that waits for the kernel. What
+        is pending is in the vCPUs then, and nothing makes more before the gate opens. May be called again after the
+        source's undo.
 
         :raises TrivmmError: / :raises ValueError: when the state makes no sense here."""
-        self.board.load(state)
+
+        def work() -> None:
+            self._interrupts_wanted = False
+            self._agree()
+            self.board.load(state)
+            self._interrupts_wanted = True
+            self._agree()
+
+        await self.kernel.call("loading the state", work)
         lifecycles = {slot.lifecycle.name: slot.lifecycle for slot in self.board.devices}
         for vcpu, saved in zip(self.vcpus.vcpus, state.vcpus, strict=True):
             vcpu.barrier = None
@@ -268,9 +331,10 @@ class Machine:
         takes them at once."""
         try:
             self.board.committed()
+            await self._connect_interrupts()  # they are
             self._reopen()
         except BaseException:
-            self._give_locks()
+            self.board.give_locks()
             raise
         if self.guest_request is not None:
             self.on_guest_request()
@@ -284,6 +348,7 @@ async def open_machine(
     driver: Driver = thread_driver,
     gate_open: bool = True,
     vcpu_type: type[Vcpu] = Vcpu,
+    kernel: KernelCalls | None = None,
 ) -> AsyncIterator[Machine]:
     """Run a board: actors and drain in the device nursery, parked vCPU threads in the vCPU nursery.
 
@@ -291,7 +356,7 @@ async def open_machine(
     end first, then devices, each within its deadline; what did not end is logged by name.
     """
     vcpus = VcpuSet((), deadlines, driver)
-    machine = Machine(board, deadlines, vcpus)
+    machine = Machine(board, deadlines, vcpus, kernel or KernelCalls(deadlines, driver is thread_driver))
     vcpus.vcpus = [
         vcpu_type(index, cpu, board.handle_exit, vcpus.on_change, machine.take_request, machine.take_crash, board.clock)
         for index, cpu in enumerate(board.cpus)
@@ -331,12 +396,17 @@ async def open_machine(
                         except DeadlineError as error:
                             board.note_stuck(str(error))
         finally:
-            with trio.CancelScope(shield=True):  # bounded: quiesce, device_stop and drain
+            with trio.CancelScope(shield=True):  # bounded: quiesce, device_stop, drain and kernel
                 await trio.lowlevel.checkpoint()  # actors that were only just started get their first step
                 try:
                     await machine.close_gate(deadlines.device_stop)
                 except DeadlineError as error:
                     board.note_stuck(str(error))
+                try:
+                    await machine.kernel.settled()
+                except DeadlineError as error:
+                    logger.critical("%s", error)
+                    board.note_stuck(str(error), in_use=True)
                 with trio.move_on_after(deadlines.drain):
                     async with trio.open_nursery() as flushing:
                         for line in board.lines.values():

@@ -18,6 +18,7 @@ from trivmm.control.routes import Router
 from trivmm.control.server import open_server
 from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError, GuestCrash, MigrationCancelled, WrongState
+from trivmm.migration.doubt import Resolution
 from trivmm.vm import ExitReason, VmState
 from trivmm.vmm import Vmm, VmmOptions, open_vmm
 
@@ -50,6 +51,10 @@ class FakeVm:
     _exit: ExitReason | None = None
     _exited: trio.Event = attrs.field(factory=trio.Event)
     _scope: trio.CancelScope | None = None
+
+    @property
+    def on_paper(self) -> bool:
+        return self.state in (VmState.CREATED, VmState.SHUTDOWN)
 
     def _must(self, operation: str, *states: VmState) -> None:
         self.said.append(operation)
@@ -114,6 +119,11 @@ class FakeVm:
         if self.migration_ends is not None:
             raise self.migration_ends
         self.end(ExitReason("migrated"))
+
+    async def resolve_migration(self, *, force: bool) -> Resolution:
+        self._must("resolve-migration", VmState.PAUSED)
+        self.end(ExitReason("migrated"))
+        return Resolution("running", "it says so", "nothing is left to do", in_doubt=False, forced=force)
 
     def cancel_migration(self) -> bool:
         if self._scope is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import attrs
 import trio
@@ -22,7 +22,7 @@ from trivmm.machine.memory import GuestMemory
 from trivmm.migration.channel import Channel, LinkLost, StreamChannel
 from trivmm.migration.state import MachineState, SavedVcpu
 
-__all__ = ["DiskLock", "FakeDestination", "FakeSource", "MemoryNet", "TappedStream"]
+__all__ = ["DiskLock", "FakeDestination", "FakeSource", "MemoryNet", "Tap", "TappedStream"]
 
 SMALL_RAM = ((0, 1 << 20), (1 << 32, 1 << 20))
 
@@ -87,15 +87,18 @@ class FakeSource(_Machine):
     def describe(self) -> dict[str, Any]:
         return {"ram": self.memory.size}
 
-    def start_dirty_log(self) -> None:
+    async def start_dirty_log(self) -> None:
         self.logging = True
+        self.events.append("log on")
         for region in self.memory.regions:  # what was written before is in the first round anyway
             lib.tv_dirty_take(region.dirty, ffi.new("uint64_t[]", region.bitmap_words), region.bitmap_words)
 
-    def stop_dirty_log(self) -> None:
+    async def stop_dirty_log(self) -> None:
+        if self.logging:
+            self.events.append("log off")
         self.logging = False
 
-    def harvest_dirty(self, slot: int, into: Any) -> int:
+    async def harvest_dirty(self, slot: int, into: Any) -> int:
         region = self.memory.regions[slot]
         lib.tv_dirty_take(region.dirty, into, region.bitmap_words)
         return int(lib.tv_pages_count(into, region.bitmap_words))
@@ -155,7 +158,7 @@ class FakeDestination(_Machine):
         assert setup == {"ram": self.memory.size}
         return self
 
-    def load(self, state: MachineState) -> None:
+    async def load(self, state: MachineState) -> None:
         if self.load_error:
             raise self.load_error
         self.state = state
@@ -169,16 +172,21 @@ class FakeDestination(_Machine):
         self.running = True
 
 
+Tap: TypeAlias = Callable[["TappedStream", bytes], Awaitable[bytes | None]]
+
+
 class TappedStream(trio.abc.Stream):
     """A stream with a tap: ``tap(stream, data)`` sees each frame before it is sent and gives the part that may
-    pass; ``None`` kills the link after that (see :meth:`MemoryNet.cut`)."""
+    pass; less than the whole kills the link after it, ``None`` loses the frame and the link lives on."""
 
-    def __init__(self, inner: trio.abc.Stream, tap: Callable[[TappedStream, bytes], Awaitable[bytes]]) -> None:
+    def __init__(self, inner: trio.abc.Stream, tap: Tap) -> None:
         self.inner = inner
         self._tap = tap
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         passed = await self._tap(self, bytes(data))
+        if passed is None:
+            return
         await self.inner.send_all(passed)
         if len(passed) < len(data):
             await self.inner.aclose()
@@ -208,8 +216,8 @@ class MemoryNet:
 
     def __init__(self, deadlines: Deadlines | None = None) -> None:
         self.deadlines = deadlines or Deadlines()
-        self.source_tap: Callable[[TappedStream, bytes], Awaitable[bytes]] = _pass
-        self.destination_tap: Callable[[TappedStream, bytes], Awaitable[bytes]] = _pass
+        self.source_tap: Tap = _pass
+        self.destination_tap: Tap = _pass
         self.bytes_per_s = math.inf
         self.dials = 0
         self.down = False
@@ -226,7 +234,7 @@ class MemoryNet:
         self._send.send_nowait(TappedStream(there, self.destination_tap))
         return TappedStream(here, self._paced)
 
-    async def _paced(self, stream: TappedStream, data: bytes) -> bytes:
+    async def _paced(self, stream: TappedStream, data: bytes) -> bytes | None:
         await trio.sleep(len(data) / self.bytes_per_s)
         return await self.source_tap(stream, data)
 

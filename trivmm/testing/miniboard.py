@@ -97,8 +97,9 @@ class BareTransport:
     config_changes: int = 0
     resets: int = 0
 
-    def reset_registers(self) -> None:
+    def reset_registers(self) -> bool:
         self.resets += 1
+        return True
 
     def signal_config_change(self) -> None:
         self.config_changes += 1
@@ -171,5 +172,12 @@ class MiniBoard:
     def disconnect_interrupts(self) -> None:
         self.interrupts.append("disconnect")
 
-    def note_stuck(self, what: str) -> None:
+    def give_locks(self) -> None:
+        for slot in self.devices:
+            slot.backend.release_locks()
+
+    def thaw(self) -> None:
+        return None
+
+    def note_stuck(self, what: str, *, in_use: bool = False) -> None:
         self.stuck.append(what)

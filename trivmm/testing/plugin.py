@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from trivmm.testing.scripted import Script
     from trivmm.vm import Vm
 
-__all__ = ["FakeVmm", "fake_vmm", "vm", "vm_booted", "vm_config", "vm_migrated", "vm_scripts"]
+__all__ = ["FakeVmm", "fake_vmm", "open_fake_vmm", "vm", "vm_booted", "vm_config", "vm_migrated", "vm_scripts"]
 
 START_LIMIT_S: Final = 30.0
 END_LIMIT_S: Final = 15.0
@@ -125,24 +125,31 @@ def fake_vmm(tmp_path: Path) -> Iterator[Callable[..., FakeVmm]]:
     with ExitStack() as stack:
 
         def start(*faults: str, options: Sequence[str] = ()) -> FakeVmm:
-            number = len(list(tmp_path.glob("fake*.log")))
-            path = tmp_path / f"fake{number}.sock"
-            command = [sys.executable, "-P", "-m", "trivmm", "fake", "--api-socket", f"path={path}", *options]
-            for fault in faults:
-                command += ["--fail", fault]
-            log = stack.enter_context((tmp_path / f"fake{number}.log").open("wb"))
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            name = f"fake{len(list(tmp_path.glob('fake*.log')))}"
+            return stack.enter_context(open_fake_vmm(tmp_path, name, *faults, options=options))
+
+        yield start
+
+
+@contextmanager
+def open_fake_vmm(folder: Path, name: str, *faults: str, options: Sequence[str] = ()) -> Iterator[FakeVmm]:
+    """``fake_vmm`` without pytest: one process for the length of the block, its socket and log in ``folder``."""
+    path, log = folder / f"{name}.sock", folder / f"{name}.log"
+    command = [sys.executable, "-P", "-m", "trivmm", "fake", "--api-socket", f"path={path}", *options]
+    for fault in faults:
+        command += ["--fail", fault]
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+        try:
             made = FakeVmm(path, process)
-            stack.callback(_end, process)
             until = time.monotonic() + START_LIMIT_S
             while not _answers(made):
                 if process.poll() is not None or time.monotonic() > until:
-                    said = (tmp_path / f"fake{number}.log").read_text(errors="replace")
-                    raise RuntimeError(f"trivmm fake did not start: {said}")
+                    raise RuntimeError(f"trivmm fake did not start: {log.read_text(errors='replace')}")
                 time.sleep(POLL_S)
-            return made
-
-        yield start
+            yield made
+        finally:
+            _end(process)
 
 
 def _answers(fake: FakeVmm) -> bool:

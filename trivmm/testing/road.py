@@ -87,8 +87,7 @@ async def open_road(config: VmConfig, *, hypervisor: Hypervisor | None = None) -
                 task_status.started(vm)
                 await leave.wait()
 
-        vm = await nursery.start(first)
-        road = Road(nursery, vm, hypervisor, leave)
+        road = Road(nursery, await nursery.start(first), hypervisor, leave)
         try:
             yield road
         except trio.Cancelled:

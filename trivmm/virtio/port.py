@@ -166,8 +166,9 @@ class DeviceBackend(Protocol):
 class TransportPort(Protocol):
     """What the lifecycle asks of the transport. Called in the trio thread."""
 
-    def reset_registers(self) -> None:
-        """The reset is complete: queue and feature registers take their reset values (section 4.1.4.3.1)."""
+    def reset_registers(self) -> bool:
+        """The reset is complete: queue and feature registers take their reset values (section 4.1.4.3.1). False when
+        a vCPU is at them this moment, perhaps waiting for the kernel: try again soon."""
 
     def signal_config_change(self) -> None:
         """Raise the configuration-change interrupt (after NEEDS_RESET is set)."""

@@ -30,6 +30,7 @@ SLOTS: Final = 32
 CONFIG_ADDRESS: Final = 0xCF8
 CONFIG_PORTS: Final = (CONFIG_ADDRESS, 8)  # first port and count
 ENABLE: Final = 1 << 31
+PLACEMENT_S: Final = 30.0  # doorbells follow, and the kernel takes its time over each
 
 
 class HostBridge:
@@ -72,9 +73,9 @@ class _BarWindow:
 
 
 @contextmanager
-def _held(lock: threading.Lock, what: str) -> Iterator[None]:
-    if not lock.acquire(timeout=LOCK_S):
-        raise TrivmmError(f"the PCI bus's {what} lock was held for more than {LOCK_S} s")
+def _held(lock: threading.Lock, what: str, limit_s: float = LOCK_S) -> Iterator[None]:
+    if not lock.acquire(timeout=limit_s):
+        raise TrivmmError(f"the PCI bus's {what} lock was held for more than {limit_s} s")
     try:
         yield
     finally:
@@ -137,7 +138,7 @@ class PciBus:
 
     def place(self) -> None:
         """Make the MMIO address space agree with all BAR registers; also after ``load``."""
-        with _held(self._placement_lock, "placement"):
+        with _held(self._placement_lock, "placement", PLACEMENT_S):
             # Told in two rounds: where two BARs change places, a doorbell can't be set where the other's still is.
             self._tell(self._unmap_moved())
             self._tell(self._map_wanted())

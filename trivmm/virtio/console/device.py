@@ -44,12 +44,7 @@ class ConsoleDevice(WorkerDevice):
         self._size = 0, 0
         self._sized = False  # the driver has taken F_SIZE and is active
         self._bytes = [0, 0]
-        try:
-            self.line = ConsoleLine(sink)
-        except BaseException:
-            if sink is not None:
-                sink.close()
-            raise
+        self.line = ConsoleLine(sink)
         self.measure()
 
     # --- size ------------------------------------------------------------------------------------------------

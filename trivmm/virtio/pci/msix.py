@@ -176,8 +176,8 @@ class MsixTable:
                 os.eventfd_write(vector.fd, 1)
 
     def close(self) -> None:
-        """After every worker has ended. Idempotent."""
-        self.disconnect_all()
+        """After every worker has ended; the VM is closed next, and what is connected goes with it. Idempotent."""
+        self.live = False
         vectors, self._vectors = self._vectors, []
         for vector in vectors:
             os.close(vector.fd)

@@ -52,7 +52,7 @@ CAP_VENDOR: Final = 0x09
 CAP_MSIX: Final = 0x11
 CFG_COMMON, CFG_NOTIFY, CFG_ISR, CFG_DEVICE, CFG_PCI = range(1, 6)
 WINDOW_DATA: Final = 16  # offset of pci_cfg_data in the config-access capability
-LOCK_S: Final = 2.0  # a register access is microseconds: longer is a bug, and is reported as one
+LOCK_S: Final = 30.0  # microseconds, or as long as the kernel takes for a few routes: longer is a bug, reported as one
 
 
 class VirtioPciTransport:
@@ -237,12 +237,17 @@ class VirtioPciTransport:
 
     # --- the lifecycle's side (trio thread) ------------------------------------------------------------------
 
-    def reset_registers(self) -> None:
-        with self._registers():
+    def reset_registers(self) -> bool:
+        if not self._lock.acquire(timeout=0):
+            return False
+        try:
             self.common.reset()
             self._route_irqs()
             lib.tv_isr_take(self._isr)
             self.msix.reset()
+        finally:
+            self._lock.release()
+        return True
 
     def signal_config_change(self) -> None:
         lib.tv_irq_signal(self._config_irq, lib.TV_ISR_CONFIG)
@@ -315,10 +320,7 @@ class VirtioPciTransport:
             self._route_irqs()
 
     def close(self) -> None:
-        """After every worker and vCPU has ended."""
-        if self._doorbells_at is not None:
-            self.config.bars[BAR].mapped = None
-            self.bars_changed()
+        """After every worker and vCPU has ended; the VM is closed next, and its doorbells and routes with it."""
         self.msix.close()
         doorbells, self._doorbells = self._doorbells, []
         for fd in doorbells:
