@@ -33,6 +33,7 @@ from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError, GuestCrash, HypervisorError, TrivmmError
 from trivmm.hypervisor.select import choose_hypervisor
 from trivmm.migration.progress import MigrationProgress, Phase
+from trivmm.migration.verdict import LAST_LOOK_S
 from trivmm.signals import Told
 from trivmm.unixsocket import SocketFd
 
@@ -149,9 +150,8 @@ class Watchdog:
     @contextmanager
     def waiting_for(self, migration: str) -> Iterator[None]:
         """Its verdict may take ``commit``, and giving the VM back after it the grace; afterwards that begins anew."""
-        self._arm(
-            self._commit_s + self._grace_s, f", {self._commit_s:g} s of commit before it: {migration} has no verdict"
-        )
+        limit_s = self._commit_s + LAST_LOOK_S + self._grace_s
+        self._arm(limit_s, f", {self._commit_s:g} s of commit before it: {migration} has no verdict")
         try:
             yield
         finally:
