@@ -312,8 +312,7 @@ async def test_neither_side_can_cancel_a_migration_past_commit(tmp_path: Path, m
             await vm.boot()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(vmm.receive_migration, url)
-                while not listens(tmp_path / "m.sock"):
-                    await trio.lowlevel.checkpoint()
+                await trio.to_thread.run_sync(until, partial(listens, tmp_path / "m.sock"), "it does not listen")
                 await vm.migrate_to(url, downtime_ms=5000)
             assert vmm.vm.state is VmState.RUNNING
     assert said == [
