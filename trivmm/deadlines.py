@@ -75,7 +75,12 @@ _ROWS: Final = (
         "verdict_read", 1.0, "nobody has fetched the outcome of a migration that took the VM away: the process ends"
     ),
     Deadline("free", 2.0, "nobody waits longer for the kernel to free a guest's RAM; a thread goes on with it"),
-    Deadline("shutdown_grace", 5.0, "what still runs is named, the process leaves by os._exit"),
+    Deadline(
+        "shutdown_grace",
+        5.0,
+        "a migration past COMMIT is waited for first, up to `commit`; what then still runs is named, "
+        "the process leaves by os._exit",
+    ),
 )
 
 TABLE: Final[dict[str, Deadline]] = {row.name: row for row in _ROWS}

@@ -23,6 +23,7 @@ __all__ = [
     "MigrationError",
     "MigrationInDoubt",
     "NotSupported",
+    "PastCommit",
     "PauseTimeout",
     "ProtocolError",
     "RunsElsewhere",
@@ -179,6 +180,13 @@ class MigrationError(TrivmmError):
 
 class MigrationCancelled(MigrationError):
     """A migration was cancelled before its commit: the source runs."""
+
+
+class PastCommit(TrivmmError):
+    """A migration has seen its COMMIT: only its verdict ends it. ``what`` is told of it (``COMMIT was sent``)."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"cancel-migration: {what}: nothing can be cancelled any more; wait for the verdict")
 
 
 class ProtocolError(MigrationError):

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -45,6 +45,12 @@ class Incoming:
     @property
     def url(self) -> str:
         return self._receiver.url
+
+    @property
+    def committed(self) -> bool:
+        """COMMIT was accepted: the VM runs here, or is about to, and cancelling ``receive`` changes nothing."""
+        progress = self.vm.migration_progress
+        return progress is not None and progress.committed
 
     async def receive(self) -> Vm:
         """Wait for a sender (``accept``), take its VM in, and give it, running (or paused, as it was sent).
@@ -86,8 +92,10 @@ async def open_incoming(
     driver: Driver | None = None,
     events: EventBus | None = None,
     answering: trio.Nursery | None = None,
+    refuse: Callable[[], str | None] = lambda: None,
 ) -> AsyncIterator[Incoming]:
     """Listen at ``url`` (``unix:PATH`` or ``tcp:HOST:PORT``) for one migration. ``events`` as for ``open_vm``.
+    ``refuse`` is asked when COMMIT comes: what it gives, unless None, is why the source is answered REFUSED.
 
     The VM that arrives lives until the end of the block, with the same promises as in ``open_vm``.
 
@@ -107,6 +115,7 @@ async def open_incoming(
                     vm_scope(empty, chosen, driver or driver_of(chosen), events) as (vm, nursery),
                     open_receiver(url, limits, nursery, answering or own) as receiver,
                 ):
+                    receiver.refuse = refuse
                     vm.tell_of_receiving("ready")
                     yield Incoming(chosen, limits, vm, receiver)
             except trio.Cancelled:

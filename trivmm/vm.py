@@ -30,7 +30,7 @@ import trio
 from trivmm.config import CpusConfig, VmConfig
 from trivmm.console import ConsoleCursor, ConsoleMatch, ConsolePattern, bytes_pattern
 from trivmm.deadlines import Deadlines
-from trivmm.errors import GuestCrash, MigrationCancelled, MigrationInDoubt, NotSupported, WrongState
+from trivmm.errors import GuestCrash, MigrationCancelled, MigrationInDoubt, NotSupported, PastCommit, WrongState
 from trivmm.events import EventBus
 from trivmm.hypervisor.base import Hypervisor
 from trivmm.hypervisor.select import choose_hypervisor
@@ -297,7 +297,7 @@ class Vm:
             await self._in_pieces(board.load_payload)  # seconds, where the kernel is to be unpacked
             machine = await self._run(board)
         except BaseException:
-            await self._discard(board)
+            await self._discard(board)  # noqa: ASYNC102 - shields and bounds itself
             raise
         self.config = board.config_as_built()
         try:
@@ -602,9 +602,13 @@ class Vm:
             return found
 
     def cancel_migration(self) -> bool:
-        """Ask a running migration to roll back; False when there is none. It ends in ``MigrationCancelled``."""
+        """Ask a running migration to roll back; False when there is none. It ends in ``MigrationCancelled``.
+
+        :raises PastCommit: COMMIT was sent: it is only waited for, ``commit`` seconds at most."""
         if self._migration is None:
             return False
+        if self.migration_progress is not None and self.migration_progress.committed:
+            raise PastCommit("COMMIT was sent")
         self._migration.cancel()
         return True
 
@@ -649,7 +653,8 @@ class Vm:
         self._closing = True
         if self._machine is not None:
             self._machine.ending = True
-        if self.cancel_migration():
+        if self._migration is not None:
+            self._migration.cancel()  # past COMMIT it does not hear that
             with trio.move_on_after(self.deadlines.rollback + self.deadlines.commit):
                 await self.ownership.free()
         await self._end()
@@ -674,7 +679,7 @@ class Vm:
             await self._in_pieces(board.check_payload)
             return await self._run(board, gate_open=False)
         except BaseException:
-            await self._discard(board)
+            await self._discard(board)  # noqa: ASYNC102 - shields and bounds itself
             raise
 
     async def abandon(self) -> None:

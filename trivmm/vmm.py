@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
 import attrs
@@ -21,6 +22,7 @@ from trivmm.control.unknown import UnknownKeys
 from trivmm.deadlines import Deadlines
 from trivmm.errors import (
     MigrationCancelled,
+    PastCommit,
     TrivmmError,
     VmMigrating,
     VmNotCreated,
@@ -28,9 +30,9 @@ from trivmm.errors import (
 )
 from trivmm.events import EventBus
 from trivmm.hypervisor.base import Hypervisor
-from trivmm.incoming import open_incoming
+from trivmm.incoming import Incoming, open_incoming
 from trivmm.migration.doubt import Resolution
-from trivmm.migration.progress import MigrationProgress
+from trivmm.migration.progress import MigrationProgress, Phase
 from trivmm.migration.sender import socket_dialer
 from trivmm.vm import Dial, ExitReason, Vm, open_vm
 
@@ -95,7 +97,11 @@ class _Slot:
     vm: Vm | None = None
     moved: bool = False  # the VM is another process's now, or was overwritten: it is not deleted
     aside: _Slot | None = None  # of a VM that is not booted, and gives way to the one that comes if one does
+    incoming: Incoming | None = None
+    url: str = ""  # of the migration that brings it, or takes it away
+    cancelled: bool = False
     cancel: Callable[[], None] | None = None
+    arrival: _Outcome[Vm] | None = None
     close: trio.Event = attrs.field(factory=trio.Event)
     gone: trio.Event = attrs.field(factory=trio.Event)
     booted: trio.Event = attrs.field(factory=trio.Event)
@@ -111,6 +117,7 @@ class Vmm:
     events: EventBus
     _nursery: trio.Nursery
     _dial: Dial = socket_dialer
+    _told_to_end: Callable[[], str | None] = lambda: None
     unknown_keys: UnknownKeys = attrs.field(factory=UnknownKeys, init=False)
     _slot: _Slot | None = attrs.field(default=None, init=False)
     _sending: _Outcome[None] | None = attrs.field(default=None, init=False)
@@ -118,6 +125,7 @@ class Vmm:
     _verdict_read: trio.Event = attrs.field(factory=trio.Event, init=False)
     _watched: bool = attrs.field(default=False, init=False)  # somebody has asked for this migration's progress
     _end: _Outcome[VmmEnd] = attrs.field(factory=_Outcome, init=False)
+    _settled_for: str | None = attrs.field(default=None, init=False)
 
     # --- reading -----------------------------------------------------------------------------------------------
 
@@ -153,6 +161,51 @@ class Vmm:
     def shut_down(self) -> None:
         """vmm.shutdown: answers at once; the owner of the ``open_vmm`` block ends it."""
         self._finish(VmmEnd("asked"))
+
+    @property
+    def committing(self) -> str | None:
+        """The migration that is past COMMIT and has no verdict yet, in words."""
+        slot = self._slot
+        if slot is None:
+            return None
+        progress, way = (self.progress, "to") if self._sending is not None else (None, "")
+        if slot.vm is None and slot.incoming is not None:
+            progress, way = slot.incoming.vm.migration_progress, "from the source at"
+        if progress is None or progress.phase is not Phase.COMMIT:
+            return None
+        return f"the migration {progress.session} {way} {slot.url}"
+
+    async def settle(self, why: str) -> MigrationProgress | None:
+        """The process is about to end: from here no migration begins or commits. One that is past COMMIT gets its
+        verdict, any other that is sent is rolled back, and who watches it reads how it ended, which is given; None:
+        none was sent. Call before the ``open_vmm`` block ends, so that its end cuts nothing off.
+
+        Bounded by the migration's own deadlines: ``commit``, or ``rollback``, and ``verdict_read``."""
+        self._settled_for = why
+        slot, sending = self._slot, self._sending
+        if slot is None:
+            return None
+        if slot.vm is None:
+            if slot.arrival is not None and slot.incoming is not None and slot.incoming.committed:
+                with suppress(TrivmmError):
+                    await slot.arrival.get()
+            return None
+        if sending is not None:
+            with suppress(PastCommit):
+                slot.vm.cancel_migration()
+            await sending.get()
+        elif not slot.moved:
+            return None
+        progress = self.progress
+        if slot.moved or self._watched:
+            await self._until_read()
+        return progress
+
+    async def _until_read(self) -> None:
+        """Who asks for a migration's outcome gets it before the process ends."""
+        limit_s = self.deadlines.verdict_read
+        with trio.move_on_after(limit_s if self._watched else min(limit_s, FIRST_LOOK_S)):
+            await self._verdict_read.wait()
 
     # --- one VM ------------------------------------------------------------------------------------------------
 
@@ -221,6 +274,9 @@ class Vmm:
         :raises ConfigError: / :raises WrongState: / :raises VmMigrating: not accepted; nothing has changed."""
         vm = self.vm
         self._changing("send-migration")
+        self._not_leaving("send-migration")
+        if self._slot is not None:
+            self._slot.url = data.destination_url
         self._sending = _Outcome[None]()
         self._watched, self._verdict_read = False, trio.Event()
         try:
@@ -286,14 +342,26 @@ class Vmm:
         comes, its configuration is there again.
 
         :raises WrongState: there is a VM. :raises MigrationError: it failed."""
+        self._not_leaving("receive-migration")
         slot = self._take("receive-migration", in_place_of=self._on_paper())
-        outcome: _Outcome[Vm] = _Outcome()
+        slot.url, slot.arrival = url, _Outcome[Vm]()
         self._last_progress = None
         incoming = open_incoming(
-            url, hypervisor=self.hypervisor, deadlines=self.deadlines, events=self.events, answering=self._nursery
+            url,
+            hypervisor=self.hypervisor,
+            deadlines=self.deadlines,
+            events=self.events,
+            answering=self._nursery,
+            refuse=partial(self._refuse_commit, slot),
         )
-        self._nursery.start_soon(self._live, slot, incoming, _received, outcome, name="receive-migration")
-        await outcome.get()
+        received = partial(_received, slot)
+        self._nursery.start_soon(self._live, slot, incoming, received, slot.arrival, name="receive-migration")
+        await slot.arrival.get()
+
+    def _refuse_commit(self, slot: _Slot) -> str | None:
+        """Why a VM whose COMMIT comes now is not run here; None: it is. Who cancelled was told that it is not."""
+        why = self._settled_for or self._told_to_end()
+        return f"the VMM is shutting down ({why})" if why else "it was cancelled" if slot.cancelled else None
 
     def _on_paper(self) -> _Slot | None:
         slot = self._slot
@@ -303,11 +371,16 @@ class Vmm:
         return slot
 
     def cancel_migration(self) -> None:
-        """Ask the migration that runs, in either direction, to roll back. :raises WrongState: none runs."""
+        """Ask the migration that runs, in either direction, to roll back.
+
+        :raises PastCommit: it has seen COMMIT. :raises WrongState: none runs."""
         slot = self._slot
         if self._sending is not None and slot is not None and slot.vm is not None and slot.vm.cancel_migration():
             return
         if slot is not None and slot.vm is None and slot.cancel is not None and slot.what == "receive-migration":
+            if slot.incoming is not None and slot.incoming.committed:
+                raise PastCommit("COMMIT has come")
+            slot.cancelled = True
             slot.cancel()
             return
         raise WrongState("cancel-migration", "not migrating", "migrating")
@@ -327,6 +400,10 @@ class Vmm:
             raise VmMigrating(operation)
         if self._slot is not None and self._slot.vm is None:
             raise WrongState(operation, f"in the middle of {self._slot.what}", "there")
+
+    def _not_leaving(self, operation: str) -> None:
+        if self._settled_for is not None:
+            raise TrivmmError(f"{operation}: the VMM is shutting down ({self._settled_for})")
 
     async def _live(
         self,
@@ -385,9 +462,7 @@ class Vmm:
                     return
                 if self._sending is not None:
                     await self._sending.get()
-                limit_s = self.deadlines.verdict_read  # who asks for it reads how it ended
-                with trio.move_on_after(limit_s if self._watched else min(limit_s, FIRST_LOOK_S)):
-                    await self._verdict_read.wait()
+                await self._until_read()
             stays = reason.kind == "shutdown" or (reason.kind == "poweroff" and self.options.stay_after_shutdown)
             if not stays:
                 self._finish(VmmEnd(reason.kind, reason))
@@ -410,9 +485,9 @@ async def _same(vm: Vm) -> Vm:
     return vm
 
 
-async def _received(incoming: Any) -> Vm:
-    vm: Vm = await incoming.receive()
-    return vm
+async def _received(slot: _Slot, incoming: Incoming) -> Vm:
+    slot.incoming = incoming
+    return await incoming.receive()
 
 
 @asynccontextmanager
@@ -423,8 +498,10 @@ async def open_vmm(
     options: VmmOptions | None = None,
     events: EventBus | None = None,
     dial: Dial = socket_dialer,
+    told_to_end: Callable[[], str | None] = lambda: None,
 ) -> AsyncIterator[Vmm]:
     """The service for the length of the block; at its end a migration rolls back and the VM ends, each bounded.
+    ``told_to_end`` says by what the process was told to end, as soon as that is known: no VM is taken in any more.
 
     ``events`` is closed at the end, after its last event. ``hypervisor`` stays the caller's: it
     closes it. What the block raises leaves it unwrapped."""
@@ -433,7 +510,7 @@ async def open_vmm(
     bus.emit("vmm", "starting")
     try:
         async with trio.open_nursery() as nursery:
-            vmm = Vmm(hypervisor, deadlines or Deadlines(), options or VmmOptions(), bus, nursery, dial)
+            vmm = Vmm(hypervisor, deadlines or Deadlines(), options or VmmOptions(), bus, nursery, dial, told_to_end)
             try:
                 yield vmm
             except trio.Cancelled:

@@ -109,6 +109,33 @@ def test_a_crash_has_its_own_exit_code_and_a_diagnosis(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["crash.elf"]
 
 
+def test_a_signal_while_a_crash_is_told_does_not_change_its_exit_code(tmp_path: Path) -> None:
+    """The end takes ``drain``: the monitor's events go into a FIFO that is full."""
+    (tmp_path / "crash.elf").write_bytes(crashing_kernel())
+    fifo, log = tmp_path / "fifo", tmp_path / "log"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        while True:
+            try:
+                os.write(reader, b"\0")
+            except BlockingIOError:
+                break
+        options = ["--deadlines", "drain=1", "--event-monitor", "path=fifo", "-v", "--log-file", "log"]
+        process = start(tmp_path, "--kernel", "crash.elf", "--memory", "size=64M", *options)
+        try:
+            until(lambda: log.exists() and "vmm shutdown" in log.read_text(), process)
+            process.send_signal(signal.SIGTERM)
+            _, err = process.communicate(timeout=LIMIT_S)
+        finally:
+            process.kill()
+            process.communicate()
+    finally:
+        os.close(reader)
+    assert process.returncode == 3
+    assert "error: the guest crashed: vcpu0: triple fault" in err
+
+
 class Terminal:
     """A person at a terminal of their own, in which a VMM runs; ``script`` is a shell's that starts it as "$@"."""
 

@@ -350,3 +350,41 @@ def test_host_report_and_choice() -> None:
     chosen = choose_hypervisor("kvm")
     assert chosen.name == "kvm"
     chosen.close()
+
+
+def test_routes_that_were_prepared_cost_no_upload(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each upload waits for the kernel: one for all vectors of a machine, none for a vector alone."""
+    guest = start("e610 f4")
+    uploads: list[str] = []
+    lines = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(3)]
+
+    def counted(fd: int, name: str, *args: Any, **more: Any) -> int:
+        uploads.extend([name] if name == "KVM_SET_GSI_ROUTING" else [])
+        return kvm_call(fd, name, *args, **more)
+
+    monkeypatch.setattr("trivmm.hypervisor.kvm.irq.kvm_call", counted)
+    messages = [(0xFEE0_0000, 0x40), (0xFEE0_0000, 0x41), (0xFEE0_0000, 0x41)]
+    try:
+        guest.vm.prepare_msi(messages)
+        assert len(uploads) == 1
+        tokens = [guest.vm.connect_msi(fd, *message) for fd, message in zip(lines, messages, strict=True)]
+        assert len(set(tokens)) == 3
+        guest.vm.disconnect_msi(tokens[0])
+        guest.vm.prepare_msi(messages[:1])
+        assert len(uploads) == 1, "it is there already"
+        guest.vm.prepare_msi([(0xFEE0_0000, 0x42)])
+        assert len(uploads) == 2
+        assert guest.vm.connect_msi(lines[0], 0xFEE0_0000, 0x42) == tokens[0], "a free one takes the new message"
+        assert len(uploads) == 2
+        monkeypatch.setattr(guest.vm._routes, "_upload", refuse)
+        guest.vm.prepare_msi([(0xFEE0_0000, 0x43)])  # says nothing
+        with pytest.raises(HypervisorError):
+            guest.vm.connect_msi(lines[0], 0xFEE0_0000, 0x43)
+    finally:
+        guest.vm.close()
+        for fd in lines:
+            os.close(fd)
+
+
+def refuse() -> None:
+    raise HypervisorError("KVM_SET_GSI_ROUTING", "refused")

@@ -394,7 +394,9 @@ async def test_a_cancellation_that_comes_after_commit_does_not_end_the_vm_that_c
                 while not stage.incoming:
                     await client.ping()
                 stage.incoming[0].guard.shield = True
-                await client.cancel_migration()
+                with pytest.raises(ApiError, match="COMMIT has come: nothing can be cancelled any more") as caught:
+                    await client.cancel_migration()
+                assert caught.value.status == 500
                 stage.incoming[0].arrived.set()
             assert (await client.info())["state"] == "Running"
             await client.pause()

@@ -47,7 +47,7 @@ EVERY: list[m.Message] = [
     m.RoundEnd(3, 1 << 40),
     m.RoundAck(3),
     m.State(STATE),
-    m.Ready(0.0),
+    m.Ready(0.0, 1.5),
     m.Undo("late"),
     m.Undone(),
     m.Commit(ID),

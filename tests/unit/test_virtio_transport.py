@@ -260,6 +260,17 @@ def test_function_mask_disable_and_new_messages(transport: VirtioPciTransport, v
     assert routes(vm) == {(0xFEE0_0000, 0x60)}
 
 
+def test_messages_are_those_that_connecting_routes(transport: VirtioPciTransport, vm: ScriptedVm) -> None:
+    set_vector(transport, 0, 0x50)
+    assert transport.messages() == [], "not enabled"
+    enable_msix(transport)
+    set_vector(transport, 1, 0x51, masked=1)
+    assert transport.messages() == [(0xFEE0_0000, 0x50)]
+    transport.connect_interrupts()
+    assert routes(vm) == {(0xFEE0_0000, 0x50)}
+    assert transport.messages() == [], "routed"
+
+
 def test_a_message_that_the_hypervisor_refuses_is_the_guests_mistake(
     transport: VirtioPciTransport, vm: ScriptedVm, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,7 +41,10 @@ THREAD = "a C call that polls its kicker and a timeout, in a task with a kicker"
 CORE = "bounded inside by its own named deadlines, step by step"
 EXCUSED: dict[str, str] = {
     "cli/event_monitor.py:_write_all": "its scope gets the drain deadline when the bus closes",
-    "cli/run.py:_serve.on_signal": "waits for a signal as long as the process lives",
+    "cli/demo.py:_until_gone": CALLER,
+    "cli/demo.py:open_host": "Popen.poll() only looks whether the process has ended",
+    "cli/demo.py:run_demo.on_signal": "waits for a signal as long as the process lives",
+    "cli/run.py:_Life.on_signal": "waits for a signal as long as the process lives",
     "cli/terminal.py:follow_size": "waits for a signal as long as the process lives",
     "cli/terminal.py:type_into": "waits for typing as long as the process lives",
     "control/routes.py:_EventStream.__aiter__": "a VMM's life: its bus ends it, and the server its client",
@@ -94,6 +97,7 @@ EXCUSED: dict[str, str] = {
     "virtio/device.py:WorkerDevice.stop": CALLER,
     "virtio/pci/msix.py:_readable": "select.poll() makes an object; it is asked with timeout 0",
     "virtio/queue/worker.py:QueueWorker.run": THREAD,
+    "signals.py:Told.wait": "waits for a signal as long as the process lives",
     "vm.py:Vm._aside": "reads local files or frees memory; a hung file system is the kernel's own",
     "vm.py:Vm._control": SCOPE,
     "vm.py:Vm._machine_task": "ended by Vm._end, which every way out of open_vm calls",

@@ -26,6 +26,7 @@ from trivmm.migration.link import Link
 from trivmm.migration.progress import MigrationProgress, MigrationReport, Phase
 from trivmm.migration.receiver import Receiver
 from trivmm.migration.sender import SendOptions, send
+from trivmm.migration.state import MachineState
 from trivmm.migration.steps import Session
 from trivmm.migration.verdict import LAST_LOOK_S, ask
 from trivmm.migration.wire import MessageType
@@ -51,6 +52,7 @@ class World:
     seen: list[MigrationProgress] = attrs.field(factory=list)
     began: float = attrs.field(factory=trio.current_time)
     receiver: Receiver | None = None
+    refuse: Callable[[], str | None] = lambda: None
 
     @classmethod
     def make(cls, limits: Deadlines = LIMITS, **more: Any) -> World:
@@ -69,6 +71,7 @@ class World:
 
     async def receive(self, nursery: trio.Nursery) -> None:
         self.receiver = receiver = Receiver(self.net, LIMITS, nursery)
+        receiver.refuse = self.refuse
         try:
             _, self.taken = await receiver.receive(self.destination.factory)
         except Exception as error:
@@ -264,6 +267,22 @@ async def test_the_parts_of_a_downtime_until_commit_and_after_it(autojump_clock:
     world.close()
 
 
+async def test_a_slow_load_foretells_nothing_of_the_start(autojump_clock: trio.testing.MockClock) -> None:
+    """What loading did need not be done again."""
+    world = World.make()
+    load = world.destination.load
+
+    async def slowly(state: MachineState) -> None:
+        await trio.sleep(0.18)
+        await load(state)
+
+    world.destination.load = slowly  # type: ignore[method-assign]
+    await world.run()
+    assert isinstance(world.sent, MigrationReport)
+    assert world.sent.attempts == 1
+    world.close()
+
+
 async def test_a_slow_answer_to_the_state_foretells_a_slow_answer_to_commit(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
@@ -291,7 +310,7 @@ async def test_a_destination_that_resumes_too_slowly_gets_no_commit(
     async def slow_ready(stream: TappedStream, data: bytes) -> bytes:
         if data[6] == MessageType.READY:
             number = wire.parse_header(data[: wire.HEADER_BYTES]).sequence
-            return wire.numbered(m.encode_message(m.Ready(400.0)), number)
+            return wire.numbered(m.encode_message(m.Ready(400.0, 0.0)), number)
         return data
 
     world.net.destination_tap = slow_ready
@@ -368,6 +387,50 @@ async def test_refused_locks_bring_the_source_back(autojump_clock: trio.testing.
     await world.run()
     assert isinstance(world.sent, CommitRefused)
     assert isinstance(world.taken, CommitRefused)
+    assert world.source.running
+    world.close()
+
+
+async def test_a_destination_that_shall_end_refuses_the_commit_that_it_reads(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """It was ready, and only then told: nothing has cancelled it yet when it reads COMMIT."""
+    world = World.make()
+    told: list[str] = []
+
+    async def tap(stream: TappedStream, data: bytes) -> bytes:
+        if data[6] == MessageType.COMMIT:
+            told.append("SIGTERM")
+        return data
+
+    world.net.source_tap = tap
+    world.refuse = lambda: told[0] if told else None
+    await world.run()
+    assert isinstance(world.sent, CommitRefused)
+    assert isinstance(world.taken, CommitRefused)
+    assert "not run here: SIGTERM" in str(world.sent)
+    assert world.source.running
+    world.close()
+
+
+async def test_a_cancellation_in_the_last_moment_before_commit_is_heard(autojump_clock: trio.testing.MockClock) -> None:
+    """Whoever cancels while the phase is not COMMIT was told that it can be: no COMMIT goes out after that."""
+    world = World.make()
+    release = world.source.release_locks
+
+    async def released_and_cancelled() -> None:
+        await release()
+        scope.cancel()
+
+    world.source.release_locks = released_and_cancelled  # type: ignore[method-assign]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(world.receive, nursery)
+        with trio.CancelScope() as scope:
+            await world.send()
+    world.check()
+    assert world.sent is None
+    assert world.seen[-1].phase is Phase.CANCELLED
+    assert Phase.COMMIT not in [each.phase for each in world.seen]
     assert world.source.running
     world.close()
 

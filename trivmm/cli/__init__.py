@@ -2,6 +2,7 @@
 ``trivmm fake``.
 
 Exit codes: 0 done; 1 something failed; 2 the user's mistake, one line on stderr; 3 the guest crashed; 130 interrupted.
+What ends a process first decides; a demo that is told to end by a signal gives 128 and its number (143 for SIGTERM).
 Each command's module is imported when it is used: ``trivmm remote`` never imports trio.
 """
 
@@ -15,6 +16,7 @@ from typing import Final
 
 from trivmm.cli.parser import REFUSED, USAGE, UsageError, run_parser
 from trivmm.errors import ConfigError, TrivmmError
+from trivmm.signals import interruptible
 
 __all__ = ["EXIT_CRASH", "EXIT_FAILED", "EXIT_INTERRUPTED", "EXIT_USAGE", "main", "say_error"]
 
@@ -57,10 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             case "remote":
                 from trivmm.cli.remote import remote
 
+                interruptible()
                 return remote(rest)
             case "doctor":
                 from trivmm.cli.doctor import doctor
 
+                interruptible()
                 return doctor(rest)
             case "demo":
                 from trivmm.cli.demo_command import demo

@@ -4,6 +4,9 @@ Two VMM processes serve their API on unix sockets. The probe guest (``trivmm.gue
 for ever, and cycles virtio-rng and virtio-blk without rest. The demo sends it there and back, over unix and tcp in
 turn, draws each migration while it happens, and closes with a table. What counts is what the guest itself says about
 its memory and disk, and what the VMM's own counters say about activations.
+
+A signal ends both processes and removes the folder with everything that they share, as the end does. Should the demo be
+killed, the kernel tells them (``demo_child``).
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-import sys
+import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -21,10 +24,12 @@ from typing import TYPE_CHECKING, Any, Final
 import attrs
 import trio
 
+from trivmm.cli.demo_child import child_command
 from trivmm.cli.demo_view import DemoView, MoveRow
 from trivmm.control.client import Client
 from trivmm.errors import TrivmmError
 from trivmm.guest import parse_report, probe_cmdline, probe_path
+from trivmm.signals import Told
 
 if TYPE_CHECKING:
     from trivmm.guest import ProbeReport
@@ -34,9 +39,12 @@ __all__ = ["DemoOptions", "run_demo"]
 START_LIMIT_S: Final = 30.0  # a process's start, a guest's boot: seconds at the most, even on a busy machine
 READY_LIMIT_S: Final = 120.0
 MOVE_LIMIT_S: Final = 180.0
+END_LIMIT_S: Final = 10.0  # twice the grace that a VMM gives itself
+SIGNALLED: Final = 128  # and the signal's number: the exit code as a shell spells it
 POLL_S: Final = 0.05
 WATCH_S: Final = 0.1  # between two looks at a VM, at rest and while it moves alike: each costs it some milliseconds
 LISTENING: Final = "0A"  # TCP_LISTEN as /proc/net/tcp spells it
+ACCEPTS: Final = "00010000"  # __SO_ACCEPTCON as /proc/net/unix does: between bind and listen there is a file already
 
 
 @attrs.frozen
@@ -60,7 +68,7 @@ class Host:
     """One VMM process and the client that talks to it."""
 
     name: str
-    process: trio.Process
+    process: subprocess.Popen[bytes]
     client: Client
     log: Path
 
@@ -73,15 +81,18 @@ class Host:
 async def open_host(name: str, folder: Path, hypervisor: str) -> AsyncIterator[Host]:
     """A VMM process that stays after its VM has migrated away, so that it can receive it again."""
     api, log = folder / f"{name}.sock", folder / f"{name}.log"
-    command = [sys.executable, "-P", "-m", "trivmm", "--api-socket", f"path={api}", "--hypervisor", hypervisor]
-    command += ["--stay-after-migration"]
+    options = ["--api-socket", f"path={api}", "--hypervisor", hypervisor, "--stay-after-migration"]
     with log.open("wb") as out:
-        process = await trio.lowlevel.open_process(command, stdin=-3, stdout=out, stderr=out)
+        # In this thread: it is the one whose end the kernel tells the child of. In a group of its own: Ctrl-C on a
+        # terminal is for the demo, which ends them.
+        process = subprocess.Popen(  # noqa: ASYNC220
+            child_command(options), stdin=subprocess.DEVNULL, stdout=out, stderr=out, process_group=0
+        )
     try:
         async with Client(str(api)) as client:
             host = Host(name, process, client, log)
             with trio.move_on_after(START_LIMIT_S) as scope:
-                while process.returncode is None:
+                while process.poll() is None:
                     try:
                         await client.ping()
                         break
@@ -91,13 +102,25 @@ async def open_host(name: str, folder: Path, hypervisor: str) -> AsyncIterator[H
                 raise DemoError(f"process {name} did not start: {host.last_words()}")
             yield host
     finally:
-        with trio.move_on_after(10, shield=True):
-            process.terminate()
-            await process.wait()
-        if process.returncode is None:
+        process.terminate()
+        with trio.move_on_after(END_LIMIT_S, shield=True):
+            await _until_gone(process)
+        if process.poll() is None:
             process.kill()
-            with trio.move_on_after(5, shield=True):
-                await process.wait()
+            with trio.move_on_after(END_LIMIT_S, shield=True):
+                await _until_gone(process)
+
+
+async def _until_gone(process: subprocess.Popen[bytes]) -> None:
+    """Bounded by the caller."""
+    if process.poll() is not None:
+        return
+    fd = os.pidfd_open(process.pid)
+    try:
+        await trio.lowlevel.wait_readable(fd)
+    finally:
+        os.close(fd)
+    process.wait()  # bounded by the kernel: it has ended
 
 
 @attrs.define(eq=False)
@@ -194,10 +217,10 @@ async def _move(source: Host, target: Host, url: str, options: DemoOptions, view
 
 def _listens(url: str) -> bool:
     kind, _, where = url.partition(":")
+    rows = [line.split() for line in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]]
     if kind == "unix":
-        return os.path.exists(where)
+        return any(row[3] == ACCEPTS and row[-1] == where for row in rows)
     port = int(where.rpartition(":")[2])
-    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return any(row[1].endswith(f":{port:04X}") and row[3] == LISTENING for row in rows)
 
 
@@ -207,8 +230,32 @@ async def _until(true: Callable[[], bool]) -> None:
         await trio.sleep(POLL_S)
 
 
-async def run_demo(options: DemoOptions) -> int:
-    """Gives the exit code: 0 when every move completed and the guest found no page lost."""
+async def run_demo(options: DemoOptions, told: Told) -> int:
+    """Gives the exit code: 0 when every move completed and the guest found no page lost, 128 and its number after a
+    signal (130 after Ctrl-C, 143 after SIGTERM)."""
+    code: int | None = None
+    failure: Exception | None = None
+    async with trio.open_nursery() as nursery:
+
+        async def on_signal() -> None:
+            await told.wait()
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(on_signal, name="signals")
+        try:
+            code = await _run(options)
+        except (TrivmmError, OSError) as error:
+            failure = error
+        nursery.cancel_scope.cancel()
+    if code is None and told.number is not None:
+        return SIGNALLED + told.number  # whatever failed comes of that
+    if failure is not None:
+        raise failure
+    assert code is not None
+    return code
+
+
+async def _run(options: DemoOptions) -> int:
     with tempfile.TemporaryDirectory(prefix="trivmm-demo-") as name:
         folder = Path(name)
         disk, serial = folder / "disk.img", folder / "serial.txt"

@@ -32,6 +32,7 @@ def demo(arguments: Sequence[str]) -> int:
     import trio
 
     from trivmm.cli.demo import DemoOptions, run_demo
+    from trivmm.signals import Told
 
     options = DemoOptions(
         moves=given.moves,
@@ -42,4 +43,5 @@ def demo(arguments: Sequence[str]) -> int:
         hypervisor=given.hypervisor,
         as_json=given.json,
     )
-    return trio.run(run_demo, options)
+    with Told() as told:
+        return trio.run(run_demo, options, told)

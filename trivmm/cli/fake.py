@@ -20,9 +20,9 @@ faults:
   VERB=error[:TEXT]              the verb fails         VERB=delay:2s   it takes so long
   pause=timeout                  after its deadline, the VM runs on
   send-migration=PHASE:KIND      PHASE setup, precopy, switchover, commit; KIND lost, stall:SECONDS,
-                                 refused (setup, commit), in-doubt (commit)
+                                 refused (setup, commit), in-doubt, deaf:SECONDS (commit)
   …,times=N                      only N times
-GET and PUT /api/v1/fake.faults read and replace the list while it runs."""
+GET and PUT /api/v1/fake.faults read and replace the list while it runs; a stall ends with that."""
 
 
 def fake(arguments: Sequence[str]) -> int:

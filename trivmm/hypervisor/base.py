@@ -14,7 +14,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol, TypeAlias
 
 import attrs
@@ -224,6 +224,10 @@ class VmBackend(Protocol):
         """A guest write of any size and value at ``gpa`` signals the eventfd ``fd`` instead of exiting."""
 
     def remove_doorbell(self, fd: int, gpa: int) -> None: ...
+
+    def prepare_msi(self, messages: Sequence[tuple[int, int]]) -> None:
+        """Each (address, data) is connected next: what can be done for all of them at once is done. Never raises for a
+        message that can't be: its ``connect_msi`` does."""
 
     def connect_msi(self, fd: int, address: int, data: int) -> int:
         """Route the eventfd ``fd`` to an MSI message; gives a token. A readable ``fd`` injects at once."""

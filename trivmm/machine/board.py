@@ -177,6 +177,8 @@ class Board:
     def connect_interrupts(self) -> None:
         self.vm.connect_irq(self.serial.irq_fd, COM1_IRQ)
         self.vm.connect_irq(self.ged.irq_fd, GED_IRQ)
+        # One wait for all routes. A guest that changes one meanwhile costs another wait, no more.
+        self.vm.prepare_msi([message for slot in self.devices for message in slot.transport.messages()])
         for slot in self.devices:
             slot.transport.connect_interrupts()
 

@@ -89,7 +89,10 @@ class State:
 
 @attrs.frozen
 class Ready:
+    """``resume_ms``: the destination's guess of its time from COMMIT to RUNNING; ``loaded_ms``: loading took."""
+
     resume_ms: float
+    loaded_ms: float
 
 
 @attrs.frozen
@@ -246,7 +249,7 @@ def parse_message(frame: Frame) -> Message:
         case MessageType.ROUND_ACK:
             message = RoundAck(fields.integer("round", 0, MAX_ROUND))
         case MessageType.READY:
-            message = Ready(fields.number("resume_ms", MAX_MS))
+            message = Ready(fields.number("resume_ms", MAX_MS), fields.number("loaded_ms", MAX_MS))
         case MessageType.UNDO:
             message = Undo(fields.line("reason", MAX_REASON))
         case MessageType.UNDONE:

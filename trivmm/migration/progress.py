@@ -117,6 +117,11 @@ class MigrationProgress:
     def ended(self) -> bool:
         return not STEPS[self.phase]
 
+    @property
+    def committed(self) -> bool:
+        """Past COMMIT, and no promise that the destination never ran: cancelling would be for nothing."""
+        return self.phase in (Phase.COMMIT, Phase.DONE, Phase.IN_DOUBT)
+
 
 @attrs.frozen
 class MigrationReport:

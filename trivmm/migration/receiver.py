@@ -64,7 +64,7 @@ __all__ = ["Receiver", "open_receiver"]
 LOG: Final = logging.getLogger(__name__)
 MAX_STRANGERS: Final = 16  # greeted at once; the next one is closed at sight
 MAX_SETTLED: Final = 64  # sessions that nobody said DONE to: each is a source that died, or may be in doubt
-FIRST_RESUME_MS: Final = 1.0  # guess of the time from COMMIT to RUNNING, until loading the state was measured
+RESUME_MS: Final = 1.0  # from COMMIT to RUNNING, the way aside: locks, sinks and a kick; all else was done by READY
 
 # Receivers of this process that only answer questions any more, by address: the next one takes the address over.
 _LINGERING: Final[dict[str, Receiver]] = {}
@@ -110,6 +110,8 @@ class Receiver:
     _lingers: bool = False
     _lingering: trio.CancelScope = attrs.field(factory=trio.CancelScope)
     _used: bool = False
+    refuse: Callable[[], str | None] = attrs.field(default=lambda: None, init=False)
+    """Asked in the moment in which COMMIT is read: why it is refused; None: it is not."""
 
     @property
     def url(self) -> str:
@@ -136,7 +138,7 @@ class Receiver:
         :raises DeadlineError: nobody came (accept), or the source went silent (handshake, stall, commit).
         :raises ConfigError: this host can't build the machine; the source was told.
         :raises ProtocolError: or :raises MigrationError: the source talked nonsense, died or gave up.
-        :raises CommitRefused: the locks could not be had: the source was told and runs.
+        :raises CommitRefused: the locks could not be had, or ``refuse`` said so: the source was told and runs.
         :raises MigrationInDoubt: the start outlived the ``commit`` deadline.
         """
         if self._used:
@@ -343,7 +345,6 @@ class _Incoming:
     setup: Setup
     tracker: Tracker
     guard: trio.CancelScope
-    _resume_ms: float = FIRST_RESUME_MS
     _round_start: tuple[float, int, int, int] = (0.0, 0, 0, 0)
 
     @property
@@ -354,7 +355,7 @@ class _Incoming:
         machine = await self._build(factory)
         landing = Landing(machine.memory)
         with self.deadlines.enter("intake", "the source sends and sends, and does not come to an end"):
-            await self.link.send(SetupOk(self._resume_ms))
+            await self.link.send(SetupOk(RESUME_MS))
             self.tracker.enter(Phase.PRECOPY)
             while not isinstance(message := await self._next(landing), Commit):
                 await self._handle(machine, message, landing)
@@ -397,9 +398,7 @@ class _Incoming:
                 self.tracker.enter(Phase.SWITCHOVER)
                 start = trio.current_time()
                 await machine.load(state)
-                # Resuming touches what loading touched; until a start was measured, that is the best estimate.
-                self._resume_ms = (trio.current_time() - start) * 1000
-                await self.link.send(Ready(self._resume_ms))
+                await self.link.send(Ready(RESUME_MS, (trio.current_time() - start) * 1000))
             case Undo():
                 await self.link.send(Undone())
                 if self.tracker.phase is Phase.SWITCHOVER:
@@ -431,6 +430,8 @@ class _Incoming:
             raise ProtocolError("COMMIT of another session")
         if self.owner._verdict is not None:  # a question was answered in this very moment: that answer stands
             raise MigrationError(f"discarded: {self.owner._verdict.reason}")
+        if why := self.owner.refuse():
+            raise CommitRefused(f"not run here: {why}")
         self.tracker.enter(Phase.COMMIT)
         start = trio.current_time()
         starting = False

@@ -154,6 +154,8 @@ class _Sender:
                 await self._precopy(switchover, rounds, deadline)
             else:
                 await self._stop_and_copy(switchover)
+            # Who cancelled before COMMIT was told that it can be: no last await has swallowed that.
+            await trio.lowlevel.checkpoint_if_cancelled()
             return switchover
         if scope.cancelled_caught:
             raise DeadlineError("migration", self._timeout_s, f"{self._where()}; the source goes on")

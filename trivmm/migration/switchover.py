@@ -77,10 +77,10 @@ class Switchover:
             asked_ms = self._elapsed_ms()
             await self.link.send(State(state))
             ready = await self._ready()
-            # COMMIT and RUNNING go the way of STATE and READY, past the same busy CPUs: what that took just now is the
-            # best guess of what they will take, unless the destination expects worse.
-            answered_ms = self._elapsed_ms() - asked_ms
-            estimates.resume_ms = max(ready.resume_ms, answered_ms - estimates.round_trip_ms)
+            # COMMIT and RUNNING go the way of STATE and READY, past the same busy CPUs: what that took just now, the
+            # loading aside, is the best guess of what it will take again.
+            way_ms = self._elapsed_ms() - asked_ms - ready.loaded_ms
+            estimates.resume_ms = ready.resume_ms + max(0.0, way_ms - estimates.round_trip_ms)
             parts = attrs.evolve(parts, state_ms=self._elapsed_ms() - parts.total_ms)
             estimates.state_ms = parts.state_ms
             self.tracker.actual = parts

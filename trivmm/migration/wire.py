@@ -12,7 +12,7 @@ A migration, seen from the wire (source on the left; one connection)::
     PAGES, ZERO …, ROUND_END n, pages ─────▶
                                     ◀───────  ROUND_ACK n
     STATE                           ───────▶           load it, still nothing runs
-                                    ◀───────  READY resume_ms
+                                    ◀───────  READY resume_ms, loaded_ms
     COMMIT                          ───────▶           take the locks, run
                                     ◀───────  RUNNING             (or REFUSED reason: it never ran)
     DONE                            ───────▶           the verdict was heard

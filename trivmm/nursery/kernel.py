@@ -47,7 +47,7 @@ class _Call:
     def run(self) -> None:
         try:
             result = self.work()
-        except BaseException as error:
+        except Exception as error:
             with self.lock:
                 if not self.given_up:
                     self.error = error
@@ -130,7 +130,7 @@ class KernelCalls:
                 await trio.to_thread.run_sync(
                     self._run, call, limiter=trio.CapacityLimiter(1), thread_name=what[:15], abandon_on_cancel=True
                 )
-        except BaseException:
+        except BaseException:  # noqa: ASYNC103 - a call that came back in this very moment counts as come back
             if call.give_up():
                 raise
         return cast("T", call.outcome())

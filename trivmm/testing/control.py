@@ -148,6 +148,10 @@ class FakeIncoming:
     fails: BaseException | None = None
     guard: trio.CancelScope = attrs.field(factory=trio.CancelScope)
 
+    @property
+    def committed(self) -> bool:
+        return self.guard.shield
+
     async def receive(self) -> FakeVm:
         with self.guard:
             await self.arrived.wait()

@@ -106,7 +106,7 @@ class FakeRouter:
                 raise ConfigError("body", None, "not a list of texts", 'send ["pause=timeout", …], or [] for none')
             if len(wanted) > MAX_FAULTS:
                 raise ConfigError("body", len(wanted), "too many faults", f"give at most {MAX_FAULTS}")
-            self.faults.faults[:] = [parse_fault(each, VERBS) for each in wanted]
+            self.faults.replace([parse_fault(each, VERBS) for each in wanted])
         except ConfigError as error:
             return error_response(400, "Bad Request", str(error))
         return Response(204)

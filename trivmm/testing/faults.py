@@ -8,15 +8,16 @@ A fault is written as on the command line of ``trivmm fake``::
 ``VERB`` is a route without its ``vm.``; ``times=N`` after a comma ends the fault after N times. The kinds of every
 verb: ``error[:TEXT]``, ``delay:SECONDS`` (then it is carried out), ``timeout`` (pause only: after its deadline, named).
 A migration fails in the phase that is named, on a real link to a real receiver: ``lost`` (the link breaks, after COMMIT
-too: then the source asks on a new one),
-``stall:SECONDS`` (nothing moves for so long, once), in setup and commit also ``refused`` (the destination says no), in
-commit ``in-doubt`` (the link breaks after COMMIT and nobody answers any more).
+too: then the source asks on a new one), ``stall:SECONDS`` (nothing moves for so long, once, or until the list of faults
+is replaced), in setup and commit also ``refused`` (the destination says no), in commit ``in-doubt`` (the link breaks
+after COMMIT and nobody answers any more) and ``deaf:SECONDS`` (COMMIT goes out, and for so long no answer is heard, on
+this connection or another; like a stall, and like it followed by what else is asked for in that phase).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Final
 
 import attrs
@@ -37,11 +38,11 @@ PHASES: Final[Mapping[str, tuple[str, ...]]] = {
     "setup": ("lost", "stall", "refused"),
     "precopy": ("lost", "stall"),
     "switchover": ("lost", "stall"),
-    "commit": ("lost", "stall", "refused", "in-doubt"),
+    "commit": ("lost", "stall", "deaf", "refused", "in-doubt"),
 }
 KINDS: Final = ("error", "delay", "timeout")
-TIMED: Final = ("stall", "delay")
-DEFAULT_S: Final = {"stall": 30.0, "delay": 1.0}
+TIMED: Final = ("stall", "deaf", "delay")
+DEFAULT_S: Final = {"stall": 30.0, "deaf": 30.0, "delay": 1.0}
 MAX_SECONDS: Final = 3600.0
 MAX_TIMES: Final = 1_000_000
 PHASE_OF: Final = {
@@ -109,11 +110,32 @@ class Faults:
     """What shall fail, in the order that it was asked for. May change at any time."""
 
     faults: list[Fault] = attrs.field(factory=list)
+    _replaced: trio.Event = attrs.field(factory=trio.Event, init=False)
 
-    def take(self, verb: str, phase: str = "") -> Fault | None:
+    def replace(self, faults: Iterable[Fault]) -> None:
+        """From now on these; a stall that is under way ends."""
+        self.faults[:] = faults
+        self._replaced.set()
+        self._replaced = trio.Event()
+
+    async def stall(self, seconds: float) -> None:
+        with trio.move_on_after(seconds):
+            await self._replaced.wait()
+
+    def ear(self, seconds: float) -> Callable[[], Awaitable[None]]:
+        """Returns when so much time has passed since now, or the list was replaced."""
+        until, replaced = trio.current_time() + seconds, self._replaced
+
+        async def hear() -> None:
+            with trio.move_on_at(until):
+                await replaced.wait()
+
+        return hear
+
+    def take(self, verb: str, phase: str = "", *, but: Fault | None = None) -> Fault | None:
         """The first one that is due here, counted."""
         for fault in self.faults:
-            if (fault.verb, fault.phase) == (verb, phase):
+            if fault is not but and (fault.verb, fault.phase) == (verb, phase):
                 if fault.times is not None:
                     fault.times -= 1
                     if not fault.times:
@@ -139,6 +161,7 @@ class _FaultyDialer:
     _dialer: SocketDialer
     _faults: Faults
     _dead: bool = False
+    _hear: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
 
     @property
     def transport(self) -> str:
@@ -148,6 +171,7 @@ class _FaultyDialer:
         if self._dead:
             await trio.lowlevel.checkpoint()
             raise LinkLost("nobody can be reached any more: as --fail asked")
+        await self._hear()
         return _FaultyChannel(await self._dialer.dial(), self._faults, self)
 
 
@@ -167,9 +191,13 @@ class _FaultyChannel:
         phase = PHASE_OF.get(kind, "")
         fault = self._faults.take(MOVE, phase) if phase and phase not in self._had else None
         self._had.add(phase)
+        if fault is not None and fault.kind in ("stall", "deaf"):
+            if fault.kind == "stall":
+                await self._faults.stall(fault.seconds)
+            else:
+                self._dialer._hear = self._faults.ear(fault.seconds)
+            fault = self._faults.take(MOVE, phase, but=fault)
         match fault:
-            case Fault(kind="stall", seconds=seconds):
-                await trio.sleep(seconds)
             case Fault(kind="lost" | "in-doubt" as kind_of_loss):
                 await self._channel.send(data)
                 self._dialer._dead = kind_of_loss == "in-doubt"
@@ -189,6 +217,7 @@ class _FaultyChannel:
         return await self._channel.send_pages(dirty, limit, counts)
 
     async def receive(self, landing: Landing | None, report: Callable[[], None] | None = None) -> Frame:
+        await self._dialer._hear()
         if self._answer is not None:
             reader = FrameReader()
             reader.feed(self._answer)

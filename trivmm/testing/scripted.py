@@ -250,6 +250,9 @@ class ScriptedVm:
     def remove_doorbell(self, fd: int, gpa: int) -> None:
         self.doorbells.pop(gpa, None)
 
+    def prepare_msi(self, messages: Sequence[tuple[int, int]]) -> None:
+        return None
+
     def connect_msi(self, fd: int, address: int, data: int) -> int:
         self._tokens += 1
         self.msi[self._tokens] = (fd, address, data)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 import threading
+from collections.abc import Sequence
 from typing import Final
 
 from trivmm._native import lib
@@ -32,6 +33,10 @@ def _chip(gsi: int, chip: int, pin: int) -> bytes:
 def _fixed() -> bytes:
     pics = [_chip(gsi, SLAVE if gsi >= 8 else MASTER, gsi % 8) for gsi in range(PIC_PINS)]
     return b"".join(pics + [_chip(gsi, IOAPIC, gsi) for gsi in range(IOAPIC_PINS)])
+
+
+def _masked(messages: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    return [(address & (1 << 64) - 1, data & 0xFFFF_FFFF) for address, data in messages]
 
 
 class Routes:
@@ -81,10 +86,34 @@ class Routes:
             raise
         return gsi
 
+    def prepare(self, messages: Sequence[tuple[int, int]]) -> None:
+        """A free GSI for each message by one upload, which waits for the kernel: ``connect_msi`` then needs none. Where
+        the kernel refuses the table, as it was before: it is one message's fault, which shows at its connection."""
+        with self._lock:
+            before = dict(self._messages)
+            free = [gsi for gsi in self._messages if gsi not in self._eventfds]
+            missing = []
+            for message in _masked(messages):
+                gsi = next((each for each in free if self._messages[each] == message), None)
+                if gsi is None:
+                    missing.append(message)
+                else:
+                    free.remove(gsi)
+            for message in missing:
+                gsi = free.pop() if free else IOAPIC_PINS + len(self._messages)
+                if gsi < MAX_GSI:
+                    self._messages[gsi] = message
+            if self._messages == before:
+                return
+            try:
+                self._upload()
+            except HypervisorError:
+                self._messages = before
+
     def connect_msi(self, fd: int, address: int, data: int) -> int:
         """The GSI is the token. An ``fd`` that is readable now injects at once."""
         with self._lock:
-            gsi = self._pick((address & (1 << 64) - 1, data & 0xFFFF_FFFF))
+            gsi = self._pick(*_masked([(address, data)]))
             self._irqfd(fd, gsi, 0)
             self._eventfds[gsi] = fd
             return gsi

@@ -10,7 +10,7 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from trivmm._native import ffi, lib
@@ -93,6 +93,9 @@ class KvmVm:
         lib.tv_bits_or(into, log, len(log))
 
     # --- interrupts and doorbells ----------------------------------------------------------------------------
+
+    def prepare_msi(self, messages: Sequence[tuple[int, int]]) -> None:
+        self._routes.prepare(messages)
 
     def connect_msi(self, fd: int, address: int, data: int) -> int:
         return self._routes.connect_msi(fd, address, data)

@@ -13,6 +13,7 @@ import os
 import select
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Final
 
@@ -105,6 +106,9 @@ class SoftVm:
             self.doorbells = {at: each for at, each in self.doorbells.items() if (at, each) != (gpa, fd)}
 
     # --- interrupts ------------------------------------------------------------------------------------------
+
+    def prepare_msi(self, messages: Sequence[tuple[int, int]]) -> None:
+        return None
 
     def connect_msi(self, fd: int, address: int, data: int) -> int:
         self._connect(Source(fd, address, data))

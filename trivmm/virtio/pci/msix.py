@@ -130,6 +130,13 @@ class MsixTable:
             if held:
                 os.eventfd_write(vector.fd, 1)
 
+    def messages(self) -> list[tuple[int, int]]:
+        """(address, data) of each vector that :meth:`connect_all` would route, and that isn't yet."""
+        entries = [ENTRY.unpack(vector.entry) for vector in self._vectors if vector.routed is None]
+        if not self._control & ENABLE or self._control & FUNCTION_MASK:
+            return []
+        return [(address, data) for address, data, control in entries if not control & MASKED]
+
     def connect_all(self) -> None:
         self.live = True
         self._sync_all()

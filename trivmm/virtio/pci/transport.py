@@ -284,6 +284,11 @@ class VirtioPciTransport:
                     logger.warning("%s: no doorbell for queue %d: %s", self.name, index, error)
         self._doorbells_at = mapped
 
+    def messages(self) -> list[tuple[int, int]]:
+        """See :meth:`MsixTable.messages`."""
+        with self._registers():
+            return self.msix.messages()
+
     def connect_interrupts(self) -> None:
         with self._registers():
             self.msix.connect_all()
