@@ -58,11 +58,15 @@ class MiddleBox:
 
     async def serve(self, source: trio.SocketStream, receiver_url: str) -> None:
         address = parse_url(receiver_url, "destination_url")
-        if isinstance(address, UnixAddress):
-            destination = await trio.open_unix_socket(address.path)
-        else:
-            assert isinstance(address, TcpAddress)
-            destination = await trio.open_tcp_stream(address.host, address.port)
+        try:
+            if isinstance(address, UnixAddress):
+                destination = await trio.open_unix_socket(address.path)
+            else:
+                assert isinstance(address, TcpAddress)
+                destination = await trio.open_tcp_stream(address.host, address.port)
+        except OSError:  # nobody listens any more: the box's client learns it from the end of its connection
+            await source.aclose()
+            return
         try:
             async with source, destination, trio.open_nursery() as nursery:
                 nursery.start_soon(self.pass_frames, source, destination)
