@@ -156,6 +156,8 @@ def test_deadlines() -> None:
 def test_what_the_guest_says_and_what_is_left() -> None:
     (said,) = broken("drop", **MOVED, guest_errors=128, guest_problems=("LOST page which=1",))
     assert said == "the guest found 128 errors in its memory or disk (LOST page which=1)"
+    (unknown,) = broken("drop", **MOVED, guest_problems=("it did not look",))
+    assert unknown == "nobody knows of the guest's memory: it did not look"
     assert broken("cut", **STAYED, left_over=("a listener at unix:/m",)) == ("left over: a listener at unix:/m",)
     assert broken("cut", **STAYED, next_move="no") == ("the next move failed: no",)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -142,6 +143,16 @@ class Host:
                 await trio.sleep(POLL_S)
         return False
 
+    def end(self) -> str:
+        """How it ended, for a sentence: also whether somebody told it to."""
+        code = self.process.returncode
+        if code is None:
+            return ""
+        log = (self.folder / "log").read_text(errors="replace")
+        told = re.findall(r"(SIG[A-Z]+): ending", log)
+        how = f" by {signal.Signals(-code).name}" if code < 0 else f" with code {code}"
+        return f"{how} after {told[-1]}" if told else how
+
     def last_words(self) -> str:
         log = self.folder / "log"
         text = log.read_text(errors="replace").strip() if log.exists() else ""
@@ -185,7 +196,7 @@ async def open_host(name: str, folder: Path, hypervisor: str, limits: Deadlines)
     :raises HostError: it does not start."""
     os.mkdir(folder)
     command = [sys.executable, "-P", "-m", MODULES.get(hypervisor, "trivmm")]
-    command += ["--api-socket", "path=api.sock", "--event-monitor", "path=events", "--stay-after-migration"]
+    command += ["--api-socket", "path=api.sock", "--event-monitor", "path=events", "--stay-after-migration", "-v"]
     command += ["--deadlines", ",".join(f"{key}={value:g}" for key, value in attrs.asdict(limits).items())]
     if hypervisor not in MODULES:
         command += ["--hypervisor", hypervisor]

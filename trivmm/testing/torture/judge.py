@@ -122,6 +122,8 @@ def judge(plan: Plan, seen: Observation, limits: Deadlines) -> Judgement:
     if seen.guest_errors:
         what = "; ".join(seen.guest_problems[:3])
         broken.append(f"the guest found {seen.guest_errors} errors in its memory or disk ({what})")
+    elif seen.guest_problems:
+        broken.append(f"nobody knows of the guest's memory: {'; '.join(seen.guest_problems)}")
     broken += [f"left over: {each}" for each in seen.left_over]
     if seen.next_move:
         broken.append(f"the next move failed: {seen.next_move}")

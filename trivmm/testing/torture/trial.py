@@ -316,7 +316,7 @@ class _Trial:
                 continue
             await until(partial(_has_reported, host), SPEAK_LIMIT_S)
             if not await until(partial(_has_looked, host, host.report()), CHECK_LIMIT_S):
-                return 1, ("it did not look at all its pages in time",)
+                return 0, ("it did not look at all its pages in time",) if host.alive else ()
             latest = host.report()
             if latest.errors:
                 return latest.errors, latest.problems
@@ -333,7 +333,7 @@ class _Trial:
         for host, copy, side in zip((self.source, self.target), copies, Side, strict=True):
             hurt = ended and self.plan.kind.side is side
             if not host.alive and not hurt:
-                left.append(f"nothing of the {side.value}, which ended by itself: {host.last_words()}")
+                left.append(f"nothing of the {side.value}, which ended by itself{host.end()}: {host.last_words()}")
             gone = hurt and self.plan.kind.act is Act.TERM and not host.alive
             left += [f"{each} of the {side.value}" for each in host.strangers(gone)]
             if not host.alive or copy.runs or (side is Side.SOURCE and sent is Sent.IN_DOUBT):
