@@ -17,7 +17,7 @@ from pathlib import Path
 from trivmm.hypervisor.base import Interrupted
 from trivmm.hypervisor.kvm.system import KvmHypervisor
 from trivmm.hypervisor.kvm.vcpu import KvmVcpu
-from trivmm.machine.memory import GuestMemory
+from trivmm.memory.guest import GuestMemory
 
 CODE = 0x100000
 EXITS = 20_000

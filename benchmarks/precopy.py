@@ -23,9 +23,10 @@ import trio
 
 from trivmm._native import ffi
 from trivmm.deadlines import Deadlines
-from trivmm.machine.memory import GuestMemory
+from trivmm.memory.guest import GuestMemory
+from trivmm.migration.options import SendOptions
 from trivmm.migration.receiver import open_receiver
-from trivmm.migration.sender import SendOptions, send, socket_dialer
+from trivmm.migration.sender import send, socket_dialer
 from trivmm.testing.migration import DiskLock, FakeDestination, FakeSource
 
 MIB = 1 << 20

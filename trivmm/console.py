@@ -1,6 +1,6 @@
 """Finding text in what a guest prints: patterns, matches, and how far an owner has read.
 
-Pure: the console is anything with a position (``total``) and a bounded ``tail``, such as ``trivmm.machine.serial``.
+Pure: the console is anything with a position (``total``) and a bounded ``tail``, such as ``trivmm.platform.serial``.
 """
 
 from __future__ import annotations

@@ -25,9 +25,9 @@ from trivmm.hypervisor.select import choose_hypervisor
 from trivmm.migration.port import DestinationMachine
 from trivmm.migration.progress import MigrationProgress
 from trivmm.migration.receiver import Receiver, open_receiver
-from trivmm.migration.setup import config_from_setup
 from trivmm.nursery.ownership import MIGRATION
 from trivmm.nursery.vcpus import Driver
+from trivmm.state.setup import config_from_setup
 from trivmm.vm import Vm, driver_of, vm_scope
 
 __all__ = ["Incoming", "open_incoming"]

@@ -35,16 +35,17 @@ from trivmm.events import EventBus
 from trivmm.hypervisor.base import Hypervisor
 from trivmm.hypervisor.select import choose_hypervisor
 from trivmm.machine.board import Board, build_board, check_board, close_sinks, open_sinks
-from trivmm.machine.line import Line
-from trivmm.machine.sinks import Sink
+from trivmm.machine.machine import Machine, open_machine
 from trivmm.migration.doubt import Doubt, Resolution
+from trivmm.migration.options import SendOptions, TimeoutStrategy
 from trivmm.migration.progress import MigrationProgress, MigrationReport, Phase
-from trivmm.migration.sender import SendOptions, send, socket_dialer
+from trivmm.migration.sender import send, socket_dialer
 from trivmm.migration.transports import Dialer
 from trivmm.nursery.kernel import KernelCalls
 from trivmm.nursery.ownership import MIGRATION, Ownership
-from trivmm.nursery.tree import Machine, open_machine
 from trivmm.nursery.vcpus import Driver, thread_driver
+from trivmm.platform.line import Line
+from trivmm.platform.sinks import Sink
 
 __all__ = ["ExitReason", "Vm", "VmState", "driver_of", "open_vm", "vm_scope"]
 
@@ -510,7 +511,7 @@ class Vm:
         *,
         downtime_ms: float | None = None,
         timeout_s: float | None = None,
-        timeout_strategy: str = "cancel",
+        timeout_strategy: TimeoutStrategy | str = TimeoutStrategy.CANCEL,
         on_progress: Callable[[MigrationProgress], None] | None = None,
         on_accepted: Callable[[], None] | None = None,
         dial: Dial = socket_dialer,
@@ -526,12 +527,7 @@ class Vm:
         :raises MigrationError: failed before COMMIT, the VM runs.
         :raises MigrationInDoubt: the link died in the one moment when nobody can know: the VM is PAUSED here.
         :raises VmMigrating: another migration owns the VM."""
-        options = SendOptions(
-            downtime_ms=1000 * self.deadlines.downtime if downtime_ms is None else downtime_ms,
-            timeout_s=self.deadlines.migration if timeout_s is None else timeout_s,
-            timeout_strategy=timeout_strategy.lower(),
-        )
-
+        options = SendOptions(downtime_ms, timeout_s, timeout_strategy)
         dialer = dial(url, self.deadlines)
         before, told = self._activated, 0
 

@@ -17,8 +17,6 @@ import attrs
 import trio
 
 from trivmm.config import VmConfig
-from trivmm.control.schema import SendMigrationData
-from trivmm.control.unknown import UnknownKeys
 from trivmm.deadlines import Deadlines
 from trivmm.errors import (
     MigrationCancelled,
@@ -32,6 +30,7 @@ from trivmm.events import EventBus
 from trivmm.hypervisor.base import Hypervisor
 from trivmm.incoming import Incoming, open_incoming
 from trivmm.migration.doubt import Resolution
+from trivmm.migration.options import SendOptions
 from trivmm.migration.progress import MigrationProgress, Phase
 from trivmm.migration.sender import socket_dialer
 from trivmm.vm import Dial, ExitReason, Vm, open_vm
@@ -62,7 +61,7 @@ class VmmEnd:
 
 
 @attrs.define(eq=False)
-class _Outcome(Generic[T]):
+class _Result(Generic[T]):
     """What a task of the Vmm nursery came to, for whoever waits: a value or an error, once."""
 
     _value: T | None = None
@@ -101,7 +100,7 @@ class _Slot:
     url: str = ""  # of the migration that brings it, or takes it away
     cancelled: bool = False
     cancel: Callable[[], None] | None = None
-    arrival: _Outcome[Vm] | None = None
+    arrival: _Result[Vm] | None = None
     close: trio.Event = attrs.field(factory=trio.Event)
     gone: trio.Event = attrs.field(factory=trio.Event)
     booted: trio.Event = attrs.field(factory=trio.Event)
@@ -118,13 +117,12 @@ class Vmm:
     _nursery: trio.Nursery
     _dial: Dial = socket_dialer
     _told_to_end: Callable[[], str | None] = lambda: None
-    unknown_keys: UnknownKeys = attrs.field(factory=UnknownKeys, init=False)
     _slot: _Slot | None = attrs.field(default=None, init=False)
-    _sending: _Outcome[None] | None = attrs.field(default=None, init=False)
+    _sending: _Result[None] | None = attrs.field(default=None, init=False)
     _last_progress: MigrationProgress | None = attrs.field(default=None, init=False)
     _verdict_read: trio.Event = attrs.field(factory=trio.Event, init=False)
     _watched: bool = attrs.field(default=False, init=False)  # somebody has asked for this migration's progress
-    _end: _Outcome[VmmEnd] = attrs.field(factory=_Outcome, init=False)
+    _end: _Result[VmmEnd] = attrs.field(factory=_Result, init=False)
     _settled_for: str | None = attrs.field(default=None, init=False)
 
     # --- reading -----------------------------------------------------------------------------------------------
@@ -212,7 +210,7 @@ class Vmm:
     async def create(self, config: VmConfig) -> Vm:
         """:raises WrongState: there is one. :raises ConfigError: / :raises HypervisorError: it can't be."""
         slot = self._take("create")
-        outcome: _Outcome[Vm] = _Outcome()
+        outcome: _Result[Vm] = _Result()
         self._nursery.start_soon(
             self._live, slot, open_vm(config, hypervisor=self.hypervisor, events=self.events), _same, outcome
         )
@@ -267,7 +265,7 @@ class Vmm:
 
     # --- migration ---------------------------------------------------------------------------------------------
 
-    async def send_migration(self, data: SendMigrationData) -> None:
+    async def send_migration(self, url: str, options: SendOptions) -> None:
         """Begin to move the VM away; returns once the request is accepted. The migration is a task of the Vmm nursery:
         its outcome is in :attr:`progress`, on the event bus and in the log.
 
@@ -276,18 +274,23 @@ class Vmm:
         self._changing("send-migration")
         self._not_leaving("send-migration")
         if self._slot is not None:
-            self._slot.url = data.destination_url
-        self._sending = _Outcome[None]()
+            self._slot.url = url
+        self._sending = _Result[None]()
         self._watched, self._verdict_read = False, trio.Event()
         try:
-            await self._nursery.start(self._send, vm, data, name="send-migration")
+            await self._nursery.start(self._send, vm, url, options, name="send-migration")
         except BaseException:
             if self._sending is not None and not self._sending.known:
                 self._sending = None  # refused before it began
             raise
 
     async def _send(
-        self, vm: Vm, data: SendMigrationData, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+        self,
+        vm: Vm,
+        url: str,
+        options: SendOptions,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         outcome, began = self._sending, False
         assert outcome is not None
@@ -299,10 +302,10 @@ class Vmm:
 
         try:
             await vm.migrate_to(
-                data.destination_url,
-                downtime_ms=data.downtime_ms,
-                timeout_s=data.timeout_s,
-                timeout_strategy=data.timeout_strategy.lower(),
+                url,
+                downtime_ms=options.downtime_ms,
+                timeout_s=options.timeout_s,
+                timeout_strategy=options.timeout_strategy,
                 on_progress=self._note,
                 on_accepted=accepted,
                 dial=self._dial,
@@ -344,7 +347,7 @@ class Vmm:
         :raises WrongState: there is a VM. :raises MigrationError: it failed."""
         self._not_leaving("receive-migration")
         slot = self._take("receive-migration", in_place_of=self._on_paper())
-        slot.url, slot.arrival = url, _Outcome[Vm]()
+        slot.url, slot.arrival = url, _Result[Vm]()
         self._last_progress = None
         incoming = open_incoming(
             url,
@@ -410,7 +413,7 @@ class Vmm:
         slot: _Slot,
         scope: AbstractAsyncContextManager[Any],
         obtain: Callable[[Any], Any],
-        outcome: _Outcome[Vm],
+        outcome: _Result[Vm],
     ) -> None:
         """One VM from its making to its end: a task of the Vmm nursery that fails nobody else."""
         try:

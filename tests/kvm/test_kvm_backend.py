@@ -31,7 +31,7 @@ from trivmm.hypervisor.kvm.system import KvmHypervisor
 from trivmm.hypervisor.kvm.vcpu import KvmVcpu
 from trivmm.hypervisor.kvm.vm import KvmVm
 from trivmm.hypervisor.select import choose_hypervisor
-from trivmm.machine.memory import GuestMemory
+from trivmm.memory.guest import GuestMemory
 
 pytestmark = pytest.mark.kvm
 

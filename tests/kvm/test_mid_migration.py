@@ -128,7 +128,7 @@ async def test_a_failed_activation_shows_the_guest_needs_reset_and_it_recovers(
 
 async def moved_with_request(road: Road, url: str) -> None:
     """A move that cannot converge before the guest's request comes, and then switches over whatever it costs."""
-    await road.move(url, downtime_ms=1, timeout_s=4, timeout_strategy="ignore")
+    await road.move(url, downtime_ms=1, timeout_s=4, timeout_strategy="Ignore")
 
 
 async def test_a_reboot_in_mid_migration_is_carried_out_by_the_destination(tmp_path: Path) -> None:

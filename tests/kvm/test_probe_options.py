@@ -11,7 +11,7 @@ import trio
 
 from trivmm import CpusConfig, Deadlines, DiskConfig, Event, MemoryConfig, PayloadConfig, SerialConfig, Vm, VmConfig
 from trivmm.guest import ProbeReport, parse_report, probe_cmdline, probe_path
-from trivmm.machine.memory import GuestMemory
+from trivmm.memory.guest import GuestMemory
 from trivmm.testing.kernels import PACKINGS, make_bzimage
 from trivmm.vm import VmState, open_vm
 

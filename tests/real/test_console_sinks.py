@@ -17,8 +17,8 @@ import trio
 from trivmm._native import ffi, lib
 from trivmm.config import SerialConfig
 from trivmm.errors import ConfigError
-from trivmm.machine.serial import Serial
-from trivmm.machine.sinks import BACKLOG_BYTES, ClientSink, PtySink, SocketSink, open_sink
+from trivmm.platform.serial import Serial
+from trivmm.platform.sinks import BACKLOG_BYTES, ClientSink, PtySink, SocketSink, open_sink
 from trivmm.testing.driver import until
 
 LIMIT_S = 30

@@ -23,6 +23,7 @@ from trivmm.control.routes import Router
 from trivmm.control.server import open_server
 from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError, MigrationError, TrivmmError
+from trivmm.migration.options import TimeoutStrategy
 from trivmm.testing.control import ChRemoteError, FakeHypervisor, Stage, ch_remote, open_stage
 from trivmm.vm import ExitReason
 from trivmm.vmm import Vmm, VmmOptions, open_vmm
@@ -302,7 +303,7 @@ async def test_a_migration_is_accepted_at_once_and_the_process_ends_with_it(stag
             "unix:/x",
             50,
             None,
-            "ignore",
+            TimeoutStrategy.IGNORE,
         )
 
 

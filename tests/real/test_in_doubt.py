@@ -38,9 +38,9 @@ from trivmm import (
     open_vm,
 )
 from trivmm.guest import probe_path
+from trivmm.machine.machine import Machine
 from trivmm.migration.progress import Phase
 from trivmm.migration.wire import MessageType
-from trivmm.nursery.tree import Machine
 from trivmm.testing.control import command_environment
 from trivmm.testing.middlebox import MiddleBox, Strike, middle_box
 from trivmm.testing.plugin import FakeVmm

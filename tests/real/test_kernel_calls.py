@@ -29,9 +29,9 @@ from trivmm import (
 from trivmm.errors import ConfigError, DeadlineError, MigrationCancelled, TrivmmError
 from trivmm.guest import probe_path
 from trivmm.machine.board import Board
-from trivmm.machine.serial import COM1_IRQ
 from trivmm.migration.progress import MigrationProgress, Phase
 from trivmm.nursery.kernel import KernelCalls
+from trivmm.platform.serial import COM1_IRQ
 from trivmm.testing.scripted import Compute, ScriptedHypervisor, ScriptedVm
 from trivmm.virtio.block.image import Image
 

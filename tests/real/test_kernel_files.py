@@ -10,9 +10,9 @@ import pytest
 import trio
 
 from trivmm import MemoryConfig, PayloadConfig, SerialConfig, VmConfig, VmState, open_incoming, open_vm
+from trivmm.boot import bzimage
 from trivmm.errors import ConfigError, MigrationError
 from trivmm.guest import parse_report, probe_cmdline, probe_path
-from trivmm.machine import bzimage
 from trivmm.testing.kernels import PACKINGS, make_bzimage, wrap
 from trivmm.testing.scripted import ScriptedHypervisor
 

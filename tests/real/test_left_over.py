@@ -13,11 +13,11 @@ from trivmm import DiskConfig, MemoryConfig, PayloadConfig, Vm, VmConfig
 from trivmm._native import ffi
 from trivmm.guest import probe_path
 from trivmm.machine.board import Board
-from trivmm.machine.memory import GuestMemory
-from trivmm.machine.serial import Serial
+from trivmm.machine.machine import Machine
+from trivmm.memory.guest import GuestMemory
 from trivmm.migration.channel import SocketChannel
 from trivmm.migration.receiver import Receiver
-from trivmm.nursery.tree import Machine
+from trivmm.platform.serial import Serial
 from trivmm.testing.road import Road, open_road
 from trivmm.testing.scripted import ScriptedHypervisor
 from trivmm.virtio.pci import VirtioPciTransport

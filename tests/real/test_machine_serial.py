@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from trivmm._native import ffi, lib
 from trivmm.config import SerialConfig
 from trivmm.errors import ConfigError, ProtocolError
-from trivmm.machine.serial import Serial
-from trivmm.machine.sinks import FdSink, NullSink, open_sink
+from trivmm.platform.serial import Serial
+from trivmm.platform.sinks import FdSink, NullSink, open_sink
 
 THR, IER, IIR, LCR, MCR, LSR, MSR, SCR = range(8)
 
@@ -300,7 +300,7 @@ def test_output_into_a_file_shares_its_position_with_everybody_else(tmp_path: Pa
     said = """
 import trio
 from trivmm.config import SerialConfig
-from trivmm.machine.sinks import open_sink
+from trivmm.platform.sinks import open_sink
 sink = open_sink(SerialConfig("Tty"))
 for line in (b"one\\n", b"three\\n"):
     trio.run(sink.send, line)

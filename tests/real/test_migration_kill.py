@@ -13,9 +13,10 @@ import trio
 
 from trivmm.deadlines import Deadlines
 from trivmm.errors import MigrationError
+from trivmm.migration.options import SendOptions
 from trivmm.migration.progress import MigrationProgress
 from trivmm.migration.receiver import open_receiver
-from trivmm.migration.sender import SendOptions, send, socket_dialer
+from trivmm.migration.sender import send, socket_dialer
 from trivmm.testing.migration import DiskLock, FakeDestination, FakeSource
 
 RAM = ((0, 16 << 20),)
@@ -26,7 +27,8 @@ PEER = """
 import sys, trio
 from trivmm.deadlines import Deadlines
 from trivmm.migration.receiver import open_receiver
-from trivmm.migration.sender import SendOptions, send, socket_dialer
+from trivmm.migration.options import SendOptions
+from trivmm.migration.sender import send, socket_dialer
 from trivmm.testing.migration import DiskLock, FakeDestination, FakeSource
 
 class Endless(FakeSource):

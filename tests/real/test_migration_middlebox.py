@@ -12,9 +12,10 @@ import trio
 
 from trivmm.deadlines import Deadlines
 from trivmm.errors import MigrationError, ProtocolError, TrivmmError
+from trivmm.migration.options import SendOptions
 from trivmm.migration.progress import MigrationReport
 from trivmm.migration.receiver import open_receiver
-from trivmm.migration.sender import SendOptions, send, socket_dialer
+from trivmm.migration.sender import send, socket_dialer
 from trivmm.migration.transports import TcpAddress, UnixAddress, parse_url
 from trivmm.migration.wire import HEADER_BYTES, MessageType, parse_header
 from trivmm.testing.migration import DiskLock, FakeDestination, FakeSource

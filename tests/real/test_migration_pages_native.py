@@ -14,7 +14,7 @@ import pytest
 
 from trivmm._native import ffi, lib
 from trivmm.errors import ProtocolError
-from trivmm.machine.memory import GuestMemory
+from trivmm.memory.guest import GuestMemory
 from trivmm.migration import wire
 from trivmm.migration.pages import DirtySet, Landing, page_frames
 from trivmm.migration.wire import FRAME_PAGES, PAGE_BYTES, MessageType

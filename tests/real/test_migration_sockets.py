@@ -19,9 +19,10 @@ from trivmm.errors import ConfigError, DeadlineError, MigrationError, TrivmmErro
 from trivmm.migration import messages as m
 from trivmm.migration.channel import LinkLost
 from trivmm.migration.link import Link
+from trivmm.migration.options import SendOptions
 from trivmm.migration.progress import MigrationProgress, MigrationReport, Phase
 from trivmm.migration.receiver import open_receiver
-from trivmm.migration.sender import SendOptions, send, socket_dialer
+from trivmm.migration.sender import send, socket_dialer
 from trivmm.migration.steps import Session
 from trivmm.migration.transports import SocketDialer, TcpAddress, UnixAddress, listen, parse_url
 from trivmm.testing.migration import DiskLock, FakeDestination, FakeSource

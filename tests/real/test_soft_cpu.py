@@ -16,6 +16,7 @@ import attrs
 import pytest
 
 from trivmm._native import lib
+from trivmm.bus.ticket import Ticket
 from trivmm.errors import HypervisorError, NotSupported
 from trivmm.hypervisor.base import (
     Interrupted,
@@ -28,10 +29,9 @@ from trivmm.hypervisor.base import (
     VcpuState,
     VmmState,
 )
-from trivmm.machine.memory import GuestMemory
+from trivmm.memory.guest import GuestMemory
 from trivmm.nursery.vcpu import Vcpu, drive_thread
 from trivmm.testing.driver import MockDriver
-from trivmm.virtio.port import Ticket
 
 pytest.importorskip("unicorn", reason="the soft extra is not installed")
 pytestmark = [

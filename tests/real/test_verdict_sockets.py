@@ -13,10 +13,11 @@ import trio
 
 from trivmm.deadlines import Deadlines
 from trivmm.errors import CommitRefused, ConfigError, MigrationInDoubt
+from trivmm.migration.options import SendOptions
 from trivmm.migration.progress import MigrationReport
 from trivmm.migration.receiver import open_receiver
-from trivmm.migration.sender import SendOptions, send, socket_dialer
-from trivmm.migration.verdict import Outcome, ask
+from trivmm.migration.sender import send, socket_dialer
+from trivmm.migration.verdict import Heard, ask
 from trivmm.migration.wire import MessageType
 from trivmm.testing.middlebox import MiddleBox, Strike, middle_box
 from trivmm.testing.migration import DiskLock, FakeDestination, FakeSource
@@ -61,7 +62,7 @@ class Road:
         while not Path(self.url.removeprefix("unix:")).exists():  # noqa: ASYNC110 - made by another task
             await trio.sleep(0.01)
 
-    async def ask(self) -> Outcome:
+    async def ask(self) -> Heard:
         assert isinstance(self.sent, MigrationInDoubt)
         assert self.sent.session is not None
         return await ask(socket_dialer(self.box.url, self.limits), self.sent.session, self.limits)

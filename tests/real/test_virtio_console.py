@@ -18,8 +18,8 @@ import trio
 from trivmm._native import ffi, lib
 from trivmm.config import ConsoleConfig
 from trivmm.errors import MigrationError, TrivmmError
-from trivmm.machine.memory import GuestMemory
-from trivmm.machine.sinks import FdSink, NullSink, PtySink, Sink
+from trivmm.memory.guest import GuestMemory
+from trivmm.platform.sinks import FdSink, NullSink, PtySink, Sink
 from trivmm.testing.driver import WRITE, Descriptor, MockDriver, until
 from trivmm.virtio.console import ConsoleDevice
 from trivmm.virtio.port import Activation

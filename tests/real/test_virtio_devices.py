@@ -18,7 +18,7 @@ import trio.testing
 
 from trivmm.config import DiskConfig, RngConfig
 from trivmm.errors import ConfigError, TrivmmError
-from trivmm.machine.memory import GuestMemory
+from trivmm.memory.guest import GuestMemory
 from trivmm.testing.driver import WRITE, Descriptor, MockDriver
 from trivmm.virtio.block import BlockDevice
 from trivmm.virtio.device import WorkerDevice

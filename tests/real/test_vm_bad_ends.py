@@ -41,8 +41,8 @@ from trivmm.errors import (
 )
 from trivmm.guest import probe_path
 from trivmm.hypervisor.base import IoOut, TripleFault, VcpuExit
+from trivmm.machine.machine import Machine
 from trivmm.migration.progress import MigrationProgress, Phase
-from trivmm.nursery.tree import Machine
 from trivmm.testing.scripted import Compute, ScriptedHypervisor
 from trivmm.virtio.block.image import Image
 

@@ -17,8 +17,8 @@ from trivmm import ConsoleConfig, Deadlines, MemoryConfig, PayloadConfig, Serial
 from trivmm.errors import CommitRefused, ConfigError, MigrationInDoubt, WrongState
 from trivmm.guest import probe_path
 from trivmm.incoming import open_incoming
-from trivmm.machine.sinks import SocketSink
-from trivmm.nursery.tree import Machine
+from trivmm.machine.machine import Machine
+from trivmm.platform.sinks import SocketSink
 from trivmm.testing.scripted import ScriptedHypervisor
 from trivmm.vm import open_vm
 

@@ -1,4 +1,5 @@
-"""The house rules that tools can check: ruff, flake8-async (finds more than ruff's ASYNC rules), mypy --strict."""
+"""The house rules that tools can check: ruff, flake8-async (finds more than ruff's ASYNC rules), mypy --strict, and
+the floors of docs/architecture.md (import-linter, the ``layers`` in pyproject.toml)."""
 
 from __future__ import annotations
 
@@ -49,3 +50,17 @@ def test_clean(name: str, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_no_import_runs_up(tmp_path: Path) -> None:
+    """``TYPE_CHECKING`` imports count, and there is no list of exceptions."""
+    done = subprocess.run(
+        [Path(sys.executable).with_name("lint-imports"), "--no-cache"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 broken" in done.stdout

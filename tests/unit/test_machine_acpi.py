@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from trivmm.machine import aml, layout
-from trivmm.machine.acpi import acpi_tables
+from trivmm.boot import aml
+from trivmm.boot.acpi import acpi_tables
+from trivmm.memory import layout
 
 
 def _walk(vcpus: int) -> dict[bytes, bytes]:

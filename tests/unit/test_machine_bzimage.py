@@ -14,14 +14,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trivmm._native import ffi, lib
+from trivmm.boot import bzimage
+from trivmm.boot.bzimage import open_kernel
+from trivmm.boot.elf import UserFile, parse_kernel
+from trivmm.boot.pvh import check_payload, load_payload
 from trivmm.config import PayloadConfig
 from trivmm.errors import ConfigError
 from trivmm.guest import probe_path
-from trivmm.machine import bzimage, layout
-from trivmm.machine.bzimage import open_kernel
-from trivmm.machine.elf import UserFile, parse_kernel
-from trivmm.machine.memory import GuestMemory
-from trivmm.machine.pvh import check_payload, load_payload
+from trivmm.memory import layout
+from trivmm.memory.guest import GuestMemory
 from trivmm.testing.kernels import PACKINGS, make_bzimage, wrap
 
 MIB = 1 << 20

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
+from trivmm.bus.space import GuestRequest
 from trivmm.errors import ProtocolError
-from trivmm.machine.acpi_port import AcpiPort
-from trivmm.machine.bus import GuestRequest
-from trivmm.machine.cmos import Cmos
-from trivmm.machine.debug_ports import DebugConsole, DebugPort
-from trivmm.machine.ged import POWER_BUTTON, Ged
-from trivmm.machine.i8042 import I8042
+from trivmm.platform.acpi_port import AcpiPort
+from trivmm.platform.cmos import Cmos
+from trivmm.platform.debug_ports import DebugConsole, DebugPort
+from trivmm.platform.ged import POWER_BUTTON, Ged
+from trivmm.platform.i8042 import I8042
 
 GIB = 1 << 30
 

@@ -14,12 +14,12 @@ from elftools.elf.elffile import ELFFile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from trivmm.boot.elf import UserFile, parse_kernel
+from trivmm.boot.pvh import load_payload, memory_map
 from trivmm.config import PayloadConfig
 from trivmm.errors import ConfigError
-from trivmm.machine import layout
-from trivmm.machine.elf import UserFile, parse_kernel
-from trivmm.machine.memory import GuestMemory
-from trivmm.machine.pvh import load_payload, memory_map
+from trivmm.memory import layout
+from trivmm.memory.guest import GuestMemory
 
 MIB = 1 << 20
 CODE = bytes(range(256)) * 20

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trivmm.bus.space import AddressSpace, Effect, Range
 from trivmm.errors import ConfigError, ProtocolError
-from trivmm.machine import layout
-from trivmm.machine.bus import AddressSpace, Outcome, Range
-from trivmm.machine.pci import PciBus, PciConfigSpace
+from trivmm.memory import layout
+from trivmm.platform.pci import PciBus, PciConfigSpace
 
 
 def space() -> PciConfigSpace:
@@ -29,14 +29,14 @@ class Function:
     def config_read(self, offset: int, size: int) -> bytes:
         return self.config.read(offset, size)
 
-    def config_write(self, offset: int, data: bytes) -> Outcome:
+    def config_write(self, offset: int, data: bytes) -> Effect:
         self.config.write(offset, data)
         return None
 
     def bar_read(self, bar: int, offset: int, size: int) -> bytes:
         return bytes([bar]) * size
 
-    def bar_write(self, bar: int, offset: int, data: bytes) -> Outcome:
+    def bar_write(self, bar: int, offset: int, data: bytes) -> Effect:
         self.log.append((bar, offset, data))
         return None
 

@@ -18,10 +18,10 @@ from trivmm.errors import ConfigError, ProtocolError
 from trivmm.hypervisor.base import VcpuState, VmmState
 from trivmm.migration import messages as m
 from trivmm.migration import wire
-from trivmm.migration.fields import MAX_DEPTH, load_json
-from trivmm.migration.setup import config_from_setup, config_to_setup
-from trivmm.migration.state import MachineState, SavedVcpu
 from trivmm.migration.steps import FROM_DESTINATION, FROM_SOURCE, Session, SessionState
+from trivmm.state.fields import MAX_DEPTH, load_json
+from trivmm.state.machine import MachineState, SavedVcpu
+from trivmm.state.setup import config_from_setup, config_to_setup
 
 ID = bytes(range(16))
 STATE = MachineState(

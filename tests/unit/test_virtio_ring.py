@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trivmm._native import ffi, lib
-from trivmm.machine.memory import GuestMemory
+from trivmm.memory.guest import GuestMemory
 from trivmm.testing.driver import INDIRECT, NEXT, WRITE, Descriptor, MockDriver
 from trivmm.virtio.queue.worker import BROKEN
 

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
+from trivmm.bus.space import AddressSpace
+from trivmm.bus.ticket import Ticket
 from trivmm.errors import HypervisorError, ProtocolError
-from trivmm.machine.bus import AddressSpace
-from trivmm.machine.pci import PciBus
+from trivmm.platform.pci import PciBus
 from trivmm.testing.miniboard import BareDevice
 from trivmm.testing.scripted import ScriptedVm
 from trivmm.virtio.pci import VirtioPciTransport
-from trivmm.virtio.port import Activation, Ticket
+from trivmm.virtio.port import Activation
 
 STATUS = 0x14
 NOTIFY = 0x6000

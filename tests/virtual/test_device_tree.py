@@ -14,8 +14,8 @@ import trio.testing
 from trivmm import ConfigError, DiskConfig, MemoryConfig, PayloadConfig, RngConfig, VmConfig, VmState, open_vm
 from trivmm.guest import probe_path
 from trivmm.hypervisor.base import IoOut
-from trivmm.machine import layout
 from trivmm.machine.board import Board, build_board
+from trivmm.memory import layout
 from trivmm.testing.scripted import ScriptedHypervisor
 
 BAR0, BAR1, COMMAND = 0x10, 0x14, 0x04

@@ -23,13 +23,14 @@ from trivmm.errors import (
 from trivmm.migration import messages as m
 from trivmm.migration import wire
 from trivmm.migration.link import Link
+from trivmm.migration.options import SendOptions
 from trivmm.migration.progress import MigrationProgress, MigrationReport, Phase
 from trivmm.migration.receiver import Receiver
-from trivmm.migration.sender import SendOptions, send
-from trivmm.migration.state import MachineState
+from trivmm.migration.sender import send
 from trivmm.migration.steps import Session
 from trivmm.migration.verdict import LAST_LOOK_S, ask
 from trivmm.migration.wire import MessageType
+from trivmm.state.machine import MachineState
 from trivmm.testing.cancel_walk import Walk, cancel_walk
 from trivmm.testing.migration import DiskLock, FakeDestination, FakeSource, MemoryNet, Tap, TappedStream
 
@@ -205,7 +206,7 @@ async def test_one_that_never_converges_moves_with_ignore(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     world = World.make()
-    world.options = SendOptions(timeout_s=20, downtime_ms=50, timeout_strategy="ignore")
+    world.options = SendOptions(timeout_s=20, downtime_ms=50, timeout_strategy="Ignore")
     world.net.bytes_per_s = 1 << 20
     await run_with_guest(world, pages=100, period_s=0.01)
     assert isinstance(world.sent, MigrationReport)

@@ -11,7 +11,7 @@ import trio.testing
 
 from trivmm.deadlines import Deadlines
 from trivmm.errors import PauseTimeout
-from trivmm.nursery.tree import open_machine
+from trivmm.machine.machine import open_machine
 from trivmm.testing.miniboard import MiniBoard
 from trivmm.testing.scripted import Compute, ScriptedVcpu, Wedge, task_driver
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import trio
 
+from trivmm.bus.space import GuestRequest
 from trivmm.errors import GuestCrash
 from trivmm.hypervisor.base import InternalError, Interrupted, VcpuExit
-from trivmm.machine.bus import GuestRequest
 from trivmm.nursery.vcpu import PARK_SLICE_S, Vcpu, VcpuRunState
 from trivmm.testing.scripted import ScriptedHypervisor
 

@@ -21,7 +21,7 @@ from trivmm.cli.options import parse_event_monitor
 from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError
 from trivmm.events import EventBus, Subscription
-from trivmm.machine.sinks import FdSink
+from trivmm.platform.sinks import FdSink
 
 __all__ = ["open_event_monitor"]
 

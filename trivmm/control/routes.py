@@ -29,7 +29,7 @@ from trivmm.control.schema import (
     load_send,
     parse_json,
 )
-from trivmm.control.unknown import Unknown
+from trivmm.control.unknown import Unknown, UnknownKeys
 from trivmm.errors import ConfigError, TrivmmError, VmNotCreated, WrongState
 from trivmm.events import Subscription
 from trivmm.vm import VmState
@@ -48,7 +48,7 @@ class Route:
     """``load`` turns the body into the verb's argument, and tells a collector the keys that it doesn't know; None: the
     route takes no body; where that is ``optional``, none is ``{}``. ``fails`` is what its errors say first;
     ``without_vm`` the code where there is none, and ``not_booted`` where the one that is there is in a state that won't
-    do."""
+    do. ``unknown``: it takes the router's collector as its argument."""
 
     method: str
     run: Callable[[Vmm, Any], Awaitable[Response]]
@@ -57,9 +57,10 @@ class Route:
     without_vm: int = 404
     not_booted: int = 500
     optional: bool = False
+    unknown: bool = False
 
 
-async def _ping(vmm: Vmm, _: None) -> Response:
+async def _ping(vmm: Vmm, unknown: UnknownKeys) -> Response:
     return Response.of(
         {
             "build_version": f"v{CONTRACT_VERSION}",
@@ -69,7 +70,7 @@ async def _ping(vmm: Vmm, _: None) -> Response:
             "trivmm_version": trivmm.__version__,
             "hypervisor": vmm.hypervisor.name,
             "note": vmm.hypervisor.note,
-            "unknown_keys": vmm.unknown_keys.counts,
+            "unknown_keys": unknown.counts,
         }
     )
 
@@ -101,7 +102,7 @@ async def _create(vmm: Vmm, config: Any) -> Response:
 
 
 async def _send(vmm: Vmm, data: Any) -> Response:
-    await vmm.send_migration(data)
+    await vmm.send_migration(data.destination_url, data.options)
     return Response(204)
 
 
@@ -162,7 +163,7 @@ def _verb(name: str, fails: str, without_vm: int = 500, not_booted: int = 500) -
 
 
 ROUTES: Final[Mapping[str, Route]] = {
-    "vmm.ping": Route("GET", _ping),
+    "vmm.ping": Route("GET", _ping, unknown=True),
     "vmm.shutdown": Route("PUT", _shut_down, fails="The VMM could not shutdown"),
     "vm.info": Route("GET", _info),
     "vm.counters": Route("GET", _counters, without_vm=500),
@@ -192,6 +193,7 @@ class Router:
     """The server's handler. Answers whatever is asked; raises nothing but cancellation."""
 
     vmm: Vmm
+    unknown: UnknownKeys = attrs.field(factory=UnknownKeys)
 
     async def __call__(self, request: Request) -> Response:
         name = request.name
@@ -202,11 +204,11 @@ class Router:
             return error_response(404, "Not Found", f"{name or 'that path'} is not a route of this API")
         if request.method != route.method:
             return error_response(400, "Bad Request", f"{name} takes {route.method}, not {request.method}")
-        argument: object = None
+        argument: object = self.unknown if route.unknown else None
         if route.load is not None:
             try:
                 body = {} if route.optional and not request.body else parse_json(request.body)
-                argument = route.load(body, self.vmm.unknown_keys)
+                argument = route.load(body, self.unknown)
             except ConfigError as error:
                 return error_response(400, "Bad Request", *_chain(error))
         elif request.method == "PUT" and request.body:

@@ -30,6 +30,7 @@ from trivmm.control.contract import NOT_YET_KEYS, REQUIRED_KEYS, NotYet, Within
 from trivmm.control.unknown import Unknown, UnknownKeys
 from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError, NotSupported, shown
+from trivmm.migration.options import SendOptions, TimeoutStrategy
 from trivmm.values import not_boolean, not_integer, not_text
 
 __all__ = [
@@ -46,27 +47,15 @@ __all__ = [
     "parse_json",
 ]
 
-STRATEGIES: Final = ("Cancel", "Ignore")
-
 T = TypeVar("T")
 
 
 @attrs.frozen
 class SendMigrationData:
-    """``downtime_ms`` and ``timeout_s`` None take the VM's own deadlines (300 ms, 3600 s unless configured)."""
+    """The body of vm.send-migration: where to, and how."""
 
     destination_url: str
-    downtime_ms: int | None = None
-    timeout_s: int | None = None
-    timeout_strategy: str = "Cancel"
-
-    def __attrs_post_init__(self) -> None:
-        for name in ("downtime_ms", "timeout_s"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(name, value, "too small", "give 1 or more")
-        if self.timeout_strategy not in STRATEGIES:
-            raise ConfigError("timeout_strategy", self.timeout_strategy, "unknown", "give Cancel or Ignore")
+    options: SendOptions
 
 
 @attrs.frozen
@@ -90,20 +79,26 @@ class ResizeData:
     desired_balloon: int | None = None
 
 
-CLASSES: Final[Mapping[str, type]] = {
-    "VmConfig": VmConfig,
-    "PayloadConfig": PayloadConfig,
-    "CpusConfig": CpusConfig,
-    "MemoryConfig": MemoryConfig,
-    "DiskConfig": DiskConfig,
-    "RngConfig": RngConfig,
-    "SerialConfig": SerialConfig,
-    "ConsoleConfig": ConsoleConfig,
-    "SendMigrationData": SendMigrationData,
-    "ReceiveMigrationData": ReceiveMigrationData,
-    "VmResize": ResizeData,
+@attrs.frozen
+class _Destination:
+    destination_url: str
+
+
+# Whose fields are the keys of a schema of the contract.
+CLASSES: Final[Mapping[str, tuple[type, ...]]] = {
+    "VmConfig": (VmConfig,),
+    "PayloadConfig": (PayloadConfig,),
+    "CpusConfig": (CpusConfig,),
+    "MemoryConfig": (MemoryConfig,),
+    "DiskConfig": (DiskConfig,),
+    "RngConfig": (RngConfig,),
+    "SerialConfig": (SerialConfig,),
+    "ConsoleConfig": (ConsoleConfig,),
+    "SendMigrationData": (_Destination, SendOptions),
+    "ReceiveMigrationData": (ReceiveMigrationData,),
+    "VmResize": (ResizeData,),
 }
-OURS: Final[Mapping[str, type]] = {"ResolveMigrationData": ResolveMigrationData}  # which the contract doesn't have
+OURS: Final[Mapping[str, tuple[type, ...]]] = {"ResolveMigrationData": (ResolveMigrationData,)}
 # The fields of Cloud Hypervisor's structs that are options there, but not None in our classes.
 NULL_IS_LEFT_OUT: Final = frozenset(
     {("VmConfig", "payload"), ("VmConfig", "disks"), ("PayloadConfig", "kernel"), ("PayloadConfig", "cmdline")}
@@ -146,7 +141,9 @@ def load_config(value: object, unknown: Unknown | None = None, *, deadlines: Dea
 
 def load_send(value: object, unknown: Unknown | None = None) -> SendMigrationData:
     """:raises ConfigError: as :func:`load_config`."""
-    return _load("SendMigrationData", SendMigrationData, value, unknown)
+    given = _checked("SendMigrationData", value, "", UnknownKeys() if unknown is None else unknown)
+    where = _structured({"destination_url": given.pop("destination_url")}, _Destination)
+    return SendMigrationData(where.destination_url, _structured(given, SendOptions))
 
 
 def load_receive(value: object, unknown: Unknown | None = None) -> ReceiveMigrationData:
@@ -204,7 +201,8 @@ def _checked(schema: str, value: object, path: str, unknown: Unknown) -> dict[st
     """The supported keys of ``value``, nested objects too. :raises ConfigError: / :raises NotSupported: by name."""
     if not isinstance(value, dict):
         raise ConfigError(path or "body", value, "not an object", "give a JSON object")
-    known = [field.name for field in attrs.fields({**CLASSES, **OURS}[schema]) if field.name != "deadlines"]
+    classes = (CLASSES if schema in CLASSES else OURS)[schema]
+    known = [field.name for cls in classes for field in attrs.fields(cls) if field.name != "deadlines"]
     not_yet = NOT_YET_KEYS.get(schema, {})
     made: dict[str, Any] = {}
     for key, item in value.items():
@@ -290,6 +288,8 @@ def _make_converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True, detailed_validation=True)
     converter.register_structure_hook(str, _strict(_not_unicode))
     converter.register_structure_hook(int, _strict(not_integer))
+    converter.register_structure_hook(float, _strict(not_integer))  # the contract's numbers are integers
+    converter.register_structure_hook(TimeoutStrategy, _strict(not_text))  # SendOptions says which there are
     converter.register_structure_hook(bool, _strict(not_boolean))
     return converter
 

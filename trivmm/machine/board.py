@@ -19,27 +19,27 @@ from typing import Any, Final
 import attrs
 
 from trivmm._native import ffi, lib
+from trivmm.boot.pvh import check_payload, load_payload
+from trivmm.bus.space import AddressSpace, BusDevice, Effect, Range
 from trivmm.config import VmConfig
 from trivmm.errors import ConfigError, MigrationError, TrivmmError
 from trivmm.hypervisor.base import Hypervisor, IoIn, IoOut, MmioRead, MmioWrite, VcpuBackend, VcpuExit, VmBackend
-from trivmm.machine import layout
-from trivmm.machine.acpi_port import ACPI_PORTS, AcpiPort
-from trivmm.machine.bus import AddressSpace, BusDevice, Outcome, Range
-from trivmm.machine.cmos import CMOS_PORTS, Cmos
-from trivmm.machine.debug_ports import DEBUG_CONSOLE_PORTS, DEBUG_PORTS, DebugConsole, DebugPort
-from trivmm.machine.ged import GED_IRQ, GED_SIZE, POWER_BUTTON, Ged
-from trivmm.machine.i8042 import I8042, I8042_PORTS
-from trivmm.machine.line import Line
-from trivmm.machine.memory import GuestMemory
-from trivmm.machine.pci import CONFIG_PORTS, Bar, PciBus
-from trivmm.machine.pvh import check_payload, load_payload
-from trivmm.machine.serial import COM1, COM1_IRQ, Serial
-from trivmm.machine.sinks import ClientSink, LineConfig, Sink, open_sink
-from trivmm.migration.fields import Fields
-from trivmm.migration.setup import config_to_setup
-from trivmm.migration.state import MachineState
-from trivmm.migration.statejson import MAX_DEVICES
+from trivmm.memory import layout
+from trivmm.memory.guest import GuestMemory
 from trivmm.nursery.activation import DeviceLifecycle
+from trivmm.platform.acpi_port import ACPI_PORTS, AcpiPort
+from trivmm.platform.cmos import CMOS_PORTS, Cmos
+from trivmm.platform.debug_ports import DEBUG_CONSOLE_PORTS, DEBUG_PORTS, DebugConsole, DebugPort
+from trivmm.platform.ged import GED_IRQ, GED_SIZE, POWER_BUTTON, Ged
+from trivmm.platform.i8042 import I8042, I8042_PORTS
+from trivmm.platform.line import Line
+from trivmm.platform.pci import CONFIG_PORTS, Bar, PciBus
+from trivmm.platform.serial import COM1, COM1_IRQ, Serial
+from trivmm.platform.sinks import ClientSink, LineConfig, Sink, open_sink
+from trivmm.state.codec import MAX_DEVICES
+from trivmm.state.fields import Fields
+from trivmm.state.machine import MachineState
+from trivmm.state.setup import config_to_setup
 from trivmm.virtio.block import BlockDevice, check_given_once
 from trivmm.virtio.console import ConsoleDevice
 from trivmm.virtio.device import WorkerDevice
@@ -93,7 +93,7 @@ class Board:
 
     # --- exits: vCPU threads ---------------------------------------------------------------------------------
 
-    def handle_exit(self, vcpu: int, reason: VcpuExit) -> bytes | Outcome:
+    def handle_exit(self, vcpu: int, reason: VcpuExit) -> bytes | Effect:
         match reason:
             case MmioWrite(gpa, data):
                 return self.mmio.write(gpa, data)
@@ -102,7 +102,7 @@ class Board:
             case IoOut(port, size, data):
                 if len(data) == size:
                     return self.pio.write(port, data)
-                outcome: Outcome = None
+                outcome: Effect = None
                 for at in range(0, len(data), size):
                     outcome = self.pio.write(port, data[at : at + size]) or outcome
                 return outcome

@@ -14,7 +14,7 @@ import attrs
 from trivmm.deadlines import Deadlines
 from trivmm.errors import MigrationInDoubt, RunsElsewhere
 from trivmm.migration.transports import Dialer
-from trivmm.migration.verdict import Outcome, ask
+from trivmm.migration.verdict import Heard, ask
 
 __all__ = ["Doubt", "Resolution"]
 
@@ -41,7 +41,7 @@ class Doubt:
     session: bytes | None
     reason: str
     dialer: Dialer
-    found: Outcome | None = None
+    found: Heard | None = None
 
     def told(self) -> dict[str, Any]:
         """For vm.info."""
@@ -60,7 +60,7 @@ class Doubt:
     async def look(self, deadlines: Deadlines) -> Doubt:
         """Ask, within ``resolve``, unless the answer is known."""
         if self.session is None:
-            return attrs.evolve(self, found=Outcome(False, self.reason))
+            return attrs.evolve(self, found=Heard(False, self.reason))
         if self.found is not None and self.found.running is not None:
             return self
         return attrs.evolve(self, found=await ask(self.dialer, self.session, deadlines))

@@ -10,10 +10,10 @@ from typing import Any, Final, TypeAlias
 import attrs
 
 from trivmm.errors import ProtocolError
-from trivmm.migration.fields import Fields, dump_json, load_json
-from trivmm.migration.state import MachineState
-from trivmm.migration.statejson import state_from_json, state_to_json
 from trivmm.migration.wire import PAGE_BYTES, VERSION, Frame, MessageType, encode_frame
+from trivmm.state.codec import state_from_json, state_to_json
+from trivmm.state.fields import Fields, dump_json, load_json
+from trivmm.state.machine import MachineState
 
 __all__ = [
     "SESSION_BYTES",

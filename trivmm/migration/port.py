@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from trivmm.deadlines import Deadlines
-    from trivmm.machine.memory import GuestMemory
-    from trivmm.migration.state import MachineState
+    from trivmm.memory.guest import GuestMemory
+    from trivmm.state.machine import MachineState
 
 __all__ = ["DestinationFactory", "DestinationMachine", "SourceMachine"]
 

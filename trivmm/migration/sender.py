@@ -18,45 +18,25 @@ import attrs
 import trio
 
 from trivmm.deadlines import Deadlines
-from trivmm.errors import CommitRefused, ConfigError, DeadlineError, MigrationError, MigrationInDoubt
+from trivmm.errors import CommitRefused, DeadlineError, MigrationError, MigrationInDoubt
 from trivmm.migration.link import FAREWELL_S, Link
 from trivmm.migration.messages import SESSION_BYTES, Setup, SetupFail, SetupOk
+from trivmm.migration.options import SendOptions, TimeoutStrategy
 from trivmm.migration.port import SourceMachine
 from trivmm.migration.precopy import Estimates, Rounds
 from trivmm.migration.progress import Downtime, MigrationProgress, MigrationReport, Phase, Tracker
 from trivmm.migration.steps import Session
 from trivmm.migration.switchover import NO_LIMIT, Switchover
 from trivmm.migration.transports import Dialer, SocketDialer, parse_url
-from trivmm.migration.verdict import Outcome, ask_for_verdict, say_done
+from trivmm.migration.verdict import Heard, ask_for_verdict, say_done
 
-__all__ = ["SendOptions", "send", "socket_dialer"]
+__all__ = ["send", "socket_dialer"]
 
 LOG: Final = logging.getLogger(__name__)
 MAX_ATTEMPTS: Final = 5
 FIRST_BACK_OFF_S: Final = 0.1  # doubles with every undone switchover
 IDLE_ROUND_S: Final = 0.05  # between rounds with next to nothing to send: each costs the guest its write faults
 IDLE_PAGES: Final = 64
-STRATEGIES: Final = ("cancel", "ignore")
-
-
-def _at_least_1(instance: object, attribute: attrs.Attribute[float], value: float) -> None:
-    if not 1 <= value <= 1e9:
-        raise ConfigError(attribute.name, value, "out of range", "give a number of at least 1")
-
-
-@attrs.frozen
-class SendOptions:
-    """``downtime_ms`` and ``timeout_s`` default to the VM's deadlines. ``timeout_strategy`` says what happens when
-    time is up without convergence: ``cancel`` (the source goes on) or ``ignore`` (switch over, however long)."""
-
-    downtime_ms: float | None = attrs.field(default=None, validator=attrs.validators.optional(_at_least_1))
-    timeout_s: float | None = attrs.field(default=None, validator=attrs.validators.optional(_at_least_1))
-    timeout_strategy: str = attrs.field(default="cancel")
-
-    @timeout_strategy.validator
-    def _known(self, attribute: attrs.Attribute[str], value: str) -> None:
-        if value not in STRATEGIES:
-            raise ConfigError("timeout_strategy", value, "unknown", "give cancel or ignore")
 
 
 def socket_dialer(url: str, deadlines: Deadlines) -> Dialer:
@@ -144,7 +124,7 @@ class _Sender:
 
     async def _up_to_commit(self) -> Switchover:
         deadline = trio.current_time() + self._timeout_s
-        cancel = self.options.timeout_strategy == "cancel"
+        cancel = self.options.timeout_strategy is TimeoutStrategy.CANCEL
         with trio.CancelScope(deadline=deadline if cancel else math.inf) as scope:
             link = await self._set_up()
             estimates = Estimates(resume_ms=self._first_resume_ms)
@@ -192,7 +172,7 @@ class _Sender:
 
     async def _precopy(self, switchover: Switchover, rounds: Rounds, deadline: float) -> None:
         """Rounds and attempts until one attempt succeeds."""
-        ignore = self.options.timeout_strategy == "ignore"
+        ignore = self.options.timeout_strategy is TimeoutStrategy.IGNORE
 
         def time_is_up() -> bool:
             return ignore and trio.current_time() >= deadline
@@ -258,7 +238,7 @@ class _Sender:
         self.tracker.enter(Phase.DONE)
         return self.tracker.report()
 
-    async def _verdict(self, link: Link) -> Outcome:
+    async def _verdict(self, link: Link) -> Heard:
         self.tracker.enter(Phase.COMMIT)
         sent = trio.current_time()
         outcome = await ask_for_verdict(link, self.dialer, self.session_id, self.source.deadlines)
@@ -270,7 +250,7 @@ class _Sender:
         await link.close()
         return outcome
 
-    async def _stay(self, switchover: Switchover, outcome: Outcome) -> NoReturn:
+    async def _stay(self, switchover: Switchover, outcome: Heard) -> NoReturn:
         """Not running there: back to the source where that was promised, otherwise nothing moves."""
         if outcome.running is None:
             self.tracker.enter(Phase.IN_DOUBT)

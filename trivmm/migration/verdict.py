@@ -37,7 +37,7 @@ from trivmm.migration.messages import Abort, Commit, Done, Query, Refused, Runni
 from trivmm.migration.steps import Session, SessionState
 from trivmm.migration.transports import Dialer
 
-__all__ = ["LAST_LOOK_S", "Outcome", "ask", "ask_for_verdict", "say_done"]
+__all__ = ["LAST_LOOK_S", "Heard", "ask", "ask_for_verdict", "say_done"]
 
 LOG: Final = logging.getLogger(__name__)
 PATIENCE_S: Final = 1.0  # from COMMIT to the first question on a link that is silent: far more than any downtime limit
@@ -48,7 +48,7 @@ SETTLED: Final = {"running": True, "refused": False}
 
 
 @attrs.frozen
-class Outcome:
+class Heard:
     """``running`` True: the destination runs, or ran, the machine. False: it never did (``reason``). None: nobody
     knows; then ``answered`` says whether the destination was there at all."""
 
@@ -63,11 +63,11 @@ class _Questions:
 
     dialer: Dialer
     session_id: bytes
-    heard: Outcome = Outcome(None, "nobody was asked")
+    heard: Heard = Heard(None, "nobody was asked")
     pending: bool = False
     asked: int = 0
 
-    async def once(self, limit_s: float) -> Outcome | None:
+    async def once(self, limit_s: float) -> Heard | None:
         """One question, in at most ``limit_s``. None: it did not settle anything."""
         self.asked += 1
         self.pending = False
@@ -75,15 +75,15 @@ class _Questions:
             try:
                 answer = await _ask(self.dialer, self.session_id)
             except (MigrationError, DeadlineError) as error:
-                self.heard = Outcome(None, f"the destination can't be asked ({error})")
+                self.heard = Heard(None, f"the destination can't be asked ({error})")
                 return None
             self.pending = answer.verdict == "pending"
-            self.heard = Outcome(SETTLED.get(answer.verdict), answer.reason, answered=True)
+            self.heard = Heard(SETTLED.get(answer.verdict), answer.reason, answered=True)
             return None if self.heard.running is None else self.heard
-        self.heard = Outcome(None, f"the destination does not answer within {limit_s:g} s")
+        self.heard = Heard(None, f"the destination does not answer within {limit_s:g} s")
         return None
 
-    async def until_settled(self, each_s: float) -> Outcome:
+    async def until_settled(self, each_s: float) -> Heard:
         """Bounded by the caller."""
         while True:
             outcome = await self.once(each_s)
@@ -93,7 +93,7 @@ class _Questions:
             await trio.sleep(ASK_AGAIN_S)
 
 
-async def ask(dialer: Dialer, session_id: bytes, deadlines: Deadlines) -> Outcome:
+async def ask(dialer: Dialer, session_id: bytes, deadlines: Deadlines) -> Heard:
     """An operator's question, later. Takes at most ``resolve``: an answer that settles it is given at once, one that
     doesn't (the machine is still being started) is asked for again, and so, a few times, is nobody at all."""
     questions = _Questions(dialer, session_id)
@@ -108,7 +108,7 @@ async def ask(dialer: Dialer, session_id: bytes, deadlines: Deadlines) -> Outcom
     return questions.heard
 
 
-async def ask_for_verdict(link: Link, dialer: Dialer, session_id: bytes, deadlines: Deadlines) -> Outcome:
+async def ask_for_verdict(link: Link, dialer: Dialer, session_id: bytes, deadlines: Deadlines) -> Heard:
     """Send COMMIT and find out what came of it. Shielded; takes at most ``commit``, and ``LAST_LOOK_S`` more."""
     patience_s = min(deadlines.commit / 4, PATIENCE_S)
     wait = _Wait(link, _Questions(dialer, session_id), max(deadlines.commit / 4, LAST_LOOK_S))
@@ -120,7 +120,7 @@ async def ask_for_verdict(link: Link, dialer: Dialer, session_id: bytes, deadlin
     if outcome is not None:
         return outcome
     heard = wait.questions.heard
-    return Outcome(None, f"no verdict within {deadlines.commit:g} s after COMMIT: {heard.reason}", heard.answered)
+    return Heard(None, f"no verdict within {deadlines.commit:g} s after COMMIT: {heard.reason}", heard.answered)
 
 
 @attrs.define(eq=False)
@@ -132,9 +132,9 @@ class _Wait:
     each_s: float
     link_over: trio.Event = attrs.field(factory=trio.Event)
 
-    async def race(self, limit_s: float, patience_s: float, commit: Commit | None = None) -> Outcome | None:
+    async def race(self, limit_s: float, patience_s: float, commit: Commit | None = None) -> Heard | None:
         """Send ``commit``, listen, and ask after ``patience_s`` or when the link breaks. None: neither brought any."""
-        found: Outcome | None = None
+        found: Heard | None = None
 
         async def listen() -> None:
             nonlocal found
@@ -162,7 +162,7 @@ class _Wait:
                 nursery.start_soon(question)
         return found
 
-    async def _listen(self, commit: Commit | None) -> Outcome:
+    async def _listen(self, commit: Commit | None) -> Heard:
         if commit is not None:
             try:
                 await self.link.send(commit)
@@ -170,9 +170,9 @@ class _Wait:
                 LOG.info("%s: what the peer said before it left still counts", error)
         match await self.link.receive():
             case Running():
-                return Outcome(True, answered=True)
+                return Heard(True, answered=True)
             case Refused(reason) | Abort(reason):
-                return Outcome(False, reason, answered=True)
+                return Heard(False, reason, answered=True)
             case other:  # pragma: no cover - the step table's
                 raise ProtocolError(f"{type(other).__name__} after COMMIT")
 

@@ -30,6 +30,7 @@ from typing import Any, Final
 import attrs
 import trio
 
+from trivmm.bus.ticket import Ticket
 from trivmm.deadlines import Deadlines
 from trivmm.errors import DeadlineError, IllegalTransition, TrivmmError
 from trivmm.virtio.port import (
@@ -39,7 +40,6 @@ from trivmm.virtio.port import (
     NEEDS_RESET,
     Activation,
     DeviceBackend,
-    Ticket,
     TransportPort,
 )
 

@@ -2,366 +2,76 @@
 
 ::
 
-    open_machine(board)        device nursery     device actors (the activation servicer), queue workers, console lines
+    open_tree(tenant)          device nursery     device actors (the activation servicer), queue workers, console lines
     └─ vCPU nursery            one task and one OS thread per vCPU
        └─ the body             whoever owns the VM: the control loop, or a migration
 
-Every task runs under its own shielded scope, and ``open_machine`` ends them from the inside out: vCPUs first (nobody
-then makes new requests), devices next. The :class:`Machine` is the machine as its owner sees it; it implements the
-migration port (``trivmm.migration.port``), since pausing, closing the gate and undoing both are its business.
+Every task runs under its own shielded scope, since trio cancels nested nurseries all at once; :func:`open_tree` ends
+them from the inside out: vCPUs first (nobody then makes new requests), devices next.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Protocol
 
-import attrs
 import trio
 
 from trivmm.deadlines import Deadlines
-from trivmm.errors import DeadlineError, GuestCrash, HypervisorError, MigrationError, TrivmmError
-from trivmm.machine.bus import GuestRequest
-from trivmm.migration.state import MachineState, SavedVcpu
+from trivmm.errors import DeadlineError
 from trivmm.nursery.kernel import KernelCalls
-from trivmm.nursery.vcpu import Vcpu
-from trivmm.nursery.vcpus import Driver, VcpuSet, thread_driver
+from trivmm.nursery.vcpus import VcpuSet
 
-if TYPE_CHECKING:
-    from trivmm.machine.board import Board
-    from trivmm.machine.memory import GuestMemory
-
-__all__ = ["Machine", "open_machine"]
+__all__ = ["Actor", "LineTask", "Tenant", "open_tree"]
 
 logger = logging.getLogger(__name__)
 
-DRAIN_SHARE: Final = 0.25  # of the downtime that is left: a sink that stalls must not use up all of it
+
+class Actor(Protocol):
+    """A device's servicer: runs until it is cancelled, and starts its queue workers in ``workers``."""
+
+    @property
+    def name(self) -> str: ...
+
+    async def run(self, workers: trio.Nursery) -> None: ...
 
 
-@attrs.define(eq=False)
-class Machine:
-    """A built board with its tasks. ``running`` says what the owner wants, not what each vCPU does this moment.
+class LineTask(Protocol):
+    """A console line: runs until it is cancelled; ``flush`` then writes what its rings still hold."""
 
-    Interrupts and the dirty log are wanted or not, too: a thread makes the kernel agree (:meth:`_agree`). So one that
-    the kernel holds up, and that nobody can wait for any longer, ends with what is wanted by then.
+    async def run(self) -> None: ...
 
-    ``on_guest_request()`` is called in the trio thread when the guest asked for a reset or power-off, or crashed.
-    """
+    async def flush(self) -> None: ...
 
-    board: Board
+
+class Tenant(Protocol):
+    """A machine, as far as its tasks go."""
+
     deadlines: Deadlines
     vcpus: VcpuSet
     kernel: KernelCalls
-    on_guest_request: Callable[[], None] = lambda: None
-    running: bool = attrs.field(default=False, init=False)
-    ending: bool = attrs.field(default=False, init=False)  # its board is closed next, and the kernel's part with it
-    guest_request: GuestRequest | None = attrs.field(default=None, init=False)
-    crash: GuestCrash | None = attrs.field(default=None, init=False)
-    _gate_closed: bool = attrs.field(default=False, init=False)
-    _interrupts_wanted: bool = attrs.field(default=False, init=False)
-    _interrupts_connected: bool = attrs.field(default=False, init=False)  # the thread's, and so the next
-    _log_wanted: bool = attrs.field(default=False, init=False)
-    _log_on: bool = attrs.field(default=False, init=False)
-    _token: trio.lowlevel.TrioToken = attrs.field(factory=trio.lowlevel.current_trio_token, init=False)
-
-    # --- from vCPU threads -----------------------------------------------------------------------------------
-
-    def take_request(self, vcpu: int, request: GuestRequest) -> None:
-        self._token.run_sync_soon(self._note_request, request)
-
-    def take_crash(self, error: GuestCrash) -> None:
-        if self.crash is None:
-            self.crash = error
-
-    def take_failure(self, vcpu: Vcpu, error: Exception) -> None:
-        """A vCPU's program ended with an error of ours. The VM can't go on, but its owner's program can."""
-        logger.critical("%s: internal error, the VM stops: %s", vcpu.describe_wait(), error, exc_info=error)
-        self.take_crash(GuestCrash(vcpu.index, f"internal error: {error}", vcpu.cpu.describe()))
-        self._note_request(GuestRequest("crash", str(error)))
-
-    def _note_request(self, request: GuestRequest) -> None:
-        if self.guest_request is None or request.kind == "crash":
-            self.guest_request = request
-        for vcpu in self.vcpus.vcpus:
-            vcpu.request_pause()  # the others stop too: the machine waits for its owner
-        self.on_guest_request()
-
-    # --- the owner's verbs -----------------------------------------------------------------------------------
-
-    async def pause(self) -> None:
-        """:raises PauseTimeout: naming who did not stop; the machine runs again."""
-        await self._pause_vcpus(None)
-        self.running = False
-
-    async def _pause_vcpus(self, at_most_s: float | None) -> None:
-        try:
-            await self.vcpus.pause(at_most_s=at_most_s)
-        except BaseException:
-            self._resume_vcpus()
-            raise
-
-    async def resume(self) -> None:
-        """Connect interrupts, open the gate, let the vCPUs go. Idempotent.
-
-        :raises DeadlineError: (kernel) the interrupts are not connected: nothing runs."""
-        await self._connect_interrupts()
-        self.running = True
-        self._reopen()
-
-    def _agree(self) -> None:
-        """In a thread: it waits for the kernel. Interrupts first, since the guest waits for them."""
-        while True:
-            if self._interrupts_connected != self._interrupts_wanted:
-                wanted = self._interrupts_wanted
-                if wanted:
-                    self.board.connect_interrupts()
-                else:
-                    self.board.disconnect_interrupts()
-                self._interrupts_connected = wanted
-            elif self._log_on != self._log_wanted:
-                wanted = self._log_wanted
-                if wanted:
-                    self.board.start_dirty_log()
-                else:
-                    self.board.stop_dirty_log()
-                self._log_on = wanted
-            else:
-                return
-
-    async def _connect_interrupts(self) -> None:
-        self._interrupts_wanted = True
-        if self.kernel.busy or not self._interrupts_connected:
-            await self.kernel.call("connecting the interrupts", self._agree)
-
-    async def _disconnect_interrupts(self, at_most_s: float) -> None:
-        self._interrupts_wanted = False
-        await self.kernel.call("taking the interrupts away", self._agree, at_most_s=at_most_s)
-
-    async def _run_again(self) -> None:
-        """Back from a :meth:`stop`, finished or not. The guest first: interrupts that it waits for are kept meanwhile,
-        and come with their connection. Never raises; bounded by ``kernel``."""
-        self._interrupts_wanted = True
-        self._reopen()
-        try:
-            await self._connect_interrupts()
-        except TrivmmError as error:
-            logger.critical("the guest runs before its interrupts are connected: %s", error)
-
-    def _reopen(self) -> None:
-        self.board.thaw()
-        if self._gate_closed:
-            self._gate_closed = False
-            for slot in self.board.devices:
-                slot.lifecycle.reopen()
-        self._resume_vcpus()
-
-    def _resume_vcpus(self) -> None:
-        """Only where the owner wants it to run and the guest has not asked for a verdict."""
-        if self.running and self.guest_request is None:
-            self.vcpus.resume()
-        else:
-            for vcpu in self.vcpus.vcpus:
-                vcpu.request_pause()
-
-    async def nmi(self) -> None:
-        """Give every vCPU a non-maskable interrupt; a paused machine takes it when it resumes.
-
-        :raises PauseTimeout: naming who did not stop for it; nobody got one, the machine runs."""
-        await self._pause_vcpus(None)  # a back end takes it only between two runs
-        try:
-            for vcpu in self.vcpus.vcpus:
-                vcpu.cpu.inject_nmi()
-        finally:
-            self._resume_vcpus()
-
-    def power_button(self) -> None:
-        self.board.power_button()
-
-    async def close_gate(self, at_most_s: float, *, drain_s: float = math.inf) -> None:
-        """Switchover step 2: no activation starts or takes effect, no queue takes a chain, in-flight work ends.
-        Console output may take ``drain`` or ``drain_s``, whichever is less: what is left is part of the state.
-
-        :raises DeadlineError: ``quiesce``, naming the device; the gate may be half closed: :meth:`undo`."""
-        self._gate_closed = True
-
-        def diagnose() -> str:
-            late = [slot.lifecycle for slot in self.board.devices if slot.lifecycle.busy]
-            names = ", ".join(f"{each.name} ({each.stuck or each.state.value})" for each in late)
-            return f"in-flight work did not end: {names or 'console output'}"
-
-        with self.deadlines.enter("quiesce", diagnose, at_most_s=at_most_s):
-            async with trio.open_nursery() as nursery:
-                for slot in self.board.devices:
-                    nursery.start_soon(slot.lifecycle.quiesce)
-                for line in self.board.lines.values():
-                    nursery.start_soon(line.drain, min(self.deadlines.drain, at_most_s, drain_s))
-
-    # --- migration port: source ------------------------------------------------------------------------------
 
     @property
-    def memory(self) -> GuestMemory:
-        return self.board.memory
+    def actors(self) -> Sequence[Actor]: ...
 
     @property
-    def live_copy(self) -> bool:
-        return self.board.vm.live_copy
+    def lines(self) -> Mapping[str, LineTask]: ...
 
-    def describe(self) -> dict[str, Any]:
-        return self.board.describe()
+    async def close_gate(self, at_most_s: float) -> None:
+        """In-flight work of the devices ends. :raises DeadlineError: naming what did not."""
 
-    async def start_dirty_log(self) -> None:
-        self._log_wanted = True
-        try:
-            await self.kernel.call("switching the dirty log on", self._agree)
-        except BaseException:
-            self._log_wanted = False
-            raise
-
-    async def stop_dirty_log(self) -> None:
-        self._log_wanted = False
-        if not self.ending and (self.kernel.busy or self._log_on):
-            await self.kernel.call("switching the dirty log off", self._agree)
-
-    async def harvest_dirty(self, slot: int, into: Any) -> int:
-        work = partial(self.board.harvest_dirty, slot, into)
-        if self.vcpus.all_paused:  # no vCPU moves a BAR, which holds the kernel's lock for as long as that waits
-            return work()
-        return await self.kernel.call("reading the dirty log", work)
-
-    def set_throttle(self, percent: int) -> None:
-        self.vcpus.set_throttle(percent)
-
-    def log(self, event: str, **fields: Any) -> None:
-        logger.info("migration: %s %s", event, " ".join(f"{key}={value}" for key, value in fields.items()))
-
-    async def stop(self, at_most_s: float) -> None:
-        """Switchover steps 1 to 3. Any failure or cancellation undoes what was done, and the machine runs."""
-        ends = trio.current_time() + at_most_s
-        try:
-            await self._pause_vcpus(at_most_s)
-            left = max(0.0, ends - trio.current_time())
-            await self.close_gate(left, drain_s=left * DRAIN_SHARE)
-            await self._disconnect_interrupts(max(0.0, ends - trio.current_time()))
-        except BaseException:
-            with trio.CancelScope(shield=True):  # bounded: kernel
-                await self._run_again()
-            raise
-
-    def save(self) -> MachineState:
-        """Step 4, after :meth:`stop`. Vcpus are read after the interrupt routes are gone: what the kernel had
-        queued is in the LAPIC by now.
-
-        :raises MigrationError: when the guest crashed: that is reported where it happened, and does not travel."""
-        request = self.guest_request
-        if request is not None and request.kind == "crash":
-            raise MigrationError(f"the guest crashed: {request.why}")
-        vcpus = tuple(SavedVcpu(vcpu.index, vcpu.cpu.save(), self._barrier_of(vcpu)) for vcpu in self.vcpus.vcpus)
-        devices, board = self.board.save()
-        return MachineState(
-            vcpus=vcpus,
-            vmm=self.board.vm.save(),
-            devices=devices,
-            board=board,
-            reset_pending=None if request is None else request.kind,
-            run=self.running,
-        )
-
-    @staticmethod
-    def _barrier_of(vcpu: Vcpu) -> tuple[str, str] | None:
-        ticket = vcpu.barrier
-        return None if ticket is None or ticket.settled else (ticket.device, ticket.what)
-
-    async def undo(self) -> None:
-        """Back from :meth:`stop`: runs again, unless it was paused before. Safe when not stopped."""
-        await self._run_again()
-
-    async def release_locks(self) -> None:
-        """:raises HypervisorError: while a device thread is stuck in the kernel: it could still write."""
-        for slot in self.board.devices:
-            if slot.lifecycle.stuck is not None:
-                raise HypervisorError("COMMIT", slot.lifecycle.stuck, "wait until the device's storage answers")
-        self.board.give_locks()
-
-    async def take_locks(self) -> None:
-        """:raises ConfigError: when another process has an image or socket; those taken before are given back."""
-        try:
-            for slot in self.board.devices:
-                slot.backend.take_locks()
-            for line in self.board.lines.values():
-                line.retake()
-        except TrivmmError:
-            self.board.give_locks()
-            raise
-
-    # --- migration port: destination -------------------------------------------------------------------------
-
-    async def load(self, state: MachineState) -> None:
-        """Set everything, with the interrupts connected: after COMMIT nothing is left that waits for the kernel. What
-        is pending is in the vCPUs then, and nothing makes more before the gate opens. May be called again after the
-        source's undo.
-
-        :raises TrivmmError: / :raises ValueError: when the state makes no sense here."""
-
-        def work() -> None:
-            self._interrupts_wanted = False
-            self._agree()
-            self.board.load(state)
-            self._interrupts_wanted = True
-            self._agree()
-
-        await self.kernel.call("loading the state", work)
-        lifecycles = {slot.lifecycle.name: slot.lifecycle for slot in self.board.devices}
-        for vcpu, saved in zip(self.vcpus.vcpus, state.vcpus, strict=True):
-            vcpu.barrier = None
-            if saved.barrier is not None and saved.barrier[0] in lifecycles:
-                ticket = lifecycles[saved.barrier[0]].ticket
-                if ticket is not None:
-                    vcpu.park_at(ticket)
-        self.running = state.run
-        self.guest_request = GuestRequest(state.reset_pending, "before migration") if state.reset_pending else None
-
-    async def start(self) -> None:
-        """On COMMIT, with the locks taken: the machine runs, or stays paused as its state says.
-
-        Whatever it raises comes before the first guest instruction, with the locks given back: the source, told so,
-        takes them at once."""
-        try:
-            self.board.committed()
-            await self._connect_interrupts()  # they are
-            self._reopen()
-        except BaseException:
-            self.board.give_locks()
-            raise
-        if self.guest_request is not None:
-            self.on_guest_request()
+    def note_stuck(self, why: str, *, in_use: bool = False) -> None: ...
 
 
 @asynccontextmanager
-async def open_machine(
-    board: Board,
-    deadlines: Deadlines,
-    *,
-    driver: Driver = thread_driver,
-    gate_open: bool = True,
-    vcpu_type: type[Vcpu] = Vcpu,
-    kernel: KernelCalls | None = None,
-) -> AsyncIterator[Machine]:
-    """Run a board: actors and drain in the device nursery, parked vCPU threads in the vCPU nursery.
+async def open_tree(tenant: Tenant) -> AsyncIterator[None]:
+    """Actors and lines in the device nursery, parked vCPU threads in the vCPU nursery, the body inside both.
 
-    ``gate_open`` False is for a destination: nothing activates before COMMIT. Whatever happens in the body, vCPUs
-    end first, then devices, each within its deadline; what did not end is logged by name.
-    """
-    vcpus = VcpuSet((), deadlines, driver)
-    machine = Machine(board, deadlines, vcpus, kernel or KernelCalls(deadlines, driver is thread_driver))
-    vcpus.vcpus = [
-        vcpu_type(index, cpu, board.handle_exit, vcpus.on_change, machine.take_request, machine.take_crash, board.clock)
-        for index, cpu in enumerate(board.cpus)
-    ]
-    vcpus.on_failure = machine.take_failure
+    Whatever happens in the body, vCPUs end first, then devices, each within its deadline; what did not end is noted by
+    name. What the body raises leaves it unwrapped."""
+    vcpus, deadlines = tenant.vcpus, tenant.deadlines
     scopes: list[trio.CancelScope] = []
 
     async def shielded(run: Callable[..., Awaitable[None]], *args: Any) -> None:
@@ -372,19 +82,15 @@ async def open_machine(
     failure: BaseException | None = None
     async with trio.open_nursery() as device_nursery:
         try:
-            if not gate_open:
-                machine._gate_closed = True
             # start_soon, not start: a cancelled start() would wait for tasks that shield themselves.
-            for slot in board.devices:
-                if not gate_open:
-                    slot.lifecycle.close_gate()
-                device_nursery.start_soon(shielded, slot.lifecycle.run, device_nursery, name=slot.lifecycle.name)
-            for name, line in board.lines.items():
+            for actor in tenant.actors:
+                device_nursery.start_soon(shielded, actor.run, device_nursery, name=actor.name)
+            for name, line in tenant.lines.items():
                 device_nursery.start_soon(shielded, line.run, name=name)
             async with trio.open_nursery() as vcpu_nursery:
                 try:
                     await vcpus.start(vcpu_nursery)
-                    yield machine
+                    yield
                 except trio.Cancelled:
                     raise
                 except BaseException as error:
@@ -394,22 +100,22 @@ async def open_machine(
                         try:
                             await vcpus.stop()
                         except DeadlineError as error:
-                            board.note_stuck(str(error))
+                            tenant.note_stuck(str(error))
         finally:
             with trio.CancelScope(shield=True):  # bounded: quiesce, device_stop, drain and kernel
                 await trio.lowlevel.checkpoint()  # actors that were only just started get their first step
                 try:
-                    await machine.close_gate(deadlines.device_stop)
+                    await tenant.close_gate(deadlines.device_stop)
                 except DeadlineError as error:
-                    board.note_stuck(str(error))
+                    tenant.note_stuck(str(error))
                 try:
-                    await machine.kernel.settled()
+                    await tenant.kernel.settled()
                 except DeadlineError as error:
                     logger.critical("%s", error)
-                    board.note_stuck(str(error), in_use=True)
+                    tenant.note_stuck(str(error), in_use=True)
                 with trio.move_on_after(deadlines.drain):
                     async with trio.open_nursery() as flushing:
-                        for line in board.lines.values():
+                        for line in tenant.lines.values():
                             flushing.start_soon(line.flush)
             for scope in scopes:
                 scope.cancel()

@@ -22,6 +22,8 @@ from typing import Final, Literal, Protocol, TypeAlias
 
 import attrs
 
+from trivmm.bus.space import Effect, GuestRequest
+from trivmm.bus.ticket import Ticket
 from trivmm.errors import GuestCrash, IllegalTransition
 from trivmm.hypervisor.base import (
     FailEntry,
@@ -37,8 +39,6 @@ from trivmm.hypervisor.base import (
     VcpuBackend,
     VcpuExit,
 )
-from trivmm.machine.bus import GuestRequest, Outcome
-from trivmm.virtio.port import Ticket
 
 __all__ = ["PARK_SLICE_S", "ExitHandler", "Operation", "Vcpu", "VcpuRunState", "drive_thread"]
 
@@ -80,7 +80,7 @@ Program: TypeAlias = Generator[Operation, VcpuExit | None, str]
 class ExitHandler(Protocol):
     """The board: answers a read with its bytes, a write with what the vCPU must do next."""
 
-    def __call__(self, vcpu: int, reason: VcpuExit) -> bytes | Outcome: ...
+    def __call__(self, vcpu: int, reason: VcpuExit) -> bytes | Effect: ...
 
 
 @attrs.define(eq=False)
@@ -247,7 +247,7 @@ class Vcpu:
         if self.state is not _S.IN_EXIT and self.state is not _S.PAUSED:
             self._enter(_S.IN_EXIT)
         self.exits += 1
-        answer: bytes | Outcome
+        answer: bytes | Effect
         match reason:
             case IoIn() | MmioRead() | IoOut() | MmioWrite():
                 answer = self.handle(self.index, reason)

@@ -11,10 +11,11 @@ from collections.abc import Generator
 
 import trio
 
+from trivmm.bus.ticket import Ticket
 from trivmm.hypervisor.base import VcpuExit
 from trivmm.nursery.vcpu import PARK_SLICE_S, Operation, Vcpu
 from trivmm.testing.miniboard import BareDevice
-from trivmm.virtio.port import Activation, Ticket
+from trivmm.virtio.port import Activation
 
 __all__ = ["OwnerScopedDevice", "OwnerScopedServicer", "WallBarrierVcpu"]
 

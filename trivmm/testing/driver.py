@@ -15,7 +15,7 @@ import attrs
 import trio
 
 from trivmm._native import ffi, lib
-from trivmm.machine.memory import GuestMemory
+from trivmm.memory.guest import GuestMemory
 from trivmm.virtio.port import QueueConfig
 
 __all__ = ["INDIRECT", "NEXT", "WRITE", "Descriptor", "MockDriver", "until"]

@@ -18,7 +18,7 @@ from trivmm.control.routes import ROUTES, Router
 from trivmm.control.schema import parse_json
 from trivmm.errors import ConfigError, PauseTimeout, TrivmmError
 from trivmm.hypervisor.base import IoOut
-from trivmm.machine.serial import COM1
+from trivmm.platform.serial import COM1
 from trivmm.testing.faults import Fault, Faults, parse_fault
 from trivmm.testing.scripted import Compute, Script, ScriptedHypervisor, ScriptedVcpu, Step, Store
 from trivmm.vmm import Vmm

@@ -1,7 +1,7 @@
 """Doubles for migrations: machines that only know whether they run, a disk lock, and a network in memory.
 
 They work in virtual time (no threads) and are real where it matters: RAM is a real
-:class:`~trivmm.machine.memory.GuestMemory` with its host dirty log, and the frames are the real ones.
+:class:`~trivmm.memory.guest.GuestMemory` with its host dirty log, and the frames are the real ones.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from trivmm._native import ffi, lib
 from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError, PauseTimeout
 from trivmm.hypervisor.base import VcpuState, VmmState
-from trivmm.machine.memory import GuestMemory
+from trivmm.memory.guest import GuestMemory
 from trivmm.migration.channel import Channel, LinkLost, StreamChannel
-from trivmm.migration.state import MachineState, SavedVcpu
+from trivmm.state.machine import MachineState, SavedVcpu
 
 __all__ = ["DiskLock", "FakeDestination", "FakeSource", "MemoryNet", "Tap", "TappedStream"]
 

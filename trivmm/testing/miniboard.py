@@ -11,9 +11,9 @@ from typing import Any
 import attrs
 import trio
 
+from trivmm.bus.space import Effect
 from trivmm.deadlines import Deadlines
 from trivmm.hypervisor.base import MmioRead, MmioWrite, VcpuExit
-from trivmm.machine.bus import Outcome
 from trivmm.nursery.activation import DeviceLifecycle
 from trivmm.testing.scripted import Script, ScriptedHypervisor
 from trivmm.virtio.port import ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, Activation
@@ -153,7 +153,7 @@ class MiniBoard:
     def clock(self) -> float:
         return trio.current_time()
 
-    def handle_exit(self, vcpu: int, reason: VcpuExit) -> bytes | Outcome:
+    def handle_exit(self, vcpu: int, reason: VcpuExit) -> bytes | Effect:
         match reason:
             case MmioWrite(gpa, data):
                 lifecycle = self.devices[(gpa - status_gpa(0)) // 0x1000].lifecycle

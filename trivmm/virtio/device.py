@@ -8,8 +8,8 @@ from typing import Any, Final
 import trio
 
 from trivmm.errors import MigrationError
-from trivmm.machine.memory import GuestMemory
-from trivmm.migration.fields import Fields
+from trivmm.memory.guest import GuestMemory
+from trivmm.state.fields import Fields
 from trivmm.virtio.port import Activation, QueueConfig
 from trivmm.virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, QueueWorker
 

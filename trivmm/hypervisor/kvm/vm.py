@@ -21,7 +21,7 @@ from trivmm.hypervisor.kvm.irq import Routes
 from trivmm.hypervisor.kvm.report import extension
 from trivmm.hypervisor.kvm.state import KIND, check_parts
 from trivmm.hypervisor.kvm.vcpu import KvmVcpu
-from trivmm.machine import layout
+from trivmm.memory import layout
 
 __all__ = ["KvmVm"]
 

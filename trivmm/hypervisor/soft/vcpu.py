@@ -50,7 +50,7 @@ from trivmm.hypervisor.soft.ioapic import IOAPIC_SIZE
 from trivmm.hypervisor.soft.lapic import LAPIC_SIZE, TIMER_HZ
 from trivmm.hypervisor.soft.paging import GuestFault, Virtual
 from trivmm.hypervisor.soft.pic import PORTS
-from trivmm.machine.layout import IOAPIC_START, LAPIC_START
+from trivmm.memory.layout import IOAPIC_START, LAPIC_START
 
 if TYPE_CHECKING:
     from trivmm.hypervisor.soft.vm import SoftVm

@@ -14,7 +14,7 @@ from collections.abc import Generator
 from typing import Final
 
 from trivmm.hypervisor.base import IoOut
-from trivmm.machine.serial import COM1
+from trivmm.platform.serial import COM1
 from trivmm.testing.scripted import Compute, Script, ScriptedHypervisor, ScriptedVcpu, Step
 
 __all__ = ["checking_guest", "main"]

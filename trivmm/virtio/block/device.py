@@ -10,8 +10,8 @@ from typing import Any, Final
 from trivmm._native import ffi, lib
 from trivmm.config import DiskConfig
 from trivmm.errors import ConfigError, ProtocolError
-from trivmm.machine.memory import GuestMemory
-from trivmm.migration.fields import Fields
+from trivmm.memory.guest import GuestMemory
+from trivmm.state.fields import Fields
 from trivmm.virtio.block.counts import BlockCounts
 from trivmm.virtio.block.image import SECTOR, Image
 from trivmm.virtio.device import RING_FEATURES, WorkerDevice

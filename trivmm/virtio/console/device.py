@@ -13,9 +13,9 @@ import trio
 
 from trivmm._native import ffi, lib
 from trivmm.config import ConsoleConfig
-from trivmm.machine.memory import GuestMemory
-from trivmm.machine.sinks import FdSink, Sink
-from trivmm.migration.fields import Fields
+from trivmm.memory.guest import GuestMemory
+from trivmm.platform.sinks import FdSink, Sink
+from trivmm.state.fields import Fields
 from trivmm.virtio.console.line import ConsoleLine
 from trivmm.virtio.device import RING_FEATURES, WorkerDevice
 from trivmm.virtio.port import Activation, QueueConfig

@@ -1,4 +1,4 @@
-"""The console's rings of ``ffi/console.c`` as a :class:`~trivmm.machine.line.Line`."""
+"""The console's rings of ``ffi/console.c`` as a :class:`~trivmm.platform.line.Line`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any, Final
 
 from trivmm._native import ffi, lib
 from trivmm.errors import ProtocolError
-from trivmm.machine.line import Line, RingCalls, dump_rings, load_rings
-from trivmm.machine.sinks import Sink
-from trivmm.migration.fields import Fields
+from trivmm.platform.line import Line, RingCalls, dump_rings, load_rings
+from trivmm.platform.sinks import Sink
+from trivmm.state.fields import Fields
 
 __all__ = ["ConsoleLine"]
 

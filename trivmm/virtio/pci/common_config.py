@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import attrs
 
-from trivmm.migration.fields import Fields
+from trivmm.state.fields import Fields
 from trivmm.virtio.pci.msix import NO_VECTOR
 
 __all__ = ["COMMON_SIZE", "DEVICE_STATUS", "CommonConfig", "QueueRegisters"]

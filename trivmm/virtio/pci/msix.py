@@ -21,7 +21,7 @@ import attrs
 
 from trivmm.errors import HypervisorError
 from trivmm.hypervisor.base import VmBackend
-from trivmm.migration.fields import Fields
+from trivmm.state.fields import Fields
 
 __all__ = ["ENTRY_SIZE", "NO_VECTOR", "MsixTable"]
 

@@ -16,14 +16,15 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from trivmm._native import ffi, lib
+from trivmm.bus.space import Effect
+from trivmm.bus.ticket import Ticket
 from trivmm.errors import HypervisorError, TrivmmError
 from trivmm.hypervisor.base import VmBackend
-from trivmm.machine.bus import Outcome
-from trivmm.machine.pci.config_space import PciConfigSpace
-from trivmm.migration.fields import Fields
+from trivmm.platform.pci.config_space import PciConfigSpace
+from trivmm.state.fields import Fields
 from trivmm.virtio.pci.common_config import COMMON_SIZE, DEVICE_STATUS, CommonConfig
 from trivmm.virtio.pci.msix import MsixTable
-from trivmm.virtio.port import Activation, DeviceBackend, DeviceStatusPort, QueueConfig, Ticket
+from trivmm.virtio.port import Activation, DeviceBackend, DeviceStatusPort, QueueConfig
 
 __all__ = ["VirtioPciTransport"]
 
@@ -124,7 +125,7 @@ class VirtioPciTransport:
             self._window_read()
         return self.config.read(offset, size)
 
-    def config_write(self, offset: int, data: bytes) -> Outcome:
+    def config_write(self, offset: int, data: bytes) -> Effect:
         self.config.write(offset, data)
         if offset < self._msix_cap + 4 and offset + len(data) > self._msix_cap + 2:
             with self._registers():
@@ -150,7 +151,7 @@ class VirtioPciTransport:
         if target is not None:
             self.config.patch(self._window + WINDOW_DATA, self.bar_read(BAR, *target))
 
-    def _window_write(self) -> Outcome:
+    def _window_write(self) -> Effect:
         target = self._window_target()
         if target is None:
             return None
@@ -177,7 +178,7 @@ class VirtioPciTransport:
             return bytes(size)
         return b"\xff" * size
 
-    def bar_write(self, bar: int, offset: int, data: bytes) -> Outcome:
+    def bar_write(self, bar: int, offset: int, data: bytes) -> Effect:
         if NOTIFY <= offset < NOTIFY + NOTIFY_SIZE:
             index = (offset - NOTIFY) // NOTIFY_MULTIPLIER
             if index < len(self._doorbells):

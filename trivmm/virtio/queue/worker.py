@@ -14,7 +14,7 @@ from typing import Any, Final
 import trio
 
 from trivmm._native import ffi, lib
-from trivmm.machine.memory import GuestMemory
+from trivmm.memory.guest import GuestMemory
 from trivmm.virtio.port import QueueConfig
 
 __all__ = ["BROKEN", "F_EVENT_IDX", "F_INDIRECT_DESC", "F_VERSION_1", "QueueWorker"]

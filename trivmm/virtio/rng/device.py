@@ -9,7 +9,7 @@ from typing import Any, Final
 from trivmm._native import ffi, lib
 from trivmm.config import RngConfig
 from trivmm.errors import ConfigError
-from trivmm.machine.memory import GuestMemory
+from trivmm.memory.guest import GuestMemory
 from trivmm.virtio.device import RING_FEATURES, WorkerDevice
 from trivmm.virtio.port import QueueConfig
 from trivmm.virtio.queue import QueueWorker

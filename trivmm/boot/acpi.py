@@ -13,11 +13,12 @@ from __future__ import annotations
 import struct
 from typing import Final
 
-from trivmm.machine import aml, layout
-from trivmm.machine.acpi_port import ACPI_PORTS, RESET, S5
-from trivmm.machine.ged import GED_IRQ, GED_SIZE, POWER_BUTTON
-from trivmm.machine.pci import CONFIG_PORTS
-from trivmm.machine.serial import COM1, COM1_IRQ
+from trivmm.boot import aml
+from trivmm.memory import layout
+from trivmm.platform.acpi_port import ACPI_PORTS, RESET, S5
+from trivmm.platform.ged import GED_IRQ, GED_SIZE, POWER_BUTTON
+from trivmm.platform.pci import CONFIG_PORTS
+from trivmm.platform.serial import COM1, COM1_IRQ
 
 __all__ = ["acpi_tables"]
 

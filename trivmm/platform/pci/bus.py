@@ -17,12 +17,12 @@ from typing import Any, Final
 
 import attrs
 
+from trivmm.bus.space import AddressSpace, Effect, Range
 from trivmm.errors import ConfigError, TrivmmError
-from trivmm.machine import layout
-from trivmm.machine.bus import AddressSpace, Outcome, Range
-from trivmm.machine.pci.config_space import LOCK_S, PciConfigSpace
-from trivmm.machine.pci.function import PciFunction
-from trivmm.migration.fields import Fields
+from trivmm.memory import layout
+from trivmm.platform.pci.config_space import LOCK_S, PciConfigSpace
+from trivmm.platform.pci.function import PciFunction
+from trivmm.state.fields import Fields
 
 __all__ = ["CONFIG_PORTS", "SLOTS", "HostBridge", "PciBus"]
 
@@ -44,14 +44,14 @@ class HostBridge:
     def config_read(self, offset: int, size: int) -> bytes:
         return self.config.read(offset, size)
 
-    def config_write(self, offset: int, data: bytes) -> Outcome:
+    def config_write(self, offset: int, data: bytes) -> Effect:
         self.config.write(offset, data)
         return None
 
     def bar_read(self, bar: int, offset: int, size: int) -> bytes:
         return b"\xff" * size
 
-    def bar_write(self, bar: int, offset: int, data: bytes) -> Outcome:
+    def bar_write(self, bar: int, offset: int, data: bytes) -> Effect:
         return None
 
     def bars_changed(self) -> None:
@@ -68,7 +68,7 @@ class _BarWindow:
     def read(self, offset: int, size: int) -> bytes:
         return self.function.bar_read(self.index, offset, size)
 
-    def write(self, offset: int, data: bytes) -> Outcome:
+    def write(self, offset: int, data: bytes) -> Effect:
         return self.function.bar_write(self.index, offset, data)
 
 
@@ -83,7 +83,7 @@ def _held(lock: threading.Lock, what: str, limit_s: float = LOCK_S) -> Iterator[
 
 
 class PciBus:
-    """A :class:`~trivmm.machine.bus.BusDevice` for the ports :data:`CONFIG_PORTS`."""
+    """A :class:`~trivmm.bus.space.BusDevice` for the ports :data:`CONFIG_PORTS`."""
 
     def __init__(self, mmio: AddressSpace) -> None:
         self.refused_placements = 0
@@ -201,7 +201,7 @@ class PciBus:
         _, function, register = target
         return function.config_read(register + offset - 4, size)
 
-    def write(self, offset: int, data: bytes) -> Outcome:
+    def write(self, offset: int, data: bytes) -> Effect:
         if offset % 4 + len(data) > 4:
             return None
         if offset < 4:

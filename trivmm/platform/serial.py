@@ -1,4 +1,4 @@
-"""COM1: the 16550 of ``ffi/uart.c`` as a :class:`~trivmm.machine.line.Line`.
+"""COM1: the 16550 of ``ffi/uart.c`` as a :class:`~trivmm.platform.line.Line`.
 
 vCPU threads touch only the C object, most of them without Python (``tv_uart_pio`` is a hook of the KVM run loop;
 ``Serial.native`` is its argument). A slow sink fills the ring, LSR.THRE goes away and the guest waits.
@@ -10,11 +10,11 @@ import os
 from typing import Any, Final
 
 from trivmm._native import ffi, lib
+from trivmm.bus.space import Effect
 from trivmm.errors import ProtocolError
-from trivmm.machine.bus import Outcome
-from trivmm.machine.line import Line, RingCalls, dump_rings, load_rings
-from trivmm.machine.sinks import Sink
-from trivmm.migration.fields import Fields
+from trivmm.platform.line import Line, RingCalls, dump_rings, load_rings
+from trivmm.platform.sinks import Sink
+from trivmm.state.fields import Fields
 
 __all__ = ["COM1", "COM1_IRQ", "Serial"]
 
@@ -32,7 +32,7 @@ _CALLS: Final = RingCalls(
 
 
 class Serial(Line):
-    """A :class:`~trivmm.machine.bus.BusDevice` for the ports :data:`COM1`; ``irq_fd`` is its eventfd for IRQ 4."""
+    """A :class:`~trivmm.bus.space.BusDevice` for the ports :data:`COM1`; ``irq_fd`` is its eventfd for IRQ 4."""
 
     def __init__(self, sink: Sink | None = None) -> None:
         self.irq_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -49,7 +49,7 @@ class Serial(Line):
         lib.tv_uart_pio(self.native, offset, size, 0, data, 1)
         return bytes(ffi.buffer(data, size))
 
-    def write(self, offset: int, data: bytes) -> Outcome:
+    def write(self, offset: int, data: bytes) -> Effect:
         # "elements of one byte at successive registers" is what an access wider than a byte is on the ISA bus
         lib.tv_uart_pio(self.native, offset, len(data), 1, ffi.new("uint8_t[]", bytes(data)), 1)
         return None

@@ -21,8 +21,8 @@ import trio
 
 from trivmm._native import ffi
 from trivmm.errors import ProtocolError
-from trivmm.machine.sinks import ClientSink, FdSink, NullSink, Sink
-from trivmm.migration.fields import Fields
+from trivmm.platform.sinks import ClientSink, FdSink, NullSink, Sink
+from trivmm.state.fields import Fields
 
 __all__ = ["Line", "RingCalls", "Subscription", "dump_rings", "load_rings"]
 

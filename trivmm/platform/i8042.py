@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from trivmm.machine.bus import GuestRequest, Outcome
+from trivmm.bus.space import Effect, GuestRequest
 
 __all__ = ["I8042", "I8042_PORTS"]
 
@@ -25,7 +25,7 @@ class I8042:
             return bytes([PIT_OUT2])
         return bytes(size)  # no keyboard: status 0, nothing in the buffer
 
-    def write(self, offset: int, data: bytes) -> Outcome:
+    def write(self, offset: int, data: bytes) -> Effect:
         if offset == COMMAND and data == bytes([PULSE_RESET]):
             return GuestRequest("reset", "i8042")
         return None

@@ -11,8 +11,8 @@ from typing import Any, Final
 from trivmm.config import MAX_VCPUS
 from trivmm.errors import ProtocolError
 from trivmm.hypervisor.base import VcpuState, VmmState
-from trivmm.migration.fields import Fields
-from trivmm.migration.state import MachineState, SavedVcpu
+from trivmm.state.fields import Fields
+from trivmm.state.machine import MachineState, SavedVcpu
 
 __all__ = ["MAX_DEVICES", "state_from_json", "state_to_json"]
 

@@ -17,7 +17,7 @@ from typing import Any, Final
 import attrs
 
 from trivmm.errors import ProtocolError, TrivmmError
-from trivmm.migration.fields import Fields
+from trivmm.state.fields import Fields
 
 __all__ = ["COMMAND", "CONFIG_SIZE", "MEMORY_ENABLE", "Bar", "PciConfigSpace"]
 

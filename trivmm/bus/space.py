@@ -13,9 +13,9 @@ from typing import Protocol, TypeAlias
 
 import attrs
 
-from trivmm.virtio.port import Ticket
+from trivmm.bus.ticket import Ticket
 
-__all__ = ["AddressSpace", "BusDevice", "GuestRequest", "Outcome", "Range"]
+__all__ = ["AddressSpace", "BusDevice", "Effect", "GuestRequest", "Range"]
 
 
 @attrs.frozen
@@ -26,7 +26,7 @@ class GuestRequest:
     why: str
 
 
-Outcome: TypeAlias = Ticket | GuestRequest | None
+Effect: TypeAlias = Ticket | GuestRequest | None
 """What a write asks of the vCPU that made it: to park at a barrier, to leave for the board's sake, or nothing."""
 
 
@@ -36,7 +36,7 @@ class BusDevice(Protocol):
     def read(self, offset: int, size: int) -> bytes:
         """Exactly ``size`` bytes, little-endian."""
 
-    def write(self, offset: int, data: bytes) -> Outcome: ...
+    def write(self, offset: int, data: bytes) -> Effect: ...
 
 
 @attrs.frozen(eq=False)
@@ -92,7 +92,7 @@ class AddressSpace:
             return b"\xff" * size
         return found.device.read(address - found.start, size)
 
-    def write(self, address: int, data: bytes) -> Outcome:
+    def write(self, address: int, data: bytes) -> Effect:
         found = self.find(address, len(data))
         if found is None:
             self.unhandled_writes += 1

@@ -22,8 +22,8 @@ from typing import Any, Final, cast
 import attrs
 
 from trivmm._native import ffi, lib
+from trivmm.boot.elf import CHUNK, REMEDY, UserFile
 from trivmm.errors import ConfigError
-from trivmm.machine.elf import CHUNK, REMEDY, UserFile
 
 __all__ = ["MAX_VMLINUX", "open_kernel"]
 

@@ -13,8 +13,8 @@ import os
 import threading
 from typing import Any, Final
 
-from trivmm.machine.bus import Outcome
-from trivmm.migration.fields import Fields
+from trivmm.bus.space import Effect
+from trivmm.state.fields import Fields
 
 __all__ = ["GED_IRQ", "GED_SIZE", "POWER_BUTTON", "Ged"]
 
@@ -24,7 +24,7 @@ POWER_BUTTON: Final = 1 << 3  # bits 0 to 2 are hotplug of CPUs, memory and PCI 
 
 
 class Ged:
-    """A :class:`~trivmm.machine.bus.BusDevice`; ``irq_fd`` is its eventfd for :data:`GED_IRQ`. Events come from the
+    """A :class:`~trivmm.bus.space.BusDevice`; ``irq_fd`` is its eventfd for :data:`GED_IRQ`. Events come from the
     trio thread, reads from vCPU threads."""
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Ged:
             events, self._events = self._events, 0
         return events.to_bytes(size, "little")
 
-    def write(self, offset: int, data: bytes) -> Outcome:
+    def write(self, offset: int, data: bytes) -> Effect:
         return None
 
     def save(self) -> dict[str, Any]:

@@ -13,13 +13,13 @@ from typing import Final
 
 import attrs
 
+from trivmm.boot.acpi import acpi_tables
+from trivmm.boot.bzimage import open_kernel
+from trivmm.boot.elf import CHUNK, Segment, UserFile, parse_kernel
 from trivmm.config import PayloadConfig
 from trivmm.errors import ConfigError, GuestMemoryError
-from trivmm.machine import layout
-from trivmm.machine.acpi import acpi_tables
-from trivmm.machine.bzimage import open_kernel
-from trivmm.machine.elf import CHUNK, Segment, UserFile, parse_kernel
-from trivmm.machine.memory import PAGE_SIZE, GuestMemory
+from trivmm.memory import layout
+from trivmm.memory.guest import PAGE_SIZE, GuestMemory
 
 __all__ = ["BootEntry", "check_payload", "load_payload", "memory_map"]
 

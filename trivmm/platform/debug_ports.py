@@ -9,8 +9,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, Final
 
-from trivmm.machine.bus import Outcome
-from trivmm.migration.fields import Fields
+from trivmm.bus.space import Effect
+from trivmm.state.fields import Fields
 
 __all__ = ["DEBUG_CONSOLE_PORTS", "DEBUG_PORTS", "DebugConsole", "DebugPort"]
 
@@ -30,7 +30,7 @@ class DebugPort:
     def read(self, offset: int, size: int) -> bytes:
         return self.last.to_bytes(1, "little") * size
 
-    def write(self, offset: int, data: bytes) -> Outcome:
+    def write(self, offset: int, data: bytes) -> Effect:
         self.last = data[-1]
         self.count += len(data)
         return None
@@ -59,7 +59,7 @@ class DebugConsole:
     def read(self, offset: int, size: int) -> bytes:
         return bytes([self.PRESENT]) * size
 
-    def write(self, offset: int, data: bytes) -> Outcome:
+    def write(self, offset: int, data: bytes) -> Effect:
         lines: list[bytes] = []
         if not self._lock.acquire(timeout=1.0):  # held for a few byte copies only
             return None

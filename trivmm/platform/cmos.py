@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
+from trivmm.bus.space import Effect, GuestRequest
 from trivmm.errors import ProtocolError
-from trivmm.machine import layout
-from trivmm.machine.bus import GuestRequest, Outcome
-from trivmm.migration.fields import Fields
+from trivmm.memory import layout
+from trivmm.state.fields import Fields
 
 __all__ = ["CMOS_PORTS", "Cmos"]
 
@@ -55,7 +55,7 @@ class Cmos:
             return b"\xff" * size
         return bytes([self._index if offset == 0 else self._register(self._index & 0x7F)])
 
-    def write(self, offset: int, data: bytes) -> Outcome:
+    def write(self, offset: int, data: bytes) -> Effect:
         if len(data) != 1:
             return None
         if offset == 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from trivmm.machine.bus import GuestRequest, Outcome
+from trivmm.bus.space import Effect, GuestRequest
 
 __all__ = ["ACPI_PORTS", "AcpiPort"]
 
@@ -18,7 +18,7 @@ class AcpiPort:
     def read(self, offset: int, size: int) -> bytes:
         return bytes(size)
 
-    def write(self, offset: int, data: bytes) -> Outcome:
+    def write(self, offset: int, data: bytes) -> Effect:
         if offset or len(data) != 1:
             return None
         if data[0] == RESET:

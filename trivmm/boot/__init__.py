@@ -1,0 +1,1 @@
+"""How a guest begins: kernel images, PVH boot data, ACPI tables."""
