@@ -36,11 +36,11 @@ from trivmm.hypervisor.base import Hypervisor
 from trivmm.hypervisor.select import choose_hypervisor
 from trivmm.machine.board import Board, build_board, check_board, close_sinks, open_sinks
 from trivmm.machine.machine import Machine, open_machine
-from trivmm.migration.doubt import Doubt, Resolution
+from trivmm.migration.link.transports import Dialer
 from trivmm.migration.options import SendOptions, TimeoutStrategy
 from trivmm.migration.progress import MigrationProgress, MigrationReport, Phase
-from trivmm.migration.sender import send, socket_dialer
-from trivmm.migration.transports import Dialer
+from trivmm.migration.source.doubt import Doubt, Resolution
+from trivmm.migration.source.sender import send, socket_dialer
 from trivmm.nursery.kernel import KernelCalls
 from trivmm.nursery.ownership import MIGRATION, Ownership
 from trivmm.nursery.vcpus import Driver, thread_driver

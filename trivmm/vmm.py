@@ -29,10 +29,10 @@ from trivmm.errors import (
 from trivmm.events import EventBus
 from trivmm.hypervisor.base import Hypervisor
 from trivmm.incoming import Incoming, open_incoming
-from trivmm.migration.doubt import Resolution
 from trivmm.migration.options import SendOptions
 from trivmm.migration.progress import MigrationProgress, Phase
-from trivmm.migration.sender import socket_dialer
+from trivmm.migration.source.doubt import Resolution
+from trivmm.migration.source.sender import socket_dialer
 from trivmm.vm import Dial, ExitReason, Vm, open_vm
 
 __all__ = ["Vmm", "VmmEnd", "VmmOptions", "open_vmm"]

@@ -13,10 +13,10 @@ import trio
 
 from trivmm.deadlines import Deadlines
 from trivmm.errors import MigrationError
+from trivmm.migration.destination.receiver import open_receiver
 from trivmm.migration.options import SendOptions
 from trivmm.migration.progress import MigrationProgress
-from trivmm.migration.receiver import open_receiver
-from trivmm.migration.sender import send, socket_dialer
+from trivmm.migration.source.sender import send, socket_dialer
 from trivmm.testing.migration import DiskLock, FakeDestination, FakeSource
 
 RAM = ((0, 16 << 20),)
@@ -26,9 +26,9 @@ ENDLESS = SendOptions(timeout_s=120, downtime_ms=1)
 PEER = """
 import sys, trio
 from trivmm.deadlines import Deadlines
-from trivmm.migration.receiver import open_receiver
+from trivmm.migration.destination.receiver import open_receiver
 from trivmm.migration.options import SendOptions
-from trivmm.migration.sender import send, socket_dialer
+from trivmm.migration.source.sender import send, socket_dialer
 from trivmm.testing.migration import DiskLock, FakeDestination, FakeSource
 
 class Endless(FakeSource):

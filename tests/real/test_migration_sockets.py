@@ -16,15 +16,15 @@ import trio
 from trivmm._native import ffi, lib
 from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError, DeadlineError, MigrationError, TrivmmError
-from trivmm.migration import messages as m
-from trivmm.migration.channel import LinkLost
-from trivmm.migration.link import Link
+from trivmm.migration.destination.receiver import open_receiver
+from trivmm.migration.link.control import Link
+from trivmm.migration.link.halves import LinkLost
+from trivmm.migration.link.transports import SocketDialer, TcpAddress, UnixAddress, listen, parse_url
 from trivmm.migration.options import SendOptions
 from trivmm.migration.progress import MigrationProgress, MigrationReport, Phase
-from trivmm.migration.receiver import open_receiver
-from trivmm.migration.sender import send, socket_dialer
-from trivmm.migration.steps import Session
-from trivmm.migration.transports import SocketDialer, TcpAddress, UnixAddress, listen, parse_url
+from trivmm.migration.source.sender import send, socket_dialer
+from trivmm.migration.wire import messages as m
+from trivmm.migration.wire.session import Session
 from trivmm.testing.migration import DiskLock, FakeDestination, FakeSource
 
 MIB = 1 << 20

@@ -16,9 +16,9 @@ from trivmm._native import ffi, lib
 from trivmm.config import DiskConfig, PayloadConfig, VmConfig
 from trivmm.errors import ConfigError, ProtocolError
 from trivmm.hypervisor.base import VcpuState, VmmState
-from trivmm.migration import messages as m
-from trivmm.migration import wire
-from trivmm.migration.steps import FROM_DESTINATION, FROM_SOURCE, Session, SessionState
+from trivmm.migration.wire import frame as wire
+from trivmm.migration.wire import messages as m
+from trivmm.migration.wire.session import FROM_DESTINATION, FROM_SOURCE, Session, SessionState
 from trivmm.state.fields import MAX_DEPTH, load_json
 from trivmm.state.machine import MachineState, SavedVcpu
 from trivmm.state.setup import config_from_setup, config_to_setup

@@ -20,16 +20,16 @@ from trivmm.errors import (
     ProtocolError,
     TrivmmError,
 )
-from trivmm.migration import messages as m
-from trivmm.migration import wire
-from trivmm.migration.link import Link
+from trivmm.migration.destination.receiver import Receiver
+from trivmm.migration.link.control import Link
 from trivmm.migration.options import SendOptions
 from trivmm.migration.progress import MigrationProgress, MigrationReport, Phase
-from trivmm.migration.receiver import Receiver
-from trivmm.migration.sender import send
-from trivmm.migration.steps import Session
-from trivmm.migration.verdict import LAST_LOOK_S, ask
-from trivmm.migration.wire import MessageType
+from trivmm.migration.source.sender import send
+from trivmm.migration.source.verdict import LAST_LOOK_S, ask
+from trivmm.migration.wire import frame as wire
+from trivmm.migration.wire import messages as m
+from trivmm.migration.wire.frame import MessageType
+from trivmm.migration.wire.session import Session
 from trivmm.state.machine import MachineState
 from trivmm.testing.cancel_walk import Walk, cancel_walk
 from trivmm.testing.migration import DiskLock, FakeDestination, FakeSource, MemoryNet, Tap, TappedStream

@@ -19,7 +19,7 @@ from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError, PauseTimeout
 from trivmm.hypervisor.base import VcpuState, VmmState
 from trivmm.memory.guest import GuestMemory
-from trivmm.migration.channel import Channel, LinkLost, StreamChannel
+from trivmm.migration.link.halves import Channel, LinkLost, StreamChannel
 from trivmm.state.machine import MachineState, SavedVcpu
 
 __all__ = ["DiskLock", "FakeDestination", "FakeSource", "MemoryNet", "Tap", "TappedStream"]

@@ -20,7 +20,7 @@ from typing import Final
 import attrs
 
 from trivmm.errors import ProtocolError
-from trivmm.migration.wire import MessageType
+from trivmm.migration.wire.frame import MessageType
 
 __all__ = ["Session", "SessionState"]
 

@@ -10,7 +10,7 @@ from typing import Any, Final, TypeAlias
 import attrs
 
 from trivmm.errors import ProtocolError
-from trivmm.migration.wire import PAGE_BYTES, VERSION, Frame, MessageType, encode_frame
+from trivmm.migration.wire.frame import PAGE_BYTES, VERSION, Frame, MessageType, encode_frame
 from trivmm.state.codec import state_from_json, state_to_json
 from trivmm.state.fields import Fields, dump_json, load_json
 from trivmm.state.machine import MachineState

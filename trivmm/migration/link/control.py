@@ -13,11 +13,11 @@ import attrs
 import trio
 
 from trivmm.errors import DeadlineError, MigrationError, ProtocolError
-from trivmm.migration.channel import Channel, LinkLost
-from trivmm.migration.messages import TYPE_OF, Abort, Done, Message, encode_message, parse_message
-from trivmm.migration.pages import DirtySet, Landing, PageCounts
-from trivmm.migration.steps import Session, SessionState
-from trivmm.migration.wire import MessageType
+from trivmm.migration.link.halves import Channel, LinkLost
+from trivmm.migration.pages.land import DirtySet, Landing, PageCounts
+from trivmm.migration.wire.frame import MessageType
+from trivmm.migration.wire.messages import TYPE_OF, Abort, Done, Message, encode_message, parse_message
+from trivmm.migration.wire.session import Session, SessionState
 
 __all__ = ["FAREWELL_S", "Link", "PeerAborted"]
 

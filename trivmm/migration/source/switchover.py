@@ -14,12 +14,12 @@ import attrs
 import trio
 
 from trivmm.errors import DeadlineError, MigrationInDoubt, ProtocolError, TrivmmError
-from trivmm.migration.link import Link
-from trivmm.migration.messages import Ready, RoundAck, State, Undo, Undone
+from trivmm.migration.link.control import Link
 from trivmm.migration.port import SourceMachine
-from trivmm.migration.precopy import Rounds
 from trivmm.migration.progress import Downtime, Phase, Tracker
-from trivmm.migration.steps import SessionState
+from trivmm.migration.source.precopy import Rounds
+from trivmm.migration.wire.messages import Ready, RoundAck, State, Undo, Undone
+from trivmm.migration.wire.session import SessionState
 
 __all__ = ["Switchover"]
 

@@ -30,9 +30,15 @@ import trio
 
 from trivmm.deadlines import Deadlines
 from trivmm.errors import CommitRefused, DeadlineError, MigrationError, MigrationInDoubt, ProtocolError, TrivmmError
-from trivmm.migration.channel import Channel, LinkLost
-from trivmm.migration.link import FAREWELL_S, Link
-from trivmm.migration.messages import (
+from trivmm.migration.link.control import FAREWELL_S, Link
+from trivmm.migration.link.halves import Channel, LinkLost
+from trivmm.migration.link.transports import Listener, listen, parse_url
+from trivmm.migration.pages.land import Landing
+from trivmm.migration.port import DestinationFactory, DestinationMachine
+from trivmm.migration.progress import MigrationProgress, MigrationReport, Phase, Round, Tracker
+from trivmm.migration.source.verdict import LAST_LOOK_S
+from trivmm.migration.wire.frame import MessageType
+from trivmm.migration.wire.messages import (
     Abort,
     Commit,
     Done,
@@ -51,13 +57,7 @@ from trivmm.migration.messages import (
     Undone,
     Verdict,
 )
-from trivmm.migration.pages import Landing
-from trivmm.migration.port import DestinationFactory, DestinationMachine
-from trivmm.migration.progress import MigrationProgress, MigrationReport, Phase, Round, Tracker
-from trivmm.migration.steps import Session, SessionState
-from trivmm.migration.transports import Listener, listen, parse_url
-from trivmm.migration.verdict import LAST_LOOK_S
-from trivmm.migration.wire import MessageType
+from trivmm.migration.wire.session import Session, SessionState
 
 __all__ = ["Receiver", "open_receiver"]
 

@@ -31,11 +31,11 @@ import trio
 
 from trivmm.deadlines import Deadlines
 from trivmm.errors import DeadlineError, MigrationError, ProtocolError
-from trivmm.migration.channel import LinkLost
-from trivmm.migration.link import FAREWELL_S, Link
-from trivmm.migration.messages import Abort, Commit, Done, Query, Refused, Running, Verdict
-from trivmm.migration.steps import Session, SessionState
-from trivmm.migration.transports import Dialer
+from trivmm.migration.link.control import FAREWELL_S, Link
+from trivmm.migration.link.halves import LinkLost
+from trivmm.migration.link.transports import Dialer
+from trivmm.migration.wire.messages import Abort, Commit, Done, Query, Refused, Running, Verdict
+from trivmm.migration.wire.session import Session, SessionState
 
 __all__ = ["LAST_LOOK_S", "Heard", "ask", "ask_for_verdict", "say_done"]
 

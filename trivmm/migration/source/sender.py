@@ -19,16 +19,16 @@ import trio
 
 from trivmm.deadlines import Deadlines
 from trivmm.errors import CommitRefused, DeadlineError, MigrationError, MigrationInDoubt
-from trivmm.migration.link import FAREWELL_S, Link
-from trivmm.migration.messages import SESSION_BYTES, Setup, SetupFail, SetupOk
+from trivmm.migration.link.control import FAREWELL_S, Link
+from trivmm.migration.link.transports import Dialer, SocketDialer, parse_url
 from trivmm.migration.options import SendOptions, TimeoutStrategy
 from trivmm.migration.port import SourceMachine
-from trivmm.migration.precopy import Estimates, Rounds
 from trivmm.migration.progress import Downtime, MigrationProgress, MigrationReport, Phase, Tracker
-from trivmm.migration.steps import Session
-from trivmm.migration.switchover import NO_LIMIT, Switchover
-from trivmm.migration.transports import Dialer, SocketDialer, parse_url
-from trivmm.migration.verdict import Heard, ask_for_verdict, say_done
+from trivmm.migration.source.precopy import Estimates, Rounds
+from trivmm.migration.source.switchover import NO_LIMIT, Switchover
+from trivmm.migration.source.verdict import Heard, ask_for_verdict, say_done
+from trivmm.migration.wire.messages import SESSION_BYTES, Setup, SetupFail, SetupOk
+from trivmm.migration.wire.session import Session
 
 __all__ = ["send", "socket_dialer"]
 

@@ -13,11 +13,11 @@ import attrs
 import trio
 
 from trivmm.errors import ProtocolError
-from trivmm.migration.link import Link
-from trivmm.migration.messages import RoundAck, RoundEnd
-from trivmm.migration.pages import DirtySet, PageCounts
+from trivmm.migration.link.control import Link
+from trivmm.migration.pages.land import DirtySet, PageCounts
 from trivmm.migration.port import SourceMachine
 from trivmm.migration.progress import PAGE_BYTES, Downtime, Round, Tracker
+from trivmm.migration.wire.messages import RoundAck, RoundEnd
 
 __all__ = ["Estimates", "Rounds"]
 
