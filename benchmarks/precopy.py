@@ -83,12 +83,11 @@ class Rewriting(FakeSource):
 
     harvests = 0
 
-    async def harvest_dirty(self, slot: int, into: Any) -> int:
+    def harvest_dirty(self, slot: int, into: Any) -> None:
         self.harvests += 1
         if self.harvests <= 2:
             for word in range(self.memory.regions[slot].bitmap_words):
                 into[word] = (1 << 64) - 1
-        return await super().harvest_dirty(slot, into)
 
 
 def precopy_rates(kind: str, source: FakeSource, target: FakeDestination) -> tuple[float, float]:

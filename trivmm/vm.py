@@ -648,7 +648,7 @@ class Vm:
         """The bounded end: owner, vCPUs, devices. Shielded by the caller."""
         self._closing = True
         if self._machine is not None:
-            self._machine.ending = True
+            self._machine.dirty_log.forget()
         if self._migration is not None:
             self._migration.cancel()  # past COMMIT it does not hear that
             with trio.move_on_after(self.deadlines.rollback + self.deadlines.commit):

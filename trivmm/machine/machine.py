@@ -10,7 +10,6 @@ import logging
 import math
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import Any, Final
 
 import attrs
@@ -20,6 +19,7 @@ from trivmm.bus.space import GuestRequest
 from trivmm.deadlines import Deadlines
 from trivmm.errors import GuestCrash, HypervisorError, MigrationError, TrivmmError
 from trivmm.machine.board import Board
+from trivmm.memory.dirty_log import DirtyLog, HostWriters
 from trivmm.memory.guest import GuestMemory
 from trivmm.nursery.activation import DeviceLifecycle
 from trivmm.nursery.kernel import KernelCalls
@@ -40,8 +40,8 @@ DRAIN_SHARE: Final = 0.25  # of the downtime that is left: a sink that stalls mu
 class Machine:
     """A built board with its tasks. ``running`` says what the owner wants, not what each vCPU does this moment.
 
-    Interrupts and the dirty log are wanted or not, too: a thread makes the kernel agree (:meth:`_agree`). So one that
-    the kernel holds up, and that nobody can wait for any longer, ends with what is wanted by then.
+    Interrupts are wanted or not, too: a thread makes the kernel agree (:meth:`_agree`). So a call that the kernel holds
+    up, and that nobody can wait for any longer, ends with what is wanted by then.
 
     ``on_guest_request()`` is called in the trio thread when the guest asked for a reset or power-off, or crashed.
     """
@@ -52,14 +52,17 @@ class Machine:
     kernel: KernelCalls
     on_guest_request: Callable[[], None] = lambda: None
     running: bool = attrs.field(default=False, init=False)
-    ending: bool = attrs.field(default=False, init=False)  # its board is closed next, and the kernel's part with it
     guest_request: GuestRequest | None = attrs.field(default=None, init=False)
     crash: GuestCrash | None = attrs.field(default=None, init=False)
     _gate_closed: bool = attrs.field(default=False, init=False)
     _interrupts_wanted: bool = attrs.field(default=False, init=False)
     _interrupts_connected: bool = attrs.field(default=False, init=False)  # the thread's, and so the next
-    _log_wanted: bool = attrs.field(default=False, init=False)
-    _log_on: bool = attrs.field(default=False, init=False)
+    dirty_log: DirtyLog = attrs.field(
+        default=attrs.Factory(
+            lambda self: DirtyLog((HostWriters(self.board.memory), self.board.vm), self.kernel.call), takes_self=True
+        ),
+        init=False,
+    )
     _token: trio.lowlevel.TrioToken = attrs.field(factory=trio.lowlevel.current_trio_token, init=False)
 
     # --- what the nursery tree houses ------------------------------------------------------------------------
@@ -120,24 +123,14 @@ class Machine:
         self._reopen()
 
     def _agree(self) -> None:
-        """In a thread: it waits for the kernel. Interrupts first, since the guest waits for them."""
-        while True:
-            if self._interrupts_connected != self._interrupts_wanted:
-                wanted = self._interrupts_wanted
-                if wanted:
-                    self.board.connect_interrupts()
-                else:
-                    self.board.disconnect_interrupts()
-                self._interrupts_connected = wanted
-            elif self._log_on != self._log_wanted:
-                wanted = self._log_wanted
-                if wanted:
-                    self.board.start_dirty_log()
-                else:
-                    self.board.stop_dirty_log()
-                self._log_on = wanted
+        """In a thread: it waits for the kernel."""
+        while self._interrupts_connected != self._interrupts_wanted:
+            wanted = self._interrupts_wanted
+            if wanted:
+                self.board.connect_interrupts()
             else:
-                return
+                self.board.disconnect_interrupts()
+            self._interrupts_connected = wanted
 
     async def _connect_interrupts(self) -> None:
         self._interrupts_wanted = True
@@ -219,25 +212,6 @@ class Machine:
 
     def describe(self) -> dict[str, Any]:
         return self.board.describe()
-
-    async def start_dirty_log(self) -> None:
-        self._log_wanted = True
-        try:
-            await self.kernel.call("switching the dirty log on", self._agree)
-        except BaseException:
-            self._log_wanted = False
-            raise
-
-    async def stop_dirty_log(self) -> None:
-        self._log_wanted = False
-        if not self.ending and (self.kernel.busy or self._log_on):
-            await self.kernel.call("switching the dirty log off", self._agree)
-
-    async def harvest_dirty(self, slot: int, into: Any) -> int:
-        work = partial(self.board.harvest_dirty, slot, into)
-        if self.vcpus.all_paused:  # no vCPU moves a BAR, which holds the kernel's lock for as long as that waits
-            return work()
-        return await self.kernel.call("reading the dirty log", work)
 
     def set_throttle(self, percent: int) -> None:
         self.vcpus.set_throttle(percent)

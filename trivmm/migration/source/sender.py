@@ -116,7 +116,7 @@ class _Sender:
         except Exception:
             LOG.exception("taking the throttle off after a migration")
         try:
-            await self.source.stop_dirty_log()
+            await self.source.dirty_log.stop()
         except Exception:
             LOG.exception("stopping the dirty log after a migration")
 
@@ -177,7 +177,7 @@ class _Sender:
         def time_is_up() -> bool:
             return ignore and trio.current_time() >= deadline
 
-        await self.source.start_dirty_log()
+        await self.source.dirty_log.start()
         rounds.add_touched()
         wait_until = 0.0
         undone = 0

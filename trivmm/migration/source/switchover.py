@@ -69,7 +69,7 @@ class Switchover:
             state = self.source.save()
             saved_ms = self._elapsed_ms() - parts.stop_ms
             if self.source.live_copy:
-                await self.rounds.harvest()
+                await self.rounds.harvest(stopped=True)
             else:
                 self.rounds.add_touched()
             await self.rounds.send_round(last=True)
