@@ -216,9 +216,6 @@ class Machine:
     def set_throttle(self, percent: int) -> None:
         self.vcpus.set_throttle(percent)
 
-    def log(self, event: str, **fields: Any) -> None:
-        logger.info("migration: %s %s", event, " ".join(f"{key}={value}" for key, value in fields.items()))
-
     async def stop(self, at_most_s: float) -> None:
         """Switchover steps 1 to 3. Any failure or cancellation undoes what was done, and the machine runs."""
         ends = trio.current_time() + at_most_s

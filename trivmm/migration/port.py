@@ -57,8 +57,6 @@ class SourceMachine(Protocol):
     async def take_locks(self) -> None:
         """All of them, whichever are missing. :raises ConfigError: when another process has one."""
 
-    def log(self, event: str, **fields: Any) -> None: ...
-
 
 class DestinationMachine(Protocol):
     """A machine built from a SETUP section: memslots, RAM, devices, parked vCPU threads; nothing runs."""

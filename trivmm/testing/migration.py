@@ -132,9 +132,6 @@ class FakeSource(_Machine):
         await trio.sleep(self.release_s)
         self.lock.release(self)
 
-    def log(self, event: str, **fields: Any) -> None:
-        self.events.append(event)
-
 
 class FakeDestination(_Machine):
     """Built by :meth:`factory`. ``start_s``: how long a start takes; ``load_error``, ``start_error``: raised."""

@@ -61,7 +61,7 @@ from trivmm.migration.wire.session import Session, SessionState
 
 __all__ = ["Receiver", "open_receiver"]
 
-LOG: Final = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 MAX_STRANGERS: Final = 16  # greeted at once; the next one is closed at sight
 MAX_SETTLED: Final = 64  # sessions that nobody said DONE to: each is a source that died, or may be in doubt
 RESUME_MS: Final = 1.0  # from COMMIT to RUNNING, the way aside: locks, sinks and a kick; all else was done by READY
@@ -306,7 +306,7 @@ class Receiver:
             else:
                 raise ProtocolError("a migration is under way here already")
         except (MigrationError, DeadlineError) as error:
-            LOG.info("%s: turned away: %s", channel.name, error)
+            logger.info("%s: turned away: %s", channel.name, error)
             self._turned_away.append(str(error))
             del self._turned_away[:-MAX_STRANGERS]
             await link.abort(str(error))

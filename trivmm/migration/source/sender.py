@@ -32,7 +32,7 @@ from trivmm.migration.wire.session import Session
 
 __all__ = ["send", "socket_dialer"]
 
-LOG: Final = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 MAX_ATTEMPTS: Final = 5
 FIRST_BACK_OFF_S: Final = 0.1  # doubles with every undone switchover
 IDLE_ROUND_S: Final = 0.05  # between rounds with next to nothing to send: each costs the guest its write faults
@@ -98,7 +98,7 @@ class _Sender:
             with trio.move_on_after(limits.rollback + limits.kernel + 4 * FAREWELL_S, shield=True) as scope:
                 await self._roll_back(error)
             if scope.cancelled_caught:  # pragma: no cover - each of its waits has a smaller bound
-                LOG.error("rolling back a migration did not end in time")
+                logger.error("rolling back a migration did not end in time")
             raise
         try:
             # No await between here and the shield: a cancellation comes before COMMIT, or after the verdict.
@@ -114,11 +114,11 @@ class _Sender:
         try:
             self.source.set_throttle(0)
         except Exception:
-            LOG.exception("taking the throttle off after a migration")
+            logger.exception("taking the throttle off after a migration")
         try:
             await self.source.dirty_log.stop()
         except Exception:
-            LOG.exception("stopping the dirty log after a migration")
+            logger.exception("stopping the dirty log after a migration")
 
     # --- up to COMMIT --------------------------------------------------------------------------------------------
 
@@ -195,7 +195,7 @@ class _Sender:
                 why = await switchover.attempt(limit_s)
                 if why is None:
                     return
-                self.source.log("migration.undone", reason=why, attempt=self.tracker.attempts)
+                logger.info("switchover %d was undone: %s", self.tracker.attempts, why)
                 undone += 1
                 if undone >= MAX_ATTEMPTS and (limitless or not ignore):
                     raise DeadlineError("downtime", self._limit_s, f"{undone} switchovers were undone; the last: {why}")

@@ -37,7 +37,6 @@ class Switchover:
     stopped: bool = False
     unlocked: bool = False
     started: float = 0.0
-    commit_sent: float = 0.0
 
     async def attempt(self, limit_s: float) -> str | None:
         """Everything up to COMMIT within ``limit_s`` (``inf``: no limit). None: COMMIT may go, now. Otherwise the

@@ -39,7 +39,7 @@ from trivmm.migration.wire.session import Session, SessionState
 
 __all__ = ["LAST_LOOK_S", "Heard", "ask", "ask_for_verdict", "say_done"]
 
-LOG: Final = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 PATIENCE_S: Final = 1.0  # from COMMIT to the first question on a link that is silent: far more than any downtime limit
 LAST_LOOK_S: Final = 1.0  # after the deadline, however short that is: a question and its answer on a busy host
 ASK_AGAIN_S: Final = 0.1  # between two questions while the destination is still busy, or not reachable
@@ -89,7 +89,7 @@ class _Questions:
             outcome = await self.once(each_s)
             if outcome is not None:
                 return outcome
-            LOG.info("no verdict yet: %s", self.heard.reason)
+            logger.info("no verdict yet: %s", self.heard.reason)
             await trio.sleep(ASK_AGAIN_S)
 
 
@@ -115,7 +115,7 @@ async def ask_for_verdict(link: Link, dialer: Dialer, session_id: bytes, deadlin
     with trio.CancelScope(shield=True):
         outcome = await wait.race(deadlines.commit, patience_s, Commit(session_id))
         if outcome is None:
-            LOG.warning("no verdict within commit: a last look")
+            logger.warning("no verdict within commit: a last look")
             outcome = await wait.race(LAST_LOOK_S, 0)
     if outcome is not None:
         return outcome
@@ -143,7 +143,7 @@ class _Wait:
             try:
                 found = await self._listen(commit)
             except (MigrationError, DeadlineError) as error:
-                LOG.warning("no answer to COMMIT (%s): asking for the verdict on a new connection", error)
+                logger.warning("no answer to COMMIT (%s): asking for the verdict on a new connection", error)
                 self.link_over.set()
             else:
                 nursery.cancel_scope.cancel()
@@ -167,7 +167,7 @@ class _Wait:
             try:
                 await self.link.send(commit)
             except LinkLost as error:
-                LOG.info("%s: what the peer said before it left still counts", error)
+                logger.info("%s: what the peer said before it left still counts", error)
         match await self.link.receive():
             case Running():
                 return Heard(True, answered=True)
