@@ -86,6 +86,7 @@ EXCUSED: dict[str, str] = {
     "migration/destination/receiver.py:_Incoming._next": CORE,
     "migration/source/switchover.py:Switchover._stop_and_load": CORE,
     "migration/source/switchover.py:Switchover._tell_undone": CORE,
+    "migration/link/roles.py:open_control": "Link.send, under the stall deadline",
     "migration/link/transports.py:SocketListener.accept": CALLER,
     "migration/source/verdict.py:_Wait._listen": CALLER,
     "migration/source/verdict.py:_ask": CALLER,

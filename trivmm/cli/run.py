@@ -33,7 +33,7 @@ from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError, GuestCrash, HypervisorError, TrivmmError
 from trivmm.hypervisor.select import choose_hypervisor
 from trivmm.migration.progress import MigrationProgress, Phase
-from trivmm.migration.source.verdict import LAST_LOOK_S
+from trivmm.migration.wire.session import LAST_LOOK_S
 from trivmm.signals import Told
 from trivmm.unixsocket import SocketFd
 

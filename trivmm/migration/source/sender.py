@@ -20,6 +20,7 @@ import trio
 from trivmm.deadlines import Deadlines
 from trivmm.errors import CommitRefused, DeadlineError, MigrationError, MigrationInDoubt
 from trivmm.migration.link.control import FAREWELL_S, Link
+from trivmm.migration.link.roles import open_control
 from trivmm.migration.link.transports import Dialer, SocketDialer, parse_url
 from trivmm.migration.options import SendOptions, TimeoutStrategy
 from trivmm.migration.port import SourceMachine
@@ -28,7 +29,6 @@ from trivmm.migration.source.precopy import Estimates, Rounds
 from trivmm.migration.source.switchover import NO_LIMIT, Switchover
 from trivmm.migration.source.verdict import Heard, ask_for_verdict, say_done
 from trivmm.migration.wire.messages import SESSION_BYTES, Setup, SetupFail, SetupOk
-from trivmm.migration.wire.session import Session
 
 __all__ = ["send", "socket_dialer"]
 
@@ -150,14 +150,13 @@ class _Sender:
         )
 
     async def _set_up(self) -> Link:
-        channel = await self.dialer.dial()
-        self._link = link = Link(channel, Session(source=True))
+        self._link = link = await open_control(self.dialer, self.session_id)
         memory = tuple((region.gpa, region.size) for region in self.source.memory.regions)
-        with self.source.deadlines.enter("handshake", f"{channel.name}: the receiver does not answer SETUP"):
-            await link.send(Setup(self.session_id, self.source.describe(), memory))
+        with self.source.deadlines.enter("handshake", f"{link.name}: the receiver does not answer SETUP"):
+            await link.send(Setup(self.source.describe(), memory))
             answer = await link.receive()
         if isinstance(answer, SetupFail):
-            raise MigrationError(f"{channel.name}: the destination can't build this machine: {answer.reason}")
+            raise MigrationError(f"{link.name}: the destination can't build this machine: {answer.reason}")
         assert isinstance(answer, SetupOk)  # the step table has nothing else
         self._first_resume_ms = answer.resume_ms
         self.tracker.enter(Phase.PRECOPY)

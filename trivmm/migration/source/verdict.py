@@ -33,15 +33,15 @@ from trivmm.deadlines import Deadlines
 from trivmm.errors import DeadlineError, MigrationError, ProtocolError
 from trivmm.migration.link.control import FAREWELL_S, Link
 from trivmm.migration.link.halves import LinkLost
+from trivmm.migration.link.roles import open_control
 from trivmm.migration.link.transports import Dialer
 from trivmm.migration.wire.messages import Abort, Commit, Done, Query, Refused, Running, Verdict
-from trivmm.migration.wire.session import Session, SessionState
+from trivmm.migration.wire.session import LAST_LOOK_S, SessionState
 
-__all__ = ["LAST_LOOK_S", "Heard", "ask", "ask_for_verdict", "say_done"]
+__all__ = ["Heard", "ask", "ask_for_verdict", "say_done"]
 
 logger = logging.getLogger(__name__)
 PATIENCE_S: Final = 1.0  # from COMMIT to the first question on a link that is silent: far more than any downtime limit
-LAST_LOOK_S: Final = 1.0  # after the deadline, however short that is: a question and its answer on a busy host
 ASK_AGAIN_S: Final = 0.1  # between two questions while the destination is still busy, or not reachable
 TRIES: Final = 5  # of an operator's question: a receiver that takes an address over is not there for a moment
 SETTLED: Final = {"running": True, "refused": False}
@@ -193,10 +193,9 @@ async def say_done(link: Link, dialer: Dialer, session_id: bytes) -> None:
 
 
 async def _ask(dialer: Dialer, session_id: bytes) -> Verdict:
-    channel = await dialer.dial()
-    link = Link(channel, Session(source=True))
+    link = await open_control(dialer, session_id)
     try:
-        await link.send(Query(session_id))
+        await link.send(Query())
         answer = await link.expect(Verdict)
         if answer.verdict in SETTLED:
             with trio.move_on_after(FAREWELL_S), suppress(MigrationError, DeadlineError):
