@@ -29,6 +29,7 @@ from trivmm.errors import (
 from trivmm.events import EventBus
 from trivmm.hypervisor.base import Hypervisor
 from trivmm.incoming import Incoming, open_incoming
+from trivmm.migration.destination.verdicts import Verdicts
 from trivmm.migration.options import SendOptions
 from trivmm.migration.progress import MigrationProgress, Phase
 from trivmm.migration.source.doubt import Resolution
@@ -117,6 +118,9 @@ class Vmm:
     _nursery: trio.Nursery
     _dial: Dial = socket_dialer
     _told_to_end: Callable[[], str | None] = lambda: None
+    _verdicts: Verdicts = attrs.field(
+        default=attrs.Factory(lambda self: Verdicts(self._nursery), takes_self=True), init=False
+    )
     _slot: _Slot | None = attrs.field(default=None, init=False)
     _sending: _Result[None] | None = attrs.field(default=None, init=False)
     _last_progress: MigrationProgress | None = attrs.field(default=None, init=False)
@@ -354,7 +358,7 @@ class Vmm:
             hypervisor=self.hypervisor,
             deadlines=self.deadlines,
             events=self.events,
-            answering=self._nursery,
+            verdicts=self._verdicts,
             refuse=partial(self._refuse_commit, slot),
         )
         received = partial(_received, slot)

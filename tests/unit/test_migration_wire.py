@@ -59,7 +59,7 @@ EVERY: list[m.Message] = [
     m.Refused("locked"),
     m.Done(),
     m.Query(),
-    m.Verdict("pending", ""),
+    m.Verdict(m.Fate.PENDING, ""),
     m.Abort("bye"),
 ]
 MESSAGES = {m.TYPE_OF[type(each)]: each for each in EVERY}
@@ -224,7 +224,7 @@ def parse(kind: wire.MessageType, body: bytes) -> m.Message:
         ("HELLO", json.dumps({"session": ID.hex(), "role": ["pages"], "index": 0}).encode()),
         ("COMMIT", b'{"session":"00"}'),
         ("COMMIT", b'{"session":"' + b"zz" * 16 + b'"}'),
-        ("VERDICT", b'{"verdict":"maybe","reason":""}'),
+        ("VERDICT", b'{"fate":"maybe","reason":""}'),
         ("ABORT", b'{"reason":"' + b"x" * 3000 + b'"}'),
         ("STATE", (STATE_JSON % "1e999").encode()),
         ("STATE", b"[" * 100_000),

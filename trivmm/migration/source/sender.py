@@ -27,8 +27,8 @@ from trivmm.migration.port import SourceMachine
 from trivmm.migration.progress import Downtime, MigrationProgress, MigrationReport, Phase, Tracker
 from trivmm.migration.source.precopy import Estimates, Rounds
 from trivmm.migration.source.switchover import NO_LIMIT, Switchover
-from trivmm.migration.source.verdict import Heard, ask_for_verdict, say_done
-from trivmm.migration.wire.messages import SESSION_BYTES, Setup, SetupFail, SetupOk
+from trivmm.migration.source.verdict import Finding, ask_for_verdict, say_done
+from trivmm.migration.wire.messages import SESSION_BYTES, Fate, Setup, SetupFail, SetupOk
 
 __all__ = ["send", "socket_dialer"]
 
@@ -230,31 +230,31 @@ class _Sender:
     async def _commit(self, switchover: Switchover) -> MigrationReport:
         """Shielded throughout: ends with a verdict, whatever is cancelled meanwhile."""
         with trio.CancelScope(shield=True):
-            outcome = await self._verdict(switchover.link)
-            if not outcome.running:
-                await self._stay(switchover, outcome)
+            found = await self._verdict(switchover.link)
+            if found.fate is not Fate.RUNNING:
+                await self._stay(switchover, found)
         self.tracker.remaining_pages = 0
         self.tracker.enter(Phase.DONE)
         return self.tracker.report()
 
-    async def _verdict(self, link: Link) -> Heard:
+    async def _verdict(self, link: Link) -> Finding:
         self.tracker.enter(Phase.COMMIT)
         sent = trio.current_time()
-        outcome = await ask_for_verdict(link, self.dialer, self.session_id, self.source.deadlines)
+        found = await ask_for_verdict(link, self.dialer, self.session_id, self.source.deadlines)
         parts = self.tracker.actual or Downtime()
         self.tracker.actual = attrs.evolve(parts, resume_ms=(trio.current_time() - sent) * 1000)
-        self.tracker.reason = outcome.reason or None
-        if outcome.running is not None:
+        self.tracker.reason = found.reason or None
+        if found.settled:
             await say_done(link, self.dialer, self.session_id)
         await link.close()
-        return outcome
+        return found
 
-    async def _stay(self, switchover: Switchover, outcome: Heard) -> NoReturn:
+    async def _stay(self, switchover: Switchover, found: Finding) -> NoReturn:
         """Not running there: back to the source where that was promised, otherwise nothing moves."""
-        if outcome.running is None:
+        if not found.settled:
             self.tracker.enter(Phase.IN_DOUBT)
             raise MigrationInDoubt(
-                f"{outcome.reason}: the VM stays paused here until the destination says what it did (docs/in-doubt.md)",
+                f"{found.reason}: the VM stays paused here until the destination says what it did (docs/in-doubt.md)",
                 self.session_id,
             )
         try:
@@ -266,4 +266,4 @@ class _Sender:
             self.tracker.enter(Phase.FAILED)
             raise
         self.tracker.enter(Phase.FAILED)
-        raise CommitRefused(f"the destination refused to run the VM: {outcome.reason}; the source runs again")
+        raise CommitRefused(f"the destination refused to run the VM: {found.reason}; the source runs again")
