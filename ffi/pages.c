@@ -1,6 +1,8 @@
 #define _GNU_SOURCE
 #include "pages.h"
 
+#include "crc32c.h"
+
 #include <errno.h>
 #include <emmintrin.h>
 #include <poll.h>
@@ -13,136 +15,8 @@
 #define POLL_SLICE_MS 1000 /* upper bound of one poll, so that no wait rests on one wake-up alone */
 #define BODY_MAX (8u + TV_FRAME_RUNS * 8u)
 
-_Static_assert((TV_FRAME_HEADER + 8u + TV_FRAME_PAGES * 8u) % 64 == 0, "a full frame's pages begin on a multiple of 64");
-_Static_assert(8u + TV_FRAME_PAGES * 8u <= BODY_MAX, "one buffer serves both bodies");
-
-/* --- CRC32C (Castagnoli, reflected 0x82f63b78, as in RFC 3720) ------------------------------------------------ */
-
-static uint32_t crc_table[8][256];
-
-/* Runs once, when the shared object is loaded: no thread can look at a half-made table. */
-__attribute__((constructor)) static void crc_table_fill(void)
-{
-    for (uint32_t byte = 0; byte < 256; byte++) {
-        uint32_t crc = byte;
-        for (int bit = 0; bit < 8; bit++)
-            crc = (crc >> 1) ^ (0x82f63b78u & -(crc & 1));
-        crc_table[0][byte] = crc;
-    }
-    for (int slice = 1; slice < 8; slice++)
-        for (uint32_t byte = 0; byte < 256; byte++)
-            crc_table[slice][byte] =
-                (crc_table[slice - 1][byte] >> 8) ^ crc_table[0][crc_table[slice - 1][byte] & 0xff];
-}
-
-/* Slicing by 8. `crc` is the CRC of what came before (0 at the start). Pure. */
-uint32_t tv_crc32c_portable(uint32_t crc, const uint8_t *data, uint64_t length)
-{
-    crc = ~crc;
-    while (length >= 8) {
-        uint64_t word;
-        memcpy(&word, data, 8);
-        word ^= crc;
-        crc = 0;
-        for (int slice = 0; slice < 8; slice++)
-            crc ^= crc_table[7 - slice][(word >> (8 * slice)) & 0xff];
-        data += 8;
-        length -= 8;
-    }
-    while (length--)
-        crc = (crc >> 8) ^ crc_table[0][(crc ^ *data++) & 0xff];
-    return ~crc;
-}
-
-__attribute__((target("sse4.2"))) static uint32_t crc32c_sse42(uint32_t crc, const uint8_t *data, uint64_t length)
-{
-    uint64_t wide = (uint32_t)~crc;
-    while (length >= 8) {
-        uint64_t word;
-        memcpy(&word, data, 8);
-        wide = __builtin_ia32_crc32di(wide, word);
-        data += 8;
-        length -= 8;
-    }
-    uint32_t narrow = (uint32_t)wide;
-    while (length--)
-        narrow = __builtin_ia32_crc32qi(narrow, *data++);
-    return ~narrow;
-}
-
-/* Three pages side by side: the instruction has a latency of three cycles and a throughput of one. */
-__attribute__((target("sse4.2"))) static void crc32c_three(const uint8_t *data, uint32_t *crcs)
-{
-    const uint64_t words = TV_PAGE_SIZE / 8;
-    const uint64_t *at = (const uint64_t *)data;
-    uint64_t a = 0xffffffffu, b = 0xffffffffu, c = 0xffffffffu;
-    for (uint64_t i = 0; i < words; i++) {
-        a = __builtin_ia32_crc32di(a, at[i]);
-        b = __builtin_ia32_crc32di(b, at[words + i]);
-        c = __builtin_ia32_crc32di(c, at[2 * words + i]);
-    }
-    crcs[0] = ~(uint32_t)a;
-    crcs[1] = ~(uint32_t)b;
-    crcs[2] = ~(uint32_t)c;
-}
-
-/* Copy three pages from anywhere to lie side by side at `to`, and give the CRC of what was copied: each word is
- * read once, so that a page that its guest is writing has the CRC of its copy. */
-__attribute__((target("sse4.2"))) static void copy_three(uint8_t *to, const uint8_t *const *from, uint32_t *crcs)
-{
-    const uint64_t words = TV_PAGE_SIZE / 8;
-    const volatile uint64_t *from_a = (const uint64_t *)from[0], *from_b = (const uint64_t *)from[1],
-                            *from_c = (const uint64_t *)from[2];
-    uint64_t *at = (uint64_t *)to;
-    uint64_t a = 0xffffffffu, b = 0xffffffffu, c = 0xffffffffu;
-    for (uint64_t i = 0; i < words; i++) {
-        uint64_t word_a = from_a[i], word_b = from_b[i], word_c = from_c[i];
-        a = __builtin_ia32_crc32di(a, word_a);
-        b = __builtin_ia32_crc32di(b, word_b);
-        c = __builtin_ia32_crc32di(c, word_c);
-        at[i] = word_a;
-        at[words + i] = word_b;
-        at[2 * words + i] = word_c;
-    }
-    crcs[0] = ~(uint32_t)a;
-    crcs[1] = ~(uint32_t)b;
-    crcs[2] = ~(uint32_t)c;
-}
-
-static int has_sse42(void)
-{
-    return __builtin_cpu_supports("sse4.2");
-}
-
-/* CRC32C with the CPU's instruction where there is one. Pure; any thread. */
-uint32_t tv_crc32c(uint32_t crc, const uint8_t *data, uint64_t length)
-{
-    return has_sse42() ? crc32c_sse42(crc, data, length) : tv_crc32c_portable(crc, data, length);
-}
-
-/* CRC of each of `count` pages that lie side by side at `data` (8-byte aligned). */
-static void crc_pages(const uint8_t *data, uint32_t count, uint32_t *crcs)
-{
-    uint32_t done = 0;
-    if (has_sse42())
-        for (; done + 3 <= count; done += 3)
-            crc32c_three(data + done * TV_PAGE_SIZE, crcs + done);
-    for (; done < count; done++)
-        crcs[done] = tv_crc32c(0, data + done * TV_PAGE_SIZE, TV_PAGE_SIZE);
-}
-
-/* Copy `count` pages side by side to `to` (8-byte aligned), with the CRC of each copy. */
-static void copy_pages(uint8_t *to, const uint8_t *const *from, uint32_t count, uint32_t *crcs)
-{
-    uint32_t done = 0;
-    if (has_sse42())
-        for (; done + 3 <= count; done += 3)
-            copy_three(to + done * TV_PAGE_SIZE, from + done, crcs + done);
-    for (; done < count; done++) {
-        memcpy(to + done * TV_PAGE_SIZE, from[done], TV_PAGE_SIZE);
-        crcs[done] = tv_crc32c(0, to + done * TV_PAGE_SIZE, TV_PAGE_SIZE);
-    }
-}
+_Static_assert((TV_FRAME_HEADER + 8u + TV_FRAME_PAGES * 4u) % 64 == 0, "a full frame's pages begin on a multiple of 64");
+_Static_assert(8u + TV_FRAME_PAGES * 4u <= BODY_MAX, "one buffer serves both bodies");
 
 /* --- small parts ---------------------------------------------------------------------------------------------- */
 
@@ -252,7 +126,8 @@ struct outgoing {
     uint64_t zero_count;
 };
 
-static void fill_header(struct tv_page_send *job, struct outgoing *out, uint16_t type, uint32_t body, uint32_t payload)
+static void fill_header(struct tv_page_send *job, struct outgoing *out, uint16_t type, uint32_t body, uint32_t payload,
+                        uint32_t pages_crc)
 {
     uint8_t *head = out->head;
     put32(head, TV_FRAME_MAGIC);
@@ -262,7 +137,8 @@ static void fill_header(struct tv_page_send *job, struct outgoing *out, uint16_t
     put32(head + 12, body);
     memcpy(head + TV_FRAME_SEQUENCE, &job->sequence, 8);
     put32(head + TV_FRAME_BODY_CRC, tv_crc32c(0, head + TV_FRAME_HEADER, body));
-    memset(head + TV_FRAME_BODY_CRC + 4, 0, TV_FRAME_CRC - TV_FRAME_BODY_CRC - 4);
+    put32(head + TV_FRAME_PAGES_CRC, pages_crc);
+    memset(head + TV_FRAME_PAGES_CRC + 4, 0, TV_FRAME_CRC - TV_FRAME_PAGES_CRC - 4);
     put32(head + TV_FRAME_CRC, tv_crc32c(0, head, TV_FRAME_CRC));
 }
 
@@ -325,19 +201,15 @@ static int flush_pages(struct tv_page_send *job, struct outgoing *out)
     if (!out->page_count)
         return TV_PAGES_DONE;
     uint8_t *body = out->head + TV_FRAME_HEADER;
-    uint32_t crcs[TV_FRAME_PAGES];
     const uint8_t *from[TV_FRAME_PAGES];
     for (uint32_t i = 0; i < out->page_count; i++)
         from[i] = job->hva + out->pages[i] * TV_PAGE_SIZE;
-    copy_pages(job->staging, from, out->page_count, crcs);
+    uint32_t crc = tv_crc32c_copy(job->staging, from, out->page_count);
     put32(body, job->slot);
     put32(body + 4, out->page_count);
-    for (uint32_t i = 0; i < out->page_count; i++) {
-        put32(body + 8 + i * 8, out->pages[i]);
-        put32(body + 12 + i * 8, crcs[i]);
-    }
-    uint32_t length = 8 + out->page_count * 8;
-    fill_header(job, out, TV_TYPE_PAGES, length, out->page_count * TV_PAGE_SIZE);
+    memcpy(body + 8, out->pages, out->page_count * 4);
+    uint32_t length = 8 + out->page_count * 4;
+    fill_header(job, out, TV_TYPE_PAGES, length, out->page_count * TV_PAGE_SIZE, crc);
     int reason = send_frame(job, out, TV_FRAME_HEADER + length, out->page_count * TV_PAGE_SIZE);
     if (reason != TV_PAGES_DONE)
         return reason;
@@ -357,7 +229,7 @@ static int flush_zero(struct tv_page_send *job, struct outgoing *out)
     put32(body + 4, out->run_count);
     memcpy(body + 8, out->runs, out->run_count * 8);
     uint32_t length = 8 + out->run_count * 8;
-    fill_header(job, out, TV_TYPE_ZERO, length, 0);
+    fill_header(job, out, TV_TYPE_ZERO, length, 0, 0);
     int reason = send_frame(job, out, TV_FRAME_HEADER + length, 0);
     if (reason != TV_PAGES_DONE)
         return reason;
@@ -500,6 +372,12 @@ static int bad(struct tv_page_intake *job, int problem, uint32_t slot, uint64_t 
     return TV_PAGES_BAD;
 }
 
+/* The i-th page of a PAGES frame. */
+static uint64_t page_of(const uint8_t *body, uint32_t i)
+{
+    return get32(body + 8 + i * 4);
+}
+
 static int has_landed(const struct tv_page_intake *job, uint32_t slot, uint64_t page)
 {
     return (int)(job->landed[slot][page / 64] >> (page % 64) & 1);
@@ -507,30 +385,24 @@ static int has_landed(const struct tv_page_intake *job, uint32_t slot, uint64_t 
 
 /* A frame of pages that all landed before: they are allocated, so the socket may fill them in place. Nothing runs on
  * this RAM yet, and a bad CRC or a cut frame ends the migration and this memory with it. */
-static int fill_pages(struct tv_page_intake *job, uint32_t slot, const uint8_t *body, uint32_t count, uint32_t *crcs)
+static int fill_pages(struct tv_page_intake *job, uint32_t slot, const uint8_t *body, uint32_t count, uint32_t *crc)
 {
     uint8_t *hva = job->memory->regions[slot].hva;
     struct iovec parts[TV_FRAME_PAGES];
+    const uint8_t *pages[TV_FRAME_PAGES];
     uint32_t runs = 0;
     for (uint32_t i = 0; i < count; i++) {
-        uint8_t *to = hva + (uint64_t)get32(body + 8 + i * 8) * TV_PAGE_SIZE;
+        uint8_t *to = hva + page_of(body, i) * TV_PAGE_SIZE;
+        pages[i] = to;
         if (runs && (uint8_t *)parts[runs - 1].iov_base + parts[runs - 1].iov_len == to)
             parts[runs - 1].iov_len += TV_PAGE_SIZE;
         else
             parts[runs++] = (struct iovec){to, TV_PAGE_SIZE};
     }
     int reason = receive_parts(job, parts, runs);
-    if (reason != TV_PAGES_DONE)
-        return reason;
-    for (uint32_t i = 0; i < count;) {
-        uint64_t page = get32(body + 8 + i * 8);
-        uint32_t run = 1;
-        while (i + run < count && get32(body + 8 + (i + run) * 8) == page + run)
-            run++;
-        crc_pages(hva + page * TV_PAGE_SIZE, run, crcs + i);
-        i += run;
-    }
-    return TV_PAGES_DONE;
+    if (reason == TV_PAGES_DONE)
+        *crc = tv_crc32c_pages(pages, count);
+    return reason;
 }
 
 /* Put whole pages into RAM that landed before, or not. Fresh ones go through the region's memfd and not through its
@@ -563,40 +435,42 @@ static int write_pages(struct tv_page_intake *job, uint32_t slot, uint64_t page,
 static int take_pages(struct tv_page_intake *job, const uint8_t *body, uint32_t body_length, uint32_t payload)
 {
     uint32_t slot = get32(body), count = get32(body + 4);
-    if (count == 0 || count > TV_FRAME_PAGES || body_length != 8 + count * 8 || payload != count * TV_PAGE_SIZE)
+    if (count == 0 || count > TV_FRAME_PAGES || body_length != 8 + count * 4 || payload != count * TV_PAGE_SIZE)
         return bad(job, TV_BAD_LENGTH, slot, 0);
     if (slot >= job->memory->count)
         return bad(job, TV_BAD_SLOT, slot, 0);
     struct tv_region *region = &job->memory->regions[slot];
     uint64_t limit = region->size / TV_PAGE_SIZE, after = 0;
     for (uint32_t i = 0; i < count; i++) {
-        uint64_t page = get32(body + 8 + i * 8);
+        uint64_t page = page_of(body, i);
         if (page >= limit || (i && page < after))
             return bad(job, TV_BAD_PAGE, slot, page);
         after = page + 1;
     }
-    uint32_t crcs[TV_FRAME_PAGES], landed_before = 0;
-    while (landed_before < count && has_landed(job, slot, get32(body + 8 + landed_before * 8)))
+    uint32_t crc = 0, landed_before = 0;
+    while (landed_before < count && has_landed(job, slot, page_of(body, landed_before)))
         landed_before++;
     int in_place = landed_before == count, reason;
     if (in_place) {
-        reason = fill_pages(job, slot, body, count, crcs);
+        reason = fill_pages(job, slot, body, count, &crc);
     } else {
         struct iovec part = {job->staging, payload};
         reason = receive_parts(job, &part, 1);
+        const uint8_t *pages[TV_FRAME_PAGES];
+        for (uint32_t i = 0; i < count; i++)
+            pages[i] = job->staging + i * TV_PAGE_SIZE;
         if (reason == TV_PAGES_DONE)
-            crc_pages(job->staging, count, crcs);
+            crc = tv_crc32c_pages(pages, count);
     }
     if (reason != TV_PAGES_DONE)
         return reason;
-    for (uint32_t i = 0; i < count; i++)
-        if (crcs[i] != get32(body + 12 + i * 8))
-            return bad(job, TV_BAD_PAGE_CRC, slot, get32(body + 8 + i * 8));
+    if (crc != get32(job->header + TV_FRAME_PAGES_CRC))
+        return bad(job, TV_BAD_PAGES_CRC, slot, 0);
     for (uint32_t i = in_place ? count : 0; i < count;) {
-        uint64_t page = get32(body + 8 + i * 8);
+        uint64_t page = page_of(body, i);
         uint32_t run = 1;
         int landed = has_landed(job, slot, page);
-        while (i + run < count && get32(body + 8 + (i + run) * 8) == page + run &&
+        while (i + run < count && page_of(body, i + run) == page + run &&
                has_landed(job, slot, page + run) == landed)
             run++;
         reason = write_pages(job, slot, page, job->staging + i * TV_PAGE_SIZE, run, landed);
@@ -626,6 +500,8 @@ static int take_zero(struct tv_page_intake *job, const uint8_t *body, uint32_t b
             return bad(job, TV_BAD_PAGE, slot, first);
         after = first + pages;
     }
+    if (get32(job->header + TV_FRAME_PAGES_CRC)) /* of no pages: 0 */
+        return bad(job, TV_BAD_PAGES_CRC, slot, 0);
     for (uint32_t i = 0; i < count; i++) {
         uint64_t first = get32(body + 8 + i * 8), pages = get32(body + 12 + i * 8);
         for (uint64_t page = first; page < first + pages; page++) {

@@ -1,13 +1,13 @@
 /* Guest pages on a socket: page frames are built, sent, received and checked here, with the GIL released.
  *
  * The frame format is that of trivmm/migration/wire/frame.py, which is its definition. In short, little-endian:
- *   header  magic u32, version u16, type u16, length u32, body u32, sequence u64, body_crc u32, 24 bytes of zero,
- *           header_crc u32 (56 bytes)
- *   PAGES   slot u32, count u32, count x (page u32, crc u32), then count x 4096 bytes
+ *   header  magic u32, version u16, type u16, length u32, body u32, sequence u64, body_crc u32, pages_crc u32,
+ *           20 bytes of zero, header_crc u32 (56 bytes)
+ *   PAGES   slot u32, count u32, count x page u32, then count x 4096 bytes
  *   ZERO    slot u32, count u32, count x (first u32, pages u32)
- * `length` counts all bytes after the header; the first `body` of them are covered by `body_crc`. Pages carry a
- * CRC32C each, in the body: the guest goes on writing while its pages are sent, so a page is copied once into a
- * staging buffer that stays in the L2 cache, and both the CRC and the socket read that copy.
+ * `length` counts all bytes after the header; the first `body` of them are covered by `body_crc`, the pages by
+ * `pages_crc`, both by the header's. The guest goes on writing while its pages are sent, so they are copied once into
+ * a staging buffer that stays in the L2 cache; the CRC is that of the copy, and the socket reads the copy.
  *
  * Invariants
  *  - A job belongs to one thread for the length of a call; its buffers and file descriptors outlive the call.
@@ -30,11 +30,12 @@
 #include "memory.h"
 
 #define TV_FRAME_MAGIC 0x674d5654u /* "TVMg" */
-/* Header and page list of a full frame are 17 x 64 bytes: where they end off a multiple of 32, the kernel copies the
+/* Header and page list of a full frame are 9 x 64 bytes: where they end off a multiple of 32, the kernel copies the
  * pages behind them a tenth slower, in and out. */
 #define TV_FRAME_HEADER 56u
 #define TV_FRAME_SEQUENCE 16u /* its place in the header */
 #define TV_FRAME_BODY_CRC 24u
+#define TV_FRAME_PAGES_CRC 28u
 #define TV_FRAME_CRC 52u /* of all header bytes before it */
 #define TV_FRAME_PAGES 128u /* pages a frame: 512 KiB; fewer, and its wake-ups show; more, and a slow link is held long */
 #define TV_FRAME_RUNS 512u /* zero runs a frame: 4 KiB of body */
@@ -57,7 +58,7 @@ enum tv_pages_problem {
     TV_BAD_BODY_CRC = 2,
     TV_BAD_SLOT = 3,
     TV_BAD_PAGE = 4, /* outside the region, twice, or not ascending */
-    TV_BAD_PAGE_CRC = 5,
+    TV_BAD_PAGES_CRC = 5,
 };
 
 struct tv_page_send {
@@ -105,8 +106,6 @@ struct tv_page_intake {
     uint64_t bad_page;
 };
 
-uint32_t tv_crc32c(uint32_t crc, const uint8_t *data, uint64_t length);
-uint32_t tv_crc32c_portable(uint32_t crc, const uint8_t *data, uint64_t length);
 int tv_pages_send(struct tv_page_send *job);
 int tv_pages_receive(struct tv_page_intake *job);
 int tv_pages_mark_data(int memfd, uint64_t size, uint64_t *dirty);

@@ -25,7 +25,7 @@ import trio
 from trivmm._native import ffi, lib
 from trivmm.deadlines import Deadlines
 from trivmm.errors import DeadlineError, MigrationError, ProtocolError
-from trivmm.migration.pages.land import DirtySet, Landing, PageCounts, bad_page, bad_page_crc, page_frames
+from trivmm.migration.pages.land import DirtySet, Landing, PageCounts, bad_page, page_frames
 from trivmm.migration.wire.frame import (
     FRAME_PAGES,
     HEADER_BYTES,
@@ -34,6 +34,7 @@ from trivmm.migration.wire.frame import (
     Frame,
     FrameReader,
     MessageType,
+    bad_pages_crc,
     numbered,
 )
 
@@ -44,8 +45,6 @@ GRACE_MS: Final = 200  # how long a cancelled sender may take to end its frame, 
 RECEIVE_CHUNK: Final = 65536
 SILENT: Final = "the peer is silent"
 TRICKLES: Final = "the peer's frame does not end"
-DONE, BUDGET, KICKED, STALLED, ERRNO, EOF, BAD = range(7)  # enum tv_pages_reason
-BAD_LENGTH, BAD_BODY_CRC, BAD_SLOT, BAD_PAGE, BAD_PAGE_CRC = range(1, 6)  # enum tv_pages_problem
 
 
 class LinkLost(MigrationError):
@@ -239,7 +238,7 @@ class SocketChannel:
             counts.pages += job.sent_pages
             counts.zero_pages += job.zero_pages
         self._check(job, "the peer takes no data")
-        return bool(job.reason == DONE)
+        return bool(job.reason == lib.TV_PAGES_DONE)
 
     async def receive(self, landing: Landing | None, report: Callable[[], None] | None = None) -> Frame:
         if landing is not None and not self._reader.pending:
@@ -279,13 +278,13 @@ class SocketChannel:
                 landing.counts.bytes += job.bytes
                 landing.counts.pages += job.sent_pages
                 landing.counts.zero_pages += job.zero_pages
-            if job.reason == BAD:
+            if job.reason == lib.TV_PAGES_BAD:
                 raise self._nonsense(job)
             self._check(job, TRICKLES if job.until_ms else SILENT)
             self._broken = False
             if report:
                 report()
-            if job.reason == DONE:
+            if job.reason == lib.TV_PAGES_DONE:
                 self._reader.feed(bytes(ffi.buffer(job.header, HEADER_BYTES)))
                 return
 
@@ -312,23 +311,23 @@ class SocketChannel:
             os.eventfd_write(self._kick, 1)
 
     def _check(self, job: Any, silence: str) -> None:
-        if job.reason == STALLED:
+        if job.reason == lib.TV_PAGES_STALLED:
             raise DeadlineError("stall", self.deadlines.stall, f"{self.name}: {silence}")
-        if job.reason == EOF:
+        if job.reason == lib.TV_PAGES_EOF:
             raise _lost(self.name, os.strerror(job.error) if job.error else "closed by the peer")
-        if job.reason not in (DONE, BUDGET):
+        if job.reason not in (lib.TV_PAGES_DONE, lib.TV_PAGES_BUDGET):
             raise _lost(self.name, os.strerror(job.error or errno.ECANCELED))
 
     def _nonsense(self, job: Any) -> ProtocolError:
         match job.problem:
-            case n if n == BAD_BODY_CRC:
-                return ProtocolError("bad CRC of a page list: the stream is damaged")
-            case n if n == BAD_SLOT:
+            case lib.TV_BAD_BODY_CRC:
+                return ProtocolError(f"bad CRC of the page list in frame {job.sequence}: the stream is damaged")
+            case lib.TV_BAD_PAGES_CRC:
+                return bad_pages_crc(job.sequence, job.bad_slot)
+            case lib.TV_BAD_SLOT:
                 return ProtocolError(f"there is no memory slot {job.bad_slot}")
-            case n if n == BAD_PAGE:
+            case lib.TV_BAD_PAGE:
                 return bad_page(job.bad_slot, job.bad_page)
-            case n if n == BAD_PAGE_CRC:
-                return bad_page_crc(job.bad_slot, job.bad_page)
             case _:
                 return ProtocolError("bad length of a page frame")
 

@@ -3,7 +3,7 @@
 ``ffi/pages.c`` does the same work on sockets with the GIL released and is what migrations use; this module is its
 oracle, and what memory streams use in virtual time. Bodies, little-endian:
 
-- PAGES: slot u32, count u32, count x (page u32, CRC32C of the page u32); payload: count x 4096 bytes
+- PAGES: slot u32, count u32, count x page u32; payload: count x 4096 bytes
 - ZERO: slot u32, count u32, count x (first page u32, pages u32)
 
 Page numbers count from the region's start and ascend; nothing lands before all of a frame's numbers are checked.
@@ -20,12 +20,13 @@ import attrs
 from trivmm._native import ffi, lib
 from trivmm.errors import ProtocolError
 from trivmm.memory.guest import GuestMemory, MemoryRegion
-from trivmm.migration.wire.frame import FRAME_PAGES, FRAME_RUNS, PAGE_BYTES, Frame, MessageType, crc32c, encode_frame
+from trivmm.migration.wire.frame import FRAME_PAGES, FRAME_RUNS, PAGE_BYTES, Frame, MessageType, encode_frame
 
 __all__ = ["DirtySet", "Landing", "PageCounts", "page_frames"]
 
 HEAD = struct.Struct("<II")
-PAIR = struct.Struct("<II")
+PAGE = struct.Struct("<I")
+RUN = struct.Struct("<II")
 
 
 @attrs.define(eq=False)
@@ -101,13 +102,13 @@ def page_frames(dirty: DirtySet, limit: int) -> Iterator[tuple[bytes, list[int],
 
 
 def _full(slot: int, pages: list[tuple[int, bytes]]) -> tuple[bytes, list[int], int]:
-    body = HEAD.pack(slot, len(pages)) + b"".join(PAIR.pack(page, crc32c(content)) for page, content in pages)
+    body = HEAD.pack(slot, len(pages)) + b"".join(PAGE.pack(page) for page, _ in pages)
     payload = b"".join(content for _, content in pages)
     return encode_frame(MessageType.PAGES, body, payload), [page for page, _ in pages], 0
 
 
 def _zero(slot: int, pages: list[int]) -> tuple[bytes, list[int], int]:
-    body = HEAD.pack(slot, len(pages)) + b"".join(PAIR.pack(page, 1) for page in pages)
+    body = HEAD.pack(slot, len(pages)) + b"".join(RUN.pack(page, 1) for page in pages)
     return encode_frame(MessageType.ZERO, body), list(pages), len(pages)
 
 
@@ -122,39 +123,35 @@ class Landing:
 
     def take(self, frame: Frame) -> None:
         """Apply a PAGES or ZERO frame. :raises ProtocolError: names the slot, page or length at fault."""
-        what = frame.type.name
+        what, full = frame.type.name, frame.type is MessageType.PAGES
+        entry, limit = (PAGE, FRAME_PAGES) if full else (RUN, FRAME_RUNS)
         if len(frame.body) < HEAD.size:
             raise ProtocolError(f"{what}: bad length")
         slot, count = HEAD.unpack_from(frame.body)
-        limit = FRAME_PAGES if frame.type is MessageType.PAGES else FRAME_RUNS
-        if not 1 <= count <= limit or len(frame.body) != HEAD.size + count * PAIR.size:
+        if not 1 <= count <= limit or len(frame.body) != HEAD.size + count * entry.size:
+            raise ProtocolError(f"{what}: bad length")
+        if len(frame.payload) != (count * PAGE_BYTES if full else 0):
             raise ProtocolError(f"{what}: bad length")
         if slot >= len(self.memory.regions):
             raise ProtocolError(f"{what}: there is no memory slot {slot}")
         region = self.memory.regions[slot]
-        pairs = [PAIR.unpack_from(frame.body, HEAD.size + i * PAIR.size) for i in range(count)]
+        runs = [(each[0], 1 if full else each[1]) for each in entry.iter_unpack(frame.body[HEAD.size :])]
         after = 0
-        for first, second in pairs:
-            pages = 1 if frame.type is MessageType.PAGES else second
+        for first, pages in runs:
             if not pages or first < after or first + pages > region.pages:
                 raise bad_page(slot, first)
             after = first + pages
-        if frame.type is MessageType.PAGES:
-            self._fill(region, pairs, frame.payload)
+        if full:
+            self._fill(region, [page for page, _ in runs], frame.payload)
         else:
-            self._clear(region, pairs)
+            self._clear(region, runs)
         self.counts.bytes += len(frame.body) + len(frame.payload)
 
-    def _fill(self, region: MemoryRegion, pairs: list[tuple[int, int]], payload: bytes) -> None:
-        if len(payload) != len(pairs) * PAGE_BYTES:
-            raise ProtocolError("PAGES: bad length")
-        for place, (page, crc) in enumerate(pairs):
-            content = payload[place * PAGE_BYTES : (place + 1) * PAGE_BYTES]
-            if crc32c(content) != crc:
-                raise bad_page_crc(region.slot, page)
-            _page(region, page)[:] = content
+    def _fill(self, region: MemoryRegion, pages: list[int], payload: bytes) -> None:
+        for place, page in enumerate(pages):
+            _page(region, page)[:] = payload[place * PAGE_BYTES : (place + 1) * PAGE_BYTES]
             self.landed[region.slot][page // 64] |= 1 << page % 64
-        self.counts.pages += len(pairs)
+        self.counts.pages += len(pages)
 
     def _clear(self, region: MemoryRegion, runs: list[tuple[int, int]]) -> None:
         for first, pages in runs:
@@ -167,7 +164,3 @@ class Landing:
 
 def bad_page(slot: int, page: int) -> ProtocolError:
     return ProtocolError(f"page {page:#x} of memory slot {slot} is outside the region, or comes twice in one frame")
-
-
-def bad_page_crc(slot: int, page: int) -> ProtocolError:
-    return ProtocolError(f"bad CRC of page {page:#x} of memory slot {slot}: the stream is damaged")
