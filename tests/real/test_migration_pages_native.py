@@ -15,7 +15,8 @@ import pytest
 from trivmm._native import ffi, lib
 from trivmm.errors import ProtocolError
 from trivmm.memory.guest import GuestMemory
-from trivmm.migration.pages.land import DirtySet, Landing, page_frames
+from trivmm.migration.pages.land import MemfdLanding, PageSink
+from trivmm.migration.pages.send import DirtySet, page_frames
 from trivmm.migration.wire import frame as wire
 from trivmm.migration.wire.frame import FRAME_PAGES, PAGE_BYTES, MessageType
 
@@ -100,13 +101,12 @@ def send_job(pair: Pair, dirty: DirtySet, **more: Any) -> tuple[Any, Any]:
     return job, staging
 
 
-def intake(pair: Pair, landing: Landing, **more: Any) -> Any:
+def intake(pair: Pair, landing: MemfdLanding, **more: Any) -> Any:
     job = ffi.new("struct tv_page_intake *")
     job.fd, job.kick_fd, job.stall_ms, job.version = pair.b.fileno(), pair.kick_b, 20_000, wire.VERSION
-    job.memory, job.max_pages = landing.memory.native, 1 << 40
+    job.max_pages = 1 << 40
     job.staging = STAGING
-    for slot, bits in enumerate(landing.landed):
-        job.landed[slot], job.memfd[slot] = bits, landing.memory.regions[slot].memfd
+    landing.aim(job)
     for name, value in more.items():
         setattr(job, name, value)
     return job
@@ -119,7 +119,7 @@ def in_thread(work: Any) -> threading.Thread:
 
 
 def test_c_to_c_and_the_zero_pages_clear_what_landed(pair: Pair, memory: GuestMemory, other: GuestMemory) -> None:
-    landing = Landing(other)
+    landing = MemfdLanding(other)
     number = 0
     for seed in (1, 2, 3):
         scribble(memory, seed)
@@ -154,13 +154,13 @@ def test_c_to_c_and_the_zero_pages_clear_what_landed(pair: Pair, memory: GuestMe
 
 def test_c_frames_read_by_the_oracle(pair: Pair, memory: GuestMemory, other: GuestMemory) -> None:
     scribble(memory, 4)
-    landing, reader = Landing(other), wire.FrameReader()
+    landing, reader = MemfdLanding(other), wire.FrameReader()
 
     def read() -> None:
         while data := pair.b.recv(65536):
             reader.feed(data)
             while frame := reader.next_frame():
-                landing.take(frame)
+                PageSink(landing).take(frame)
 
     thread = in_thread(read)
     number = 0
@@ -182,7 +182,7 @@ def test_c_frames_read_by_the_oracle(pair: Pair, memory: GuestMemory, other: Gue
 
 def test_oracle_frames_read_by_c(pair: Pair, memory: GuestMemory, other: GuestMemory) -> None:
     scribble(memory, 5)
-    landing = Landing(other)
+    landing = MemfdLanding(other)
     job = intake(pair, landing)
     thread = in_thread(lambda: lib.tv_pages_receive(job))
     pair.a.setblocking(True)
@@ -235,7 +235,7 @@ def test_a_kick_ends_a_sender_whose_peer_does_not_read(pair: Pair, memory: Guest
 
 def test_a_silent_peer_stalls_both_sides(pair: Pair, memory: GuestMemory, other: GuestMemory) -> None:
     scribble(memory, 7)
-    assert lib.tv_pages_receive(intake(pair, Landing(other), stall_ms=20)) == STALLED
+    assert lib.tv_pages_receive(intake(pair, MemfdLanding(other), stall_ms=20)) == STALLED
     dirty = DirtySet.of(memory.regions[0])
     for word in range(memory.regions[0].bitmap_words):
         dirty.bits[word] = (1 << 64) - 1
@@ -286,7 +286,7 @@ def test_a_closed_peer_is_eof(pair: Pair, memory: GuestMemory, other: GuestMemor
 
 
 def test_a_kick_ends_a_receiver(pair: Pair, other: GuestMemory) -> None:
-    job = intake(pair, Landing(other))
+    job = intake(pair, MemfdLanding(other))
     thread = in_thread(lambda: lib.tv_pages_receive(job))
     os.eventfd_write(pair.kick_b, 1)
     thread.join(60)
@@ -330,7 +330,7 @@ def test_nonsense_is_refused_by_both(frame: bytes, memory: GuestMemory) -> None:
     made = Pair("unix")
     try:
         made.a.sendall(frame)
-        job = intake(made, Landing(memory))
+        job = intake(made, MemfdLanding(memory))
         assert lib.tv_pages_receive(job) == BAD
         assert job.problem
     finally:
@@ -340,7 +340,7 @@ def test_nonsense_is_refused_by_both(frame: bytes, memory: GuestMemory) -> None:
     got = reader.next_frame()
     assert got is not None
     with pytest.raises(ProtocolError):
-        Landing(memory).take(got)
+        PageSink(MemfdLanding(memory)).take(got)
 
 
 def test_pages_that_landed_before_are_filled_in_place_and_checked_all_the_same(memory: GuestMemory) -> None:
@@ -353,7 +353,7 @@ def test_pages_that_landed_before_are_filled_in_place_and_checked_all_the_same(m
     made = Pair("unix")
     try:
         made.a.sendall(b"".join(frames))
-        landing = Landing(memory)
+        landing = MemfdLanding(memory)
         assert lib.tv_pages_receive(intake(made, landing, max_pages=2 * len(numbers))) == BUDGET
         assert [memory.read(number * 4096, 4096) for number in numbers] == new
         assert memory.read(3 * 4096, 4096) == bytes(4096)
@@ -384,7 +384,7 @@ def test_a_damaged_byte_anywhere_and_pages_that_changed_places_are_noticed(memor
     for frame in frames:
         made = Pair("unix")
         try:
-            landing = Landing(memory)
+            landing = MemfdLanding(memory)
             if landed:
                 for number in numbers:
                     landing.landed[1][0] |= 1 << number
@@ -406,7 +406,7 @@ def test_a_guest_that_writes_while_its_pages_are_sent_is_no_damage(
     pair: Pair, memory: GuestMemory, other: GuestMemory
 ) -> None:
     """Every CRC is that of the copy that went out, however often the page changed meanwhile."""
-    region, landing, halt = memory.regions[0], Landing(other), threading.Event()
+    region, landing, halt = memory.regions[0], MemfdLanding(other), threading.Event()
     for page in range(region.pages):
         memory.write(page * 4096, b"\1" * 4096)
 
@@ -451,7 +451,7 @@ def test_fuzzed_streams_never_crash_the_receiver(memory: GuestMemory) -> None:
                 raw[chance.randrange(len(raw))] ^= 1 << chance.randrange(8)
             made.a.sendall(bytes(raw)[: chance.randrange(1, len(raw) + 1)])
             made.a.close()
-            assert lib.tv_pages_receive(intake(made, Landing(memory))) in (DONE, EOF, BAD)
+            assert lib.tv_pages_receive(intake(made, MemfdLanding(memory))) in (DONE, EOF, BAD)
         finally:
             made.close()
 
@@ -475,7 +475,7 @@ def test_frames_lost_repeated_or_moved_are_not_taken() -> None:
             good = next((place for place, i in enumerate(order) if place != i), len(order))
             made.a.sendall(b"".join(frames[i] for i in order))
             made.a.close()
-            landing = Landing(memory)
+            landing = MemfdLanding(memory)
             job = intake(made, landing)
             assert lib.tv_pages_receive(job) == (EOF if good == len(order) else DONE)
             assert job.sequence == good
@@ -510,7 +510,7 @@ def test_a_frame_that_trickles_stalls_at_any_place(memory: GuestMemory, place: i
 
     thread = in_thread(trickle)
     try:
-        job = intake(made, Landing(memory), stall_ms=100)
+        job = intake(made, MemfdLanding(memory), stall_ms=100)
         assert lib.tv_pages_receive(job) == STALLED
         assert job.until_ms
         assert job.sequence == 0

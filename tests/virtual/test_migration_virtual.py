@@ -1127,8 +1127,8 @@ async def test_what_is_no_control_connection_is_refused_by_name(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(world.receive, nursery)
         stranger = await world.net.dial()
-        await stranger.send(m.encode_message(message))
-        answer = m.parse_message(await stranger.receive(None))
+        await stranger.sender.send(m.encode_message(message))
+        answer = m.parse_message(await stranger.receiver.receive())
         assert answer == m.Abort(says)
         await stranger.aclose()
         await world.send()

@@ -144,7 +144,7 @@ class Door:
         try:
             while True:
                 with suppress(DeadlineError):
-                    if (await link.channel.receive(None)).type in (MessageType.DONE, MessageType.ABORT):
+                    if (await link.connection.receiver.receive()).type in (MessageType.DONE, MessageType.ABORT):
                         break
         except MigrationError:
             await link.close()
@@ -156,10 +156,10 @@ class Door:
     async def _accept(self, nursery: trio.Nursery) -> None:
         while True:
             try:
-                channel = await self.listener.accept()
+                connection = await self.listener.accept()
             except trio.ClosedResourceError:
                 return  # closed by its owner, or handed over
-            stranger = _Stranger(Link(channel, Session(source=False)))
+            stranger = _Stranger(Link(connection, Session(source=False)))
             if len(self._strangers) >= MAX_STRANGERS and not self._make_room():
                 await stranger.link.close()  # all the others are being answered
                 continue

@@ -23,7 +23,9 @@ from trivmm.deadlines import Deadlines
 from trivmm.errors import CommitRefused, DeadlineError, MigrationError, MigrationInDoubt, ProtocolError, TrivmmError
 from trivmm.migration.destination.door import Arrival, Door
 from trivmm.migration.link.control import FAREWELL_S, Link
-from trivmm.migration.pages.land import Landing
+from trivmm.migration.link.roles import LandingLink
+from trivmm.migration.pages.land import MemfdLanding, PageSink
+from trivmm.migration.pages.send import PageCounts
 from trivmm.migration.port import DestinationFactory, DestinationMachine
 from trivmm.migration.progress import Phase, Round, Tracker
 from trivmm.migration.wire.messages import (
@@ -99,6 +101,7 @@ class Intake:
     _verdict: Verdict | None = attrs.field(default=None, init=False)  # None: not settled yet
     _serving: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
     _may_have_run: bool = attrs.field(default=False, init=False)
+    _page_links: tuple[LandingLink, ...] = attrs.field(default=(), init=False)
     _round_start: tuple[float, int, int, int] = attrs.field(default=(0.0, 0, 0, 0), init=False)
 
     @property
@@ -166,12 +169,13 @@ class Intake:
 
     async def _take_in(self, factory: DestinationFactory, guard: trio.CancelScope) -> DestinationMachine:
         machine = await self._build(factory)
-        landing = Landing(machine.memory)
+        landing = MemfdLanding(machine.memory)
+        self._page_links = (LandingLink(PageSink(landing, report=self._report)),)  # this version's: over CONTROL
         with self.deadlines.enter("intake", "the source sends and sends, and does not come to an end"):
             await self.link.send(SetupOk(RESUME_MS))
             self.tracker.enter(Phase.PRECOPY)
-            while not isinstance(message := await self._next(landing), Commit):
-                await self._handle(machine, message, landing)
+            while not isinstance(message := await self._next(), Commit):
+                await self._handle(machine, message)
         guard.shield = True  # no await since COMMIT was read: nothing can be cancelled in between
         return await self._commit(machine, message)
 
@@ -188,27 +192,30 @@ class Intake:
             raise
         return machine
 
-    async def _next(self, landing: Landing) -> Message:
-        def report() -> None:
-            counts, tracker = landing.counts, self.tracker
-            tracker.bytes_sent, tracker.pages, tracker.zero_pages = counts.bytes, counts.pages, counts.zero_pages
-            tracker.push()
+    def _report(self) -> None:
+        total, tracker = PageCounts(), self.tracker
+        for each in self._page_links:
+            total.add(each.sink.counts)
+        tracker.bytes_sent, tracker.pages, tracker.zero_pages = total.bytes, total.pages, total.zero_pages
+        tracker.push()
 
+    async def _next(self) -> Message:
         if self.phase is IntakePhase.READY:
             with self.deadlines.enter("commit", "ready to run, but no COMMIT came: the destination discards itself"):
                 return await self.link.receive()
-        message = await self.link.receive(landing, report)
-        report()
+        (carrier,) = self._page_links
+        message = await self.link.receive(carrier.sink)
+        self._report()
+        if isinstance(message, RoundEnd):
+            carrier.end_round(message)
         return message
 
-    async def _handle(self, machine: DestinationMachine, message: Message, landing: Landing) -> None:
+    async def _handle(self, machine: DestinationMachine, message: Message) -> None:
         match message:
-            case RoundEnd(number, pages):
-                landed = landing.counts.pages + landing.counts.zero_pages
-                if landed != pages:
-                    raise ProtocolError(f"round {number} ends with {landed} pages landed, {pages} were sent")
-                self._close_round(number)
-                await self.link.send(RoundAck(number))
+            case RoundEnd(number):
+                if len({each.ended for each in self._page_links}) == 1:  # on every page link
+                    self._close_round(number)
+                    await self.link.send(RoundAck(number))
             case State(state):
                 self.tracker.enter(Phase.SWITCHOVER)
                 start = trio.current_time()

@@ -7,6 +7,7 @@ is *before* the copy, so a page written while it is sent is dirty again and goes
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import cycle
 from typing import Final
 
 import attrs
@@ -14,10 +15,11 @@ import trio
 
 from trivmm.errors import ProtocolError
 from trivmm.migration.link.control import Link
-from trivmm.migration.pages.land import DirtySet, PageCounts
+from trivmm.migration.link.roles import PageLink
+from trivmm.migration.pages.send import DirtySet, PageCounts
 from trivmm.migration.port import SourceMachine
 from trivmm.migration.progress import PAGE_BYTES, Downtime, Round, Tracker
-from trivmm.migration.wire.messages import RoundAck, RoundEnd
+from trivmm.migration.wire.messages import RoundAck
 
 __all__ = ["Estimates", "Rounds"]
 
@@ -50,14 +52,14 @@ class Estimates:
 
 @attrs.define(eq=False)
 class Rounds:
-    """The dirty sets of every region, and the rounds that empty them."""
+    """The dirty sets of every region, and the rounds that empty them over ``page_links``."""
 
     source: SourceMachine
-    link: Link
+    control: Link
+    page_links: tuple[PageLink, ...]
     tracker: Tracker
     estimates: Estimates
     dirty: list[DirtySet] = attrs.field(factory=list)
-    sent_pages: int = 0  # on this connection, in all rounds and in pieces of undone ones
     _harvested: float | None = None
 
     def __attrs_post_init__(self) -> None:
@@ -86,17 +88,17 @@ class Rounds:
     async def send_round(self, *, last: bool, give_up: Callable[[], bool] | None = None) -> bool:
         """Send every dirty page and wait for the destination's word that they landed. False, with the rest still
         in the sets, when ``give_up`` said so between two slices."""
-        tracker, before = self.tracker, self.remaining
+        tracker = self.tracker
         tracker.round += 1
         start, start_s = trio.current_time(), tracker.elapsed_s
         total, whole = PageCounts(), True
+        turns = cycle(self.page_links)  # each takes a slice in turn
         for each in self.dirty:
             while each.count:
-                counts = PageCounts()
                 try:
-                    await self.link.send_pages(each, SLICE_PAGES, counts)
+                    total.add(await next(turns).send_pages(each, SLICE_PAGES))
                 finally:
-                    self._account(counts, total, before)
+                    self._report()
                 if give_up is not None and give_up():
                     whole = False
                     break
@@ -112,21 +114,20 @@ class Rounds:
             self.estimates.round_trip_ms = (trio.current_time() - asked) * 1000
         return whole
 
-    def _account(self, counts: PageCounts, total: PageCounts, before: int) -> None:
-        total.bytes += counts.bytes
-        total.pages += counts.pages
-        total.zero_pages += counts.zero_pages
-        self.sent_pages += counts.pages + counts.zero_pages
-        self.tracker.bytes_sent += counts.bytes
-        self.tracker.pages += counts.pages
-        self.tracker.zero_pages += counts.zero_pages
-        self.tracker.remaining_pages = max(before - total.pages - total.zero_pages, 0)
-        self.tracker.push()
+    def _report(self) -> None:
+        sent, tracker = PageCounts(), self.tracker
+        for each in self.page_links:
+            sent.add(each.sent)
+        tracker.bytes_sent, tracker.pages, tracker.zero_pages = sent.bytes, sent.pages, sent.zero_pages
+        tracker.remaining_pages = self.remaining
+        tracker.push()
 
     async def _barrier(self) -> None:
-        """ROUND_END and its answer: all pages sent so far have landed, by the destination's own count."""
+        """ROUND_END on every page link, and its answer: all pages sent so far have landed, by the destination's own
+        count."""
         number = self.tracker.round
-        await self.link.send(RoundEnd(number, self.sent_pages))
-        answer = await self.link.expect(RoundAck)
+        for each in self.page_links:
+            await each.end_round(number)
+        answer = await self.control.expect(RoundAck)
         if answer.round != number:
             raise ProtocolError(f"ROUND_ACK of round {answer.round}, {number} was due")

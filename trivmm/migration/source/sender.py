@@ -20,7 +20,7 @@ import trio
 from trivmm.deadlines import Deadlines
 from trivmm.errors import CommitRefused, DeadlineError, MigrationError, MigrationInDoubt
 from trivmm.migration.link.control import FAREWELL_S, Link
-from trivmm.migration.link.roles import open_control
+from trivmm.migration.link.roles import PageLink, open_control
 from trivmm.migration.link.transports import Dialer, SocketDialer, parse_url
 from trivmm.migration.options import SendOptions, TimeoutStrategy
 from trivmm.migration.port import SourceMachine
@@ -128,7 +128,8 @@ class _Sender:
         with trio.CancelScope(deadline=deadline if cancel else math.inf) as scope:
             link = await self._set_up()
             estimates = Estimates(resume_ms=self._first_resume_ms)
-            rounds = Rounds(self.source, link, self.tracker, estimates)
+            page_links = (PageLink(link),)  # this version's: over CONTROL
+            rounds = Rounds(self.source, link, page_links, self.tracker, estimates)
             self._switchover = switchover = Switchover(self.source, link, self.tracker, rounds)
             if self.source.live_copy:
                 await self._precopy(switchover, rounds, deadline)

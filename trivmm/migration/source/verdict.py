@@ -182,7 +182,7 @@ async def say_done(link: Link, dialer: Dialer, session_id: bytes) -> None:
     with trio.move_on_after(2 * FAREWELL_S, shield=True), suppress(MigrationError, DeadlineError):
         with trio.move_on_after(FAREWELL_S), suppress(MigrationError, DeadlineError):
             await link.send(Done())
-            await link.channel.receive(None)
+            await link.connection.receiver.receive()
         await _ask(dialer, session_id)
 
 
