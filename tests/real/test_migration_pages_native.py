@@ -1,4 +1,4 @@
-"""ffi/pages.c on real sockets against the Python oracle: same frames, same memory, same refusals."""
+"""The C of ffi/pages.h on real sockets against the Python oracle: same frames, same memory, same refusals."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trivmm.migration.wire import FRAME_PAGES, PAGE_BYTES, MessageType
 DONE, BUDGET, KICKED = lib.TV_PAGES_DONE, lib.TV_PAGES_BUDGET, lib.TV_PAGES_KICKED
 STALLED, EOF, BAD = lib.TV_PAGES_STALLED, lib.TV_PAGES_EOF, lib.TV_PAGES_BAD
 MIB = 1 << 20
-STAGING = ffi.new("uint8_t[]", FRAME_PAGES * PAGE_BYTES)
+INBOX = ffi.gc(lib.tv_inbox_new(), lib.tv_inbox_free)
 END = wire.encode_frame(MessageType.ROUND_END, b'{"round":1,"pages":0}')
 HEADER = wire.HEADER_BYTES
 
@@ -103,10 +103,7 @@ def send_job(pair: Pair, dirty: DirtySet, **more: Any) -> tuple[Any, Any]:
 def intake(pair: Pair, landing: Landing, **more: Any) -> Any:
     job = ffi.new("struct tv_page_intake *")
     job.fd, job.kick_fd, job.stall_ms, job.version = pair.b.fileno(), pair.kick_b, 20_000, wire.VERSION
-    job.memory, job.max_pages = landing.memory.native, 1 << 40
-    job.staging = STAGING
-    for slot, bits in enumerate(landing.landed):
-        job.landed[slot], job.memfd[slot] = bits, landing.memory.regions[slot].memfd
+    job.landing, job.inbox, job.max_pages = landing.native, INBOX, 1 << 40
     for name, value in more.items():
         setattr(job, name, value)
     return job
@@ -120,12 +117,11 @@ def in_thread(work: Any) -> threading.Thread:
 
 def test_c_to_c_and_the_zero_pages_clear_what_landed(pair: Pair, memory: GuestMemory, other: GuestMemory) -> None:
     landing = Landing(other)
-    number = 0
+    number = sent = zero = 0
     for seed in (1, 2, 3):
         scribble(memory, seed)
         job = intake(pair, landing, sequence=number)
         thread = in_thread(lambda job=job: lib.tv_pages_receive(job))
-        sent = zero = 0
         for region in memory.regions:
             dirty = DirtySet.of(region)
             dirty.add_touched()
@@ -146,7 +142,7 @@ def test_c_to_c_and_the_zero_pages_clear_what_landed(pair: Pair, memory: GuestMe
         number += 1
         assert bytes(ffi.buffer(job.header)) == wire.numbered(END, job.sequence)[:HEADER]
         assert pair.b.recv(len(END) - HEADER, socket.MSG_WAITALL) == END[HEADER:]
-        assert (job.sent_pages, job.zero_pages) == (sent, zero)
+        assert (landing.counts.pages, landing.counts.zero_pages) == (sent, zero)
         assert sent > 500
         assert zero > 100
         assert contents(memory) == contents(other)
@@ -479,7 +475,7 @@ def test_frames_lost_repeated_or_moved_are_not_taken() -> None:
             job = intake(made, landing)
             assert lib.tv_pages_receive(job) == (EOF if good == len(order) else DONE)
             assert job.sequence == good
-            assert job.sent_pages == 2 * good
+            assert landing.counts.pages == 2 * good
             expected = sorted([*range(good), *range(100, 100 + good)])
             assert [page for page in range(256) if landing.landed[0][page // 64] >> page % 64 & 1] == expected
             if good < len(order):  # handed over, for the other reader to name

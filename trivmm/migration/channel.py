@@ -1,6 +1,6 @@
 """One connection of a migration, as sender and receiver see it: frames and guest pages, in order.
 
-:class:`SocketChannel` moves pages in C, on a thread, with the GIL released (``ffi/pages.c``); :class:`StreamChannel`
+:class:`SocketChannel` moves pages in C, on a thread, with the GIL released (``ffi/pages.h``); :class:`StreamChannel`
 moves them in Python over any trio stream, which is what virtual time and tests use. Both bound every wait for the
 peer by the ``stall`` deadline: that long until a frame begins, and that long again until it is whole. A peer that lets
 a byte trickle now and then gains nothing, and a link that takes longer for half a megabyte is no good for migrations.
@@ -199,6 +199,7 @@ class SocketChannel:
         self._closed = False
         self._limiter = trio.CapacityLimiter(1)
         self._staging: Any = _staging()
+        self._inbox: Any = None  # only with pages to receive
         self._kick = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     async def send(self, data: bytes) -> None:
@@ -262,22 +263,21 @@ class SocketChannel:
         """Take page frames until another one comes, whose header then is in the reader."""
         if self._broken:
             raise _lost(self.name, "pages were cut short")
-        staging = self._staging  # held until the thread is done with it
+        if self._inbox is None:
+            self._inbox = ffi.gc(lib.tv_inbox_new(), lib.tv_inbox_free)
+        inbox = self._inbox  # held until the thread is done with it
+        if inbox == ffi.NULL:
+            raise _lost(self.name, os.strerror(ffi.errno))
         while True:
             job = ffi.new("struct tv_page_intake *")
             job.fd, job.kick_fd, job.stall_ms, job.version = self._sock.fileno(), self._kick, self._stall_ms, VERSION
-            job.memory, job.max_pages = landing.memory.native, INTAKE_PAGES
-            job.staging, job.sequence = staging, self._reader.due
-            for slot, bits in enumerate(landing.landed):
-                job.landed[slot], job.memfd[slot] = bits, landing.memory.regions[slot].memfd
+            job.landing, job.inbox = landing.native, inbox
+            job.max_pages, job.sequence = INTAKE_PAGES, self._reader.due
             self._broken = True
             try:
                 await self._in_thread(lib.tv_pages_receive, job)
             finally:
                 self._reader.due = job.sequence
-                landing.counts.bytes += job.bytes
-                landing.counts.pages += job.sent_pages
-                landing.counts.zero_pages += job.zero_pages
             if job.reason == lib.TV_PAGES_BAD:
                 raise self._nonsense(job)
             self._check(job, TRICKLES if job.until_ms else SILENT)
@@ -336,5 +336,5 @@ class SocketChannel:
             self._closed = True
             self._sock.close()
             os.close(self._kick)
-            self._staging = ffi.NULL  # a channel may be kept as long as the machine that came through it
+            self._staging = self._inbox = None  # a channel may be kept as long as the machine that came through it
         await trio.lowlevel.checkpoint()

@@ -1,7 +1,7 @@
 """Guest pages as frames: the bookkeeping of both sides, and the plain-Python way to make and take the frames.
 
-``ffi/pages.c`` does the same work on sockets with the GIL released and is what migrations use; this module is its
-oracle, and what memory streams use in virtual time. Bodies, little-endian:
+``ffi/pages.h`` and its files do the same work on sockets with the GIL released and are what migrations use; this module
+is their oracle, and what memory streams use in virtual time. Bodies, little-endian:
 
 - PAGES: slot u32, count u32, count x page u32; payload: count x 4096 bytes
 - ZERO: slot u32, count u32, count x (first page u32, pages u32)
@@ -114,12 +114,21 @@ def _zero(slot: int, pages: list[int]) -> tuple[bytes, list[int], int]:
 
 class Landing:
     """The destination's RAM while pages land. It begins as fresh memory, all zero: a zero page costs nothing unless
-    something landed there before. ``native`` are the ``landed`` bitmaps for the C side."""
+    something landed there before. ``native`` (cffi ``struct tv_landing *``) is what the C side reads and counts in;
+    ``landed`` has a bitmap a region, a bit a page."""
 
     def __init__(self, memory: GuestMemory) -> None:
         self.memory = memory
-        self.counts = PageCounts()
         self.landed = [ffi.new("uint64_t[]", region.bitmap_words) for region in memory.regions]
+        self.native = ffi.new("struct tv_landing *")
+        self.native.memory = memory.native
+        for region, bits in zip(memory.regions, self.landed, strict=True):
+            self.native.memfd[region.slot], self.native.landed[region.slot] = region.memfd, bits
+
+    @property
+    def counts(self) -> PageCounts:
+        """What came so far."""
+        return PageCounts(self.native.bytes, self.native.sent_pages, self.native.zero_pages)
 
     def take(self, frame: Frame) -> None:
         """Apply a PAGES or ZERO frame. :raises ProtocolError: names the slot, page or length at fault."""
@@ -145,13 +154,13 @@ class Landing:
             self._fill(region, [page for page, _ in runs], frame.payload)
         else:
             self._clear(region, runs)
-        self.counts.bytes += len(frame.body) + len(frame.payload)
+        self.native.bytes += len(frame.body) + len(frame.payload)
 
     def _fill(self, region: MemoryRegion, pages: list[int], payload: bytes) -> None:
         for place, page in enumerate(pages):
             _page(region, page)[:] = payload[place * PAGE_BYTES : (place + 1) * PAGE_BYTES]
             self.landed[region.slot][page // 64] |= 1 << page % 64
-        self.counts.pages += len(pages)
+        self.native.sent_pages += len(pages)
 
     def _clear(self, region: MemoryRegion, runs: list[tuple[int, int]]) -> None:
         for first, pages in runs:
@@ -159,7 +168,7 @@ class Landing:
                 if self.landed[region.slot][page // 64] >> page % 64 & 1:
                     _page(region, page)[:] = bytes(PAGE_BYTES)
                     self.landed[region.slot][page // 64] &= ~(1 << page % 64) & (1 << 64) - 1
-            self.counts.zero_pages += pages
+            self.native.zero_pages += pages
 
 
 def bad_page(slot: int, page: int) -> ProtocolError:
