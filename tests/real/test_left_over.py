@@ -53,7 +53,7 @@ async def test_moves_leave_no_objects_and_no_buffers(tmp_path: Path) -> None:
                 for kind in (Vm, Machine, Board, GuestMemory, Serial, Connection, Receiver):
                     assert counts[2][kind] == 2, kind
                 threads = [each for each in gc.get_objects() if type(each) is PageThread]
-                assert all(each._staging is None for each in threads), "half a MiB each"
+                assert all(each.buffer is None for each in threads), "half a MiB each"
                 del threads
         del a, b
     assert alive() - before == Counter()

@@ -1,7 +1,7 @@
-"""The two halves over a connected stream socket: pages go through C (``ffi/pages.c``), with the GIL released.
+"""The two halves over a connected stream socket: pages go through C (``ffi/pages.h``), with the GIL released.
 
-A half that moves pages has a thread for it, a kick that ends the thread's call, and a staging buffer; one that never
-does costs none of them. The C side is given the number of the frame at hand and gives it back.
+A half that moves pages has a thread for it, a kick that ends the thread's call, and a buffer; one that never does costs
+none of them. The C side is given the number of the frame at hand and gives it back.
 """
 
 from __future__ import annotations
@@ -56,24 +56,26 @@ def socket_connection(sock: trio.socket.SocketType, name: str, deadlines: Deadli
 class PageThread:
     """Page jobs of one half, one at a time, each in a thread. Costs nothing before the first one.
 
-    Closed with its half, once no job runs: a connection may be kept as long as the machine that came through it. The
-    staging buffer is a mapping of its own, so that the host has it back then: from the heap half a MiB would stay, in
-    pieces."""
+    ``buffer``: what its jobs need besides, made by ``make_buffer``. It goes when the half is closed, once no job runs:
+    a connection may be kept as long as the machine that came through it."""
 
     name: str
     deadlines: Deadlines
     sock: trio.socket.SocketType
-    _staging: Any = attrs.field(default=None, init=False)  # room for FRAME_PAGES pages
+    make_buffer: Callable[[], Any]
+    buffer: Any = attrs.field(default=None, init=False)
     _kick: int = attrs.field(default=-1, init=False)
     _limiter: trio.CapacityLimiter = attrs.field(factory=lambda: trio.CapacityLimiter(1), init=False)
 
     def job(self, kind: str) -> Any:
         """A ``kind`` (``struct tv_page_…``) with what every job has."""
-        if self._staging is None:
-            self._kick = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-            self._staging = ffi.from_buffer("uint8_t[]", mmap.mmap(-1, FRAME_PAGES * PAGE_BYTES))
+        if self.buffer is None:
+            made = self.make_buffer()
+            if made == ffi.NULL:
+                raise lost(self.name, os.strerror(ffi.errno))
+            self.buffer, self._kick = made, os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         job = ffi.new(f"struct {kind} *")
-        job.fd, job.kick_fd, job.staging, job.version = self.sock.fileno(), self._kick, self._staging, VERSION
+        job.fd, job.kick_fd, job.version = self.sock.fileno(), self._kick, VERSION
         job.stall_ms = max(1, min(int(self.deadlines.stall * 1000), 0xFFFF_FFFF))
         return job
 
@@ -106,13 +108,24 @@ class PageThread:
 
     def close(self) -> None:
         """Idempotent."""
-        if self._staging is not None:
+        if self.buffer is not None:
             os.close(self._kick)
-            self._staging = None
+            self.buffer = None
+
+
+def _staging() -> Any:
+    """FRAME_PAGES pages, a mapping of their own: the host has them back afterwards. From the heap half a MiB a
+    connection would stay with the process, in pieces."""
+    return ffi.from_buffer("uint8_t[]", mmap.mmap(-1, FRAME_PAGES * PAGE_BYTES))
+
+
+def _inbox() -> Any:
+    return ffi.gc(lib.tv_inbox_new(), lib.tv_inbox_free)
 
 
 def _thread_of(half: SocketSender | SocketReceiver) -> PageThread:
-    return PageThread(half.name, half.deadlines, half._sock)
+    make_buffer = _staging if isinstance(half, SocketSender) else _inbox
+    return PageThread(half.name, half.deadlines, half._sock, make_buffer)
 
 
 @attrs.define(eq=False)
@@ -134,7 +147,7 @@ class SocketSender(SendingHalf):
         job = self._thread.job("tv_page_send")
         job.grace_ms, job.slot, job.pages = GRACE_MS, region.slot, region.pages
         job.hva, job.dirty = ffi.cast("uint8_t *", region.hva), dirty.bits
-        job.max_pages, job.sequence = limit, self.sequence
+        job.staging, job.max_pages, job.sequence = self._thread.buffer, limit, self.sequence
         try:
             await self._thread.run(lib.tv_pages_send, job)
         finally:
@@ -175,14 +188,13 @@ class SocketReceiver(ReceivingHalf):
             raise lost(self.name, "pages were cut short")
         while True:
             job = self._thread.job("tv_page_intake")
-            sink.landing.aim(job)
+            job.landing, job.inbox = sink.native, self._thread.buffer
             job.max_pages, job.sequence = INTAKE_PAGES, self.reader.due
             self._broken = True
             try:
                 await self._thread.run(lib.tv_pages_receive, job)
             finally:
                 self.reader.due = job.sequence
-                sink.counts.add(PageCounts(job.bytes, job.sent_pages, job.zero_pages))
             if job.reason == lib.TV_PAGES_BAD:
                 raise _nonsense(job)
             self._thread.check(job, TRICKLES if job.until_ms else SILENT)

@@ -5,8 +5,9 @@ Bodies, little-endian:
 - PAGES: slot u32, count u32, count x page u32; payload: count x 4096 bytes
 - ZERO: slot u32, count u32, count x (first page u32, pages u32)
 
-Page numbers count from the region's start and ascend. ``ffi/pages.c`` makes and takes the same frames on sockets with
-the GIL released and is what migrations use; what is here is its oracle, and what memory streams use in virtual time.
+Page numbers count from the region's start and ascend. ``ffi/pages.h`` and its files make and take the same frames on
+sockets with the GIL released and are what migrations use; what is here is their oracle, and what memory streams use in
+virtual time.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ class Landing(Protocol):
 
     memory: GuestMemory
 
-    def aim(self, job: Any) -> None:
-        """Tell a job of the C side (``struct tv_page_intake *``), which lives no longer than this, where pages land."""
+    def aim(self, native: Any) -> None:
+        """Tell the C side (``struct tv_landing *``), which lives no longer than this, where pages land."""
 
     def fill(self, slot: int, page: int, content: bytes) -> None:
         """The plain-Python way: a page with content."""
@@ -43,10 +43,10 @@ class MemfdLanding:
         self.memory = memory
         self.landed = [ffi.new("uint64_t[]", region.bitmap_words) for region in memory.regions]
 
-    def aim(self, job: Any) -> None:
-        job.memory = self.memory.native
-        for slot, bits in enumerate(self.landed):
-            job.landed[slot], job.memfd[slot] = bits, self.memory.regions[slot].memfd
+    def aim(self, native: Any) -> None:
+        native.memory = self.memory.native
+        for region, bits in zip(self.memory.regions, self.landed, strict=True):
+            native.memfd[region.slot], native.landed[region.slot] = region.memfd, bits
 
     def _page(self, slot: int, page: int) -> Any:
         hva = self.memory.regions[slot].hva + page * PAGE_BYTES
@@ -64,11 +64,20 @@ class MemfdLanding:
 
 @attrs.define(eq=False)
 class PageSink:
-    """Where one connection's pages go: ``counts`` what came, and call ``report`` now and then."""
+    """Where one connection's pages go. ``report`` is called now and then; ``native`` (cffi ``struct tv_landing *``) is
+    what the C side reads and counts in."""
 
     landing: Landing
-    counts: PageCounts = attrs.field(factory=PageCounts)
     report: Callable[[], None] = lambda: None
+    native: Any = attrs.field(factory=lambda: ffi.new("struct tv_landing *"), init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.landing.aim(self.native)
+
+    @property
+    def counts(self) -> PageCounts:
+        """What came so far."""
+        return PageCounts(self.native.bytes, self.native.sent_pages, self.native.zero_pages)
 
     def take(self, frame: Frame) -> None:
         """Apply a PAGES or ZERO frame, in plain Python; nothing lands before all of it is checked.
@@ -82,8 +91,8 @@ class PageSink:
             for page in range(first, first + pages):
                 self.landing.clear(said.slot, page)
         total = sum(pages for _, pages in said.runs)
-        self.counts.bytes += len(frame.body) + len(frame.payload)
+        self.native.bytes += len(frame.body) + len(frame.payload)
         if said.content is not None:
-            self.counts.pages += total
+            self.native.sent_pages += total
         else:
-            self.counts.zero_pages += total
+            self.native.zero_pages += total
