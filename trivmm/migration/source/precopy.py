@@ -1,4 +1,4 @@
-"""Precopy: rounds over the dirty pages while the guest runs, until the rest would fit into the downtime.
+"""Precopy: rounds over the dirty pages while the guest runs, until the plan (``plan``) says that the rest fits.
 
 Part of a sender, in its task. A round sends what the harvest before it found; logs are cleared by the harvest, that
 is *before* the copy, so a page written while it is sent is dirty again and goes in the next round.
@@ -18,36 +18,14 @@ from trivmm.migration.link.control import Link
 from trivmm.migration.link.roles import PageLink
 from trivmm.migration.pages.send import DirtySet, PageCounts
 from trivmm.migration.port import SourceMachine
-from trivmm.migration.progress import PAGE_BYTES, Downtime, Round, Tracker
+from trivmm.migration.progress import Round, Tracker
+from trivmm.migration.source.plan import Estimates
+from trivmm.migration.wire.frame import PAGE_BYTES
 from trivmm.migration.wire.messages import RoundAck
 
-__all__ = ["Estimates", "Rounds"]
+__all__ = ["Rounds"]
 
 SLICE_PAGES: Final = 32768  # 128 MiB between two looks at the clock: a tenth of a second of a fast link
-FIRST_STATE_MS: Final = 1.0  # saving, sending and loading state: hopeful, until an attempt has measured it
-FIRST_STOP_MS: Final = 1.0
-
-
-@attrs.define(eq=False)
-class Estimates:
-    """What the next switchover is expected to take. ``bandwidth`` in bytes a second, 0 while unknown; the rest in
-    milliseconds, fed by what was measured."""
-
-    bandwidth: float = 0.0
-    round_trip_ms: float = 0.0
-    stop_ms: float = FIRST_STOP_MS
-    state_ms: float = FIRST_STATE_MS
-    resume_ms: float = 0.0
-
-    def downtime(self, pages: int) -> Downtime:
-        """Expected parts of the downtime with ``pages`` still to send."""
-        moving = pages * PAGE_BYTES / self.bandwidth * 1000 if self.bandwidth else (1e9 if pages else 0.0)
-        return Downtime(
-            stop_ms=self.stop_ms,
-            pages_ms=moving + self.round_trip_ms,
-            state_ms=self.state_ms + self.round_trip_ms,
-            resume_ms=self.resume_ms + self.round_trip_ms,
-        )
 
 
 @attrs.define(eq=False)
