@@ -356,12 +356,15 @@ async def open_machine(
     gate_open: bool = True,
     vcpu_type: type[Vcpu] = Vcpu,
     kernel: KernelCalls | None = None,
+    on_guest_request: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[Machine]:
     """Run a board: its actors, lines and parked vCPU threads, see :func:`trivmm.nursery.tree.open_tree`.
 
     ``gate_open`` False is for a destination: nothing activates before COMMIT."""
     vcpus = VcpuSet((), deadlines, driver)
-    machine = Machine(board, deadlines, vcpus, kernel or KernelCalls(deadlines, driver is thread_driver))
+    machine = Machine(
+        board, deadlines, vcpus, kernel or KernelCalls(deadlines, driver is thread_driver), on_guest_request
+    )
     vcpus.vcpus = [
         vcpu_type(index, cpu, board.handle_exit, vcpus.on_change, machine.take_request, machine.take_crash, board.clock)
         for index, cpu in enumerate(board.cpus)
