@@ -104,11 +104,11 @@ EXCUSED: dict[str, str] = {
     "vm/consoles.py:Consoles.console_output.until": CALLER,
     "vm/moves.py:Moves.migrate_to": CORE,
     "vm/core.py:VmCore.wait": CALLER,
-    "vmm.py:Vmm._close": "the end of the VM's task, which open_vm bounds",
-    "vmm.py:Vmm._live": "a VM's life: ended by delete, a migration or the end of the process",
-    "vmm.py:Vmm._watch": SCOPE,
-    "vmm.py:_Result.get": CALLER,
-    "vmm.py:_received": CORE,
+    "vmm/core.py:VmmCore._close": "the end of the VM's task, which open_vm bounds",
+    "vmm/core.py:VmmCore._live": "a VM's life: ended by delete, a migration or the end of the process",
+    "vmm/core.py:VmmCore._watch": SCOPE,
+    "vmm/slot.py:Result.get": CALLER,
+    "vmm/moves.py:_received": CORE,
 }
 
 
