@@ -21,6 +21,7 @@ from trivmm.machine.machine import Machine, open_machine
 from trivmm.nursery.kernel import KernelCalls
 from trivmm.nursery.vcpus import Driver, thread_driver
 from trivmm.platform.sinks import Sink
+from trivmm.state.stage import Stage
 
 __all__ = ["MachineHost"]
 
@@ -87,7 +88,7 @@ class MachineHost:
         try:
             prepare(board)
             await self._in_pieces(board.check_payload)
-            return await self._house(board, gate_open=False)
+            return await self._house(board, stage=Stage.UNLOCKED)
         except BaseException:
             await self._discard(board)  # noqa: ASYNC102 - shields and bounds itself
             raise
@@ -113,11 +114,11 @@ class MachineHost:
         with trio.move_on_after(self.deadlines.free, shield=True):
             await self._aside(board.free, abandon=True)  # nothing of the VM looks at the board any more
 
-    async def _house(self, board: Board, *, gate_open: bool = True) -> Machine:
+    async def _house(self, board: Board, *, stage: Stage = Stage.DETACHED) -> Machine:
         """Start the machine's task in the VM nursery; it owns ``board`` once this returns."""
         self._end, self._ended = trio.Event(), trio.Event()
         try:
-            machine: Machine = await self.nursery.start(self._machine_task, board, gate_open)
+            machine: Machine = await self.nursery.start(self._machine_task, board, stage)
         except RuntimeError as error:
             self._ended.set()
             if self.closing:  # its nursery is closed: it ended during the boot
@@ -132,7 +133,7 @@ class MachineHost:
         return machine
 
     async def _machine_task(
-        self, board: Board, gate_open: bool, *, task_status: trio.TaskStatus[Machine] = trio.TASK_STATUS_IGNORED
+        self, board: Board, stage: Stage, *, task_status: trio.TaskStatus[Machine] = trio.TASK_STATUS_IGNORED
     ) -> None:
         end, ended = self._end, self._ended
         try:
@@ -140,7 +141,7 @@ class MachineHost:
                 board,
                 self.deadlines,
                 driver=self.driver,
-                gate_open=gate_open,
+                stage=stage,
                 kernel=self.kernel,
                 on_guest_request=self.on_guest_request,
             ) as machine:

@@ -19,6 +19,7 @@ from trivmm.migration.progress import MigrationProgress, MigrationReport, Phase
 from trivmm.migration.sender import send, socket_dialer
 from trivmm.migration.transports import Dialer
 from trivmm.nursery.ownership import MIGRATION
+from trivmm.state.stage import Stage
 from trivmm.vm.core import ExitReason, VmCore, VmState
 
 __all__ = ["Dial", "Moves"]
@@ -81,7 +82,7 @@ class Moves(VmCore):
             except MigrationInDoubt as error:
                 self._enter(VmState.PAUSED)
                 self.doubt = Doubt(url, error.session, str(error), dialer)
-                machine.running = False
+                machine.wanted = Stage.PAUSED
                 self._tell("migration-failed", outcome="in doubt", reason=str(error))
                 raise
             except BaseException as error:
@@ -156,5 +157,5 @@ class Moves(VmCore):
     def adopt(self) -> None:
         """The machine that a migration brought runs here now (or stays paused, as it was sent)."""
         assert self.host.machine is not None
-        self._enter(VmState.RUNNING if self.host.machine.running else VmState.PAUSED)
+        self._enter(VmState.RUNNING if self.host.machine.wanted is Stage.RUNNING else VmState.PAUSED)
         self._tell("migration-receive-finished")
