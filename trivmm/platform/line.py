@@ -16,52 +16,48 @@ import os
 from collections.abc import Callable
 from typing import Any, Final
 
-import attrs
 import trio
 
-from trivmm._native import ffi
+from trivmm._native import ffi, lib
 from trivmm.errors import ProtocolError
 from trivmm.platform.sinks import ClientSink, FdSink, NullSink, Sink
 from trivmm.state.fields import Fields
 
-__all__ = ["Line", "RingCalls", "Subscription", "dump_rings", "load_rings"]
+__all__ = ["Line", "Subscription", "dump_rings", "load_rings"]
 
 logger = logging.getLogger(__name__)
 
 TAIL_BYTES: Final = 1 << 20
 CHUNK: Final = 16384  # bytes a sink gets at once: small enough that a drain's deadline is looked at in between
-TX_SIZE: Final = 65536
-RX_SIZE: Final = 4096
-
-
-@attrs.frozen
-class RingCalls:
-    """What a device's C offers for its rings; each takes the native object first."""
-
-    peek_tx: Callable[[Any, Any, int], int]
-    consume_tx: Callable[[Any, int], None]
-    tx_used: Callable[[Any], int]
-    push_rx: Callable[[Any, Any, int], int]
-    rx_room: Callable[[Any], int]
-    thaw: Callable[[Any], None]
+TX_SIZE: Final = int(lib.TV_LINE_TX_SIZE)
+RX_SIZE: Final = int(lib.TV_LINE_RX_SIZE)
 
 
 class Line:
-    """``native`` is the C object, made by ``make(ready_fd)``: it signals that descriptor when there is output, or room
-    again for input that found none."""
+    """``native`` is the device's C object and ``rings`` its part that is of ``ffi/line.h``: it signals its ready
+    descriptor when there is output, or room again for input that found none."""
 
-    def __init__(self, name: str, calls: RingCalls, make: Callable[[int], Any], sink: Sink | None) -> None:
-        """:raises MemoryError:"""
+    def __init__(
+        self,
+        name: str,
+        sink: Sink | None,
+        make: Callable[[int], Any],
+        free: Callable[[Any], None],
+        rings_of: Callable[[Any], Any],
+    ) -> None:
+        """``make`` gets the ready descriptor. The C object is freed with the last reference to it, which a thread that
+        is stuck keeps. :raises MemoryError:"""
         self.name = name
         self.sink_error: OSError | None = None
         self.keeps_sink = False
         """Set where the sink goes on to another machine: neither flushed nor closed with this one."""
-        self._calls = calls
         self._ready_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.native = make(self._ready_fd)
-        if self.native == ffi.NULL:
+        native = make(self._ready_fd)
+        if native == ffi.NULL:
             os.close(self._ready_fd)
             raise MemoryError(name)
+        self.native = ffi.gc(native, free)
+        self.rings = rings_of(self.native)
         self._sink = sink
         self._buffer = ffi.new("uint8_t[]", CHUNK)
         self._in_flight = 0
@@ -78,7 +74,7 @@ class Line:
     @property
     def room(self) -> int:
         """Bytes that :meth:`push_input` would take now."""
-        return 0 if self._held else int(self._calls.rx_room(self.native))
+        return 0 if self._held else int(lib.tv_line_rx_room(self.rings))
 
     async def until_room(self) -> None:
         """Wait until the guest has made room for input. The caller bounds it."""
@@ -93,7 +89,7 @@ class Line:
         """Give the guest input; gives how many bytes found room."""
         if self._held:
             return 0
-        taken = int(self._calls.push_rx(self.native, ffi.from_buffer("uint8_t[]", data), len(data)))
+        taken = int(lib.tv_line_push_rx(self.rings, ffi.from_buffer("uint8_t[]", data), len(data)))
         self._typed += taken
         return taken
 
@@ -161,7 +157,7 @@ class Line:
 
     async def _send_piece(self, sink: Sink) -> bool:
         """Hand one piece to the sink. False when there is nothing to send."""
-        length = int(self._calls.peek_tx(self.native, self._buffer, CHUNK))
+        length = int(lib.tv_line_peek_tx(self.rings, self._buffer, CHUNK))
         if not length:
             return False
         piece = bytes(ffi.buffer(self._buffer, length))
@@ -176,7 +172,7 @@ class Line:
             return True
         finally:
             self._in_flight = 0
-        self._calls.consume_tx(self.native, sent)
+        lib.tv_line_consume_tx(self.rings, sent)
         self._observe(piece[:sent])
         return True
 
@@ -192,9 +188,9 @@ class Line:
         what is left stays in the ring and is part of the saved state."""
         with trio.move_on_after(at_most_s):
             await trio.lowlevel.checkpoint()
-            while self._calls.tx_used(self.native) and not self._held:
+            while lib.tv_line_tx_used(self.rings) and not self._held:
                 await self._news.wait()
-        return not self._calls.tx_used(self.native)
+        return not lib.tv_line_tx_used(self.rings)
 
     async def flush(self) -> None:
         """At the end of a machine: a client that reads gets what its sink keeps for it. The caller bounds it."""
@@ -241,7 +237,7 @@ class Line:
     def thaw(self) -> None:
         """A saved state was not used, or one was loaded: go on. Idempotent; for an undone switchover and for resume."""
         self._held = False
-        self._calls.thaw(self.native)
+        lib.tv_line_thaw(self.rings)
 
     def release(self) -> None:
         """See :meth:`ClientSink.release`."""
@@ -257,13 +253,18 @@ class Line:
         counted = {"tx_bytes": self._total, "rx_bytes": self._typed}
         return counted | self._sink.counters() if isinstance(self._sink, ClientSink) else counted
 
+    @property
+    def closed(self) -> bool:
+        return self._ready_fd < 0
+
     def close(self) -> None:
-        """After ``run`` has ended. Idempotent."""
-        fd, self._ready_fd = self._ready_fd, -1
-        if fd < 0:
+        """After ``run`` has ended. Idempotent. Nothing is signalled any more."""
+        if self.closed:
             return
+        fd, self._ready_fd = self._ready_fd, -1
         if self._sink is not None and not self.keeps_sink:
             self._sink.close()
+        lib.tv_line_close(self.rings)
         os.close(fd)
 
 
@@ -285,7 +286,7 @@ class Subscription:
 
 
 def dump_rings(native: Any) -> dict[str, str]:
-    """The rings of a C state struct, JSON-able."""
+    """The rings of a ``struct tv_line_state``, JSON-able."""
     return {
         name: base64.b64encode(bytes(ffi.buffer(getattr(native, name), getattr(native, f"{name}_len")))).decode()
         for name in ("tx", "rx")
