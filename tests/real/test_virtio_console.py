@@ -19,7 +19,7 @@ from trivmm._native import ffi, lib
 from trivmm.config import ConsoleConfig
 from trivmm.errors import MigrationError, TrivmmError
 from trivmm.memory.guest import GuestMemory
-from trivmm.platform.sinks import FdSink, NullSink, PtySink, Sink
+from trivmm.platform.sinks import FdSink, GuestOutput, NullSink, PtySink, Sink
 from trivmm.testing.driver import WRITE, Descriptor, MockDriver, until
 from trivmm.virtio.console import ConsoleDevice
 from trivmm.virtio.port import Activation
@@ -101,10 +101,11 @@ class SlowSink:
     gate: trio.Event = attrs.field(factory=trio.Event)
     got: bytearray = attrs.field(factory=bytearray)
 
-    async def send(self, data: bytes) -> int:
+    async def take(self, output: GuestOutput) -> None:
         await self.gate.wait()
-        self.got += data[: self.piece]
-        return min(len(data), self.piece)
+        piece = output.peek()[: self.piece]
+        self.got += piece
+        output.consume(len(piece))
 
     def close(self) -> None:
         return None

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final
 
+import attrs
 import trio
 
 from trivmm.cli.options import parse_event_monitor
@@ -57,13 +58,29 @@ async def open_event_monitor(option: str | None, bus: EventBus, deadlines: Deadl
         raise failure
 
 
+@attrs.define(eq=False)
+class _Text:
+    """What is to be written, as :class:`FdSink` takes it."""
+
+    left: bytes
+
+    def peek(self) -> bytes:
+        return self.left
+
+    def consume(self, count: int) -> None:
+        self.left = self.left[count:]
+
+    def lend(self, count: int) -> None:
+        return None
+
+
 async def _write_all(sink: FdSink, events: Subscription, writing: trio.CancelScope) -> None:
     with writing:
         async for event in events:
-            left = (event.text(indent=2) + "\n\n").encode()
+            text = _Text((event.text(indent=2) + "\n\n").encode())
             try:
-                while left:
-                    left = left[await sink.send(left) :]
+                while text.left:
+                    await sink.take(text)
             except OSError as error:
                 LOG.warning("--event-monitor: cannot write any more (%s); the VMM goes on without it", error.strerror)
                 return

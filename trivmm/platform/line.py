@@ -2,9 +2,9 @@
 
 The serial port and the virtio console are lines. Owned by the board; :meth:`Line.run` is a task of the device nursery.
 
-Nothing is lost on the way to the sink: a byte leaves the ring only when the sink has taken it, and a slow sink fills
-the ring until the guest waits. A sink that fails (disk full, reader gone) is logged, named in ``sink_error`` and
-replaced by none.
+Nothing is lost on the way to the sink, and nothing goes there twice: a byte leaves the ring in the step in which the
+sink has taken it, and a slow sink fills the ring until the guest waits. A sink that fails (disk full, reader gone) is
+logged, named in ``sink_error`` and replaced by none.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import trio
 
 from trivmm._native import ffi, lib
 from trivmm.errors import ProtocolError
-from trivmm.platform.sinks import ClientSink, FdSink, NullSink, Sink
+from trivmm.platform.sinks import ClientSink, NullSink, Sink
 from trivmm.state.fields import Fields
 
 __all__ = ["Line", "Subscription", "dump_rings", "load_rings"]
@@ -60,7 +60,8 @@ class Line:
         self.rings = rings_of(self.native)
         self._sink = sink
         self._buffer = ffi.new("uint8_t[]", CHUNK)
-        self._in_flight = 0
+        self._piece = b""  # as last peeked
+        self._lent = 0  # bytes of it that a thread is writing
         self._held = False  # saved: input that came now would be lost
         self._tail = bytearray()
         self._total = 0
@@ -138,8 +139,8 @@ class Line:
     async def _drain(self) -> None:
         while True:
             moved = self._moved
-            while self._sink is not None and await self._send_piece(self._sink):
-                pass
+            while (sink := self._sink) is not None and self.peek():
+                await self._take_piece(sink)
             await moved.wait()
 
     async def _serve(self) -> None:
@@ -155,26 +156,31 @@ class Line:
             else:
                 await moved.wait()
 
-    async def _send_piece(self, sink: Sink) -> bool:
-        """Hand one piece to the sink. False when there is nothing to send."""
-        length = int(lib.tv_line_peek_tx(self.rings, self._buffer, CHUNK))
-        if not length:
-            return False
-        piece = bytes(ffi.buffer(self._buffer, length))
-        self._in_flight = length if isinstance(sink, FdSink) and sink.threaded else 0
+    async def _take_piece(self, sink: Sink) -> None:
         try:
-            sent = await sink.send(piece)
-        except OSError as error:
+            await sink.take(self)
+        except (OSError, trio.ClosedResourceError) as error:
+            if self._sink is not sink:  # another was attached meanwhile, and this one closed
+                return
+            if not isinstance(error, OSError):
+                raise
             self.sink_error = error
             logger.warning("%s: cannot write the output any more (%s); the guest goes on without it", self.name, error)
-            if self._sink is sink:
-                self.attach_sink(NullSink())
-            return True
-        finally:
-            self._in_flight = 0
-        lib.tv_line_consume_tx(self.rings, sent)
-        self._observe(piece[:sent])
-        return True
+            self.attach_sink(NullSink())
+
+    def peek(self) -> bytes:
+        """See :class:`~trivmm.platform.sinks.GuestOutput`."""
+        length = int(lib.tv_line_peek_tx(self.rings, self._buffer, CHUNK))
+        self._piece = bytes(ffi.buffer(self._buffer, length))
+        return self._piece
+
+    def lend(self, count: int) -> None:
+        self._lent = count
+
+    def consume(self, count: int) -> None:
+        lib.tv_line_consume_tx(self.rings, count)
+        self._lent = 0
+        self._observe(self._piece[:count])
 
     def _observe(self, data: bytes) -> None:
         self._tail += data
@@ -232,7 +238,7 @@ class Line:
         """The state is being saved: no more input until :meth:`thaw`. Gives the length of the output that a thread is
         writing this moment, which does not travel."""
         self._held = True
-        return self._in_flight
+        return self._lent
 
     def thaw(self) -> None:
         """A saved state was not used, or one was loaded: go on. Idempotent; for an undone switchover and for resume."""
