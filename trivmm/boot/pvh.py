@@ -90,6 +90,7 @@ def load_payload(
                 checkpoint()
             for gpa in range(segment.gpa + segment.filesz, segment.end, CHUNK):
                 memory.write(gpa, ZEROS[: min(CHUNK, segment.end - gpa)])
+                checkpoint()
     _write_boot_data(memory, cmdline, initramfs, tables)
     return BootEntry(image.entry_gpa, layout.PVH_START_INFO, initramfs)
 
