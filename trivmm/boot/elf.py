@@ -17,7 +17,7 @@ from typing import Final
 
 import attrs
 
-from trivmm.errors import ConfigError
+from trivmm.errors import ConfigError, reason_of
 
 __all__ = ["CHUNK", "REMEDY", "KernelImage", "Segment", "UserFile", "parse_kernel"]
 
@@ -48,8 +48,7 @@ class UserFile:
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK) if fd is None else fd
         except (OSError, ValueError) as error:
-            why = error.strerror if isinstance(error, OSError) else str(error)
-            raise self.error(f"cannot open it ({why})", "give a readable file") from error
+            raise self.error(f"cannot open it ({reason_of(error)})", "give a readable file") from error
         found = os.fstat(self._fd)
         if not stat.S_ISREG(found.st_mode):
             self.close()

@@ -26,7 +26,7 @@ from typing import Final, Protocol, TypeAlias
 import trio
 
 from trivmm.config import ConsoleConfig, SerialConfig
-from trivmm.errors import ConfigError
+from trivmm.errors import ConfigError, reason_of
 from trivmm.unixsocket import listen_unix
 
 __all__ = [
@@ -276,7 +276,9 @@ class PtySink(ClientSink):
         except OSError as error:
             self._close()
             remedy = "mount devpts at /dev/pts, or use another mode"
-            raise ConfigError(f"{field}.mode", "Pty", f"no pseudo-terminal to be had ({error})", remedy) from error
+            raise ConfigError(
+                f"{field}.mode", "Pty", f"no pseudo-terminal to be had ({reason_of(error)})", remedy
+            ) from error
 
     async def serve(self, guest: GuestInput) -> None:
         lost = await self._carry(self._fd, guest)
@@ -395,5 +397,5 @@ def _open_file(path: str, field: str, how: int) -> int:
     try:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK | how, 0o644)
     except (OSError, ValueError) as error:
-        why = "a FIFO that nobody reads" if getattr(error, "errno", None) == errno.ENXIO else str(error)
+        why = "a FIFO that nobody reads" if getattr(error, "errno", None) == errno.ENXIO else reason_of(error)
         raise ConfigError(f"{field}.file", path, f"cannot open it ({why})", "give a writable path") from error
