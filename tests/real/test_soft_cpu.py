@@ -27,7 +27,7 @@ from trivmm.hypervisor.base import (
     TripleFault,
     VcpuExit,
     VcpuState,
-    VmmState,
+    VmBackendState,
 )
 from trivmm.memory.guest import GuestMemory
 from trivmm.nursery.vcpu import Vcpu, drive_thread
@@ -1121,7 +1121,7 @@ def test_foreign_and_damaged_states_are_refused(build: Build) -> None:
     chips = guest.vm.save()
     wild_chips = re.sub(rb'"port61": *[0-9]+', b'"port61": 1e999', chips.blobs["chips"])
     with pytest.raises(HypervisorError, match="no sense"):
-        guest.vm.load(VmmState(chips.kind, {**chips.blobs, "chips": wild_chips}))
+        guest.vm.load(VmBackendState(chips.kind, {**chips.blobs, "chips": wild_chips}))
 
 
 def test_hostile_registers_hurt_only_the_guest(build: Build) -> None:

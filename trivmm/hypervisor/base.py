@@ -36,7 +36,7 @@ __all__ = [
     "VcpuExit",
     "VcpuState",
     "VmBackend",
-    "VmmState",
+    "VmBackendState",
 ]
 
 
@@ -129,7 +129,7 @@ class VcpuState:
 
 
 @attrs.frozen
-class VmmState:
+class VmBackendState:
     """The VM-wide part of a back end (interrupt controllers, PIT, clock), saved."""
 
     kind: str
@@ -240,10 +240,10 @@ class VmBackend(Protocol):
 
     def disconnect_irq(self, fd: int, gsi: int) -> None: ...
 
-    def save(self) -> VmmState:
+    def save(self) -> VmBackendState:
         """With all vCPUs parked and all interrupts disconnected."""
 
-    def load(self, state: VmmState) -> None: ...
+    def load(self, state: VmBackendState) -> None: ...
 
     def close(self) -> None:
         """After every vCPU is closed. Idempotent."""

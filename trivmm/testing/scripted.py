@@ -24,7 +24,7 @@ import trio
 
 from trivmm._native import ffi
 from trivmm.errors import HypervisorError
-from trivmm.hypervisor.base import Interrupted, VcpuBackend, VcpuExit, VcpuState, VmmState
+from trivmm.hypervisor.base import Interrupted, VcpuBackend, VcpuExit, VcpuState, VmBackendState
 from trivmm.nursery.vcpu import Vcpu
 
 __all__ = [
@@ -268,11 +268,11 @@ class ScriptedVm:
     def disconnect_irq(self, fd: int, gsi: int) -> None:
         self.calls.append(("disconnect_irq", gsi))
 
-    def save(self) -> VmmState:
+    def save(self) -> VmBackendState:
         self.calls.append(("save",))
-        return VmmState("scripted/1", {})
+        return VmBackendState("scripted/1", {})
 
-    def load(self, state: VmmState) -> None:
+    def load(self, state: VmBackendState) -> None:
         self.calls.append(("load",))
         if state.kind != "scripted/1":
             raise HypervisorError("scripted", f"cannot load a VM of kind {state.kind}")

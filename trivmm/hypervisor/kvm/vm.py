@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from trivmm._native import ffi, lib
 from trivmm.errors import HypervisorError
-from trivmm.hypervisor.base import VmmState
+from trivmm.hypervisor.base import VmBackendState
 from trivmm.hypervisor.kvm.calls import kvm_call
 from trivmm.hypervisor.kvm.irq import Routes
 from trivmm.hypervisor.kvm.report import extension
@@ -149,7 +149,7 @@ class KvmVm:
 
     # --- state -----------------------------------------------------------------------------------------------
 
-    def save(self) -> VmmState:
+    def save(self) -> VmBackendState:
         blobs = {}
         for number, name in enumerate(CHIPS):
             chip = bytearray(ffi.sizeof("struct kvm_irqchip"))
@@ -163,9 +163,9 @@ class KvmVm:
         kvm_call(self._fd, "KVM_GET_CLOCK", clock)
         value, flags, _, realtime, _ = CLOCK.unpack(clock)
         blobs["clock"] = struct.pack("<QQ", value, realtime if flags & lib.KVM_CLOCK_REALTIME else time.time_ns())
-        return VmmState(KIND, blobs)
+        return VmBackendState(KIND, blobs)
 
-    def load(self, state: VmmState) -> None:
+    def load(self, state: VmBackendState) -> None:
         """Before the vCPUs' states: their clock MSRs refer to the VM's clock."""
         chip_size = ffi.sizeof("struct kvm_irqchip")
         sizes = dict.fromkeys(CHIPS, chip_size) | {"pit": ffi.sizeof("struct kvm_pit_state2"), "clock": 16}
