@@ -1181,7 +1181,7 @@ def test_code_that_a_polled_device_wrote_runs_anew(build: Build) -> None:
           jmp 1b
         """
     )
-    guest.memory.tell(guest.cpu.gate)
+    guest.memory.tell(guest.cpu.write_hook)
     driver = MockDriver(guest.memory)
     try:
         queue = driver.open()

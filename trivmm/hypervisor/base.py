@@ -10,10 +10,13 @@ Threads: ``VcpuBackend.run``, ``run_immediate``, ``complete_read`` and ``park`` 
 at a time, not always the same (``trivmm.nursery.kernel``), except ``connect_msi``/``disconnect_msi``/``add_doorbell``/
 ``remove_doorbell``, which vCPU threads make too (a guest that unmasks a vector or moves a BAR): implementations lock
 them.
+
+Implementations derive from the protocols. What a back end need not have, has a default here: nothing is probed for.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol, TypeAlias
 
@@ -159,6 +162,9 @@ class VcpuBackend(Protocol):
 
     index: int
     inline_handler: Callable[[VcpuExit], bytes | None] | None
+    write_hook: Any = None
+    """What guest memory tells of each write of a device (see ``GuestMemory.tell``), before the guest hears of it; None
+    where the CPU sees such a write by itself."""
 
     def attach_thread(self) -> None:
         """Called first by the thread that will run this vCPU: publishes its id to ``kick``."""
@@ -198,15 +204,20 @@ class VcpuBackend(Protocol):
     def describe(self) -> str:
         """RIP, registers and instruction bytes, several lines, for a crash report."""
 
+    def counters(self) -> dict[str, int]:
+        """What it counted since its creation; nothing, where it counts nothing. Any thread."""
+        return {}
+
     def close(self) -> None:
         """Idempotent."""
 
 
 class VmBackend(Protocol):
-    """One VM. ``name`` is the back end's (``kvm``); ``live_copy`` is False where it has no dirty log."""
+    """One VM. ``name`` is the back end's (``kvm``)."""
 
     name: str
-    live_copy: bool
+    live_copy: bool = True
+    """Whether there is a dirty log; without one a VM is copied while it stands still."""
 
     def add_memory(self, slot: int, gpa: int, size: int, hva: int) -> None:
         """Give the guest RAM: ``size`` bytes at host address ``hva``, shared with the VMM."""
@@ -224,6 +235,12 @@ class VmBackend(Protocol):
         """A guest write of any size and value at ``gpa`` signals the eventfd ``fd`` instead of exiting."""
 
     def remove_doorbell(self, fd: int, gpa: int) -> None: ...
+
+    def attach_pio_hook(self, base: int, length: int, function: Any, opaque: Any) -> None:
+        """An offer: ports ``base`` … ``base + length`` can be served in C (cffi ``tv_pio_fn`` and ``void *``). A back
+        end that runs its guest in C takes it; elsewhere, and where the function declines, they are accesses like any
+        other. Before the vCPUs start; both outlive them."""
+        return None
 
     def prepare_msi(self, messages: Sequence[tuple[int, int]]) -> None:
         """Each (address, data) is connected next: what can be done for all of them at once is done. Never raises for a
@@ -255,10 +272,14 @@ class Hypervisor(Protocol):
     name: ClassVar[str]
 
     max_vcpus: int
-    needs_payload: bool
+    needs_payload: bool = True
     """Whether a kernel must be there to boot: false only where nothing runs it (``trivmm.testing``)."""
-    note: str
+    note: str = ""
     """Why this one and not KVM, where ``auto`` fell back; empty otherwise."""
+
+    def clock(self) -> float:
+        """Seconds, in the time that its vCPUs live in. Any thread."""
+        return time.monotonic()
 
     def open_vm(self) -> VmBackend:
         """:raises HypervisorError: with a remedy, when the host cannot."""

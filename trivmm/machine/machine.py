@@ -363,7 +363,15 @@ async def open_machine(
     vcpus = VcpuSet((), deadlines, driver)
     machine = Machine(board, deadlines, vcpus, kernel or KernelCalls(deadlines, driver is thread_driver))
     vcpus.vcpus = [
-        vcpu_type(index, cpu, board.handle_exit, vcpus.on_change, machine.take_request, machine.take_crash, board.clock)
+        vcpu_type(
+            index,
+            cpu,
+            board.handle_exit,
+            vcpus.on_change,
+            machine.take_request,
+            machine.take_crash,
+            board.hypervisor.clock,
+        )
         for index, cpu in enumerate(board.cpus)
     ]
     vcpus.on_failure = machine.take_failure

@@ -24,7 +24,7 @@ import trio
 
 from trivmm._native import ffi
 from trivmm.errors import HypervisorError
-from trivmm.hypervisor.base import Interrupted, VcpuBackend, VcpuExit, VcpuState, VmBackendState
+from trivmm.hypervisor.base import Hypervisor, Interrupted, VcpuBackend, VcpuExit, VcpuState, VmBackend, VmBackendState
 from trivmm.nursery.vcpu import Vcpu
 
 __all__ = [
@@ -65,7 +65,7 @@ def idle(cpu: ScriptedVcpu) -> Generator[Step, bytes | None, None]:
     yield Compute(1e9)
 
 
-class ScriptedVcpu:
+class ScriptedVcpu(VcpuBackend):
     """See the module's docstring. ``calls`` is the log of what the VMM did to this vCPU."""
 
     def __init__(self, vm: ScriptedVm, index: int, script: Script) -> None:
@@ -195,11 +195,10 @@ async def task_driver(vcpu: Vcpu) -> str:
             answer = None
 
 
-class ScriptedVm:
+class ScriptedVm(VmBackend):
     """``calls`` is the log of what the VMM asked of the VM, in order."""
 
     name = "scripted"
-    live_copy = True
 
     def __init__(self, scripts: Sequence[Script]) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -281,20 +280,21 @@ class ScriptedVm:
         self.calls.append(("close",))
 
 
-class ScriptedHypervisor:
+class ScriptedHypervisor(Hypervisor):
     """Give it one script per vCPU; vCPUs without one compute for ever. ``needs_payload`` False boots without looking
     for the kernel's file: no script reads it."""
 
     name: ClassVar[str] = "scripted"
     max_vcpus = 8
-    note = ""
     driver = staticmethod(task_driver)
-    clock = staticmethod(trio.current_time)
 
     def __init__(self, *scripts: Script, needs_payload: bool = True) -> None:
         self.scripts = scripts
         self.needs_payload = needs_payload
         self.vms: list[ScriptedVm] = []
+
+    def clock(self) -> float:
+        return trio.current_time()
 
     def open_vm(self) -> ScriptedVm:
         vm = ScriptedVm(self.scripts)

@@ -29,6 +29,7 @@ from trivmm.hypervisor.base import (
     MmioRead,
     MmioWrite,
     TripleFault,
+    VcpuBackend,
     VcpuExit,
     VcpuState,
 )
@@ -67,7 +68,7 @@ PROTECTION: Final = 13
 CODE_BYTES: Final = 16
 
 
-class SoftVcpu:
+class SoftVcpu(VcpuBackend):
     def __init__(self, vm: SoftVm) -> None:
         self.index = 0
         self.inline_handler: Callable[[VcpuExit], bytes | None] | None = None
@@ -76,7 +77,7 @@ class SoftVcpu:
         self._chips = vm.chips
         self._engine = Engine(self._read_mmio, self._write_mmio, self._read_port, self._write_port, TIMER_HZ)
         self._engine.map_ram(tuple(vm.slots.values()))
-        self.gate = self._gate = self._engine.gate
+        self.write_hook = self._gate = self._engine.gate  # it translates code, and what a disk is read into may be code
         self._writes: deque[IoOut | MmioWrite] = deque()
         self._rung_end = 0  # where a doorbell write of this instruction ended: its second half belongs to it
         self._undo_to: tuple[int, tuple[int, ...]] | None = None  # (RIP, registers) before a forbidden port access

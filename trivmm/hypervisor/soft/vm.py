@@ -20,7 +20,7 @@ from typing import Any, Final
 import attrs
 
 from trivmm.errors import HypervisorError, NotSupported
-from trivmm.hypervisor.base import VcpuBackend, VmBackendState
+from trivmm.hypervisor.base import VcpuBackend, VmBackend, VmBackendState
 from trivmm.hypervisor.soft.engine import PHYSICAL_END
 from trivmm.hypervisor.soft.env import ENGINE_VERSION
 from trivmm.hypervisor.soft.ioapic import IoApic
@@ -46,7 +46,7 @@ class Source:
 
 
 @attrs.define(eq=False)
-class SoftVm:
+class SoftVm(VmBackend):
     """``lapic``, ``chips`` and ``ioapic`` are the vCPU thread's; the tables are guarded by ``_lock``."""
 
     name: str = "soft"
