@@ -43,11 +43,10 @@ from trivmm.migration.sender import send, socket_dialer
 from trivmm.migration.transports import Dialer
 from trivmm.nursery.kernel import KernelCalls
 from trivmm.nursery.ownership import MIGRATION, Ownership
-from trivmm.nursery.vcpus import Driver, thread_driver
 from trivmm.platform.line import Line
 from trivmm.platform.sinks import Sink
 
-__all__ = ["ExitReason", "Vm", "VmState", "driver_of", "open_vm", "vm_scope"]
+__all__ = ["ExitReason", "Vm", "VmState", "open_vm", "vm_scope"]
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +83,6 @@ class Vm:
     config: VmConfig
     hypervisor: Hypervisor
     _nursery: trio.Nursery
-    _driver: Driver = thread_driver
     events: EventBus = attrs.field(factory=EventBus)
     state: VmState = attrs.field(default=VmState.CREATED, init=False)
     doubt: Doubt | None = attrs.field(default=None, init=False)
@@ -93,7 +91,7 @@ class Vm:
         default=attrs.Factory(lambda self: Ownership(self.deadlines), takes_self=True), init=False
     )
     kernel: KernelCalls = attrs.field(
-        default=attrs.Factory(lambda self: KernelCalls(self.deadlines, self._driver is thread_driver), takes_self=True),
+        default=attrs.Factory(lambda self: KernelCalls(self.deadlines, self.hypervisor.threads), takes_self=True),
         init=False,
     )
     reboots: int = attrs.field(default=0, init=False)
@@ -359,9 +357,7 @@ class Vm:
     ) -> None:
         end, ended = self._end_machine, self._machine_ended
         try:
-            async with open_machine(
-                board, self.deadlines, driver=self._driver, gate_open=gate_open, kernel=self.kernel
-            ) as machine:
+            async with open_machine(board, self.deadlines, gate_open=gate_open, kernel=self.kernel) as machine:
                 task_status.started(machine)
                 # If start() was cancelled meanwhile it waits for this task: leave before the shield, not after.
                 await trio.lowlevel.checkpoint_if_cancelled()
@@ -379,7 +375,7 @@ class Vm:
 
     async def _aside(self, work: Callable[[], None], *, abandon: bool = False) -> None:
         """Off the trio thread; in it under virtual time, whose clock would jump meanwhile."""
-        if self._driver is thread_driver:
+        if self.hypervisor.threads:
             mine = trio.CapacityLimiter(1)  # nobody else's threads in its way
             await trio.to_thread.run_sync(work, limiter=mine, abandon_on_cancel=abandon)
         else:
@@ -387,7 +383,7 @@ class Vm:
 
     async def _in_pieces(self, work: Callable[[Callable[[], None]], None]) -> None:
         """The same, for work that calls back between two pieces: there a cancellation ends it."""
-        between = trio.from_thread.check_cancelled if self._driver is thread_driver else lambda: None
+        between = trio.from_thread.check_cancelled if self.hypervisor.threads else lambda: None
         await self._aside(lambda: work(between))
 
     async def _end(self) -> None:
@@ -691,7 +687,7 @@ class Vm:
 
 @asynccontextmanager
 async def vm_scope(
-    config: VmConfig, hypervisor: Hypervisor, driver: Driver, events: EventBus | None = None
+    config: VmConfig, hypervisor: Hypervisor, events: EventBus | None = None
 ) -> AsyncIterator[tuple[Vm, trio.Nursery]]:
     """The VM nursery with its control loop, and the bounded end. What the body raises leaves it unwrapped.
 
@@ -699,7 +695,7 @@ async def vm_scope(
     bus = EventBus() if events is None else events
     failure: BaseException | None = None
     async with trio.open_nursery() as nursery:
-        vm = Vm(config, hypervisor, nursery, driver, bus)
+        vm = Vm(config, hypervisor, nursery, bus)
         nursery.start_soon(vm._control, name="control loop")
         try:
             yield vm, nursery
@@ -722,26 +718,18 @@ async def open_vm(
     config: VmConfig,
     *,
     hypervisor: Hypervisor | None = None,
-    driver: Driver | None = None,
     events: EventBus | None = None,
 ) -> AsyncIterator[Vm]:
     """A VM for the length of the block, in state CREATED. ``hypervisor`` None chooses by the host.
 
-    ``driver`` runs the vCPUs; None takes the hypervisor's own (``Hypervisor.driver``), or a thread each. What happens
-    is told on ``vm.events``: ``with vm.events.subscribe() as events: async for event in events: …``; it ends with the
-    block, unless ``events`` is a bus of yours.
+    What happens is told on ``vm.events``: ``with vm.events.subscribe() as events: async for event in events: …``; it
+    ends with the block, unless ``events`` is a bus of yours.
 
     :raises HypervisorError: / :raises ConfigError: when the host cannot; nothing is left behind."""
     chosen = hypervisor if hypervisor is not None else choose_hypervisor("auto")
     try:
-        async with vm_scope(config, chosen, driver or driver_of(chosen), events) as (vm, _):
+        async with vm_scope(config, chosen, events) as (vm, _):
             yield vm
     finally:
         if hypervisor is None:
             chosen.close()
-
-
-def driver_of(hypervisor: Hypervisor) -> Driver:
-    """How this hypervisor's vCPUs are run: the scripted one brings a driver without threads."""
-    driver: Driver = getattr(hypervisor, "driver", thread_driver)
-    return driver

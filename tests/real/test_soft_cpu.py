@@ -970,7 +970,7 @@ def test_the_vcpu_program_pauses_it_and_parks_it_at_a_barrier(build: Build) -> N
         raise AssertionError("the guest neither asks nor crashes")
 
     vcpu = Vcpu(0, guest.cpu, handle, changed.set, no, no)
-    thread = threading.Thread(target=drive_thread, args=(vcpu,))
+    thread = threading.Thread(target=drive_thread, args=(guest.cpu, vcpu.program()))
     thread.start()
     try:
         vcpu.release_pause()

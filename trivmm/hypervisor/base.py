@@ -4,7 +4,10 @@ A *back end* opens VMs; a VM back end owns memory slots, interrupt routes, doorb
 back end runs guest code until an exit that Python must handle. Three implementations: ``kvm``, ``soft`` (unicorn)
 and ``scripted`` (``trivmm.testing``). Exits are frozen classes, to be used with ``match``.
 
-Threads: ``VcpuBackend.run``, ``run_immediate``, ``complete_read`` and ``park`` belong to the vCPU's own thread;
+Most back ends run guest code in a blocking call, and so each vCPU has a thread (:class:`ThreadVcpu`); one whose time
+is virtual has trio tasks instead (:class:`TaskVcpu`).
+
+Threads: ``run``, ``run_immediate``, ``complete_read`` and ``park`` belong to the vCPU's own thread;
 ``kick`` may be called by any thread at any time, before the start and after the end too; ``save``, ``load``,
 ``inject_nmi`` and ``describe`` only while the vCPU is parked or not started. ``VmBackend`` calls come from one thread
 at a time, not always the same (``trivmm.nursery.kernel``), except ``connect_msi``/``disconnect_msi``/``add_doorbell``/
@@ -18,11 +21,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 import attrs
 
 __all__ = [
+    "AnyVcpu",
     "Cpuid",
     "FailEntry",
     "Halted",
@@ -34,6 +38,8 @@ __all__ = [
     "MmioRead",
     "MmioWrite",
     "SystemEvent",
+    "TaskVcpu",
+    "ThreadVcpu",
     "TripleFault",
     "VcpuBackend",
     "VcpuExit",
@@ -155,7 +161,7 @@ class Cpuid:
 
 
 class VcpuBackend(Protocol):
-    """One vCPU. Created parked, with the registers of a reset CPU.
+    """What may be asked of any vCPU. Created parked, with the registers of a reset CPU.
 
     ``inline_handler`` is set by the board before the start: a back end whose reads cannot leave the guest and come
     back (``soft``) answers :class:`IoIn` and :class:`MmioRead` through it, on the vCPU's own thread."""
@@ -166,23 +172,8 @@ class VcpuBackend(Protocol):
     """What guest memory tells of each write of a device (see ``GuestMemory.tell``), before the guest hears of it; None
     where the CPU sees such a write by itself."""
 
-    def attach_thread(self) -> None:
-        """Called first by the thread that will run this vCPU: publishes its id to ``kick``."""
-
-    def detach_thread(self) -> None:
-        """Called last by that thread: withdraws the id, so that no signal can hit a reused thread."""
-
-    def run(self) -> VcpuExit:
-        """Run guest code until an exit that Python must handle. A kick gives :class:`Interrupted`."""
-
-    def run_immediate(self) -> VcpuExit:
-        """Finish a started instruction without running another: repeat until :class:`Interrupted`."""
-
     def complete_read(self, data: bytes) -> None:
         """Answer the last :class:`IoIn` or :class:`MmioRead`; consumed by the next run."""
-
-    def park(self, timeout_s: float) -> None:
-        """Wait until kicked, at most ``timeout_s`` seconds. A kick that came before makes it return at once."""
 
     def kick(self) -> None:
         """Make ``run`` or ``park`` return soon. Idempotent, any thread, any time; repeated by callers until seen."""
@@ -212,6 +203,42 @@ class VcpuBackend(Protocol):
         """Idempotent."""
 
 
+class ThreadVcpu(VcpuBackend, Protocol):
+    """A vCPU that blocks while it runs: all of this is called by one thread, its own."""
+
+    threads: Literal[True] = True
+
+    def attach_thread(self) -> None:
+        """Called first by the thread that will run this vCPU: publishes its id to ``kick``."""
+
+    def detach_thread(self) -> None:
+        """Called last by that thread: withdraws the id, so that no signal can hit a reused thread."""
+
+    def run(self) -> VcpuExit:
+        """Run guest code until an exit that Python must handle. A kick gives :class:`Interrupted`."""
+
+    def run_immediate(self) -> VcpuExit:
+        """Finish a started instruction without running another: repeat until :class:`Interrupted`."""
+
+    def park(self, timeout_s: float) -> None:
+        """Wait until kicked, at most ``timeout_s`` seconds. A kick that came before makes it return at once."""
+
+
+class TaskVcpu(VcpuBackend, Protocol):
+    """A vCPU that is a trio task: the same verbs, awaited, under whatever clock trio has."""
+
+    threads: Literal[False] = False
+
+    async def run(self) -> VcpuExit: ...
+
+    async def run_immediate(self) -> VcpuExit: ...
+
+    async def park(self, timeout_s: float) -> None: ...
+
+
+AnyVcpu: TypeAlias = ThreadVcpu | TaskVcpu
+
+
 class VmBackend(Protocol):
     """One VM. ``name`` is the back end's (``kvm``)."""
 
@@ -229,7 +256,7 @@ class VmBackend(Protocol):
         """OR the slot's dirty bits since the last harvest into ``into`` (cffi ``uint64_t *``, a bit a 4 KiB page)
         and clear them in the log."""
 
-    def create_vcpu(self, index: int) -> VcpuBackend: ...
+    def create_vcpu(self, index: int) -> AnyVcpu: ...
 
     def add_doorbell(self, fd: int, gpa: int) -> None:
         """A guest write of any size and value at ``gpa`` signals the eventfd ``fd`` instead of exiting."""
@@ -276,6 +303,9 @@ class Hypervisor(Protocol):
     """Whether a kernel must be there to boot: false only where nothing runs it (``trivmm.testing``)."""
     note: str = ""
     """Why this one and not KVM, where ``auto`` fell back; empty otherwise."""
+    threads: bool = True
+    """Whether its vCPUs are a :class:`ThreadVcpu` each. False: a :class:`TaskVcpu`, so time may be virtual, and no
+    thread is to be waited for on behalf of its VM: the clock would jump meanwhile."""
 
     def clock(self) -> float:
         """Seconds, in the time that its vCPUs live in. Any thread."""

@@ -22,7 +22,7 @@ from trivmm.boot.pvh import check_payload, load_payload
 from trivmm.bus.space import AddressSpace, BusDevice, Effect, Range
 from trivmm.config import VmConfig
 from trivmm.errors import ConfigError, MigrationError, TrivmmError
-from trivmm.hypervisor.base import Hypervisor, IoIn, IoOut, MmioRead, MmioWrite, VcpuBackend, VcpuExit, VmBackend
+from trivmm.hypervisor.base import AnyVcpu, Hypervisor, IoIn, IoOut, MmioRead, MmioWrite, VcpuExit, VmBackend
 from trivmm.memory import layout
 from trivmm.memory.guest import GuestMemory
 from trivmm.nursery.activation import DeviceLifecycle
@@ -80,7 +80,7 @@ class Board:
     serial: Serial
     ged: Ged
     fixed: dict[str, Any]
-    cpus: list[VcpuBackend] = attrs.field(factory=list)
+    cpus: list[AnyVcpu] = attrs.field(factory=list)
     devices: list[DeviceSlot] = attrs.field(factory=list)
     console: ConsoleDevice | None = None
     stuck: list[str] = attrs.field(factory=list)

@@ -25,7 +25,7 @@ from trivmm.nursery.activation import DeviceLifecycle
 from trivmm.nursery.kernel import KernelCalls
 from trivmm.nursery.tree import open_tree
 from trivmm.nursery.vcpu import Vcpu
-from trivmm.nursery.vcpus import Driver, VcpuSet, thread_driver
+from trivmm.nursery.vcpus import VcpuSet
 from trivmm.platform.line import Line
 from trivmm.state.machine import MachineState, SavedVcpu
 
@@ -352,7 +352,6 @@ async def open_machine(
     board: Board,
     deadlines: Deadlines,
     *,
-    driver: Driver = thread_driver,
     gate_open: bool = True,
     vcpu_type: type[Vcpu] = Vcpu,
     kernel: KernelCalls | None = None,
@@ -360,8 +359,8 @@ async def open_machine(
     """Run a board: its actors, lines and parked vCPU threads, see :func:`trivmm.nursery.tree.open_tree`.
 
     ``gate_open`` False is for a destination: nothing activates before COMMIT."""
-    vcpus = VcpuSet((), deadlines, driver)
-    machine = Machine(board, deadlines, vcpus, kernel or KernelCalls(deadlines, driver is thread_driver))
+    vcpus = VcpuSet((), deadlines)
+    machine = Machine(board, deadlines, vcpus, kernel or KernelCalls(deadlines, board.hypervisor.threads))
     vcpus.vcpus = [
         vcpu_type(
             index,

@@ -133,7 +133,7 @@ class _Line:
 
 
 class MiniBoard:
-    """Give it devices and one script per vCPU, and run it with ``open_machine(board, deadlines, driver=task_driver)``.
+    """Give it devices and one script per vCPU, and run it with ``open_machine(board, deadlines)``.
 
     ``interrupts`` and ``stuck`` record what the machine did."""
 

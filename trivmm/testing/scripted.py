@@ -24,8 +24,7 @@ import trio
 
 from trivmm._native import ffi
 from trivmm.errors import HypervisorError
-from trivmm.hypervisor.base import Hypervisor, Interrupted, VcpuBackend, VcpuExit, VcpuState, VmBackend, VmBackendState
-from trivmm.nursery.vcpu import Vcpu
+from trivmm.hypervisor.base import Hypervisor, Interrupted, TaskVcpu, VcpuExit, VcpuState, VmBackend, VmBackendState
 
 __all__ = [
     "Compute",
@@ -36,7 +35,6 @@ __all__ = [
     "Step",
     "Store",
     "Wedge",
-    "task_driver",
 ]
 
 
@@ -65,7 +63,7 @@ def idle(cpu: ScriptedVcpu) -> Generator[Step, bytes | None, None]:
     yield Compute(1e9)
 
 
-class ScriptedVcpu(VcpuBackend):
+class ScriptedVcpu(TaskVcpu):
     """See the module's docstring. ``calls`` is the log of what the VMM did to this vCPU."""
 
     def __init__(self, vm: ScriptedVm, index: int, script: Script) -> None:
@@ -82,19 +80,6 @@ class ScriptedVcpu(VcpuBackend):
         self._kicked = trio.Event()
 
     # --- the protocol ----------------------------------------------------------------------------------------
-
-    def attach_thread(self) -> None:
-        raise HypervisorError("scripted", "has no threads", "run it with trivmm.testing.task_driver")
-
-    detach_thread = attach_thread
-
-    def run(self) -> VcpuExit:
-        raise HypervisorError("scripted", "has no threads", "run it with trivmm.testing.task_driver")
-
-    run_immediate = run
-
-    def park(self, timeout_s: float) -> None:
-        raise HypervisorError("scripted", "has no threads", "run it with trivmm.testing.task_driver")
 
     def complete_read(self, data: bytes) -> None:
         self._answer = data
@@ -127,7 +112,7 @@ class ScriptedVcpu(VcpuBackend):
             self._steps.close()
             self._steps = None
 
-    # --- what the driver awaits ------------------------------------------------------------------------------
+    # --- the task ------------------------------------------------------------------------------
 
     def _next(self) -> Step:
         answer, self._answer = self._answer, None
@@ -139,7 +124,7 @@ class ScriptedVcpu(VcpuBackend):
         except StopIteration:
             return Compute(1e9)
 
-    async def run_async(self) -> VcpuExit:
+    async def run(self) -> VcpuExit:
         while True:
             await trio.lowlevel.checkpoint()
             if self._kicked.is_set():
@@ -165,34 +150,14 @@ class ScriptedVcpu(VcpuBackend):
                 case _:
                     return step
 
-    async def finish_async(self) -> VcpuExit:
+    async def run_immediate(self) -> VcpuExit:
         await trio.lowlevel.checkpoint()
         return self._pending.pop(0) if self._pending else Interrupted()
 
-    async def park_async(self, timeout_s: float) -> None:
+    async def park(self, timeout_s: float) -> None:
         with trio.move_on_after(timeout_s):
             await self._kicked.wait()
         self._kicked = trio.Event()
-
-
-async def task_driver(vcpu: Vcpu) -> str:
-    """Runs a vCPU's program as a trio task: the same program that :func:`trivmm.nursery.vcpu.drive_thread` runs."""
-    cpu = vcpu.cpu
-    assert isinstance(cpu, ScriptedVcpu)
-    program = vcpu.program()
-    answer: VcpuExit | None = None
-    while True:
-        try:
-            operation = program.send(answer)
-        except StopIteration as end:
-            return str(end.value)
-        if operation == "run":
-            answer = await cpu.run_async()
-        elif operation == "finish":
-            answer = await cpu.finish_async()
-        else:
-            await cpu.park_async(operation)
-            answer = None
 
 
 class ScriptedVm(VmBackend):
@@ -239,7 +204,7 @@ class ScriptedVm(VmBackend):
         for page in self._dirty.pop(slot, ()):
             into[page // 64] |= 1 << page % 64
 
-    def create_vcpu(self, index: int) -> VcpuBackend:
+    def create_vcpu(self, index: int) -> ScriptedVcpu:
         script = self._scripts[index] if index < len(self._scripts) else idle
         return ScriptedVcpu(self, index, script)
 
@@ -286,7 +251,7 @@ class ScriptedHypervisor(Hypervisor):
 
     name: ClassVar[str] = "scripted"
     max_vcpus = 8
-    driver = staticmethod(task_driver)
+    threads = False
 
     def __init__(self, *scripts: Script, needs_payload: bool = True) -> None:
         self.scripts = scripts

@@ -24,8 +24,8 @@ from trivmm.hypervisor.base import (
     MmioRead,
     MmioWrite,
     SystemEvent,
+    ThreadVcpu,
     TripleFault,
-    VcpuBackend,
     VcpuExit,
     VcpuState,
 )
@@ -60,7 +60,7 @@ WAITS_FOR_START: Final = (int(lib.KVM_MP_STATE_UNINITIALIZED), int(lib.KVM_MP_ST
 MAX_CPUID: Final = 256  # KVM's own limit (KVM_MAX_CPUID_ENTRIES)
 
 
-class KvmVcpu(VcpuBackend):
+class KvmVcpu(ThreadVcpu):
     """``inline_handler`` is not used: reads leave the guest and come back."""
 
     def __init__(self, vm: KvmVm, kvm_fd: int, vm_fd: int, index: int, run_size: int) -> None:

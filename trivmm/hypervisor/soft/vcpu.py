@@ -28,8 +28,8 @@ from trivmm.hypervisor.base import (
     IoOut,
     MmioRead,
     MmioWrite,
+    ThreadVcpu,
     TripleFault,
-    VcpuBackend,
     VcpuExit,
     VcpuState,
 )
@@ -68,7 +68,7 @@ PROTECTION: Final = 13
 CODE_BYTES: Final = 16
 
 
-class SoftVcpu(VcpuBackend):
+class SoftVcpu(ThreadVcpu):
     def __init__(self, vm: SoftVm) -> None:
         self.index = 0
         self.inline_handler: Callable[[VcpuExit], bytes | None] | None = None

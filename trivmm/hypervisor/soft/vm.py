@@ -20,7 +20,7 @@ from typing import Any, Final
 import attrs
 
 from trivmm.errors import HypervisorError, NotSupported
-from trivmm.hypervisor.base import VcpuBackend, VmBackend, VmBackendState
+from trivmm.hypervisor.base import VmBackend, VmBackendState
 from trivmm.hypervisor.soft.engine import PHYSICAL_END
 from trivmm.hypervisor.soft.env import ENGINE_VERSION
 from trivmm.hypervisor.soft.ioapic import IoApic
@@ -88,7 +88,7 @@ class SoftVm(VmBackend):
 
     # --- vCPU ------------------------------------------------------------------------------------------------
 
-    def create_vcpu(self, index: int) -> VcpuBackend:
+    def create_vcpu(self, index: int) -> SoftVcpu:
         if index != 0 or self._vcpu is not None:
             raise NotSupported("cpus.boot", index + 1, "soft runs one vCPU for now", "use boot=1, or --hypervisor kvm")
         self._vcpu = SoftVcpu(self)
