@@ -63,7 +63,6 @@ def build(code: bytes) -> Guest:
     vm = hypervisor.open_vm()
     for region in memory.regions:
         vm.add_memory(region.slot, region.gpa, region.size, region.hva)
-    vm.read_memory = memory.read
     memory.write(CODE, code)
     cpu = vm.create_vcpu(0)
     cpu.set_boot_state(CODE, 0x6000)

@@ -44,6 +44,7 @@ from trivmm.hypervisor.base import IoOut, TripleFault, VcpuExit
 from trivmm.machine.host import MachineHost
 from trivmm.machine.machine import Machine
 from trivmm.migration.progress import MigrationProgress, Phase
+from trivmm.platform.sinks import GuestOutput
 from trivmm.testing.scripted import Compute, ScriptedHypervisor
 from trivmm.virtio.block.image import Image
 
@@ -238,9 +239,8 @@ async def test_a_paused_vm_does_not_reboot_before_it_is_resumed(
 class StalledSink:
     """A terminal that somebody stopped with Ctrl-S."""
 
-    async def send(self, data: bytes) -> int:
+    async def take(self, output: GuestOutput) -> None:
         await trio.sleep_forever()
-        return 0
 
     def close(self) -> None:
         pass

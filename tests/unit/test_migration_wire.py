@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from trivmm._native import ffi, lib
 from trivmm.config import DiskConfig, PayloadConfig, VmConfig
 from trivmm.errors import ConfigError, ProtocolError
-from trivmm.hypervisor.base import VcpuState, VmmState
+from trivmm.hypervisor.base import VcpuState, VmBackendState
 from trivmm.migration import messages as m
 from trivmm.migration import wire
 from trivmm.migration.steps import FROM_DESTINATION, FROM_SOURCE, Session, SessionState
@@ -29,7 +29,7 @@ STATE = MachineState(
         SavedVcpu(0, VcpuState("kvm/1", {"regs": b"\x00\xff" * 9, "none": b""}), ("rng", "activation")),
         SavedVcpu(1, VcpuState("kvm/1", {})),
     ),
-    vmm=VmmState("kvm/1", {"clock": b"123"}),
+    vmm=VmBackendState("kvm/1", {"clock": b"123"}),
     devices={"rng": {"queues": [1, 2], "pending": True}},
     board={"serial": {"lsr": 96}},
     reset_pending="reset",
@@ -294,7 +294,7 @@ def test_bad_state_names_the_field(path: str, new: Any) -> None:
 
 
 def test_a_state_too_large_is_refused_by_the_sender() -> None:
-    fat = MachineState((), VmmState("kvm/1", {"x": b"x" * (4 << 20)}), {}, {})
+    fat = MachineState((), VmBackendState("kvm/1", {"x": b"x" * (4 << 20)}), {}, {})
     with pytest.raises(ProtocolError, match="does not fit"):
         m.encode_message(m.State(fat))
 

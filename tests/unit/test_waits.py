@@ -95,7 +95,7 @@ EXCUSED: dict[str, str] = {
     "nursery/activation.py:DeviceLifecycle.run": SCOPE,
     "nursery/activation.py:DeviceLifecycle.settled": CALLER,
     "nursery/ownership.py:Ownership.free": CALLER,
-    "nursery/vcpus.py:thread_driver": "a vCPU's thread: request_stop and the kick end it, within vcpu_stop",
+    "nursery/vcpus.py:_drive": "a vCPU's thread: request_stop and the kick end it, within vcpu_stop",
     "virtio/device.py:WorkerDevice.stop": CALLER,
     "virtio/pci/msix.py:_readable": "select.poll() makes an object; it is asked with timeout 0",
     "virtio/queue/worker.py:QueueWorker.run": THREAD,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from types import MappingProxyType
@@ -23,7 +22,7 @@ from trivmm.boot.pvh import check_payload, load_payload
 from trivmm.bus.space import AddressSpace, BusDevice, Effect, Range
 from trivmm.config import VmConfig
 from trivmm.errors import ConfigError, MigrationError, TrivmmError
-from trivmm.hypervisor.base import Hypervisor, IoIn, IoOut, MmioRead, MmioWrite, VcpuBackend, VcpuExit, VmBackend
+from trivmm.hypervisor.base import AnyVcpu, Hypervisor, IoIn, IoOut, MmioRead, MmioWrite, VcpuExit, VmBackend
 from trivmm.memory import layout
 from trivmm.memory.guest import GuestMemory
 from trivmm.nursery.activation import DeviceLifecycle
@@ -72,6 +71,7 @@ class Board:
     says that one of them works on the board itself: then it stays open."""
 
     config: VmConfig
+    hypervisor: Hypervisor
     memory: GuestMemory
     vm: VmBackend
     pio: AddressSpace
@@ -80,13 +80,11 @@ class Board:
     serial: Serial
     ged: Ged
     fixed: dict[str, Any]
-    cpus: list[VcpuBackend] = attrs.field(factory=list)
+    cpus: list[AnyVcpu] = attrs.field(factory=list)
     devices: list[DeviceSlot] = attrs.field(factory=list)
     console: ConsoleDevice | None = None
     stuck: list[str] = attrs.field(factory=list)
     in_use: bool = False
-    clock: Callable[[], float] = time.monotonic
-    needs_payload: bool = True
     _dirty_logging: bool = False
     _closed: bool = False
     _freed: bool = False
@@ -126,7 +124,7 @@ class Board:
         Slow, and bounded: in a thread. What ``checkpoint`` raises between two pieces of work ends it.
 
         :raises ConfigError: naming the payload's field and what is wrong with the file."""
-        if not self.needs_payload:
+        if not self.hypervisor.needs_payload:
             return
         boot = load_payload(self.memory, self.config.payload, len(self.cpus), checkpoint)
         self.cpus[0].set_boot_state(boot.entry_gpa, boot.start_info_gpa)
@@ -135,7 +133,7 @@ class Board:
         """A destination boots nothing now, but the guest may ask it for a reboot later. As slow as loading it.
 
         :raises ConfigError: when the kernel can't be used on this host."""
-        if self.needs_payload:
+        if self.hypervisor.needs_payload:
             check_payload(self.config.payload, checkpoint)
 
     # --- consoles --------------------------------------------------------------------------------------------
@@ -327,8 +325,8 @@ class Board:
         counted = {slot.backend.name: slot.backend.counters() | slot.lifecycle.counters() for slot in self.devices}
         counted[SERIAL] = self.serial.counters()
         for cpu in self.cpus:
-            if hasattr(cpu, "counters"):
-                counted[f"__vcpu{cpu.index}"] = cpu.counters()
+            if own := cpu.counters():
+                counted[f"__vcpu{cpu.index}"] = own
         counted["__bus"] = {
             f"{space.name}_unhandled_{kind}": getattr(space, f"unhandled_{kind}")
             for space in (self.pio, self.mmio)
@@ -410,9 +408,8 @@ def build_board(
             cpu = vm.create_vcpu(index)
             cpu.inline_handler = board.inline_handler(index)
             board.cpus.append(cpu)
-            gate = getattr(cpu, "gate", None)
-            if gate is not None:  # soft translates code, and what a disk is read into may be code
-                memory.tell(gate)
+            if cpu.write_hook is not None:
+                memory.tell(cpu.write_hook)
     except BaseException:
         for step in reversed(undo):
             step()
@@ -502,18 +499,11 @@ def _assemble(config: VmConfig, hypervisor: Hypervisor, memory: GuestMemory, vm:
     )
     for (first, count), device, name in ports:
         pio.insert(Range(first, count, device, name))
-    attach = getattr(vm, "attach_pio_hook", None)
-    if attach is not None:  # kvm serves the UART inside its run loop, without Python
-        attach(*COM1, ffi.addressof(lib, "tv_uart_pio"), serial.native)
-    if hasattr(vm, "read_memory"):
-        vm.read_memory = memory.read
+    vm.attach_pio_hook(*COM1, ffi.addressof(lib, "tv_uart_pio"), serial.native)
     ged = Ged()  # nothing fails from here on: the board closes it
     mmio.insert(Range(layout.GED_START, GED_SIZE, ged, "ged"))
     fixed = {"pci": pci, "serial": serial, "cmos": cmos, "debug_port": debug_port, "ged": ged}
-    board = Board(config, memory, vm, pio, mmio, pci, serial, ged, fixed)
-    board.clock = getattr(hypervisor, "clock", time.monotonic)
-    board.needs_payload = hypervisor.needs_payload
-    return board
+    return Board(config, hypervisor, memory, vm, pio, mmio, pci, serial, ged, fixed)
 
 
 def _bar_resource(bar: Bar) -> dict[str, Any]:

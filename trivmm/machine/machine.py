@@ -26,7 +26,7 @@ from trivmm.nursery.activation import DeviceLifecycle
 from trivmm.nursery.kernel import KernelCalls
 from trivmm.nursery.tree import open_tree
 from trivmm.nursery.vcpu import Vcpu
-from trivmm.nursery.vcpus import Driver, VcpuSet, thread_driver
+from trivmm.nursery.vcpus import VcpuSet
 from trivmm.platform.line import Line
 from trivmm.state.machine import MachineState, SavedVcpu
 from trivmm.state.stage import Ladder, Rung, Stage
@@ -371,7 +371,6 @@ async def open_machine(
     board: Board,
     deadlines: Deadlines,
     *,
-    driver: Driver = thread_driver,
     stage: Stage = Stage.DETACHED,
     vcpu_type: type[Vcpu] = Vcpu,
     kernel: KernelCalls | None = None,
@@ -380,12 +379,19 @@ async def open_machine(
     """Run a board: its actors, lines and parked vCPU threads, see :func:`trivmm.nursery.tree.open_tree`.
 
     Nothing runs or activates before it is walked up; ``stage`` is where it starts: UNLOCKED for a destination."""
-    vcpus = VcpuSet((), deadlines, driver)
-    machine = Machine(
-        board, deadlines, vcpus, kernel or KernelCalls(deadlines, driver is thread_driver), on_guest_request
-    )
+    vcpus = VcpuSet((), deadlines)
+    calls = kernel or KernelCalls(deadlines, board.hypervisor.threads)
+    machine = Machine(board, deadlines, vcpus, calls, on_guest_request)
     vcpus.vcpus = [
-        vcpu_type(index, cpu, board.handle_exit, vcpus.on_change, machine.take_request, machine.take_crash, board.clock)
+        vcpu_type(
+            index,
+            cpu,
+            board.handle_exit,
+            vcpus.on_change,
+            machine.take_request,
+            machine.take_crash,
+            board.hypervisor.clock,
+        )
         for index, cpu in enumerate(board.cpus)
     ]
     vcpus.on_failure = machine.take_failure

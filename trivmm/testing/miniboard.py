@@ -133,12 +133,13 @@ class _Line:
 
 
 class MiniBoard:
-    """Give it devices and one script per vCPU, and run it with ``open_machine(board, deadlines, driver=task_driver)``.
+    """Give it devices and one script per vCPU, and run it with ``open_machine(board, deadlines)``.
 
     ``interrupts`` and ``stuck`` record what the machine did."""
 
     def __init__(self, devices: Sequence[BareDevice], *scripts: Script, deadlines: Deadlines) -> None:
-        self.vm = ScriptedHypervisor(*scripts).open_vm()
+        self.hypervisor = ScriptedHypervisor(*scripts)
+        self.vm = self.hypervisor.open_vm()
         self.cpus = [self.vm.create_vcpu(index) for index in range(len(scripts))]
         self.lines = {"serial": _Line()}
         self.events: list[tuple[str, str, int]] = []
@@ -149,9 +150,6 @@ class MiniBoard:
             transport = BareTransport()
             lifecycle = DeviceLifecycle(device, transport, deadlines, lambda *event: self.events.append(event))
             self.devices.append(Slot(device, transport, lifecycle))
-
-    def clock(self) -> float:
-        return trio.current_time()
 
     def handle_exit(self, vcpu: int, reason: VcpuExit) -> bytes | Effect:
         match reason:
