@@ -22,9 +22,9 @@ from trivmm.errors import ConfigError
 from trivmm.events import EventBus
 from trivmm.hypervisor.base import Hypervisor
 from trivmm.hypervisor.select import choose_hypervisor
+from trivmm.migration.destination.receiver import Receiver, open_receiver
 from trivmm.migration.port import DestinationMachine
 from trivmm.migration.progress import MigrationProgress
-from trivmm.migration.receiver import Receiver, open_receiver
 from trivmm.nursery.ownership import MIGRATION
 from trivmm.state.setup import config_from_setup
 from trivmm.vm import Vm, vm_scope

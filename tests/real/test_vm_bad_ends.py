@@ -43,6 +43,7 @@ from trivmm.guest import probe_path
 from trivmm.hypervisor.base import IoOut, TripleFault, VcpuExit
 from trivmm.machine.host import MachineHost
 from trivmm.machine.machine import Machine
+from trivmm.memory.dirty_log import DirtyLog
 from trivmm.migration.progress import MigrationProgress, Phase
 from trivmm.platform.sinks import GuestOutput
 from trivmm.testing.scripted import Compute, ScriptedHypervisor
@@ -342,13 +343,13 @@ async def test_a_guest_that_crashes_in_mid_migration_fails_it_and_is_reported_he
     config: VmConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     guest = Guest(TripleFault())
-    begin = Machine.start_dirty_log
+    begin = DirtyLog.start
 
-    async def began(self: Machine) -> None:
+    async def began(self: DirtyLog) -> None:
         guest.asked = where == "precopy"
         await begin(self)
 
-    monkeypatch.setattr(Machine, "start_dirty_log", began)
+    monkeypatch.setattr(DirtyLog, "start", began)
     ask_before(monkeypatch, guest, "stop")
     with trio.fail_after(LIMIT_S):
         async with two_sides(config, tmp_path, guest) as (source, target, move):

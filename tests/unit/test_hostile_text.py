@@ -24,8 +24,8 @@ from trivmm.control.http import Request
 from trivmm.control.routes import Router
 from trivmm.control.schema import CLASSES, NESTED, load_config, load_receive, load_send
 from trivmm.errors import MAX_LINE, ConfigError, GuestCrash, TrivmmError, one_line, reason_of
+from trivmm.migration.link.transports import parse_url
 from trivmm.migration.options import SendOptions, TimeoutStrategy
-from trivmm.migration.transports import parse_url
 from trivmm.platform.debug_ports import DebugConsole
 
 LONG: Final = "x" * 100_000

@@ -34,7 +34,7 @@ from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError, GuestCrash, HypervisorError, TrivmmError, one_line
 from trivmm.hypervisor.select import choose_hypervisor
 from trivmm.migration.progress import MigrationProgress, Phase
-from trivmm.migration.verdict import LAST_LOOK_S
+from trivmm.migration.wire.session import LAST_LOOK_S
 from trivmm.signals import Told
 from trivmm.unixsocket import SocketFd
 
@@ -231,7 +231,7 @@ class _Life:
         from trivmm.control.routes import Router
         from trivmm.control.server import Handler, open_server
         from trivmm.events import EventBus
-        from trivmm.migration.sender import socket_dialer
+        from trivmm.migration.source.sender import socket_dialer
         from trivmm.vm import Dial
         from trivmm.vmm import VmmOptions, open_vmm
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -21,7 +20,7 @@ from trivmm._native import ffi, lib
 from trivmm.boot.pvh import check_payload, load_payload
 from trivmm.bus.space import AddressSpace, BusDevice, Effect, Range
 from trivmm.config import VmConfig
-from trivmm.errors import ConfigError, MigrationError, TrivmmError
+from trivmm.errors import ConfigError, MigrationError
 from trivmm.hypervisor.base import AnyVcpu, Hypervisor, IoIn, IoOut, MmioRead, MmioWrite, VcpuExit, VmBackend
 from trivmm.memory import layout
 from trivmm.memory.guest import GuestMemory
@@ -85,7 +84,6 @@ class Board:
     console: ConsoleDevice | None = None
     stuck: list[str] = attrs.field(factory=list)
     in_use: bool = False
-    _dirty_logging: bool = False
     _closed: bool = False
     _freed: bool = False
 
@@ -170,7 +168,7 @@ class Board:
         """The guest finds a press when it next looks, whether it runs or not."""
         self.ged.notify(POWER_BUTTON)
 
-    # --- interrupts and the dirty log: these wait for the kernel -----------------------------------------------
+    # --- interrupts: these wait for the kernel -----------------------------------------------------------------
 
     def connect_interrupts(self) -> None:
         self.vm.connect_irq(self.serial.irq_fd, COM1_IRQ)
@@ -187,29 +185,6 @@ class Board:
             slot.transport.disconnect_interrupts()
         self.vm.disconnect_irq(self.ged.irq_fd, GED_IRQ)
         self.vm.disconnect_irq(self.serial.irq_fd, COM1_IRQ)
-
-    def start_dirty_log(self) -> None:
-        for region in self.memory.regions:  # the first round sends every touched page anyway
-            lib.tv_dirty_take(region.dirty, ffi.new("uint64_t[]", region.bitmap_words), region.bitmap_words)
-        self._dirty_logging = True
-        try:
-            self.vm.set_dirty_log(True)
-        except TrivmmError:  # of one slot, perhaps: no other goes on logging for nobody
-            with suppress(TrivmmError):
-                self.stop_dirty_log()
-            raise
-
-    def stop_dirty_log(self) -> None:
-        if self._dirty_logging:
-            self._dirty_logging = False
-            self.vm.set_dirty_log(False)
-
-    def harvest_dirty(self, slot: int, into: Any) -> int:
-        region = self.memory.regions[slot]
-        if self._dirty_logging:
-            self.vm.harvest_dirty(slot, into)
-        lib.tv_dirty_take(region.dirty, into, region.bitmap_words)
-        return int(lib.tv_pages_count(into, region.bitmap_words))
 
     # --- state -----------------------------------------------------------------------------------------------
 

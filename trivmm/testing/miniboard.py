@@ -14,6 +14,7 @@ import trio
 from trivmm.bus.space import Effect
 from trivmm.deadlines import Deadlines
 from trivmm.hypervisor.base import MmioRead, MmioWrite, VcpuExit
+from trivmm.memory.guest import GuestMemory
 from trivmm.nursery.activation import DeviceLifecycle
 from trivmm.testing.scripted import Script, ScriptedHypervisor
 from trivmm.virtio.port import ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, Activation
@@ -140,6 +141,7 @@ class MiniBoard:
     def __init__(self, devices: Sequence[BareDevice], *scripts: Script, deadlines: Deadlines) -> None:
         self.hypervisor = ScriptedHypervisor(*scripts)
         self.vm = self.hypervisor.open_vm()
+        self.memory = GuestMemory(())
         self.cpus = [self.vm.create_vcpu(index) for index in range(len(scripts))]
         self.lines = {"serial": _Line()}
         self.events: list[tuple[str, str, int]] = []

@@ -193,7 +193,7 @@ class Vm(Consoles, Moves):
         """The bounded end: owner, vCPUs, devices. Shielded by the caller."""
         self.host.closing = True
         if self.host.machine is not None:
-            self.host.machine.ending = True
+            self.host.machine.dirty_log.forget()
         if self._migration is not None:
             self._migration.cancel()  # past COMMIT it does not hear that
             with trio.move_on_after(self.deadlines.rollback + self.deadlines.commit):

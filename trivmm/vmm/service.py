@@ -11,7 +11,7 @@ from trivmm.config import VmConfig
 from trivmm.deadlines import Deadlines
 from trivmm.events import EventBus
 from trivmm.hypervisor.base import Hypervisor
-from trivmm.migration.sender import socket_dialer
+from trivmm.migration.source.sender import socket_dialer
 from trivmm.vm import Dial, Vm, open_vm
 from trivmm.vmm.core import VmmEnd, VmmOptions
 from trivmm.vmm.moves import VmmMoves
