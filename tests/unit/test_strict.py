@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trivmm.errors import ConfigError, ProtocolError
-from trivmm.state.strict import U8, U16, AtMost, Exactly, Name, Within, structure, unstructure
+from trivmm.state.strict import structure, unstructure
+from trivmm.values import U8, U16, AtMost, Exactly, Name, Within
 
 
 class Colour(enum.Enum):

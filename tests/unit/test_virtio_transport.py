@@ -12,6 +12,7 @@ import pytest
 
 from trivmm.bus.space import AddressSpace
 from trivmm.bus.ticket import Ticket
+from trivmm.deadlines import Deadlines
 from trivmm.errors import HypervisorError, ProtocolError
 from trivmm.platform.pci import PciBus
 from trivmm.testing.miniboard import BareDevice
@@ -55,7 +56,7 @@ def vm() -> ScriptedVm:
 def transport(vm: ScriptedVm) -> Iterator[VirtioPciTransport]:
     made = VirtioPciTransport(BareDevice(queue_sizes=(256, 64), features=1 << 32 | 0x25), vm)
     made.status = Status()
-    PciBus(AddressSpace("mmio")).add(made)
+    PciBus(AddressSpace("mmio"), Deadlines()).add(made)
     yield made
     made.close()
 
@@ -323,7 +324,7 @@ def test_everything_travels(transport: VirtioPciTransport) -> None:
 
     vm = ScriptedVm(())
     other = VirtioPciTransport(BareDevice(queue_sizes=(256, 64), features=1 << 32 | 0x25), vm)
-    bus = PciBus(AddressSpace("mmio"))
+    bus = PciBus(AddressSpace("mmio"), Deadlines())
     bus.add(other)
     for _ in range(2):  # again after an undo
         other.load(saved)

@@ -488,7 +488,7 @@ def _assemble(config: VmConfig, hypervisor: Hypervisor, memory: GuestMemory, vm:
     for region in memory.regions:
         vm.add_memory(region.slot, region.gpa, region.size, region.hva)
     pio, mmio = AddressSpace("pio"), AddressSpace("mmio")
-    pci = PciBus(mmio)
+    pci = PciBus(mmio, config.deadlines)
     cmos, debug_port = Cmos(config.memory.size), DebugPort()
     guest_log = logging.getLogger("trivmm.guest")
     ports: tuple[tuple[tuple[int, int], BusDevice, str], ...] = (

@@ -1,10 +1,10 @@
 """The one strict converter: JSON from a peer or a client to frozen classes and back. Nothing is bent until it fits.
 
-A class says what its fields may be by their types: ``U16``, ``Name``, ``Annotated[bytes, AtMost(4096)]``, an enum,
-another class. :func:`structure` builds it or refuses the value with the path of the field at fault, what stood there
-(cut to a line) and what belongs there. A float is no integer, a boolean no number, a string no list; keys that nobody
-knows and keys that are missing are refused; an array or object is left at its first mistake, so that a hostile one
-costs no more than it brought. What values *mean* together is checked by whoever takes a class over.
+A class says what its fields may be by their types (``trivmm.values``): ``U16``, ``Annotated[bytes, AtMost(4096)]``, an
+enum, another class. :func:`structure` builds it or refuses the value with the path of the field at fault, what stood
+there (cut to a line) and what belongs there. A float is no integer, a boolean no number, a string no list; keys that
+nobody knows and keys that are missing are refused; an array or object is left at its first mistake, so that a hostile
+one costs no more than it brought. What values *mean* together is checked by whoever takes a class over.
 
 Pure. ``trivmm.control.schema`` has a converter of the same hooks with its own words for API clients.
 """
@@ -32,18 +32,10 @@ from cattrs.errors import (
 from cattrs.gen import make_dict_structure_fn
 
 from trivmm.errors import ConfigError, ProtocolError, shown
-from trivmm.values import not_boolean, not_integer, not_text
+from trivmm.values import AtMost, Exactly, Within, not_boolean, not_integer, not_text
 
 __all__ = [
-    "U8",
-    "U16",
-    "U32",
-    "U64",
-    "AtMost",
-    "Exactly",
-    "Name",
     "Unfit",
-    "Within",
     "first_fault",
     "make_converter",
     "refused",
@@ -57,35 +49,6 @@ Check: TypeAlias = Callable[[object], "str | None"]
 
 MAX_ELEMENTS: Final = 1 << 12  # of an array or object whose class names no limit of its own
 MAX_KEY: Final = 80  # characters of a peer's key that a path repeats
-
-
-@attrs.frozen
-class Within:
-    """A number from ``low`` to ``high``, both included."""
-
-    low: int
-    high: float
-
-
-@attrs.frozen
-class AtMost:
-    """So many characters of a string, bytes of bytes, elements of an array or object."""
-
-    limit: int
-
-
-@attrs.frozen
-class Exactly:
-    """So many bytes."""
-
-    length: int
-
-
-U8 = Annotated[int, Within(0, (1 << 8) - 1)]
-U16 = Annotated[int, Within(0, (1 << 16) - 1)]
-U32 = Annotated[int, Within(0, (1 << 32) - 1)]
-U64 = Annotated[int, Within(0, (1 << 64) - 1)]
-Name = Annotated[str, AtMost(256)]  # of a device, a kind, a part: short words
 
 
 class Unfit(ValueError):

@@ -82,6 +82,7 @@ class VirtioPciTransport:
             revision=1,
             subsystem_vendor_id=VENDOR,
             subsystem_id=DEVICE_BASE + device.device_type,
+            lock_s=LOCK_S,
         )
         self.config.add_bar(BAR, BAR_SIZE, is_64bit=use_64bit_bar)
         self._add_capabilities()
