@@ -42,6 +42,7 @@ from trivmm.errors import (
 )
 from trivmm.guest import probe_path
 from trivmm.hypervisor.base import IoOut, TripleFault, VcpuExit
+from trivmm.machine.host import MachineHost
 from trivmm.machine.machine import Machine
 from trivmm.migration.progress import MigrationProgress, Phase
 from trivmm.testing.scripted import Compute, ScriptedHypervisor
@@ -252,8 +253,8 @@ async def test_a_stalled_serial_sink_does_not_use_up_the_downtime(config: VmConf
     config = attrs.evolve(config, deadlines=attrs.evolve(config.deadlines, downtime=1.0))
     with trio.fail_after(LIMIT_S):
         async with two_sides(config, tmp_path) as (source, target, move):
-            assert source._machine is not None
-            serial = source._machine.board.serial
+            assert source.host.machine is not None
+            serial = source.host.machine.board.serial
             serial.attach_sink(StalledSink())
             serial.write(0, b"x")
             reports: list[MigrationProgress] = []
@@ -329,8 +330,8 @@ async def test_an_observer_that_raises_harms_nobody_else(config: VmConfig, caplo
             vm.events.listen(faulty)
             vm.events.listen(lambda event: seen.append(event.event))
             await vm.boot()
-            assert vm._machine is not None
-            for slot in vm._machine.board.devices:
+            assert vm.host.machine is not None
+            for slot in vm.host.machine.board.devices:
                 ticket = slot.transport.bar_write(0, DEVICE_STATUS, b"\0")
                 assert isinstance(ticket, Ticket)
                 reset = trio.Event()
@@ -410,13 +411,13 @@ async def test_closing_the_source_in_mid_migration_rolls_back_and_ends_it(config
 async def test_a_vm_that_is_closed_while_it_boots_says_so(config: VmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     loading, closed = trio.Event(), trio.Event()
 
-    async def slow(self: Vm, work: Callable[[], None], *, abandon: bool = False) -> None:
+    async def slow(self: MachineHost, work: Callable[[], None], *, abandon: bool = False) -> None:
         if not abandon:  # the payload
             loading.set()
             await closed.wait()
         work()
 
-    monkeypatch.setattr(Vm, "_aside", slow)
+    monkeypatch.setattr(MachineHost, "_aside", slow)
     refused: list[Exception] = []
 
     async def boot(vm: Vm) -> None:
