@@ -30,6 +30,7 @@ from trivmm import (
     open_incoming,
     open_vm,
 )
+from trivmm.bus.ticket import Ticket
 from trivmm.errors import (
     CommitRefused,
     ConfigError,
@@ -48,6 +49,7 @@ from trivmm.migration.progress import MigrationProgress, Phase
 from trivmm.platform.sinks import GuestOutput
 from trivmm.testing.scripted import Compute, ScriptedHypervisor
 from trivmm.virtio.block.image import Image
+from trivmm.virtio.pci.common_config import DEVICE_STATUS
 
 LIMIT_S = 60
 RESET = IoOut(0x600, 1, b"\x01")
@@ -331,8 +333,11 @@ async def test_an_observer_that_raises_harms_nobody_else(config: VmConfig, caplo
             await vm.boot()
             assert vm.host.machine is not None
             for slot in vm.host.machine.board.devices:
-                slot.lifecycle.power_on()
-                await slot.lifecycle.settled()
+                ticket = slot.transport.bar_write(0, DEVICE_STATUS, b"\0")
+                assert isinstance(ticket, Ticket)
+                reset = trio.Event()
+                ticket.on_settled(reset.set)  # by the actor, in this thread
+                await reset.wait()
             await vm.shutdown()
     assert seen == ["booting", "booted", "reset", "reset", "shutdown"]
     assert "an observer's own bug" in caplog.text

@@ -24,7 +24,7 @@ from trivmm.errors import ConfigError, MigrationError
 from trivmm.hypervisor.base import AnyVcpu, Hypervisor, IoIn, IoOut, MmioRead, MmioWrite, VcpuExit, VmBackend
 from trivmm.memory import layout
 from trivmm.memory.guest import GuestMemory
-from trivmm.nursery.activation import DeviceLifecycle
+from trivmm.nursery.activation import ActivationActor
 from trivmm.platform.acpi_port import ACPI_PORTS, AcpiPort
 from trivmm.platform.cmos import CMOS_PORTS, Cmos
 from trivmm.platform.debug_ports import DEBUG_CONSOLE_PORTS, DEBUG_PORTS, DebugConsole, DebugPort
@@ -60,7 +60,7 @@ class DeviceSlot:
 
     backend: WorkerDevice
     transport: VirtioPciTransport
-    lifecycle: DeviceLifecycle
+    actor: ActivationActor
     pci_slot: int
 
 
@@ -229,7 +229,7 @@ class Board:
         """(devices by name, fixed parts by name), JSON-able; after the machine stopped."""
         devices = {
             slot.backend.name: {
-                "lifecycle": slot.lifecycle.save(),
+                "lifecycle": slot.transport.state.save(),
                 "transport": slot.transport.save(),
                 "device": slot.backend.save(),
             }
@@ -251,7 +251,8 @@ class Board:
                 saved = state.devices[part]
                 slot.transport.load(saved["transport"])
                 slot.backend.load(saved["device"])
-                slot.lifecycle.load(saved["lifecycle"], slot.transport.snapshot)
+                common = slot.transport.common
+                slot.transport.state.load(saved["lifecycle"], common.setup(), common.limits)
             for name, fixed in self.fixed.items():  # the PCI bus among them places the BARs that were just loaded
                 part = name
                 fixed.load(state.board[name])
@@ -285,7 +286,7 @@ class Board:
                 "children": [name],
                 "pci_bdf": f"0000:00:{slot.pci_slot:02x}.0",
             }
-            status = slot.lifecycle.state.value
+            status = slot.transport.state.stage.value
             tree[name] = {"id": name, "resources": [], "parent": transport, "children": [], "status": status}
         return tree
 
@@ -297,7 +298,7 @@ class Board:
         return attrs.evolve(self.config, disks=disks)
 
     def counters(self) -> dict[str, dict[str, int]]:
-        counted = {slot.backend.name: slot.backend.counters() | slot.lifecycle.counters() for slot in self.devices}
+        counted = {slot.backend.name: slot.backend.counters() | slot.actor.counters() for slot in self.devices}
         counted[SERIAL] = self.serial.counters()
         for cpu in self.cpus:
             if own := cpu.counters():
@@ -460,7 +461,7 @@ def _assemble(config: VmConfig, hypervisor: Hypervisor, memory: GuestMemory, vm:
     for region in memory.regions:
         vm.add_memory(region.slot, region.gpa, region.size, region.hva)
     pio, mmio = AddressSpace("pio"), AddressSpace("mmio")
-    pci = PciBus(mmio)
+    pci = PciBus(mmio, config.deadlines)
     cmos, debug_port = Cmos(config.memory.size), DebugPort()
     guest_log = logging.getLogger("trivmm.guest")
     ports: tuple[tuple[tuple[int, int], BusDevice, str], ...] = (
@@ -515,14 +516,15 @@ def _plug(board: Board, device: WorkerDevice, on_event: EventSink, *, slot: int 
     try:
         if any(each.backend.name == device.name for each in board.devices):
             raise ConfigError("id", device.name, "two devices have this id", "give each its own")
-        transport = VirtioPciTransport(device, board.vm, use_64bit_bar=use_64bit_bar)
+        transport = VirtioPciTransport(device, board.vm, board.config.deadlines, use_64bit_bar=use_64bit_bar)
     except BaseException:
         device.close()
         raise
-    lifecycle = DeviceLifecycle(device, transport, board.config.deadlines, on_event)
-    transport.status = lifecycle
-    device.on_broken = lifecycle.fail
+    actor = ActivationActor(
+        device, transport.state, transport.handles, board.config.deadlines, transport.reset_registers, on_event
+    )
+    device.on_broken = actor.fail
     device.on_config_change = transport.config_changed
-    board.devices.append(DeviceSlot(device, transport, lifecycle, 0))
+    board.devices.append(DeviceSlot(device, transport, actor, 0))
     placed = board.pci.add(transport, slot)
-    board.devices[-1] = DeviceSlot(device, transport, lifecycle, placed)
+    board.devices[-1] = DeviceSlot(device, transport, actor, placed)

@@ -22,7 +22,7 @@ from trivmm.machine.board import Board
 from trivmm.machine.interrupts import Interrupts
 from trivmm.memory.dirty_log import DirtyLog, HostWriters
 from trivmm.memory.guest import GuestMemory
-from trivmm.nursery.activation import DeviceLifecycle
+from trivmm.nursery.activation import ActivationActor
 from trivmm.nursery.kernel import KernelCalls
 from trivmm.nursery.tree import open_tree
 from trivmm.nursery.vcpu import Vcpu
@@ -97,8 +97,8 @@ class Machine:
     # --- what the nursery tree houses ------------------------------------------------------------------------
 
     @property
-    def actors(self) -> Sequence[DeviceLifecycle]:
-        return [slot.lifecycle for slot in self.board.devices]
+    def actors(self) -> Sequence[ActivationActor]:
+        return [slot.actor for slot in self.board.devices]
 
     @property
     def lines(self) -> Mapping[str, Line]:
@@ -183,20 +183,20 @@ class Machine:
         :raises DeadlineError: ``quiesce``, naming the device; the gate may be half closed."""
 
         def diagnose() -> str:
-            late = [slot.lifecycle for slot in self.board.devices if slot.lifecycle.busy]
-            names = ", ".join(f"{each.name} ({each.stuck or each.state.value})" for each in late)
+            late = [slot.actor for slot in self.board.devices if slot.actor.busy]
+            names = ", ".join(f"{each.name} ({each.stuck or each.state.stage.value})" for each in late)
             return f"in-flight work did not end: {names or 'console output'}"
 
         with self.deadlines.enter("quiesce", diagnose, at_most_s=at_most_s):
             async with trio.open_nursery() as nursery:
                 for slot in self.board.devices:
-                    nursery.start_soon(slot.lifecycle.quiesce)
+                    nursery.start_soon(slot.actor.quiesce)
                 for line in self.board.lines.values():
                     nursery.start_soon(line.drain, min(self.deadlines.drain, at_most_s, drain_s))
 
     async def _open_gate(self) -> None:
         for slot in self.board.devices:
-            slot.lifecycle.reopen()
+            slot.actor.reopen()
 
     async def _attach(self) -> None:
         """Only says so: on the way up the guest comes first. Interrupts that it waits for are kept meanwhile, and come
@@ -206,8 +206,8 @@ class Machine:
     async def _give_locks(self, at_most_s: float) -> None:
         """:raises HypervisorError: while a device thread is stuck in the kernel: it could still write."""
         for slot in self.board.devices:
-            if slot.lifecycle.stuck is not None:
-                raise HypervisorError("COMMIT", slot.lifecycle.stuck, "wait until the device's storage answers")
+            if slot.actor.stuck is not None:
+                raise HypervisorError("COMMIT", slot.actor.stuck, "wait until the device's storage answers")
         self.board.give_locks()
 
     async def _take_locks(self) -> None:
@@ -308,11 +308,11 @@ class Machine:
             self.interrupts.agree()
 
         await self.kernel.call("loading the state", work)
-        lifecycles = {slot.lifecycle.name: slot.lifecycle for slot in self.board.devices}
+        states = {slot.actor.name: slot.actor.state for slot in self.board.devices}
         for vcpu, saved in zip(self.vcpus.vcpus, state.vcpus, strict=True):
             vcpu.barrier = None
-            if saved.barrier is not None and saved.barrier[0] in lifecycles:
-                ticket = lifecycles[saved.barrier[0]].ticket
+            if saved.barrier is not None and saved.barrier[0] in states:
+                ticket = states[saved.barrier[0]].barrier
                 if ticket is not None:
                     vcpu.park_at(ticket)
         self.wanted = Stage.RUNNING if state.run else Stage.PAUSED
@@ -366,6 +366,6 @@ async def open_machine(
     vcpus.on_failure = machine.take_failure
     machine.ladder.fall(stage)
     for slot in board.devices:
-        slot.lifecycle.close_gate()
+        slot.actor.close_gate()
     async with open_tree(machine):
         yield machine
