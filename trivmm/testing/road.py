@@ -16,10 +16,12 @@ import trio
 from trivmm.config import VmConfig
 from trivmm.hypervisor.base import Hypervisor
 from trivmm.incoming import Incoming, open_incoming
+from trivmm.machine.board import Board
 from trivmm.migration.progress import MigrationReport
+from trivmm.virtio.console.device import ConsoleDevice
 from trivmm.vm import Vm, open_vm
 
-__all__ = ["Road", "open_road"]
+__all__ = ["Road", "console_of", "open_road"]
 
 
 @attrs.define(eq=False)
@@ -100,3 +102,8 @@ async def open_road(config: VmConfig, *, hypervisor: Hypervisor | None = None) -
             nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure
+
+
+def console_of(board: Board) -> ConsoleDevice:
+    """The virtio console of a board that has one."""
+    return next(slot.backend for slot in board.devices if isinstance(slot.backend, ConsoleDevice))
