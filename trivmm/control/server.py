@@ -42,6 +42,7 @@ from trivmm.control.http import Bad, HttpConnection, OpenStream, Request, Respon
 from trivmm.deadlines import Deadlines
 from trivmm.errors import DeadlineError
 from trivmm.unixsocket import SocketFd, adopt_listener, listen_unix
+from trivmm.unwrapped import unwrapped_nursery
 
 __all__ = ["Handler", "open_server"]
 
@@ -72,19 +73,11 @@ async def open_server(where: str | SocketFd, handler: Handler, deadlines: Deadli
     :raises ConfigError: when the socket can't be had, or another process serves there."""
     with _listening(where) as listener:
         server = _Server(handler, deadlines)
-        failure: BaseException | None = None
-        async with trio.open_nursery() as nursery:
+        async with unwrapped_nursery() as nursery:
             nursery.start_soon(server.hurry_at_the_end, name="API end")
             nursery.start_soon(server.accept, listener, name="API listener")
-            try:
-                yield
-            except trio.Cancelled:
-                raise
-            except BaseException as error:
-                failure = error  # raised again outside the nursery, so that it isn't wrapped in a group
+            yield
             nursery.cancel_scope.cancel()
-        if failure is not None:
-            raise failure
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from trivmm.config import VmConfig
 from trivmm.hypervisor.base import Hypervisor
 from trivmm.incoming import Incoming, open_incoming
 from trivmm.migration.progress import MigrationReport
+from trivmm.unwrapped import unwrapped_nursery
 from trivmm.vm import Vm, open_vm
 
 __all__ = ["Road", "open_road"]
@@ -77,8 +78,7 @@ class Road:
 @asynccontextmanager
 async def open_road(config: VmConfig, *, hypervisor: Hypervisor | None = None) -> AsyncIterator[Road]:
     """A booted VM that can be moved within the block."""
-    failure: BaseException | None = None
-    async with trio.open_nursery() as nursery:
+    async with unwrapped_nursery() as nursery:
         leave = trio.Event()
 
         async def first(*, task_status: trio.TaskStatus[Vm]) -> None:
@@ -90,13 +90,5 @@ async def open_road(config: VmConfig, *, hypervisor: Hypervisor | None = None) -
         road = Road(nursery, await nursery.start(first), hypervisor, leave)
         try:
             yield road
-        except trio.Cancelled:
-            raise
-        except BaseException as error:
-            failure = error
         finally:
             road._leave.set()
-        if failure is not None:
-            nursery.cancel_scope.cancel()
-    if failure is not None:
-        raise failure
