@@ -13,7 +13,6 @@ import os
 import stat
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Final
 
 import attrs
 import trio
@@ -27,7 +26,7 @@ from trivmm.unwrapped import unwrapped_nursery
 
 __all__ = ["open_event_monitor"]
 
-LOG: Final = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @asynccontextmanager
@@ -76,7 +75,9 @@ async def _write_all(sink: FdSink, events: Subscription, writing: trio.CancelSco
                 while text.left:
                     await sink.take(text)
             except OSError as error:
-                LOG.warning("--event-monitor: cannot write any more (%s); the VMM goes on without it", reason_of(error))
+                logger.warning(
+                    "--event-monitor: cannot write any more (%s); the VMM goes on without it", reason_of(error)
+                )
                 return
 
 
