@@ -48,6 +48,7 @@ from trivmm.memory.dirty_log import DirtyLog
 from trivmm.migration.progress import MigrationProgress, Phase
 from trivmm.platform.sinks import GuestOutput
 from trivmm.testing.scripted import Compute, ScriptedHypervisor
+from trivmm.unwrapped import unwrapped_nursery
 from trivmm.virtio.block.image import Image
 from trivmm.virtio.pci.common_config import DEVICE_STATUS
 
@@ -111,16 +112,9 @@ async def two_sides(config: VmConfig, folder: Path, *scripts: Any) -> AsyncItera
                 return
 
         async def move(**options: Any) -> None:
-            failure: Exception | None = None
-            async with trio.open_nursery() as nursery:
+            async with unwrapped_nursery() as nursery:
                 nursery.start_soon(receive)
-                try:
-                    await source.migrate_to(url, **options)
-                except Exception as error:  # raised below, outside the nursery: not in a group
-                    failure = error
-                    nursery.cancel_scope.cancel()
-            if failure is not None:
-                raise failure
+                await source.migrate_to(url, **options)
 
         yield source, incoming.vm, move
 

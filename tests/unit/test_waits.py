@@ -62,7 +62,6 @@ EXCUSED: dict[str, str] = {
     "platform/line.py:Line._take_piece": "as FdSink.take",
     "platform/line.py:Line._watch": SCOPE,
     "platform/line.py:Line.until_room": CALLER,
-    "platform/line.py:Line.wait_for": CALLER,
     "platform/line.py:Subscription.receive": CALLER,
     "platform/sinks.py:ClientSink._read": SCOPE,
     "platform/sinks.py:ClientSink._write": SCOPE,

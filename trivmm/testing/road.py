@@ -18,6 +18,7 @@ from trivmm.hypervisor.base import Hypervisor
 from trivmm.incoming import Incoming, open_incoming
 from trivmm.machine.board import Board
 from trivmm.migration.progress import MigrationReport
+from trivmm.unwrapped import unwrapped_nursery
 from trivmm.virtio.console.device import ConsoleDevice
 from trivmm.vm import Vm, open_vm
 
@@ -79,8 +80,7 @@ class Road:
 @asynccontextmanager
 async def open_road(config: VmConfig, *, hypervisor: Hypervisor | None = None) -> AsyncIterator[Road]:
     """A booted VM that can be moved within the block."""
-    failure: BaseException | None = None
-    async with trio.open_nursery() as nursery:
+    async with unwrapped_nursery() as nursery:
         leave = trio.Event()
 
         async def first(*, task_status: trio.TaskStatus[Vm]) -> None:
@@ -92,16 +92,8 @@ async def open_road(config: VmConfig, *, hypervisor: Hypervisor | None = None) -
         road = Road(nursery, await nursery.start(first), hypervisor, leave)
         try:
             yield road
-        except trio.Cancelled:
-            raise
-        except BaseException as error:
-            failure = error
         finally:
             road._leave.set()
-        if failure is not None:
-            nursery.cancel_scope.cancel()
-    if failure is not None:
-        raise failure
 
 
 def console_of(board: Board) -> ConsoleDevice:
