@@ -13,7 +13,7 @@ import trio
 from trivmm import ConsoleConfig, Deadlines, DiskConfig, MemoryConfig, PayloadConfig, SerialConfig, Vm, VmConfig
 from trivmm.guest import ProbeReport, parse_report, probe_cmdline, probe_path
 from trivmm.testing.driver import until
-from trivmm.testing.road import open_road
+from trivmm.testing.road import console_of, open_road
 from trivmm.vm import open_vm
 
 pytestmark = pytest.mark.kvm
@@ -150,10 +150,9 @@ async def test_a_console_in_full_flow_moves(tmp_path: Path) -> None:
     with trio.fail_after(LIMIT_S):
         async with open_road(config_of(tmp_path, console="Socket", rate=200)) as road:
             first = await trio.open_unix_socket(tmp_path / "console.sock")
-            machine = road.vm._machine
+            machine = road.vm.host.machine
             assert machine is not None
-            assert machine.board.console is not None
-            line = machine.board.console.line
+            line = machine.board.lines["console"]
 
             async def type_on() -> None:
                 with pytest.raises(trio.BrokenResourceError):  # its VMM goes away in the middle
@@ -199,11 +198,10 @@ async def test_the_guest_sees_a_new_size(tmp_path: Path) -> None:
     with trio.fail_after(LIMIT_S):
         async with open_vm(config_of(tmp_path, console="Null")) as vm:
             await vm.boot()
-            machine = vm._machine
+            machine = vm.host.machine
             assert machine is not None
-            assert machine.board.console is not None
             await vm.wait_for_console("PROBE t=")
-            machine.board.console.resize(132, 43)
+            console_of(machine.board).resize(132, 43)
             while (report := report_of(tmp_path)).cols != 132:
                 await vm.console_output()
             assert (report.rows, report.problems) == (43, ())

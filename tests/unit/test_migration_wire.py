@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from trivmm._native import ffi, lib
 from trivmm.config import DiskConfig, PayloadConfig, VmConfig
 from trivmm.errors import ConfigError, ProtocolError
-from trivmm.hypervisor.base import VcpuState, VmmState
+from trivmm.hypervisor.base import VcpuState, VmBackendState
 from trivmm.migration.wire import frame as wire
 from trivmm.migration.wire import messages as m
 from trivmm.migration.wire.session import FROM_DESTINATION, FROM_SOURCE, Session, SessionState
-from trivmm.state.fields import MAX_DEPTH, load_json
+from trivmm.state.jsontext import MAX_DEPTH, load_json
 from trivmm.state.machine import MachineState, SavedVcpu
 from trivmm.state.setup import config_from_setup, config_to_setup
 
@@ -32,7 +32,7 @@ STATE = MachineState(
         SavedVcpu(0, VcpuState("kvm/1", {"regs": b"\x00\xff" * 9, "none": b""}), ("rng", "activation")),
         SavedVcpu(1, VcpuState("kvm/1", {})),
     ),
-    vmm=VmmState("kvm/1", {"clock": b"123"}),
+    vmm=VmBackendState("kvm/1", {"clock": b"123"}),
     devices={"rng": {"queues": [1, 2], "pending": True}},
     board={"serial": {"lsr": 96}},
     reset_pending="reset",
@@ -311,14 +311,14 @@ def test_bad_bodies_are_protocol_errors(kind: str, body: bytes) -> None:
 
 
 def test_a_setup_with_text_that_is_none_is_refused() -> None:
-    good = config_to_setup(VmConfig(PayloadConfig("k"), disks=(DiskConfig("d", serial="s"),)))
-    assert config_to_setup(config_from_setup(json.loads(json.dumps(good)))) == good
+    good = config_to_setup(VmConfig(PayloadConfig("k"), disks=(DiskConfig("d", serial="s"),)), {})
+    assert config_to_setup(config_from_setup(json.loads(json.dumps(good)), {}), {}) == good
     assert good["disks"][0]["image_type"] == "Unknown"
     with pytest.raises(ConfigError, match="image_type"):
-        config_from_setup({**good, "disks": [{**good["disks"][0], "image_type": "Qcow2"}]})
+        config_from_setup({**good, "disks": [{**good["disks"][0], "image_type": "Qcow2"}]}, {})
     good["disks"][0]["serial"] = "\ud800"
-    with pytest.raises(ProtocolError, match="malformed"):
-        config_from_setup(good)
+    with pytest.raises(ProtocolError, match=r"setup\.config\.disks\[0\]\.serial is .*, not text"):
+        config_from_setup(good, {})
 
 
 def test_a_reason_stays_one_line() -> None:
@@ -370,7 +370,7 @@ def test_bad_state_names_the_field(path: str, new: Any) -> None:
 
 
 def test_a_state_too_large_is_refused_by_the_sender() -> None:
-    fat = MachineState((), VmmState("kvm/1", {"x": b"x" * (4 << 20)}), {}, {})
+    fat = MachineState((), VmBackendState("kvm/1", {"x": b"x" * (4 << 20)}), {}, {})
     with pytest.raises(ProtocolError, match="does not fit"):
         m.encode_message(m.State(fat))
 

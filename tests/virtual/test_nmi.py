@@ -13,7 +13,7 @@ from trivmm.deadlines import Deadlines
 from trivmm.errors import PauseTimeout
 from trivmm.machine.machine import Machine, open_machine
 from trivmm.testing.miniboard import MiniBoard
-from trivmm.testing.scripted import Compute, ScriptedVcpu, Wedge, task_driver
+from trivmm.testing.scripted import Compute, ScriptedVcpu, Wedge
 
 Guest = Generator[Any, bytes | None, None]
 Clock = trio.testing.MockClock
@@ -44,7 +44,7 @@ async def test_every_vcpu_gets_one_while_all_are_parked_and_runs_again(
 ) -> None:
     deadlines = Deadlines()
     board = MiniBoard([], beat, beat, deadlines=deadlines)
-    async with open_machine(board, deadlines, driver=task_driver) as machine:
+    async with open_machine(board, deadlines) as machine:
         parked: list[bool] = []
 
         def inject(cpu: ScriptedVcpu) -> None:
@@ -65,7 +65,7 @@ async def test_every_vcpu_gets_one_while_all_are_parked_and_runs_again(
 async def test_a_paused_machine_stays_paused(autojump_clock: Clock) -> None:
     deadlines = Deadlines()
     board = MiniBoard([], beat, deadlines=deadlines)
-    async with open_machine(board, deadlines, driver=task_driver) as machine:
+    async with open_machine(board, deadlines) as machine:
         await machine.resume()
         await machine.pause()
         before = beats(board)
@@ -79,7 +79,7 @@ async def test_a_paused_machine_stays_paused(autojump_clock: Clock) -> None:
 async def test_a_vcpu_that_does_not_stop_for_it_spoils_it_for_all(autojump_clock: Clock) -> None:
     deadlines = Deadlines()
     board = MiniBoard([], beat, wedged, deadlines=deadlines)
-    async with open_machine(board, deadlines, driver=task_driver) as machine:
+    async with open_machine(board, deadlines) as machine:
         await machine.resume()
         await trio.sleep(2)
         with pytest.raises(PauseTimeout, match="vcpu1"):

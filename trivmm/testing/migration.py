@@ -16,7 +16,7 @@ import trio.testing
 
 from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError, PauseTimeout
-from trivmm.hypervisor.base import VcpuState, VmmState
+from trivmm.hypervisor.base import VcpuState, VmBackendState
 from trivmm.memory.dirty_log import DirtyLog, HostWriters
 from trivmm.memory.guest import GuestMemory
 from trivmm.migration.link.halves import Connection, LinkLost
@@ -120,7 +120,7 @@ class FakeSource(_Machine):
         assert not self.running
         self.memory.write(0x800, b"saving dirties memory")
         vcpu = SavedVcpu(0, VcpuState("fake/1", {"regs": b"\1\2"}), ("rng", "activation"))
-        return MachineState((vcpu,), VmmState("fake/1", {}), {"rng": {"pending": True}}, {})
+        return MachineState((vcpu,), VmBackendState("fake/1", {}), {"rng": {"pending": True}}, {})
 
     async def undo(self) -> None:
         await trio.lowlevel.checkpoint()

@@ -13,7 +13,8 @@ import attrs
 from trivmm.errors import ProtocolError
 from trivmm.migration.wire.frame import PAGE_BYTES, VERSION, Frame, MessageType, encode_frame
 from trivmm.state.codec import state_from_json, state_to_json
-from trivmm.state.fields import Fields, dump_json, load_json
+from trivmm.state.fields import Fields
+from trivmm.state.jsontext import dump_json, load_json
 from trivmm.state.machine import MachineState
 
 __all__ = [
