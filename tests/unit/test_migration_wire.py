@@ -8,6 +8,7 @@ import mmap
 import random
 import struct
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -501,6 +502,17 @@ def come(session: Session, kind: wire.MessageType) -> None:
     reader.feed(m.encode_message(MESSAGES[kind]))
     (frame,) = read_all(reader)
     assert session.receive(frame) == MESSAGES[kind]
+
+
+def test_the_page_has_the_table() -> None:
+    rows = []
+    for state in SessionState:
+        cells = [
+            ", ".join(f"{kind.name} → {after.value}" for (at, kind), after in table.items() if at is state)
+            for table in (FROM_SOURCE, FROM_DESTINATION)
+        ]
+        rows.append(f"| {state.value} | {' | '.join(cells)} |")
+    assert "\n".join(rows) in (Path(__file__).parents[2] / "docs" / "migration.md").read_text()
 
 
 def test_after_commit_nothing_brings_the_source_back_but_a_promise() -> None:

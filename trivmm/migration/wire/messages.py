@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Final, TypeAlias, get_args
 import attrs
 
 from trivmm.errors import ProtocolError
-from trivmm.migration.wire.frame import PAGE_BYTES, VERSION, Frame, MessageType, encode_frame
+from trivmm.migration.wire.frame import PAGE_BYTES, Frame, MessageType, encode_frame
 from trivmm.state.codec import state_from_json, state_to_json
 from trivmm.state.jsontext import dump_json, load_json
 from trivmm.state.machine import MachineState
@@ -240,10 +240,10 @@ Message: TypeAlias = (
 CLASSES: Final[dict[MessageType, type[Message]]] = {each.kind: each for each in get_args(Message)}
 
 
-def encode_message(message: Message, version: int = VERSION) -> bytes:
+def encode_message(message: Message) -> bytes:
     """A whole frame. :raises ProtocolError: it is a state that is too large."""
     value = state_to_json(message.state) if isinstance(message, State) else unstructure(message)
-    return encode_frame(message.kind, dump_json(value), version=version)
+    return encode_frame(message.kind, dump_json(value))
 
 
 def parse_message(frame: Frame) -> Message:
