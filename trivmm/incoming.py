@@ -28,6 +28,7 @@ from trivmm.migration.progress import MigrationProgress
 from trivmm.nursery.ownership import MIGRATION
 from trivmm.state.setup import config_from_setup
 from trivmm.unwrapped import unwrapped_nursery
+from trivmm.virtio.kinds import sections
 from trivmm.vm import Vm, vm_scope
 
 __all__ = ["Incoming", "open_incoming"]
@@ -79,7 +80,7 @@ class Incoming:
                 f"this side runs {self.hypervisor.name}",
                 "start both sides with the same --hypervisor",
             )
-        config = attrs.evolve(config_from_setup(setup.get("config")), deadlines=self.deadlines)
+        config = attrs.evolve(config_from_setup(setup.get("config"), sections()), deadlines=self.deadlines)
         return await self.vm.build_for_migration(config, setup)
 
 

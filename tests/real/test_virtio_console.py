@@ -21,7 +21,7 @@ from trivmm.errors import MigrationError, TrivmmError
 from trivmm.memory.guest import GuestMemory
 from trivmm.platform.sinks import FdSink, GuestOutput, NullSink, PtySink, Sink
 from trivmm.testing.driver import WRITE, Descriptor, MockDriver, until
-from trivmm.virtio.console import ConsoleDevice
+from trivmm.virtio.console.device import ConsoleDevice
 from trivmm.virtio.port import Activation
 
 LIMIT_S = 30
@@ -360,7 +360,7 @@ async def test_the_size_is_the_terminals(guest: Guest) -> None:
         assert device.size == (90, 30)
         async with active(device, guest):
             fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("<HHHH", 31, 91, 0, 0))
-            device.measure()
+            device.terminal_resized()
             assert changes == [(90, 30), (91, 31)]
         device.close()
     finally:

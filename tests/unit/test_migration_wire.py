@@ -246,14 +246,14 @@ def test_bad_bodies_are_protocol_errors(kind: str, body: bytes) -> None:
 
 
 def test_a_setup_with_text_that_is_none_is_refused() -> None:
-    good = config_to_setup(VmConfig(PayloadConfig("k"), disks=(DiskConfig("d", serial="s"),)))
-    assert config_to_setup(config_from_setup(json.loads(json.dumps(good)))) == good
+    good = config_to_setup(VmConfig(PayloadConfig("k"), disks=(DiskConfig("d", serial="s"),)), {})
+    assert config_to_setup(config_from_setup(json.loads(json.dumps(good)), {}), {}) == good
     assert good["disks"][0]["image_type"] == "Unknown"
     with pytest.raises(ConfigError, match="image_type"):
-        config_from_setup({**good, "disks": [{**good["disks"][0], "image_type": "Qcow2"}]})
+        config_from_setup({**good, "disks": [{**good["disks"][0], "image_type": "Qcow2"}]}, {})
     good["disks"][0]["serial"] = "\ud800"
     with pytest.raises(ProtocolError, match=r"setup\.config\.disks\[0\]\.serial is .*, not text"):
-        config_from_setup(good)
+        config_from_setup(good, {})
 
 
 def test_a_reason_stays_one_line() -> None:

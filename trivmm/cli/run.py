@@ -37,6 +37,7 @@ from trivmm.migration.progress import MigrationProgress, Phase
 from trivmm.migration.wire.session import LAST_LOOK_S
 from trivmm.signals import Told
 from trivmm.unixsocket import SocketFd
+from trivmm.virtio.kinds import KINDS
 
 if TYPE_CHECKING:
     from trivmm.hypervisor.base import Hypervisor
@@ -48,7 +49,7 @@ __all__ = ["RunOptions", "parse_run", "run", "serve"]
 logger = logging.getLogger(__name__)
 
 SWITCH_INTERVAL_S: Final = 1e-4  # the GIL's: with the default 5 ms two busy vCPU threads starve each other
-VM_OPTIONS: Final = ("cmdline", "initramfs", "cpus", "memory", "disk", "rng", "serial", "console")
+VM_OPTIONS: Final = ("cmdline", "initramfs", "cpus", "memory", "serial", *(kind.option.name for kind in KINDS))
 
 
 @attrs.frozen

@@ -16,11 +16,13 @@ import trio
 from trivmm.config import VmConfig
 from trivmm.hypervisor.base import Hypervisor
 from trivmm.incoming import Incoming, open_incoming
+from trivmm.machine.board import Board
 from trivmm.migration.progress import MigrationReport
 from trivmm.unwrapped import unwrapped_nursery
+from trivmm.virtio.console.device import ConsoleDevice
 from trivmm.vm import Vm, open_vm
 
-__all__ = ["Road", "open_road"]
+__all__ = ["Road", "console_of", "open_road"]
 
 
 @attrs.define(eq=False)
@@ -92,3 +94,8 @@ async def open_road(config: VmConfig, *, hypervisor: Hypervisor | None = None) -
             yield road
         finally:
             road._leave.set()
+
+
+def console_of(board: Board) -> ConsoleDevice:
+    """The virtio console of a board that has one."""
+    return next(slot.backend for slot in board.devices if isinstance(slot.backend, ConsoleDevice))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import trio
 
 from trivmm.errors import MigrationError
 from trivmm.memory.guest import GuestMemory
+from trivmm.platform.line import Line
 from trivmm.state.fields import Fields
 from trivmm.virtio.port import Activation, QueueConfig
 from trivmm.virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, QueueWorker
@@ -102,6 +103,14 @@ class WorkerDevice:
 
     def _become(self, fields: Fields) -> None:
         """A subclass's share of :meth:`become`."""
+
+    @property
+    def lines(self) -> Mapping[str, Line]:
+        """Its console lines, by name."""
+        return {}
+
+    def terminal_resized(self) -> None:
+        """The terminal behind a line of it, if there is one, may have another size now."""
 
     def release_locks(self) -> None:
         return None

@@ -144,7 +144,7 @@ class Moves(VmCore):
         :raises ConfigError: when this host can't, naming the field."""
 
         def become(board: Board) -> None:
-            self.config = board.config_as_built()
+            self.config = board.config
             board.check_setup(setup)
 
         self.config = config
