@@ -10,6 +10,8 @@
 
 #define CHUNK 4096 /* copied between two looks at the stop flag */
 
+#define RECEIVE 0 /* queue numbers, virtio 1.2 section 5.3.2 */
+
 #define WAKE_READY 1u
 #define WAKE_RECEIVE 2u
 #define WAKE_TRANSMIT 4u
@@ -17,7 +19,7 @@
 struct tv_console {
     pthread_mutex_t lock;
     int ready_fd;               /* the task: there is output, or room for input */
-    int receive_fd, transmit_fd; /* the workers' doorbells while they run: there is input, or room for output */
+    int receive_fd, transmit_fd; /* the queues' doorbells while their worker runs: there is input, or room for output */
     uint8_t tx_was_full, rx_was_full; /* somebody may wait for room */
     uint8_t frozen;             /* saved: the consumer gets nothing until the VM runs again */
     uint32_t tx_taken;          /* bytes of the chain that is next on the transmit queue */
@@ -70,7 +72,7 @@ void tv_console_close(struct tv_console *console)
     pthread_mutex_unlock(&console->lock);
 }
 
-/* The doorbells of the workers that are about to run, or -1 of those that have ended. */
+/* The doorbells of the queues whose worker is about to run, or -1 when it has ended. */
 void tv_console_set_bells(struct tv_console *console, int receive_fd, int transmit_fd)
 {
     pthread_mutex_lock(&console->lock);
@@ -79,23 +81,22 @@ void tv_console_set_bells(struct tv_console *console, int receive_fd, int transm
     pthread_mutex_unlock(&console->lock);
 }
 
-/* --- the workers ----------------------------------------------------------------------------------------------- */
+/* --- the worker ------------------------------------------------------------------------------------------------ */
 
 /* A buffer of the receive queue takes what input there is. Without any it stays available. */
-static int64_t receive(struct tv_worker *worker, struct tv_chain *chain)
+static int64_t receive(struct tv_console_worker *self, struct tv_queue *queue, struct tv_chain *chain)
 {
-    struct tv_console_worker *self = (struct tv_console_worker *)worker;
     struct tv_console *console = self->console;
     uint8_t buffer[CHUNK];
     uint64_t done = 0;
-    while (done < chain->writable_bytes) {
+    while (done < chain->writable_bytes && done < TV_CONSOLE_RX_SIZE) { /* a ring's worth: then the other queue */
         uint64_t room = chain->writable_bytes - done;
         pthread_mutex_lock(&console->lock);
         uint32_t len = tv_bytes_peek(&console->rx, buffer, room < CHUNK ? (uint32_t)room : CHUNK);
         pthread_mutex_unlock(&console->lock);
         if (!len)
             break;
-        done += tv_chain_write(worker->queue.memory, chain, done, buffer, len);
+        done += tv_chain_write(queue->memory, chain, done, buffer, len);
         pthread_mutex_lock(&console->lock);
         tv_bytes_drop(&console->rx, len);
         unsigned what = 0;
@@ -105,19 +106,20 @@ static int64_t receive(struct tv_worker *worker, struct tv_chain *chain)
         }
         unlock_and_wake(console, what);
     }
-    self->bytes += done;
+    self->received += done;
     return !done && chain->writable_bytes ? TV_NOT_NOW : (int64_t)done;
 }
 
 /* Into the ring, as far as it has room; the rest of the chain waits there for more. */
-static int64_t transmit(struct tv_worker *worker, struct tv_chain *chain)
+static int64_t transmit(struct tv_console_worker *self, struct tv_chain *chain)
 {
-    struct tv_console_worker *self = (struct tv_console_worker *)worker;
     struct tv_console *console = self->console;
     uint8_t buffer[CHUNK];
-    for (;;) {
-        if (tv_worker_stopping(worker))
+    for (uint32_t moved = 0;;) {
+        if (tv_worker_stopping(&self->worker))
             return TV_STOPPED;
+        if (moved >= TV_CONSOLE_TX_SIZE)
+            return TV_AGAIN; /* a ring's worth, taken as fast as it came: now the other queue */
         pthread_mutex_lock(&console->lock);
         uint64_t taken = console->tx_taken;
         uint32_t room = console->tx.size - console->tx.used;
@@ -136,16 +138,22 @@ static int64_t transmit(struct tv_worker *worker, struct tv_chain *chain)
         unsigned what = console->tx.used ? 0 : WAKE_READY;
         tv_bytes_fill(&console->tx, buffer, (uint32_t)got);
         console->tx_taken += (uint32_t)got;
-        self->bytes += got; /* before anybody can have seen them */
+        moved += (uint32_t)got;
+        self->transmitted += got; /* before anybody can have seen them */
         unlock_and_wake(console, what);
     }
 }
 
-/* Of the receive queue (0) or the transmit queue (1). */
-void tv_console_worker_init(struct tv_console_worker *worker, struct tv_console *console, int receives)
+static int64_t serve(struct tv_worker *worker, struct tv_queue *queue, struct tv_chain *chain)
+{
+    struct tv_console_worker *self = (struct tv_console_worker *)worker;
+    return queue->index == RECEIVE ? receive(self, queue, chain) : transmit(self, chain);
+}
+
+void tv_console_worker_init(struct tv_console_worker *worker, struct tv_console *console)
 {
     worker->console = console;
-    worker->worker.serve = receives ? receive : transmit;
+    worker->worker.serve = serve;
 }
 
 /* --- the task -------------------------------------------------------------------------------------------------- */
@@ -215,7 +223,7 @@ void tv_console_reset(struct tv_console *console)
 
 /* --- state ----------------------------------------------------------------------------------------------------- */
 
-/* With the workers ended. Copy the state, less the first `in_flight` transmitted bytes: those the sink is being given
+/* With the worker ended. Copy the state, less the first `in_flight` transmitted bytes: those the sink is being given
  * right now. The consumer gets no more until tv_console_thaw. */
 void tv_console_save(struct tv_console *console, struct tv_console_state *state, uint32_t in_flight)
 {

@@ -1,4 +1,4 @@
-/* virtio-console (virtio 1.2 section 5.3), one port: two byte rings between its queue workers and one task.
+/* virtio-console (virtio 1.2 section 5.3), one port: two byte rings between its queue worker and one task.
  *
  * Invariants of struct tv_console
  *  - All fields are read and written under `lock`, which nobody holds across anything that blocks or touches guest
@@ -6,13 +6,13 @@
  *  - Transmitted bytes stay in the ring until the one consumer says that its sink has them. A full ring leaves the
  *    chain available: the driver waits, nothing is dropped. `tx_taken` counts what the ring has of that chain.
  *  - Input stays in its ring until the driver offers a buffer; the ring's end is back-pressure on whoever types.
- *  - The object outlives its workers: it is Python's, which keeps it as long as a worker's task lives.
+ *  - The object outlives its worker: it is Python's, which keeps it as long as a worker's task lives.
  */
 #ifndef TV_CONSOLE_H
 #define TV_CONSOLE_H
 #include <stdint.h>
 
-#include "ring.h"
+#include "worker.h"
 
 #define TV_CONSOLE_TX_SIZE 65536u
 #define TV_CONSOLE_RX_SIZE 4096u
@@ -27,17 +27,18 @@ struct tv_console_state {
 
 struct tv_console;
 
+/* One thread serves both queues. */
 struct tv_console_worker {
     struct tv_worker worker;
     struct tv_console *console;
-    uint64_t bytes;
+    uint64_t received, transmitted; /* bytes */
 };
 
 struct tv_console *tv_console_new(int ready_fd);
 void tv_console_free(struct tv_console *console);
 void tv_console_close(struct tv_console *console);
 void tv_console_set_bells(struct tv_console *console, int receive_fd, int transmit_fd);
-void tv_console_worker_init(struct tv_console_worker *worker, struct tv_console *console, int receives);
+void tv_console_worker_init(struct tv_console_worker *worker, struct tv_console *console);
 uint32_t tv_console_peek_tx(struct tv_console *console, uint8_t *into, uint32_t max);
 void tv_console_consume_tx(struct tv_console *console, uint32_t len);
 uint32_t tv_console_push_rx(struct tv_console *console, const uint8_t *from, uint32_t len);

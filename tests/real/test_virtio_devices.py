@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
+import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import pytest
 import trio
 import trio.testing
 
+from trivmm._native import ffi
 from trivmm.config import DiskConfig, RngConfig
 from trivmm.errors import ConfigError, TrivmmError
 from trivmm.memory.guest import GuestMemory
@@ -161,7 +165,7 @@ async def test_a_stop_that_expires_counts_each_worker_once(
         assert await do(driver, IN, 0, 512) == (0, 513)
         (worker,) = device._workers
         stuck = attrs.evolve(queue, index=1)  # a second one that does not hear of the stop yet
-        late = QueueWorker("_disk0_q1", device._make_worker(stuck, VERSION_1), memory, stuck, VERSION_1, device._broken)
+        late = QueueWorker("_disk0_q1", device._make_worker(VERSION_1), memory, (stuck,), VERSION_1, device._broken)
         device._workers.append(late)
         with trio.fail_after(10):
             async with trio.open_nursery() as stopping:
@@ -276,6 +280,52 @@ async def test_work_that_was_queued_but_not_notified_is_served(
     async with active(device, driver, next_avail=next_avail, next_used=next_used):
         assert await answered(driver) == [(0, 513)]
     device.close()
+
+
+def stand_in(device: BlockDevice, kind: int, move: Callable[..., int]) -> None:
+    """Workers made from now on call ``move(real, fd, iov, count, at, flags)`` where they would call preadv2 (or
+    pwritev2), which is ``real``."""
+    make, kept = device._make_worker, []
+
+    def made(features: int) -> Any:
+        native = make(features)
+        name = "read" if kind == IN else "write"
+        kept.append(ffi.callback("tv_block_move", partial(move, getattr(native, name)), error=-1))
+        setattr(native, name, kept[-1])
+        return native
+
+    device._make_worker = made  # type: ignore[method-assign]
+
+
+async def test_what_is_done_does_not_wait_for_the_disk(memory: GuestMemory, image: Path) -> None:
+    """Two reads in a row: the one that the page cache had is told of before the other one waits for the disk."""
+    driver = MockDriver(memory, size=16)
+    device = BlockDevice(DiskConfig(str(image)), memory, "_disk0")
+    for number in range(2):
+        memory.write(HEADER + 16 * number, struct.pack("<IIQ", IN, 0, 8 * number))
+        data, status = Descriptor(DATA, 512, WRITE), Descriptor(STATUS + number, 1, WRITE)
+        driver.offer(driver.chain(Descriptor(HEADER + 16 * number, 16), data, status, first=4 * number))
+    waits, go = threading.Event(), threading.Event()
+
+    def cold(real: Any, fd: int, iov: Any, count: int, at: int, flags: int) -> int:
+        if at:
+            if flags:
+                ffi.errno = errno.EAGAIN  # RWF_NOWAIT
+                return -1
+            waits.set()
+            assert go.wait(20)
+        return int(real(fd, iov, count, at, flags))
+
+    stand_in(device, IN, cold)
+    with trio.fail_after(20):
+        async with active(device, driver):
+            assert await trio.to_thread.run_sync(waits.wait, 20)
+            first = driver.used()
+            go.set()
+            assert first + await answered(driver) == [(0, 513), (4, 513)]
+    assert first == [(0, 513)]
+    device.close()
+    driver.close()
 
 
 async def test_stopping_is_prompt_and_safe_at_any_time(memory: GuestMemory, driver: MockDriver, image: Path) -> None:

@@ -410,9 +410,9 @@ def build_board(
             cpu = vm.create_vcpu(index)
             cpu.inline_handler = board.inline_handler(index)
             board.cpus.append(cpu)
-            gate = getattr(cpu, "gate", None)
-            if gate is not None:  # soft translates code, and what a disk is read into may be code
-                memory.tell(gate)
+            hook = getattr(cpu, "memory_hook", None)
+            if hook is not None:  # soft translates code, and what a disk is read into may be code
+                memory.before_told(*hook)
     except BaseException:
         for step in reversed(undo):
             step()

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
-from trivmm._native import lib
+from trivmm._native import ffi, lib
 from trivmm.errors import HypervisorError
 from trivmm.hypervisor.base import (
     InternalError,
@@ -84,7 +84,8 @@ class SoftVcpu:
         self._chips = vm.chips
         self._engine = Engine(self._read_mmio, self._write_mmio, self._read_port, self._write_port, TIMER_HZ)
         self._engine.map_ram(tuple(vm.slots.values()))
-        self.gate = self._gate = self._engine.gate
+        self._gate = self._engine.gate
+        self.memory_hook = ffi.addressof(lib, "tv_soft_gate_code"), self._gate  # see GuestMemory.before_told
         self._writes: deque[IoOut | MmioWrite] = deque()
         self._rung_end = 0  # where a doorbell write of this instruction ended: its second half belongs to it
         self._undo_to: tuple[int, tuple[int, ...]] | None = None  # (RIP, registers) before a forbidden port access

@@ -15,7 +15,6 @@ from trivmm.state.fields import Fields
 from trivmm.virtio.block.counts import BlockCounts
 from trivmm.virtio.block.image import SECTOR, Image
 from trivmm.virtio.device import RING_FEATURES, WorkerDevice
-from trivmm.virtio.port import QueueConfig
 from trivmm.virtio.queue import QueueWorker
 
 __all__ = ["BlockDevice"]
@@ -65,7 +64,7 @@ class BlockDevice(WorkerDevice):
             serial = f"{about.st_dev:x}{about.st_rdev:x}{about.st_ino:x}"
         return serial.encode(errors="replace")[:ID_BYTES].ljust(ID_BYTES, b"\0")
 
-    def _make_worker(self, queue: QueueConfig, features: int) -> Any:
+    def _make_worker(self, features: int) -> Any:
         native = ffi.new("struct tv_block *")
         native.fd = self.image.fd
         native.readonly = self.image.readonly

@@ -12,7 +12,6 @@ from trivmm.state.fields import Fields
 
 __all__ = ["ConsoleLine"]
 
-CHAIN_BYTES: Final = 1 << 30  # TV_CHAIN_BYTES: no chain is longer
 _CALLS: Final = RingCalls(
     lib.tv_console_peek_tx,
     lib.tv_console_consume_tx,
@@ -43,7 +42,7 @@ class ConsoleLine(Line):
     def load(self, fields: Fields) -> None:
         """:raises ProtocolError: when the state is malformed."""
         native = ffi.new("struct tv_console_state *")
-        native.tx_taken = fields.integer("tx_taken", 0, CHAIN_BYTES)
+        native.tx_taken = fields.integer("tx_taken", 0, lib.TV_CHAIN_BYTES)  # no chain is longer
         load_rings("console", fields, native)
         if lib.tv_console_load(self.native, native):  # pragma: no cover - the lengths were checked above
             raise ProtocolError("console: the saved rings do not fit")
