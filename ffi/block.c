@@ -42,6 +42,8 @@ static int transfer(struct tv_block *block, struct tv_chain *chain, int in, uint
 {
     struct iovec iov[TV_QUEUE_MAX];
     while (length) {
+        if (tv_worker_stopping(&block->worker))
+            return TV_STOPPED;
         uint64_t piece = length < TV_BLOCK_PIECE ? length : TV_BLOCK_PIECE;
         uint32_t count = tv_chain_slice(chain, in, offset, piece, iov);
         if (count > IOV_BATCH)

@@ -34,6 +34,7 @@ VERSION_1 = 1 << 32
 FLUSH = 1 << 9
 HEADER, DATA, STATUS = 0x100000, 0x101000, 0x140000
 IN, OUT, T_FLUSH, GET_ID = 0, 1, 4, 8
+PIECES = 32  # of a long request
 NONE_YET = (1 << 64) - 1
 FRESH_COUNTERS = {  # Cloud Hypervisor's answer for a disk that has done nothing, and what only we count
     "read_bytes": 0,
@@ -295,6 +296,67 @@ def stand_in(device: BlockDevice, kind: int, move: Callable[..., int]) -> None:
         return native
 
     device._make_worker = made  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("kind", [IN, OUT])
+async def test_a_long_request_goes_back_when_its_worker_is_to_stop(tmp_path: Path, kind: int) -> None:
+    """Over the same megabyte again and again, as a chain of up to 1 GiB can: nobody waits for the end of that. The next
+    worker, here or where the VM moves to, does it as a whole."""
+    path = tmp_path / "disk.img"
+    path.touch()
+    os.truncate(path, PIECES << 20)
+    memory = GuestMemory([(0, 4 << 20)])
+    driver = MockDriver(memory, size=64)
+    memory.write(DATA, b"d" * (1 << 20))
+    memory.write(HEADER - 4096, struct.pack("<IIQ", kind, 0, 0))
+    parts = [Descriptor(DATA, 1 << 20, WRITE if kind == IN else 0)] * PIECES
+    driver.offer(driver.chain(Descriptor(HEADER - 4096, 16), *parts, Descriptor(STATUS + 0x100000, 1, WRITE)))
+    device = BlockDevice(DiskConfig(str(path), queue_size=64), memory, "_disk0")
+    began, go = threading.Event(), threading.Event()
+    pieces: list[int] = []
+
+    def slow(real: Any, fd: int, iov: Any, count: int, at: int, flags: int) -> int:
+        pieces.append(sum(int(iov[number].iov_len) for number in range(count)))
+        began.set()
+        assert go.wait(20)
+        return int(real(fd, iov, count, at, flags))
+
+    stand_in(device, kind, slow)
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            await device.activate(Activation(1, VERSION_1 | FLUSH, (driver.config(),)), nursery)
+            assert await trio.to_thread.run_sync(began.wait, 20)
+            nursery.start_soon(device.stop)
+            await trio.testing.wait_all_tasks_blocked()
+            go.set()
+    assert pieces == [1 << 20], "and not one more"
+    assert device.positions() == ((0, 0, 0),), "it is the driver's next request again"
+    assert driver.used_index == 0
+    shown = device.counters()
+    assert (shown["read_ops"], shown["write_ops"], shown["errors"]) == (0, 0, 0)
+    async with active(device, driver):
+        ((_, used),) = await answered(driver)
+    assert pieces == [1 << 20] * (1 + PIECES)
+    assert memory.read(STATUS + 0x100000, 1) == b"\0"
+    if kind == IN:
+        assert used == (PIECES << 20) + 1
+        assert memory.read(DATA, 1 << 20) == bytes(1 << 20)
+    else:
+        with path.open("rb") as file:
+            file.seek((PIECES - 1) << 20)
+            assert file.read(1 << 20) == b"d" * (1 << 20)
+    device.close()
+    driver.close()
+    memory.close()
+
+
+def test_the_driver_is_told_how_long_a_request_may_be(memory: GuestMemory, image: Path) -> None:
+    """Virtio 1.2 section 5.2.3: VIRTIO_BLK_F_SIZE_MAX and _SEG_MAX, what a worker moves between two looks at its stop
+    word, and what a queue holds beside header and status."""
+    device = BlockDevice(DiskConfig(str(image), queue_size=64), memory, "_disk0")
+    assert device.features & 0b110 == 0b110
+    assert struct.unpack("<II", device.read_config(8, 8)) == (1 << 20, 62)
+    device.close()
 
 
 async def test_what_is_done_does_not_wait_for_the_disk(memory: GuestMemory, image: Path) -> None:
