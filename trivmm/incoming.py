@@ -22,13 +22,12 @@ from trivmm.errors import ConfigError
 from trivmm.events import EventBus
 from trivmm.hypervisor.base import Hypervisor
 from trivmm.hypervisor.select import choose_hypervisor
+from trivmm.migration.destination.receiver import Receiver, open_receiver
 from trivmm.migration.port import DestinationMachine
 from trivmm.migration.progress import MigrationProgress
-from trivmm.migration.receiver import Receiver, open_receiver
 from trivmm.nursery.ownership import MIGRATION
-from trivmm.nursery.vcpus import Driver
 from trivmm.state.setup import config_from_setup
-from trivmm.vm import Vm, driver_of, vm_scope
+from trivmm.vm import Vm, vm_scope
 
 __all__ = ["Incoming", "open_incoming"]
 
@@ -89,7 +88,6 @@ async def open_incoming(
     *,
     hypervisor: Hypervisor | None = None,
     deadlines: Deadlines | None = None,
-    driver: Driver | None = None,
     events: EventBus | None = None,
     answering: trio.Nursery | None = None,
     refuse: Callable[[], str | None] = lambda: None,
@@ -112,7 +110,7 @@ async def open_incoming(
         async with trio.open_nursery() as own:
             try:
                 async with (
-                    vm_scope(empty, chosen, driver or driver_of(chosen), events) as (vm, nursery),
+                    vm_scope(empty, chosen, events) as (vm, nursery),
                     open_receiver(url, limits, nursery, answering or own) as receiver,
                 ):
                     receiver.refuse = refuse

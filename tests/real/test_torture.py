@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from trivmm.migration.wire import MessageType
+from trivmm.migration.wire.frame import MessageType
 from trivmm.testing.control import command_environment
 from trivmm.testing.scripted import Compute, ScriptedHypervisor
 from trivmm.testing.torture import scripted

@@ -30,6 +30,7 @@ from trivmm import (
     open_incoming,
     open_vm,
 )
+from trivmm.bus.ticket import Ticket
 from trivmm.errors import (
     CommitRefused,
     ConfigError,
@@ -41,10 +42,14 @@ from trivmm.errors import (
 )
 from trivmm.guest import probe_path
 from trivmm.hypervisor.base import IoOut, TripleFault, VcpuExit
+from trivmm.machine.host import MachineHost
 from trivmm.machine.machine import Machine
+from trivmm.memory.dirty_log import DirtyLog
 from trivmm.migration.progress import MigrationProgress, Phase
+from trivmm.platform.sinks import GuestOutput
 from trivmm.testing.scripted import Compute, ScriptedHypervisor
 from trivmm.virtio.block.image import Image
+from trivmm.virtio.pci.common_config import DEVICE_STATUS
 
 LIMIT_S = 60
 RESET = IoOut(0x600, 1, b"\x01")
@@ -237,9 +242,8 @@ async def test_a_paused_vm_does_not_reboot_before_it_is_resumed(
 class StalledSink:
     """A terminal that somebody stopped with Ctrl-S."""
 
-    async def send(self, data: bytes) -> int:
+    async def take(self, output: GuestOutput) -> None:
         await trio.sleep_forever()
-        return 0
 
     def close(self) -> None:
         pass
@@ -250,8 +254,8 @@ async def test_a_stalled_serial_sink_does_not_use_up_the_downtime(config: VmConf
     config = attrs.evolve(config, deadlines=attrs.evolve(config.deadlines, downtime=1.0))
     with trio.fail_after(LIMIT_S):
         async with two_sides(config, tmp_path) as (source, target, move):
-            assert source._machine is not None
-            serial = source._machine.board.serial
+            assert source.host.machine is not None
+            serial = source.host.machine.board.serial
             serial.attach_sink(StalledSink())
             serial.write(0, b"x")
             reports: list[MigrationProgress] = []
@@ -327,10 +331,13 @@ async def test_an_observer_that_raises_harms_nobody_else(config: VmConfig, caplo
             vm.events.listen(faulty)
             vm.events.listen(lambda event: seen.append(event.event))
             await vm.boot()
-            assert vm._machine is not None
-            for slot in vm._machine.board.devices:
-                slot.lifecycle.power_on()
-                await slot.lifecycle.settled()
+            assert vm.host.machine is not None
+            for slot in vm.host.machine.board.devices:
+                ticket = slot.transport.bar_write(0, DEVICE_STATUS, b"\0")
+                assert isinstance(ticket, Ticket)
+                reset = trio.Event()
+                ticket.on_settled(reset.set)  # by the actor, in this thread
+                await reset.wait()
             await vm.shutdown()
     assert seen == ["booting", "booted", "reset", "reset", "shutdown"]
     assert "an observer's own bug" in caplog.text
@@ -341,13 +348,13 @@ async def test_a_guest_that_crashes_in_mid_migration_fails_it_and_is_reported_he
     config: VmConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     guest = Guest(TripleFault())
-    begin = Machine.start_dirty_log
+    begin = DirtyLog.start
 
-    async def began(self: Machine) -> None:
+    async def began(self: DirtyLog) -> None:
         guest.asked = where == "precopy"
         await begin(self)
 
-    monkeypatch.setattr(Machine, "start_dirty_log", began)
+    monkeypatch.setattr(DirtyLog, "start", began)
     ask_before(monkeypatch, guest, "stop")
     with trio.fail_after(LIMIT_S):
         async with two_sides(config, tmp_path, guest) as (source, target, move):
@@ -405,13 +412,13 @@ async def test_closing_the_source_in_mid_migration_rolls_back_and_ends_it(config
 async def test_a_vm_that_is_closed_while_it_boots_says_so(config: VmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     loading, closed = trio.Event(), trio.Event()
 
-    async def slow(self: Vm, work: Callable[[], None], *, abandon: bool = False) -> None:
+    async def slow(self: MachineHost, work: Callable[[], None], *, abandon: bool = False) -> None:
         if not abandon:  # the payload
             loading.set()
             await closed.wait()
         work()
 
-    monkeypatch.setattr(Vm, "_aside", slow)
+    monkeypatch.setattr(MachineHost, "_aside", slow)
     refused: list[Exception] = []
 
     async def boot(vm: Vm) -> None:

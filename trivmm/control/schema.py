@@ -9,11 +9,10 @@ through here too, so both refuse the same things in the same words.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final, TypeVar
 
 import attrs
-import cattrs
 from cattrs.errors import BaseValidationError
 
 from trivmm.config import (
@@ -31,7 +30,9 @@ from trivmm.control.unknown import Unknown, UnknownKeys
 from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError, NotSupported, shown
 from trivmm.migration.options import SendOptions, TimeoutStrategy
-from trivmm.values import not_boolean, not_integer, not_text
+from trivmm.state.jsontext import MAX_DEPTH, is_too_deep
+from trivmm.state.strict import Unfit, first_fault, make_converter
+from trivmm.values import not_integer, not_text
 
 __all__ = [
     "ReceiveMigrationData",
@@ -116,13 +117,13 @@ NESTED: Final[Mapping[str, str]] = {
 def parse_json(body: bytes) -> object:
     """A JSON document, whatever a client sends. :raises ConfigError: when it isn't one."""
     try:
-        return json.loads(body, parse_constant=_no_constant)
+        if not is_too_deep(body):
+            return json.loads(body.decode(), parse_constant=_no_constant)
+        problem = f"nested more than {MAX_DEPTH} deep"
     except UnicodeDecodeError:
         problem = "not UTF-8"
     except (json.JSONDecodeError, _NotJson) as error:
         problem = str(error)
-    except RecursionError:
-        problem = "nested too deeply"
     except ValueError:  # an integer of thousands of digits
         problem = "a number is too long"
     # Not chained: what Python's parser says of itself is nothing for an API client.
@@ -257,23 +258,6 @@ def _refuse_unless_default(where: str, item: object, accepted: object, unknown: 
 # --- the second pass: types ----------------------------------------------------------------------------------
 
 
-class _WrongType(ValueError):
-    def __init__(self, value: object, wanted: str) -> None:
-        self.value = value
-        self.wanted = wanted
-        super().__init__(f"{value!r:.80} is not {wanted}")
-
-
-def _strict(not_fitting: Callable[[object], str | None]) -> Callable[[Any, object], Any]:
-    def check(value: Any, _: object) -> Any:
-        wanted = not_fitting(value)
-        if wanted is not None:
-            raise _WrongType(value, wanted)
-        return value
-
-    return check
-
-
 def _not_unicode(value: object) -> str | None:
     wanted = not_text(value)
     if wanted is None:
@@ -284,44 +268,29 @@ def _not_unicode(value: object) -> str | None:
     return wanted
 
 
-def _make_converter() -> cattrs.Converter:
-    converter = cattrs.Converter(forbid_extra_keys=True, detailed_validation=True)
-    converter.register_structure_hook(str, _strict(_not_unicode))
-    converter.register_structure_hook(int, _strict(not_integer))
-    converter.register_structure_hook(float, _strict(not_integer))  # the contract's numbers are integers
-    converter.register_structure_hook(TimeoutStrategy, _strict(not_text))  # SendOptions says which there are
-    converter.register_structure_hook(bool, _strict(not_boolean))
-    return converter
+def _structure_strategy(value: Any, _: Any) -> Any:
+    """:class:`SendOptions` says which there are."""
+    wanted = not_text(value)
+    if wanted is not None:
+        raise Unfit(value, wanted)
+    return value
 
 
-CONVERTER: Final = _make_converter()
+CONVERTER: Final = make_converter(_not_unicode, not_integer)  # the contract's numbers are integers
+CONVERTER.register_structure_hook(TimeoutStrategy, _structure_strategy)
 
 
 def _structured(fields: dict[str, Any], cls: type[T]) -> T:
     try:
         return CONVERTER.structure(fields, cls)
-    except ConfigError:
-        raise
     except BaseValidationError as group:
-        fault = _first_fault(group)
+        path, fault = first_fault(group)
+    if not isinstance(fault, ConfigError):
+        if isinstance(fault, Unfit):
+            fault = ConfigError(path, fault.value, "wrong type", f"give {fault.wanted}")
+        else:
+            fault = ConfigError(path or "body", "", str(fault), "see the API contract")
     raise fault  # not chained: that a class was being structured is nothing for an API client
-
-
-def _first_fault(group: BaseException, path: str = "") -> ConfigError:
-    """The first leaf of cattrs' tree of errors, with the path that its notes give."""
-    while isinstance(group, BaseExceptionGroup):
-        group = group.exceptions[0]
-        for note in getattr(group, "__notes__", ()):
-            name, index = getattr(note, "name", None), getattr(note, "index", None)
-            if name is not None:
-                path = f"{path}.{name}" if path else str(name)
-            elif index is not None:
-                path = f"{path}[{index}]"
-    if isinstance(group, ConfigError):
-        return group
-    if isinstance(group, _WrongType):
-        return ConfigError(path, group.value, "wrong type", f"give {group.wanted}")
-    return ConfigError(path or "body", "", str(group), "see the API contract")
 
 
 class _NotJson(ValueError):

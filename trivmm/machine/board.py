@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -22,11 +20,11 @@ from trivmm._native import ffi, lib
 from trivmm.boot.pvh import check_payload, load_payload
 from trivmm.bus.space import AddressSpace, BusDevice, Effect, Range
 from trivmm.config import VmConfig
-from trivmm.errors import ConfigError, MigrationError, TrivmmError
-from trivmm.hypervisor.base import Hypervisor, IoIn, IoOut, MmioRead, MmioWrite, VcpuBackend, VcpuExit, VmBackend
+from trivmm.errors import ConfigError, MigrationError
+from trivmm.hypervisor.base import AnyVcpu, Hypervisor, IoIn, IoOut, MmioRead, MmioWrite, VcpuExit, VmBackend
 from trivmm.memory import layout
 from trivmm.memory.guest import GuestMemory
-from trivmm.nursery.activation import DeviceLifecycle
+from trivmm.nursery.activation import ActivationActor
 from trivmm.platform.acpi_port import ACPI_PORTS, AcpiPort
 from trivmm.platform.cmos import CMOS_PORTS, Cmos
 from trivmm.platform.debug_ports import DEBUG_CONSOLE_PORTS, DEBUG_PORTS, DebugConsole, DebugPort
@@ -62,7 +60,7 @@ class DeviceSlot:
 
     backend: WorkerDevice
     transport: VirtioPciTransport
-    lifecycle: DeviceLifecycle
+    actor: ActivationActor
     pci_slot: int
 
 
@@ -72,6 +70,7 @@ class Board:
     says that one of them works on the board itself: then it stays open."""
 
     config: VmConfig
+    hypervisor: Hypervisor
     memory: GuestMemory
     vm: VmBackend
     pio: AddressSpace
@@ -80,14 +79,11 @@ class Board:
     serial: Serial
     ged: Ged
     fixed: dict[str, Any]
-    cpus: list[VcpuBackend] = attrs.field(factory=list)
+    cpus: list[AnyVcpu] = attrs.field(factory=list)
     devices: list[DeviceSlot] = attrs.field(factory=list)
     console: ConsoleDevice | None = None
     stuck: list[str] = attrs.field(factory=list)
     in_use: bool = False
-    clock: Callable[[], float] = time.monotonic
-    needs_payload: bool = True
-    _dirty_logging: bool = False
     _closed: bool = False
     _freed: bool = False
 
@@ -126,7 +122,7 @@ class Board:
         Slow, and bounded: in a thread. What ``checkpoint`` raises between two pieces of work ends it.
 
         :raises ConfigError: naming the payload's field and what is wrong with the file."""
-        if not self.needs_payload:
+        if not self.hypervisor.needs_payload:
             return
         boot = load_payload(self.memory, self.config.payload, len(self.cpus), checkpoint)
         self.cpus[0].set_boot_state(boot.entry_gpa, boot.start_info_gpa)
@@ -135,7 +131,7 @@ class Board:
         """A destination boots nothing now, but the guest may ask it for a reboot later. As slow as loading it.
 
         :raises ConfigError: when the kernel can't be used on this host."""
-        if self.needs_payload:
+        if self.hypervisor.needs_payload:
             check_payload(self.config.payload, checkpoint)
 
     # --- consoles --------------------------------------------------------------------------------------------
@@ -172,7 +168,7 @@ class Board:
         """The guest finds a press when it next looks, whether it runs or not."""
         self.ged.notify(POWER_BUTTON)
 
-    # --- interrupts and the dirty log: these wait for the kernel -----------------------------------------------
+    # --- interrupts: these wait for the kernel -----------------------------------------------------------------
 
     def connect_interrupts(self) -> None:
         self.vm.connect_irq(self.serial.irq_fd, COM1_IRQ)
@@ -189,29 +185,6 @@ class Board:
             slot.transport.disconnect_interrupts()
         self.vm.disconnect_irq(self.ged.irq_fd, GED_IRQ)
         self.vm.disconnect_irq(self.serial.irq_fd, COM1_IRQ)
-
-    def start_dirty_log(self) -> None:
-        for region in self.memory.regions:  # the first round sends every touched page anyway
-            lib.tv_dirty_take(region.dirty, ffi.new("uint64_t[]", region.bitmap_words), region.bitmap_words)
-        self._dirty_logging = True
-        try:
-            self.vm.set_dirty_log(True)
-        except TrivmmError:  # of one slot, perhaps: no other goes on logging for nobody
-            with suppress(TrivmmError):
-                self.stop_dirty_log()
-            raise
-
-    def stop_dirty_log(self) -> None:
-        if self._dirty_logging:
-            self._dirty_logging = False
-            self.vm.set_dirty_log(False)
-
-    def harvest_dirty(self, slot: int, into: Any) -> int:
-        region = self.memory.regions[slot]
-        if self._dirty_logging:
-            self.vm.harvest_dirty(slot, into)
-        lib.tv_dirty_take(region.dirty, into, region.bitmap_words)
-        return int(lib.tv_pages_count(into, region.bitmap_words))
 
     # --- state -----------------------------------------------------------------------------------------------
 
@@ -256,7 +229,7 @@ class Board:
         """(devices by name, fixed parts by name), JSON-able; after the machine stopped."""
         devices = {
             slot.backend.name: {
-                "lifecycle": slot.lifecycle.save(),
+                "lifecycle": slot.transport.state.save(),
                 "transport": slot.transport.save(),
                 "device": slot.backend.save(),
             }
@@ -278,7 +251,8 @@ class Board:
                 saved = state.devices[part]
                 slot.transport.load(saved["transport"])
                 slot.backend.load(saved["device"])
-                slot.lifecycle.load(saved["lifecycle"], slot.transport.snapshot)
+                common = slot.transport.common
+                slot.transport.state.load(saved["lifecycle"], common.setup(), common.limits)
             for name, fixed in self.fixed.items():  # the PCI bus among them places the BARs that were just loaded
                 part = name
                 fixed.load(state.board[name])
@@ -312,7 +286,7 @@ class Board:
                 "children": [name],
                 "pci_bdf": f"0000:00:{slot.pci_slot:02x}.0",
             }
-            status = slot.lifecycle.state.value
+            status = slot.transport.state.stage.value
             tree[name] = {"id": name, "resources": [], "parent": transport, "children": [], "status": status}
         return tree
 
@@ -324,11 +298,11 @@ class Board:
         return attrs.evolve(self.config, disks=disks)
 
     def counters(self) -> dict[str, dict[str, int]]:
-        counted = {slot.backend.name: slot.backend.counters() | slot.lifecycle.counters() for slot in self.devices}
+        counted = {slot.backend.name: slot.backend.counters() | slot.actor.counters() for slot in self.devices}
         counted[SERIAL] = self.serial.counters()
         for cpu in self.cpus:
-            if hasattr(cpu, "counters"):
-                counted[f"__vcpu{cpu.index}"] = cpu.counters()
+            if own := cpu.counters():
+                counted[f"__vcpu{cpu.index}"] = own
         counted["__bus"] = {
             f"{space.name}_unhandled_{kind}": getattr(space, f"unhandled_{kind}")
             for space in (self.pio, self.mmio)
@@ -410,9 +384,8 @@ def build_board(
             cpu = vm.create_vcpu(index)
             cpu.inline_handler = board.inline_handler(index)
             board.cpus.append(cpu)
-            hook = getattr(cpu, "memory_hook", None)
-            if hook is not None:  # soft translates code, and what a disk is read into may be code
-                memory.before_told(*hook)
+            if cpu.write_hook is not None:
+                memory.before_told(*cpu.write_hook)
     except BaseException:
         for step in reversed(undo):
             step()
@@ -488,7 +461,7 @@ def _assemble(config: VmConfig, hypervisor: Hypervisor, memory: GuestMemory, vm:
     for region in memory.regions:
         vm.add_memory(region.slot, region.gpa, region.size, region.hva)
     pio, mmio = AddressSpace("pio"), AddressSpace("mmio")
-    pci = PciBus(mmio)
+    pci = PciBus(mmio, config.deadlines)
     cmos, debug_port = Cmos(config.memory.size), DebugPort()
     guest_log = logging.getLogger("trivmm.guest")
     ports: tuple[tuple[tuple[int, int], BusDevice, str], ...] = (
@@ -502,18 +475,11 @@ def _assemble(config: VmConfig, hypervisor: Hypervisor, memory: GuestMemory, vm:
     )
     for (first, count), device, name in ports:
         pio.insert(Range(first, count, device, name))
-    attach = getattr(vm, "attach_pio_hook", None)
-    if attach is not None:  # kvm serves the UART inside its run loop, without Python
-        attach(*COM1, ffi.addressof(lib, "tv_uart_pio"), serial.native)
-    if hasattr(vm, "read_memory"):
-        vm.read_memory = memory.read
+    vm.attach_pio_hook(*COM1, ffi.addressof(lib, "tv_uart_pio"), serial.native)
     ged = Ged()  # nothing fails from here on: the board closes it
     mmio.insert(Range(layout.GED_START, GED_SIZE, ged, "ged"))
     fixed = {"pci": pci, "serial": serial, "cmos": cmos, "debug_port": debug_port, "ged": ged}
-    board = Board(config, memory, vm, pio, mmio, pci, serial, ged, fixed)
-    board.clock = getattr(hypervisor, "clock", time.monotonic)
-    board.needs_payload = hypervisor.needs_payload
-    return board
+    return Board(config, hypervisor, memory, vm, pio, mmio, pci, serial, ged, fixed)
 
 
 def _bar_resource(bar: Bar) -> dict[str, Any]:
@@ -550,14 +516,15 @@ def _plug(board: Board, device: WorkerDevice, on_event: EventSink, *, slot: int 
     try:
         if any(each.backend.name == device.name for each in board.devices):
             raise ConfigError("id", device.name, "two devices have this id", "give each its own")
-        transport = VirtioPciTransport(device, board.vm, use_64bit_bar=use_64bit_bar)
+        transport = VirtioPciTransport(device, board.vm, board.config.deadlines, use_64bit_bar=use_64bit_bar)
     except BaseException:
         device.close()
         raise
-    lifecycle = DeviceLifecycle(device, transport, board.config.deadlines, on_event)
-    transport.status = lifecycle
-    device.on_broken = lifecycle.fail
+    actor = ActivationActor(
+        device, transport.state, transport.handles, board.config.deadlines, transport.reset_registers, on_event
+    )
+    device.on_broken = actor.fail
     device.on_config_change = transport.config_changed
-    board.devices.append(DeviceSlot(device, transport, lifecycle, 0))
+    board.devices.append(DeviceSlot(device, transport, actor, 0))
     placed = board.pci.add(transport, slot)
-    board.devices[-1] = DeviceSlot(device, transport, lifecycle, placed)
+    board.devices[-1] = DeviceSlot(device, transport, actor, placed)

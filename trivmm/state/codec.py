@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from trivmm.config import MAX_VCPUS
 from trivmm.errors import ProtocolError
-from trivmm.hypervisor.base import VcpuState, VmmState
+from trivmm.hypervisor.base import VcpuState, VmBackendState
 from trivmm.state.fields import Fields
 from trivmm.state.machine import MachineState, SavedVcpu
 
@@ -71,7 +71,7 @@ def state_from_json(value: object) -> MachineState:
     if [vcpu.index for vcpu in vcpus] != list(range(len(vcpus))):
         raise ProtocolError(f"state.vcpus: indices {[vcpu.index for vcpu in vcpus]} are not 0, 1, … in order")
     inner = Fields("state.vmm", fields.object("vmm"))
-    vmm = VmmState(inner.text("kind", MAX_NAME), inner.blobs("blobs", MAX_BLOBS, MAX_BLOB_BYTES))
+    vmm = VmBackendState(inner.text("kind", MAX_NAME), inner.blobs("blobs", MAX_BLOBS, MAX_BLOB_BYTES))
     inner.end()
     devices, board = fields.objects("devices", MAX_DEVICES), fields.objects("board", MAX_DEVICES)
     reset = fields.maybe_text("reset_pending", MAX_NAME)

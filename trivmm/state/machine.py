@@ -6,7 +6,7 @@ from typing import Any
 
 import attrs
 
-from trivmm.hypervisor.base import VcpuState, VmmState
+from trivmm.hypervisor.base import VcpuState, VmBackendState
 
 __all__ = ["MachineState", "SavedVcpu"]
 
@@ -27,7 +27,7 @@ class MachineState:
     ``run`` is False for a VM that was paused when it was sent."""
 
     vcpus: tuple[SavedVcpu, ...]
-    vmm: VmmState
+    vmm: VmBackendState
     devices: dict[str, dict[str, Any]]
     board: dict[str, dict[str, Any]]
     reset_pending: str | None = None

@@ -18,7 +18,7 @@ from trivmm.control.routes import Router
 from trivmm.control.server import open_server
 from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError, GuestCrash, MigrationCancelled, WrongState
-from trivmm.migration.doubt import Resolution
+from trivmm.migration.source.doubt import Resolution
 from trivmm.vm import ExitReason, VmState
 from trivmm.vmm import Vmm, VmmOptions, open_vmm
 
@@ -197,8 +197,8 @@ async def open_stage(
         incoming.append(made)
         yield made
 
-    monkeypatch.setattr("trivmm.vmm.open_vm", fake_open_vm)
-    monkeypatch.setattr("trivmm.vmm.open_incoming", fake_open_incoming)
+    monkeypatch.setattr("trivmm.vmm.service.open_vm", fake_open_vm)
+    monkeypatch.setattr("trivmm.vmm.moves.open_incoming", fake_open_incoming)
     path = str(folder / "api.sock")
     deadlines = Deadlines(**limits)
     hypervisor: Any = FakeHypervisor()

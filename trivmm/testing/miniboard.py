@@ -11,14 +11,20 @@ from typing import Any
 import attrs
 import trio
 
+from trivmm.bus.lock import BoundedLock
 from trivmm.bus.space import Effect
 from trivmm.deadlines import Deadlines
 from trivmm.hypervisor.base import MmioRead, MmioWrite, VcpuExit
-from trivmm.nursery.activation import DeviceLifecycle
+from trivmm.memory.guest import GuestMemory
+from trivmm.nursery.activation import ActivationActor
 from trivmm.testing.scripted import Script, ScriptedHypervisor
-from trivmm.virtio.port import ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, Activation
+from trivmm.virtio.handles import DeviceHandles
+from trivmm.virtio.life import ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, DeviceState
+from trivmm.virtio.port import Activation
+from trivmm.virtio.setup import VERSION_1, DeviceLimits, DriverSetup
+from trivmm.virtio.status import StatusRegister
 
-__all__ = ["DRIVER_READY", "BareDevice", "BareTransport", "MiniBoard", "status_gpa"]
+__all__ = ["DRIVER_READY", "BareDevice", "MiniBoard", "status_gpa"]
 
 DRIVER_READY = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK
 
@@ -35,9 +41,8 @@ class BareDevice:
     on_activate: Callable[[int], Awaitable[None]] | None = None
     on_stop: Callable[[], Awaitable[None]] | None = None
     device_type: int = 4
-    features: int = 1 << 32
+    features: int = VERSION_1
     queue_sizes: tuple[int, ...] = ()
-    config_size: int = 0
     log: list[str] = attrs.field(factory=list)
     active: int | None = None
     locked: bool = True
@@ -92,27 +97,13 @@ class BareDevice:
         return None
 
 
-@attrs.define(eq=False)
-class BareTransport:
-    config_changes: int = 0
-    resets: int = 0
-
-    def reset_registers(self) -> bool:
-        self.resets += 1
-        return True
-
-    def signal_config_change(self) -> None:
-        self.config_changes += 1
-
-    def bump_config_generation(self) -> None:
-        return None
-
-
 @attrs.frozen(eq=False)
 class Slot:
     backend: BareDevice
-    transport: BareTransport
-    lifecycle: DeviceLifecycle
+    state: DeviceState
+    register: StatusRegister
+    handles: DeviceHandles
+    actor: ActivationActor
 
 
 class _Line:
@@ -133,12 +124,14 @@ class _Line:
 
 
 class MiniBoard:
-    """Give it devices and one script per vCPU, and run it with ``open_machine(board, deadlines, driver=task_driver)``.
+    """Give it devices and one script per vCPU, and run it with ``open_machine(board, deadlines)``.
 
     ``interrupts`` and ``stuck`` record what the machine did."""
 
     def __init__(self, devices: Sequence[BareDevice], *scripts: Script, deadlines: Deadlines) -> None:
-        self.vm = ScriptedHypervisor(*scripts).open_vm()
+        self.hypervisor = ScriptedHypervisor(*scripts)
+        self.vm = self.hypervisor.open_vm()
+        self.memory = GuestMemory(())
         self.cpus = [self.vm.create_vcpu(index) for index in range(len(scripts))]
         self.lines = {"serial": _Line()}
         self.events: list[tuple[str, str, int]] = []
@@ -146,23 +139,24 @@ class MiniBoard:
         self.interrupts: list[str] = []
         self.devices = []
         for device in devices:
-            transport = BareTransport()
-            lifecycle = DeviceLifecycle(device, transport, deadlines, lambda *event: self.events.append(event))
-            self.devices.append(Slot(device, transport, lifecycle))
-
-    def clock(self) -> float:
-        return trio.current_time()
+            state = DeviceState(device.name, BoundedLock(f"the registers of {device.name}", deadlines.lock))
+            register = StatusRegister(state, DeviceLimits(device.features, device.queue_sizes, vectors=1))
+            handles = DeviceHandles(0)
+            actor = ActivationActor(
+                device, state, handles, deadlines, lambda: None, lambda *event: self.events.append(event)
+            )
+            self.devices.append(Slot(device, state, register, handles, actor))
 
     def handle_exit(self, vcpu: int, reason: VcpuExit) -> bytes | Effect:
         match reason:
             case MmioWrite(gpa, data):
-                lifecycle = self.devices[(gpa - status_gpa(0)) // 0x1000].lifecycle
-                return lifecycle.write_status(
-                    data[0], lambda: True, lambda generation: Activation(generation, 1 << 32, ())
-                )
+                slot = self.devices[(gpa - status_gpa(0)) // 0x1000]
+                with slot.state.lock:
+                    return slot.register.write(data[0], DriverSetup(VERSION_1, ()))
             case MmioRead(gpa, size):
-                lifecycle = self.devices[(gpa - status_gpa(0)) // 0x1000].lifecycle
-                return lifecycle.read_status().to_bytes(size, "little")
+                slot = self.devices[(gpa - status_gpa(0)) // 0x1000]
+                with slot.state.lock:
+                    return slot.register.read().to_bytes(size, "little")
             case _:
                 return None
 

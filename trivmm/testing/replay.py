@@ -23,8 +23,8 @@ from trivmm.control.server import open_server
 from trivmm.deadlines import Deadlines
 from trivmm.events import EventBus
 from trivmm.incoming import Incoming, open_incoming
-from trivmm.migration.sender import socket_dialer
-from trivmm.migration.transports import Dialer
+from trivmm.migration.link.transports import Dialer
+from trivmm.migration.source.sender import socket_dialer
 from trivmm.testing.fake import fake_hypervisor
 from trivmm.vmm import Vmm, VmmEnd, open_vmm
 
@@ -180,7 +180,7 @@ async def open_replay(folder: Path, config: Mapping[str, Any]) -> AsyncIterator[
         return open_incoming(f"{nobody}.receive", **options)
 
     path, deadlines, events = str(folder / "api.sock"), Deadlines(), EventBus()
-    with mock.patch("trivmm.vmm.open_incoming", listen_for_nobody):
+    with mock.patch("trivmm.vmm.moves.open_incoming", listen_for_nobody):
         async with (
             open_vmm(fake_hypervisor(), deadlines=deadlines, events=events, dial=dial_nobody) as vmm,
             open_server(path, Router(vmm), deadlines),

@@ -21,13 +21,12 @@ RING_FEATURES: Final = F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX
 class WorkerDevice:
     """Base of the devices. Implements what it can of ``DeviceBackend``; subclasses say what a worker is made of.
 
-    Set by the board: ``on_broken`` tells the lifecycle that a queue's driver is at fault, ``on_config_change`` tells
+    Set by the board: ``on_broken`` tells the actor that a queue's driver is at fault, ``on_config_change`` tells
     the driver that the configuration space has changed. Both are called in the trio thread."""
 
     device_type: int
     features: int
     queue_sizes: tuple[int, ...]
-    config_size: int = 0
 
     def __init__(self, name: str, memory: GuestMemory) -> None:
         self.name = name

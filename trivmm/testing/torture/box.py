@@ -19,8 +19,8 @@ import attrs
 import trio
 
 from trivmm.errors import ProtocolError
-from trivmm.migration.transports import Address, UnixAddress
-from trivmm.migration.wire import HEADER_BYTES, MessageType, parse_header
+from trivmm.migration.link.transports import Address, UnixAddress
+from trivmm.migration.wire.frame import HEADER_BYTES, MessageType, parse_header
 
 __all__ = ["Box", "Fate", "Hook", "open_box"]
 

@@ -13,8 +13,8 @@ import trio
 
 from trivmm.errors import TrivmmError
 from trivmm.guest import ProbeReport
-from trivmm.migration.transports import parse_url
-from trivmm.migration.wire import MessageType
+from trivmm.migration.link.transports import parse_url
+from trivmm.migration.wire.frame import MessageType
 from trivmm.testing.torture.box import Box, Fate, open_box
 from trivmm.testing.torture.hosts import ASK_LIMIT_S, Host, files_in, until
 from trivmm.testing.torture.judge import SLACK_S, Copy, Observation, Sent

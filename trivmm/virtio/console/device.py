@@ -38,7 +38,6 @@ class ConsoleDevice(WorkerDevice):
     device_type = 3
     features = RING_FEATURES | F_SIZE
     queue_sizes = (QUEUE_SIZE, QUEUE_SIZE)
-    config_size = CONFIG.size
 
     def __init__(self, config: ConsoleConfig, memory: GuestMemory, sink: Sink | None, name: str = "__console") -> None:
         super().__init__(config.id or name, memory)
