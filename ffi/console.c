@@ -3,6 +3,7 @@
 #include <stdlib.h>
 
 #define CHUNK 4096 /* copied between two looks at the stop flag */
+#define RECEIVE 0  /* queue number, virtio 1.2 section 5.3.2; the other one transmits */
 
 struct tv_console {
     struct tv_line line;
@@ -44,7 +45,7 @@ struct tv_line *tv_console_line(struct tv_console *console)
     return &console->line;
 }
 
-/* The doorbells of the workers that are about to run, or -1 of those that have ended. */
+/* The doorbells of the queues whose worker is about to run, or -1 when it has ended. */
 void tv_console_set_bells(struct tv_console *console, int receive_fd, int transmit_fd)
 {
     tv_line_lock(&console->line);
@@ -53,40 +54,40 @@ void tv_console_set_bells(struct tv_console *console, int receive_fd, int transm
     tv_line_unlock(&console->line, 0);
 }
 
-/* --- the workers ----------------------------------------------------------------------------------------------- */
+/* --- the worker ------------------------------------------------------------------------------------------------ */
 
 /* A buffer of the receive queue takes what input there is. Without any it stays available. */
-static int64_t receive(struct tv_worker *worker, struct tv_chain *chain)
+static int64_t receive(struct tv_console_worker *self, struct tv_queue *queue, struct tv_chain *chain)
 {
-    struct tv_console_worker *self = (struct tv_console_worker *)worker;
     struct tv_line *line = &self->console->line;
     uint8_t buffer[CHUNK];
     uint64_t done = 0;
-    while (done < chain->writable_bytes) {
+    while (done < chain->writable_bytes && done < TV_LINE_RX_SIZE) { /* a ring's worth: then the other queue */
         uint64_t room = chain->writable_bytes - done;
         tv_line_lock(line);
         uint32_t len = tv_bytes_peek(&line->rx, buffer, room < CHUNK ? (uint32_t)room : CHUNK);
         tv_line_unlock(line, 0);
         if (!len)
             break;
-        done += tv_chain_write(worker->queue.memory, chain, done, buffer, len);
+        done += tv_chain_write(queue->memory, chain, done, buffer, len);
         tv_line_lock(line);
         tv_line_unlock(line, tv_line_drop_rx(line, len));
     }
-    self->bytes += done;
+    self->received += done;
     return !done && chain->writable_bytes ? TV_NOT_NOW : (int64_t)done;
 }
 
 /* Into the ring, as far as it has room; the rest of the chain waits there for more. */
-static int64_t transmit(struct tv_worker *worker, struct tv_chain *chain)
+static int64_t transmit(struct tv_console_worker *self, struct tv_chain *chain)
 {
-    struct tv_console_worker *self = (struct tv_console_worker *)worker;
     struct tv_console *console = self->console;
     struct tv_line *line = &console->line;
     uint8_t buffer[CHUNK];
-    for (;;) {
-        if (tv_worker_stopping(worker))
+    for (uint32_t moved = 0;;) {
+        if (tv_worker_stopping(&self->worker))
             return TV_STOPPED;
+        if (moved >= TV_LINE_TX_SIZE)
+            return TV_AGAIN; /* a ring's worth, taken as fast as it came: now the other queue */
         tv_line_lock(line);
         uint64_t taken = console->tx_taken;
         uint32_t room = tv_bytes_room(&line->tx);
@@ -105,16 +106,22 @@ static int64_t transmit(struct tv_worker *worker, struct tv_chain *chain)
         unsigned wake = line->tx.used ? 0 : TV_LINE_READY;
         tv_bytes_fill(&line->tx, buffer, (uint32_t)got);
         console->tx_taken += (uint32_t)got;
-        self->bytes += got; /* before anybody can have seen them */
+        moved += (uint32_t)got;
+        self->transmitted += got; /* before anybody can have seen them */
         tv_line_unlock(line, wake);
     }
 }
 
-/* Of the receive queue (0) or the transmit queue (1). */
-void tv_console_worker_init(struct tv_console_worker *worker, struct tv_console *console, int receives)
+static int64_t serve(struct tv_worker *worker, struct tv_queue *queue, struct tv_chain *chain)
+{
+    struct tv_console_worker *self = (struct tv_console_worker *)worker;
+    return queue->index == RECEIVE ? receive(self, queue, chain) : transmit(self, chain);
+}
+
+void tv_console_worker_init(struct tv_console_worker *worker, struct tv_console *console)
 {
     worker->console = console;
-    worker->worker.serve = receives ? receive : transmit;
+    worker->worker.serve = serve;
 }
 
 /* --- state ----------------------------------------------------------------------------------------------------- */
@@ -129,7 +136,7 @@ void tv_console_reset(struct tv_console *console)
     tv_line_unlock(&console->line, 0);
 }
 
-/* See tv_line_save; with the workers ended. */
+/* See tv_line_save; with the worker ended. */
 void tv_console_save(struct tv_console *console, struct tv_console_state *state, uint32_t in_flight)
 {
     tv_line_lock(&console->line);

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -45,6 +44,7 @@ from trivmm.migration.wire.frame import MessageType
 from trivmm.testing.control import command_environment
 from trivmm.testing.middlebox import MiddleBox, Strike, middle_box
 from trivmm.testing.plugin import FakeVmm
+from trivmm.testing.processes import booted, outcome, receiving, state
 from trivmm.testing.scripted import ScriptedHypervisor
 from trivmm.virtio.block.image import Image
 
@@ -264,46 +264,16 @@ async def test_locks_that_went_to_a_third_party_are_no_question_for_the_destinat
 
 # --- over the API, between processes -------------------------------------------------------------------------------
 
-VM = {"payload": {"kernel": "none is looked for"}, "memory": {"size": 32 << 20}}
 OPTIONS = ["--deadlines", "commit=1,resolve=1"]
 
 
-def booted(fake: FakeVmm) -> FakeVmm:
-    assert fake.call("PUT", "vm.create", VM) == (204, None)
-    assert fake.call("PUT", "vm.boot") == (204, None)
-    return fake
-
-
-def state(fake: FakeVmm) -> str:
-    return str(fake.call("GET", "vm.info")[1]["state"])
-
-
-def socket_made(path: str) -> int | None:
-    """When, in its file system's time; None: it is not there. A receiver that takes an address over makes it anew."""
-    try:
-        return os.stat(path).st_ctime_ns
-    except FileNotFoundError:
-        return None
-
-
-def move(source: FakeVmm, target: FakeVmm, box: MiddleBox, limit_s: float = LIMIT_S) -> tuple[dict[str, Any], int]:
+def move(source: FakeVmm, target: FakeVmm, box: MiddleBox) -> tuple[dict[str, Any], int | None]:
     """The source's last progress, and what receive-migration answered."""
-    answers: list[int] = []
-    before = socket_made(box.target)
-    url = {"receiver_url": f"unix:{box.target}"}
-    receiving = threading.Thread(target=lambda: answers.append(target.call("PUT", "vm.receive-migration", url)[0]))
-    receiving.start()
-    until = time.monotonic() + limit_s
-    while socket_made(box.target) in (before, None) and time.monotonic() < until:
-        time.sleep(0.02)
-    request = {"destination_url": box.url, "downtime_ms": 5000}
-    assert source.call("PUT", "vm.send-migration", request) == (204, None)
-    progress: dict[str, Any] = {"state": {"Ongoing": {}}}
-    while "Ongoing" in progress["state"] and time.monotonic() < until:
-        time.sleep(0.02)
-        progress = source.call("GET", "vm.migration-progress")[1]
-    receiving.join(limit_s)
-    return progress, answers[0]
+    with receiving(target, Path(box.target)) as there:
+        request = {"destination_url": box.url, "downtime_ms": 5000}
+        assert source.call("PUT", "vm.send-migration", request) == (204, None)
+        progress = outcome(source)
+    return progress, there.status
 
 
 @pytest.fixture

@@ -1181,14 +1181,19 @@ def test_code_that_a_polled_device_wrote_runs_anew(build: Build) -> None:
           jmp 1b
         """
     )
-    guest.memory.tell(guest.cpu.write_hook)
+    guest.memory.before_told(*guest.cpu.write_hook)
     driver = MockDriver(guest.memory)
     try:
         queue = driver.open()
         assert guest.until_port(0x80) == b"\x01"
+
+        def answer() -> None:
+            lib.tv_queue_push(queue, 0, 512)
+            lib.tv_queue_publish(queue)
+
         for value in (2, 3, 4):
             guest.memory.write(0x300001, bytes([value]))
-            device = threading.Timer(0.05, lib.tv_queue_push, (queue, 0, 512))
+            device = threading.Timer(0.05, answer)
             device.start()
             assert guest.until_port(0x80) == bytes([value])
             device.join()

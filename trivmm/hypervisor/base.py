@@ -168,9 +168,9 @@ class VcpuBackend(Protocol):
 
     index: int
     inline_handler: Callable[[VcpuExit], bytes | None] | None
-    write_hook: Any = None
-    """What guest memory tells of each write of a device (see ``GuestMemory.tell``), before the guest hears of it; None
-    where the CPU sees such a write by itself."""
+    write_hook: tuple[Any, Any] | None = None
+    """What guest memory calls before the guest hears of a device's write (the arguments of
+    ``GuestMemory.before_told``); None where the CPU sees such a write by itself."""
 
     def complete_read(self, data: bytes) -> None:
         """Answer the last :class:`IoIn` or :class:`MmioRead`; consumed by the next run."""

@@ -69,7 +69,7 @@ def build_board(
             cpu.inline_handler = board.inline_handler(index)
             board.cpus.append(cpu)
             if cpu.write_hook is not None:
-                memory.tell(cpu.write_hook)
+                memory.before_told(*cpu.write_hook)
     except BaseException:
         for step in reversed(undo):
             step()

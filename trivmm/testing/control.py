@@ -28,6 +28,7 @@ class FakeHypervisor:
     note = ""
     max_vcpus = 8
     needs_payload = False
+    threads = False
 
     def close(self) -> None:
         pass

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
-from trivmm._native import lib
+from trivmm._native import ffi, lib
 from trivmm.errors import HypervisorError
 from trivmm.hypervisor.base import (
     InternalError,
@@ -77,7 +77,9 @@ class SoftVcpu(ThreadVcpu):
         self._chips = vm.chips
         self._engine = Engine(self._read_mmio, self._write_mmio, self._read_port, self._write_port, TIMER_HZ)
         self._engine.map_ram(tuple(vm.slots.values()))
-        self.write_hook = self._gate = self._engine.gate  # it translates code, and what a disk is read into may be code
+        self._gate = self._engine.gate
+        # It translates code, and what a disk is read into may be code.
+        self.write_hook = ffi.addressof(lib, "tv_soft_gate_code"), self._gate
         self._writes: deque[IoOut | MmioWrite] = deque()
         self._rung_end = 0  # where a doorbell write of this instruction ended: its second half belongs to it
         self._undo_to: tuple[int, tuple[int, ...]] | None = None  # (RIP, registers) before a forbidden port access

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 from trivmm._native import ffi, lib
 from trivmm.errors import ProtocolError
@@ -11,8 +11,6 @@ from trivmm.platform.sinks import Sink
 from trivmm.state.fields import Fields
 
 __all__ = ["ConsoleLine"]
-
-CHAIN_BYTES: Final = 1 << 30  # TV_CHAIN_BYTES: no chain is longer
 
 
 class ConsoleLine(Line):
@@ -29,7 +27,7 @@ class ConsoleLine(Line):
     def load(self, fields: Fields) -> None:
         """:raises ProtocolError: when the state is malformed."""
         native = ffi.new("struct tv_console_state *")
-        native.tx_taken = fields.integer("tx_taken", 0, CHAIN_BYTES)
+        native.tx_taken = fields.integer("tx_taken", 0, lib.TV_CHAIN_BYTES)  # no chain is longer
         load_rings("console", fields, native.line)
         if lib.tv_console_load(self.native, native):  # pragma: no cover - the lengths were checked above
             raise ProtocolError("console: the saved rings do not fit")

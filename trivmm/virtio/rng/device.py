@@ -11,7 +11,6 @@ from trivmm.config import RngConfig
 from trivmm.errors import ConfigError, reason_of
 from trivmm.memory.guest import GuestMemory
 from trivmm.virtio.device import RING_FEATURES, WorkerDevice
-from trivmm.virtio.port import QueueConfig
 from trivmm.virtio.queue import QueueWorker
 
 __all__ = ["RngDevice"]
@@ -44,7 +43,7 @@ class RngDevice(WorkerDevice):
         self._bytes = 0
         self._errors = 0
 
-    def _make_worker(self, queue: QueueConfig, features: int) -> Any:
+    def _make_worker(self, features: int) -> Any:
         native = ffi.new("struct tv_rng *")
         native.source_fd = self._fd
         lib.tv_rng_init(native)
