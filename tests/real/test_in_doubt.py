@@ -29,6 +29,7 @@ from trivmm import (
     PayloadConfig,
     RunsElsewhere,
     TrivmmError,
+    Verdicts,
     Vm,
     VmConfig,
     VmState,
@@ -84,7 +85,7 @@ async def in_doubt(config: VmConfig, folder: Path, at: MessageType) -> AsyncIter
 
             async def host(*, task_status: trio.TaskStatus[Vm]) -> None:
                 async with open_incoming(
-                    f"unix:{folder}/there.sock", hypervisor=hypervisor, deadlines=PATIENT, answering=nursery
+                    f"unix:{folder}/there.sock", hypervisor=hypervisor, deadlines=PATIENT, verdicts=Verdicts(nursery)
                 ) as incoming:
                     task_status.started(incoming.vm)
                     with suppress(TrivmmError):
@@ -201,11 +202,10 @@ async def test_a_destination_that_is_gone_wants_force(config: VmConfig, tmp_path
 async def test_another_receiver_at_that_address_does_not_know_and_that_proves_nothing(
     config: VmConfig, tmp_path: Path
 ) -> None:
-    with trio.fail_after(LIMIT_S), pytest.MonkeyPatch.context() as patch:
+    with trio.fail_after(LIMIT_S):
         async with in_doubt(config, tmp_path, MessageType.RUNNING) as doubt:
             doubt.leave.set()
             await doubt.gone.wait()
-            patch.setattr("trivmm.migration.destination.receiver._SETTLED", {})  # as in another process
             doubt.box.down = False
             async with (
                 open_incoming(

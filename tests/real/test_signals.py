@@ -23,7 +23,7 @@ from trivmm.config import MemoryConfig, PayloadConfig, VmConfig
 from trivmm.deadlines import Deadlines
 from trivmm.errors import CommitRefused, PastCommit
 from trivmm.machine.machine import Machine
-from trivmm.migration.link.halves import Channel
+from trivmm.migration.link.halves import Connection, FrameSender
 from trivmm.migration.link.transports import Dialer
 from trivmm.migration.source.sender import socket_dialer
 from trivmm.migration.wire.frame import HEADER_BYTES, MessageType, parse_header
@@ -193,27 +193,23 @@ def test_a_vmm_shutdown_waits_for_the_verdict_too(fake_vmm: Start, tmp_path: Pat
 
 @attrs.define(eq=False)
 class BothAtOnce:
-    """A connection that lets the peer's process see COMMIT and a signal in the same moment."""
+    """What goes out on a connection lets the peer's process see COMMIT and a signal in the same moment."""
 
-    _channel: Channel
+    _sender: FrameSender
     _peer: subprocess.Popen[bytes]
     _number: signal.Signals
 
-    @property
-    def name(self) -> str:
-        return self._channel.name
-
     async def send(self, data: bytes) -> None:
         if parse_header(data[:HEADER_BYTES]).type is not MessageType.COMMIT:
-            return await self._channel.send(data)
+            return await self._sender.send(data)
         self._peer.send_signal(signal.SIGSTOP)
         until(lambda: stopped(self._peer), "it was not stopped")
-        await self._channel.send(data)
+        await self._sender.send(data)
         self._peer.send_signal(self._number)
         self._peer.send_signal(signal.SIGCONT)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._channel, name)
+        return getattr(self._sender, name)
 
 
 @attrs.frozen
@@ -223,10 +219,10 @@ class BothAtOnceDialer:
     _number: signal.Signals
     transport: str = "unix"
 
-    async def dial(self) -> Channel:
-        channel: Any = BothAtOnce(await self._dialer.dial(), self._peer, self._number)
-        made: Channel = channel
-        return made
+    async def dial(self) -> Connection:
+        real = await self._dialer.dial()
+        sender: Any = BothAtOnce(real.sender, self._peer, self._number)
+        return attrs.evolve(real, sender=sender)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])

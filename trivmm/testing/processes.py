@@ -68,6 +68,14 @@ def outcome(fake: FakeVmm) -> dict[str, Any]:
     return last
 
 
+def _made_at(path: Path) -> int | None:
+    """When, in its file system's time; None: it is not there."""
+    try:
+        return path.stat().st_ctime_ns
+    except FileNotFoundError:
+        return None
+
+
 @attrs.define
 class Receiving:
     """``status`` is what receive-migration answered; None while it lasts, and where its process went away first."""
@@ -80,6 +88,7 @@ class Receiving:
 def receiving(target: FakeVmm, path: Path) -> Iterator[Receiving]:
     """``target`` waits for a VM at ``path`` when the block begins; its call has ended after the block."""
     made = Receiving(f"unix:{path}")
+    before = _made_at(path)  # a receiver that takes an address over makes its socket anew
 
     def receive() -> None:
         try:
@@ -90,7 +99,7 @@ def receiving(target: FakeVmm, path: Path) -> Iterator[Receiving]:
     thread = threading.Thread(target=receive)
     thread.start()
     try:
-        until(lambda: listens(path), f"nobody listens at {path}")
+        until(lambda: listens(path) and _made_at(path) != before, f"nobody listens at {path}")
         yield made
     finally:
         thread.join(LIMIT_S)
