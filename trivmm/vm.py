@@ -346,7 +346,6 @@ class Vm:
         except BaseException:
             self._machine_ended.set()
             raise
-        machine.on_guest_request = self._asked_set
         self._machine, self._last_board = machine, board
         self._new_board.set()
         self._new_board = trio.Event()
@@ -357,7 +356,9 @@ class Vm:
     ) -> None:
         end, ended = self._end_machine, self._machine_ended
         try:
-            async with open_machine(board, self.deadlines, gate_open=gate_open, kernel=self.kernel) as machine:
+            async with open_machine(
+                board, self.deadlines, gate_open=gate_open, kernel=self.kernel, on_guest_request=self._asked_set
+            ) as machine:
                 task_status.started(machine)
                 # If start() was cancelled meanwhile it waits for this task: leave before the shield, not after.
                 await trio.lowlevel.checkpoint_if_cancelled()

@@ -1,9 +1,9 @@
 """The board: everything of a machine that is not a task. Built in one go from a configuration, or not at all.
 
 ``build_board`` opens files, maps RAM, makes the KVM VM and its vCPUs, and plugs the devices, in any thread, since it
-waits for the kernel; a failure anywhere closes what was opened. The board then answers every vCPU exit
-(:meth:`Board.handle_exit`, on vCPU threads), and is saved, loaded and closed as a whole. Tasks around
-it (actors, vCPUs, drain) belong to ``trivmm.nursery.tree``.
+waits for the kernel; a failure anywhere closes what was opened. The board's devices then answer what vCPUs ask on its
+bus (on their threads), and it is saved, loaded and closed as a whole. Tasks around it (actors, vCPUs, drain) belong to
+``trivmm.nursery.tree``.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import attrs
 
 from trivmm._native import ffi, lib
 from trivmm.boot.pvh import check_payload, load_payload
-from trivmm.bus.space import AddressSpace, BusDevice, Effect, Range
+from trivmm.bus.bus import Bus
+from trivmm.bus.space import AddressSpace, BusDevice, Range
 from trivmm.config import VmConfig
 from trivmm.errors import ConfigError, MigrationError, TrivmmError
-from trivmm.hypervisor.base import AnyVcpu, Hypervisor, IoIn, IoOut, MmioRead, MmioWrite, VcpuExit, VmBackend
+from trivmm.hypervisor.base import AnyVcpu, Hypervisor, VmBackend
 from trivmm.memory import layout
 from trivmm.memory.guest import GuestMemory
 from trivmm.nursery.activation import DeviceLifecycle
@@ -89,32 +90,9 @@ class Board:
     _closed: bool = False
     _freed: bool = False
 
-    # --- exits: vCPU threads ---------------------------------------------------------------------------------
-
-    def handle_exit(self, vcpu: int, reason: VcpuExit) -> bytes | Effect:
-        match reason:
-            case MmioWrite(gpa, data):
-                return self.mmio.write(gpa, data)
-            case MmioRead(gpa, size):
-                return self.mmio.read(gpa, size)
-            case IoOut(port, size, data):
-                if len(data) == size:
-                    return self.pio.write(port, data)
-                outcome: Effect = None
-                for at in range(0, len(data), size):
-                    outcome = self.pio.write(port, data[at : at + size]) or outcome
-                return outcome
-            case IoIn(port, size, count):
-                return b"".join(self.pio.read(port, size) for _ in range(count))
-            case _:
-                return None
-
-    def inline_handler(self, index: int) -> Callable[[VcpuExit], bytes | None]:
-        def answer(reason: VcpuExit) -> bytes | None:
-            answered = self.handle_exit(index, reason)
-            return answered if isinstance(answered, bytes) else None
-
-        return answer
+    def bus(self) -> Bus:
+        """For one vCPU."""
+        return Bus(self.pio, self.mmio, self.hypervisor.clock)
 
     # --- boot ------------------------------------------------------------------------------------------------
 
@@ -406,7 +384,6 @@ def build_board(
         _plug_devices(board, on_event, incoming, sinks.get("console"))
         for index in range(config.cpus.boot_vcpus):
             cpu = vm.create_vcpu(index)
-            cpu.inline_handler = board.inline_handler(index)
             board.cpus.append(cpu)
             if cpu.write_hook is not None:
                 memory.tell(cpu.write_hook)

@@ -48,9 +48,10 @@ class Machine:
 
     board: Board
     deadlines: Deadlines
-    vcpus: VcpuSet
     kernel: KernelCalls
-    on_guest_request: Callable[[], None] = lambda: None
+    on_guest_request: Callable[[], None]
+    vcpu_type: type[Vcpu] = Vcpu
+    vcpus: VcpuSet = attrs.field(init=False)
     running: bool = attrs.field(default=False, init=False)
     ending: bool = attrs.field(default=False, init=False)  # its board is closed next, and the kernel's part with it
     guest_request: GuestRequest | None = attrs.field(default=None, init=False)
@@ -61,6 +62,9 @@ class Machine:
     _log_wanted: bool = attrs.field(default=False, init=False)
     _log_on: bool = attrs.field(default=False, init=False)
     _token: trio.lowlevel.TrioToken = attrs.field(factory=trio.lowlevel.current_trio_token, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.vcpus = VcpuSet(self.board.cpus, self.board.bus, self, self.deadlines, self.vcpu_type)
 
     # --- what the nursery tree houses ------------------------------------------------------------------------
 
@@ -355,25 +359,13 @@ async def open_machine(
     gate_open: bool = True,
     vcpu_type: type[Vcpu] = Vcpu,
     kernel: KernelCalls | None = None,
+    on_guest_request: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[Machine]:
     """Run a board: its actors, lines and parked vCPU threads, see :func:`trivmm.nursery.tree.open_tree`.
 
     ``gate_open`` False is for a destination: nothing activates before COMMIT."""
-    vcpus = VcpuSet((), deadlines)
-    machine = Machine(board, deadlines, vcpus, kernel or KernelCalls(deadlines, board.hypervisor.threads))
-    vcpus.vcpus = [
-        vcpu_type(
-            index,
-            cpu,
-            board.handle_exit,
-            vcpus.on_change,
-            machine.take_request,
-            machine.take_crash,
-            board.hypervisor.clock,
-        )
-        for index, cpu in enumerate(board.cpus)
-    ]
-    vcpus.on_failure = machine.take_failure
+    calls = kernel or KernelCalls(deadlines, board.hypervisor.threads)
+    machine = Machine(board, deadlines, calls, on_guest_request, vcpu_type)
     if not gate_open:
         machine._gate_closed = True
         for slot in board.devices:

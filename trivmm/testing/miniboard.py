@@ -11,9 +11,9 @@ from typing import Any
 import attrs
 import trio
 
-from trivmm.bus.space import Effect
+from trivmm.bus.bus import Bus
+from trivmm.bus.space import AddressSpace, Effect, Range
 from trivmm.deadlines import Deadlines
-from trivmm.hypervisor.base import MmioRead, MmioWrite, VcpuExit
 from trivmm.nursery.activation import DeviceLifecycle
 from trivmm.testing.scripted import Script, ScriptedHypervisor
 from trivmm.virtio.port import ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, Activation
@@ -21,10 +21,11 @@ from trivmm.virtio.port import ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, Acti
 __all__ = ["DRIVER_READY", "BareDevice", "BareTransport", "MiniBoard", "status_gpa"]
 
 DRIVER_READY = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK
+STATUS_SPAN = 0x1000
 
 
 def status_gpa(device: int) -> int:
-    return 0xD000_0000 + 0x1000 * device
+    return 0xD000_0000 + STATUS_SPAN * device
 
 
 @attrs.define(eq=False)
@@ -115,6 +116,21 @@ class Slot:
     lifecycle: DeviceLifecycle
 
 
+@attrs.frozen(eq=False)
+class StatusRegister:
+    """A device's only register, as the bus sees it."""
+
+    lifecycle: DeviceLifecycle
+
+    def read(self, offset: int, size: int) -> bytes:
+        return self.lifecycle.read_status().to_bytes(size, "little")
+
+    def write(self, offset: int, data: bytes) -> Effect:
+        return self.lifecycle.write_status(
+            data[0], lambda: True, lambda generation: Activation(generation, 1 << 32, ())
+        )
+
+
 class _Line:
     async def run(self) -> None:
         await trio.sleep_forever()
@@ -145,24 +161,16 @@ class MiniBoard:
         self.events: list[tuple[str, str, int]] = []
         self.stuck: list[str] = []
         self.interrupts: list[str] = []
+        self.pio, self.mmio = AddressSpace("pio"), AddressSpace("mmio")
         self.devices = []
-        for device in devices:
+        for index, device in enumerate(devices):
             transport = BareTransport()
             lifecycle = DeviceLifecycle(device, transport, deadlines, lambda *event: self.events.append(event))
             self.devices.append(Slot(device, transport, lifecycle))
+            self.mmio.insert(Range(status_gpa(index), STATUS_SPAN, StatusRegister(lifecycle), device.name))
 
-    def handle_exit(self, vcpu: int, reason: VcpuExit) -> bytes | Effect:
-        match reason:
-            case MmioWrite(gpa, data):
-                lifecycle = self.devices[(gpa - status_gpa(0)) // 0x1000].lifecycle
-                return lifecycle.write_status(
-                    data[0], lambda: True, lambda generation: Activation(generation, 1 << 32, ())
-                )
-            case MmioRead(gpa, size):
-                lifecycle = self.devices[(gpa - status_gpa(0)) // 0x1000].lifecycle
-                return lifecycle.read_status().to_bytes(size, "little")
-            case _:
-                return None
+    def bus(self) -> Bus:
+        return Bus(self.pio, self.mmio, self.hypervisor.clock)
 
     def connect_interrupts(self) -> None:
         self.interrupts.append("connect")

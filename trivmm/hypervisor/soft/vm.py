@@ -159,6 +159,11 @@ class SoftVm(VmBackend):
         if message is not None:
             self.lapic.message(*message)
 
+    def interrupt_waits(self) -> bool:
+        """Whether there is one that the CPU would take, its flag aside. The vCPU's thread only."""
+        lapic = self.lapic
+        return lapic.nmi or lapic.pending() is not None or (self.chips.pending() and lapic.takes_extint())
+
     def next_pit_interrupt(self) -> int | None:
         """When the PIT next raises IRQ 0, in monotonic nanoseconds; None when it won't, or nobody would notice."""
         if self.chips.master.imr & 1 and not self.ioapic.is_open(0):
