@@ -150,7 +150,7 @@ async def test_a_console_in_full_flow_moves(tmp_path: Path) -> None:
     with trio.fail_after(LIMIT_S):
         async with open_road(config_of(tmp_path, console="Socket", rate=200)) as road:
             first = await trio.open_unix_socket(tmp_path / "console.sock")
-            machine = road.vm._machine
+            machine = road.vm.host.machine
             assert machine is not None
             assert machine.board.console is not None
             line = machine.board.console.line
@@ -199,7 +199,7 @@ async def test_the_guest_sees_a_new_size(tmp_path: Path) -> None:
     with trio.fail_after(LIMIT_S):
         async with open_vm(config_of(tmp_path, console="Null")) as vm:
             await vm.boot()
-            machine = vm._machine
+            machine = vm.host.machine
             assert machine is not None
             assert machine.board.console is not None
             await vm.wait_for_console("PROBE t=")

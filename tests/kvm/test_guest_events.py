@@ -95,8 +95,8 @@ async def test_a_vcpu_that_was_never_started_gets_no_nmi(kernel: Path) -> None:
             await vm.nmi()
             await vm.wait_for_console("N")
             await vm.pause()
-            assert vm._machine is not None
-            injected, pending = vm._machine.board.cpus[1].save().blobs["events"][NMI_AT : NMI_AT + 2]
+            assert vm.host.machine is not None
+            injected, pending = vm.host.machine.board.cpus[1].save().blobs["events"][NMI_AT : NMI_AT + 2]
             assert (injected, pending) == (0, 0)
 
 

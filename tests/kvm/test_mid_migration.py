@@ -74,8 +74,8 @@ async def test_an_activation_that_is_pending_at_the_switchover_is_served_on_the_
         async with open_road(config_of(tmp_path)) as road:
             await road.vm.wait_for_console("PROBE ready")
             entered = trio.Event()
-            assert road.vm._machine is not None
-            slow_on(monkeypatch, [road.vm._machine.memory], entered)
+            assert road.vm.host.machine is not None
+            slow_on(monkeypatch, [road.vm.host.machine.memory], entered)
             await entered.wait()  # the guest's only vCPU stands at the barrier from here on
             seen: list[Event] = []
             road.vm.events.listen(seen.append)
@@ -94,8 +94,8 @@ async def test_a_pause_does_not_wait_for_an_activation(tmp_path: Path, monkeypat
         async with open_road(config_of(tmp_path)) as road:
             await road.vm.wait_for_console("PROBE ready")
             entered = trio.Event()
-            assert road.vm._machine is not None
-            slow = [road.vm._machine.memory]
+            assert road.vm.host.machine is not None
+            slow = [road.vm.host.machine.memory]
             slow_on(monkeypatch, list(slow), entered)
             await entered.wait()
             await road.vm.pause()

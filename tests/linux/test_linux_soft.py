@@ -53,9 +53,9 @@ async def test_linux_boots_uses_its_devices_and_moves(linux: Any, tmp_path: Path
             await vm.boot()
             for number, at in enumerate(MOVES_AT):
                 await vm.wait_for_console(f"GUEST round {at} ")
-                assert vm._machine is not None
-                assert vm._machine.board.console is not None
-                vm._machine.board.console.resize(100 + number, 30)
+                assert vm.host.machine is not None
+                assert vm.host.machine.board.console is not None
+                vm.host.machine.board.console.resize(100 + number, 30)
                 await vm.feed_console(b"word %d" % number, "console")
                 listening = open_incoming(f"unix:{tmp_path}/{number}.sock", hypervisor=SoftHypervisor())
                 incoming = await stack.enter_async_context(listening)

@@ -142,7 +142,7 @@ async def opened(config: VmConfig, kernel: Kernel) -> AsyncIterator[Vm]:
     """A VM whose calls are made in threads; nothing hangs at its end that the test has not let hang."""
     try:
         async with open_vm(config, hypervisor=kernel) as vm:
-            vm.kernel.threaded = True
+            vm.host.kernel.threaded = True
             yield vm
     finally:
         kernel.let_go()
@@ -152,7 +152,7 @@ async def opened(config: VmConfig, kernel: Kernel) -> AsyncIterator[Vm]:
 async def destination(config: VmConfig, kernel: Kernel, folder: Path) -> AsyncIterator[tuple[str, Vm]]:
     """Its URL, and the VM that arrives there."""
     async with open_incoming(f"unix:{folder}/m.sock", hypervisor=kernel, deadlines=config.deadlines) as incoming:
-        incoming.vm.kernel.threaded = True
+        incoming.vm.host.kernel.threaded = True
         async with trio.open_nursery() as nursery:
 
             async def receive() -> None:
@@ -174,8 +174,8 @@ def beating(cpu: Any) -> Any:
 
 async def beats(vm: Vm) -> None:
     """Wait until the guest has run."""
-    assert vm._machine is not None
-    cpu: Any = vm._machine.board.cpus[0]
+    assert vm.host.machine is not None
+    cpu: Any = vm.host.machine.board.cpus[0]
     before = cpu.registers.get("beats", 0)
     while cpu.registers.get("beats", 0) <= before:  # noqa: ASYNC110 - a script has no event
         await trio.sleep(0.001)
@@ -260,7 +260,7 @@ async def test_everybody_else_goes_on_while_a_call_waits_and_a_cancellation_wait
 
 
 async def until_free(vm: Vm) -> None:
-    while vm.kernel.busy:  # noqa: ASYNC110 - its thread
+    while vm.host.kernel.busy:  # noqa: ASYNC110 - its thread
         await trio.sleep(0.001)
 
 
@@ -271,7 +271,7 @@ async def test_a_dirty_log_that_does_not_come_on_fails_the_migration_and_goes_of
     with trio.fail_after(LIMIT_S):
         async with opened(config, kernel) as vm:
             await vm.boot()
-            with impatient(vm.kernel):
+            with impatient(vm.host.kernel):
                 async with destination(config, kernel, tmp_path) as (url, _):
                     kernel.hang("set_dirty_log")
                     with pytest.raises(DeadlineError, match="switching the dirty log on: the kernel has not") as caught:
@@ -320,7 +320,7 @@ async def test_a_machine_that_the_kernel_does_not_build_is_no_boot_and_leaves_no
     with trio.fail_after(LIMIT_S):
         async with opened(config, kernel) as vm:
             kernel.hang("create_vcpu")  # the last step: by then it has the disk
-            with impatient(vm.kernel):
+            with impatient(vm.host.kernel):
                 with pytest.raises(DeadlineError, match="building the machine: the kernel has not returned"):
                     await vm.boot()
                 assert vm.state is VmState.CREATED
@@ -343,10 +343,10 @@ async def test_a_vm_that_ends_while_the_kernel_has_it_keeps_what_the_thread_work
     with trio.fail_after(LIMIT_S):
         async with opened(config, kernel) as vm:
             await vm.boot()
-            assert vm._machine is not None
-            board = vm._machine.board
+            assert vm.host.machine is not None
+            board = vm.host.machine.board
             kernel.hang("set_dirty_log")
-            with impatient(vm.kernel):
+            with impatient(vm.host.kernel):
                 async with destination(config, kernel, tmp_path) as (url, _):
                     with pytest.raises(DeadlineError, match="kernel"):
                         await vm.migrate_to(url)
@@ -366,16 +366,16 @@ async def test_a_boot_that_gets_no_interrupts_runs_nothing(config: VmConfig) -> 
         async with opened(config, kernel) as vm:
             kernel.hang("connect_irq")
             # The last step of the build, whose limit runs already: the next call's is short.
-            kernel.on_enter["create_vcpu"] = lambda: setattr(vm.kernel, "deadlines", Deadlines(kernel=0.1))
+            kernel.on_enter["create_vcpu"] = lambda: setattr(vm.host.kernel, "deadlines", Deadlines(kernel=0.1))
             with pytest.raises(DeadlineError, match="connecting the interrupts"):
                 await vm.boot()
             assert vm.state is VmState.CREATED
-            assert vm._last_board is not None
-            cpu: Any = vm._last_board.cpus[0]
+            assert vm.host.board is not None
+            cpu: Any = vm.host.board.cpus[0]
             assert cpu.registers == {}
             kernel.let_go()
             await until_free(vm)
-            forget(vm._last_board)
+            forget(vm.host.board)
 
 
 def forget(board: Board) -> None:

@@ -40,8 +40,10 @@ from trivmm.errors import (
     WrongState,
 )
 from trivmm.guest import probe_path
+from trivmm.machine.host import MachineHost
 from trivmm.machine.machine import Machine
 from trivmm.migration.progress import MigrationProgress, Phase
+from trivmm.platform.sinks import GuestOutput
 from trivmm.testing.scripted import Compute, Crash, IoOut, ScriptedHypervisor, Step
 from trivmm.virtio.block.image import Image
 
@@ -236,9 +238,8 @@ async def test_a_paused_vm_does_not_reboot_before_it_is_resumed(
 class StalledSink:
     """A terminal that somebody stopped with Ctrl-S."""
 
-    async def send(self, data: bytes) -> int:
+    async def take(self, output: GuestOutput) -> None:
         await trio.sleep_forever()
-        return 0
 
     def close(self) -> None:
         pass
@@ -249,8 +250,8 @@ async def test_a_stalled_serial_sink_does_not_use_up_the_downtime(config: VmConf
     config = attrs.evolve(config, deadlines=attrs.evolve(config.deadlines, downtime=1.0))
     with trio.fail_after(LIMIT_S):
         async with two_sides(config, tmp_path) as (source, target, move):
-            assert source._machine is not None
-            serial = source._machine.board.serial
+            assert source.host.machine is not None
+            serial = source.host.machine.board.serial
             serial.attach_sink(StalledSink())
             serial.write(0, b"x")
             reports: list[MigrationProgress] = []
@@ -326,8 +327,8 @@ async def test_an_observer_that_raises_harms_nobody_else(config: VmConfig, caplo
             vm.events.listen(faulty)
             vm.events.listen(lambda event: seen.append(event.event))
             await vm.boot()
-            assert vm._machine is not None
-            for slot in vm._machine.board.devices:
+            assert vm.host.machine is not None
+            for slot in vm.host.machine.board.devices:
                 slot.lifecycle.power_on()
                 await slot.lifecycle.settled()
             await vm.shutdown()
@@ -404,13 +405,13 @@ async def test_closing_the_source_in_mid_migration_rolls_back_and_ends_it(config
 async def test_a_vm_that_is_closed_while_it_boots_says_so(config: VmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     loading, closed = trio.Event(), trio.Event()
 
-    async def slow(self: Vm, work: Callable[[], None], *, abandon: bool = False) -> None:
+    async def slow(self: MachineHost, work: Callable[[], None], *, abandon: bool = False) -> None:
         if not abandon:  # the payload
             loading.set()
             await closed.wait()
         work()
 
-    monkeypatch.setattr(Vm, "_aside", slow)
+    monkeypatch.setattr(MachineHost, "_aside", slow)
     refused: list[Exception] = []
 
     async def boot(vm: Vm) -> None:

@@ -43,9 +43,9 @@ def open_descriptors() -> int:
 
 
 def say(vm: Vm, data: bytes) -> None:
-    assert vm._machine is not None
+    assert vm.host.machine is not None
     for at in range(len(data)):
-        vm._machine.board.serial.write(0, data[at : at + 1])
+        vm.host.machine.board.serial.write(0, data[at : at + 1])
 
 
 @asynccontextmanager

@@ -15,7 +15,7 @@ import attrs
 
 from trivmm.deadlines import TABLE, Deadlines
 from trivmm.errors import ConfigError, shown
-from trivmm.unixsocket import SocketFd
+from trivmm.unixsocket import SocketFd, check_path
 from trivmm.values import MAX_DIGITS, parse_size
 
 __all__ = [
@@ -286,8 +286,7 @@ def parse_socket(text: str) -> str | SocketFd:
         if number > MAX_FD:
             raise ConfigError("--api-socket fd", given["fd"], "not a descriptor", "give the number of an open one")
         return SocketFd(number)
-    if not given["path"]:
-        raise ConfigError("--api-socket", text, "no path", "give path=FILE")
+    check_path(given["path"], "--api-socket", text)
     return given["path"]
 
 

@@ -14,6 +14,7 @@ from typing import Final, NoReturn
 
 import trivmm
 from trivmm.control.contract import CONTRACT_VERSION
+from trivmm.errors import one_line
 
 __all__ = ["REFUSED", "USAGE", "Parser", "UsageError", "run_parser"]
 
@@ -65,6 +66,9 @@ REFUSED: Final = {
 
 class UsageError(Exception):
     """The command line is wrong; one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class Parser(argparse.ArgumentParser):

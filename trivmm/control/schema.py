@@ -31,6 +31,7 @@ from trivmm.control.unknown import Unknown, UnknownKeys
 from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError, NotSupported, shown
 from trivmm.migration.options import SendOptions, TimeoutStrategy
+from trivmm.state.fields import MAX_DEPTH, is_too_deep
 from trivmm.values import not_boolean, not_integer, not_text
 
 __all__ = [
@@ -116,13 +117,13 @@ NESTED: Final[Mapping[str, str]] = {
 def parse_json(body: bytes) -> object:
     """A JSON document, whatever a client sends. :raises ConfigError: when it isn't one."""
     try:
-        return json.loads(body, parse_constant=_no_constant)
+        if not is_too_deep(body):
+            return json.loads(body.decode(), parse_constant=_no_constant)
+        problem = f"nested more than {MAX_DEPTH} deep"
     except UnicodeDecodeError:
         problem = "not UTF-8"
     except (json.JSONDecodeError, _NotJson) as error:
         problem = str(error)
-    except RecursionError:
-        problem = "nested too deeply"
     except ValueError:  # an integer of thousands of digits
         problem = "a number is too long"
     # Not chained: what Python's parser says of itself is nothing for an API client.

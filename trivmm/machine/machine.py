@@ -20,6 +20,7 @@ from trivmm.bus.space import GuestRequest
 from trivmm.deadlines import Deadlines
 from trivmm.errors import GuestCrash, HypervisorError, MigrationError, TrivmmError
 from trivmm.machine.board import Board
+from trivmm.machine.kernel_side import KernelSide, Wish
 from trivmm.memory.guest import GuestMemory
 from trivmm.nursery.activation import DeviceLifecycle
 from trivmm.nursery.kernel import KernelCalls
@@ -28,6 +29,7 @@ from trivmm.nursery.vcpu import Vcpu
 from trivmm.nursery.vcpus import VcpuSet
 from trivmm.platform.line import Line
 from trivmm.state.machine import MachineState, SavedVcpu
+from trivmm.state.stage import Ladder, Rung, Stage
 
 __all__ = ["Machine", "open_machine"]
 
@@ -38,10 +40,7 @@ DRAIN_SHARE: Final = 0.25  # of the downtime that is left: a sink that stalls mu
 
 @attrs.define(eq=False)
 class Machine:
-    """A built board with its tasks. ``running`` says what the owner wants, not what each vCPU does this moment.
-
-    Interrupts and the dirty log are wanted or not, too: a thread makes the kernel agree (:meth:`_agree`). So one that
-    the kernel holds up, and that nobody can wait for any longer, ends with what is wanted by then.
+    """A built board with its tasks. ``wanted`` says what the owner wants, ``stage`` how far it is stopped.
 
     ``on_guest_request()`` is called in the trio thread when the guest asked for a reset or power-off, or crashed.
     """
@@ -49,22 +48,54 @@ class Machine:
     board: Board
     deadlines: Deadlines
     kernel: KernelCalls
-    on_guest_request: Callable[[], None]
+    on_guest_request: Callable[[], None] = lambda: None
     vcpu_type: type[Vcpu] = Vcpu
-    vcpus: VcpuSet = attrs.field(init=False)
-    running: bool = attrs.field(default=False, init=False)
+    wanted: Stage = attrs.field(default=Stage.PAUSED, init=False)  # by its owner: RUNNING or PAUSED
     ending: bool = attrs.field(default=False, init=False)  # its board is closed next, and the kernel's part with it
     guest_request: GuestRequest | None = attrs.field(default=None, init=False)
     crash: GuestCrash | None = attrs.field(default=None, init=False)
-    _gate_closed: bool = attrs.field(default=False, init=False)
-    _interrupts_wanted: bool = attrs.field(default=False, init=False)
-    _interrupts_connected: bool = attrs.field(default=False, init=False)  # the thread's, and so the next
-    _log_wanted: bool = attrs.field(default=False, init=False)
-    _log_on: bool = attrs.field(default=False, init=False)
+    vcpus: VcpuSet = attrs.field(default=attrs.Factory(lambda self: self._vcpus(), takes_self=True), init=False)
+    ladder: Ladder = attrs.field(default=attrs.Factory(lambda self: self._ladder(), takes_self=True), init=False)
+    _side: KernelSide = attrs.field(
+        default=attrs.Factory(lambda self: self._kernel_side(), takes_self=True), init=False
+    )
     _token: trio.lowlevel.TrioToken = attrs.field(factory=trio.lowlevel.current_trio_token, init=False)
 
-    def __attrs_post_init__(self) -> None:
-        self.vcpus = VcpuSet(self.board.cpus, self.board.bus, self, self.deadlines, self.vcpu_type)
+    def _vcpus(self) -> VcpuSet:
+        return VcpuSet(self.board.cpus, self.board.bus, self, self.deadlines, self.vcpu_type)
+
+    def _ladder(self) -> Ladder:
+        async def gate(at_most_s: float) -> None:
+            await self.close_gate(at_most_s, drain_s=at_most_s * DRAIN_SHARE)
+
+        async def nothing(at_most_s: float) -> None:
+            """:meth:`save` takes the state."""
+
+        async def thaw() -> None:
+            self.board.thaw()
+
+        return Ladder(
+            Stage.DETACHED,
+            {
+                Stage.PAUSED: Rung(self._pause_vcpus, self._resume_vcpus),
+                Stage.GATED: Rung(gate, self._open_gate),
+                Stage.DETACHED: Rung(self._detach, self._attach),
+                Stage.SAVED: Rung(nothing, thaw),
+                Stage.UNLOCKED: Rung(self._give_locks, self._take_locks),
+            },
+        )
+
+    def _kernel_side(self) -> KernelSide:
+        board = self.board
+        return KernelSide(
+            self.kernel,
+            Wish(board.connect_interrupts, board.disconnect_interrupts),
+            Wish(lambda: board.start_dirty_log(), lambda: board.stop_dirty_log()),
+        )
+
+    @property
+    def stage(self) -> Stage:
+        return self.ladder.stage
 
     # --- what the nursery tree houses ------------------------------------------------------------------------
 
@@ -105,99 +136,54 @@ class Machine:
 
     async def pause(self) -> None:
         """:raises PauseTimeout: naming who did not stop; the machine runs again."""
-        await self._pause_vcpus(None)
-        self.running = False
-
-    async def _pause_vcpus(self, at_most_s: float | None) -> None:
         try:
-            await self.vcpus.pause(at_most_s=at_most_s)
+            await self.ladder.down(Stage.PAUSED, lambda: math.inf)
         except BaseException:
-            self._resume_vcpus()
+            await self.ladder.up(self.wanted)
             raise
+        self.wanted = Stage.PAUSED
 
     async def resume(self) -> None:
         """Connect interrupts, open the gate, let the vCPUs go. Idempotent.
 
         :raises DeadlineError: (kernel) the interrupts are not connected: nothing runs."""
         await self._connect_interrupts()
-        self.running = True
-        self._reopen()
-
-    def _agree(self) -> None:
-        """In a thread: it waits for the kernel. Interrupts first, since the guest waits for them."""
-        while True:
-            if self._interrupts_connected != self._interrupts_wanted:
-                wanted = self._interrupts_wanted
-                if wanted:
-                    self.board.connect_interrupts()
-                else:
-                    self.board.disconnect_interrupts()
-                self._interrupts_connected = wanted
-            elif self._log_on != self._log_wanted:
-                wanted = self._log_wanted
-                if wanted:
-                    self.board.start_dirty_log()
-                else:
-                    self.board.stop_dirty_log()
-                self._log_on = wanted
-            else:
-                return
-
-    async def _connect_interrupts(self) -> None:
-        self._interrupts_wanted = True
-        if self.kernel.busy or not self._interrupts_connected:
-            await self.kernel.call("connecting the interrupts", self._agree)
-
-    async def _disconnect_interrupts(self, at_most_s: float) -> None:
-        self._interrupts_wanted = False
-        await self.kernel.call("taking the interrupts away", self._agree, at_most_s=at_most_s)
-
-    async def _run_again(self) -> None:
-        """Back from a :meth:`stop`, finished or not. The guest first: interrupts that it waits for are kept meanwhile,
-        and come with their connection. Never raises; bounded by ``kernel``."""
-        self._interrupts_wanted = True
-        self._reopen()
-        try:
-            await self._connect_interrupts()
-        except TrivmmError as error:
-            logger.critical("the guest runs before its interrupts are connected: %s", error)
-
-    def _reopen(self) -> None:
-        self.board.thaw()
-        if self._gate_closed:
-            self._gate_closed = False
-            for slot in self.board.devices:
-                slot.lifecycle.reopen()
-        self._resume_vcpus()
-
-    def _resume_vcpus(self) -> None:
-        """Only where the owner wants it to run and the guest has not asked for a verdict."""
-        if self.running and self.guest_request is None:
-            self.vcpus.resume()
-        else:
-            for vcpu in self.vcpus.vcpus:
-                vcpu.request_pause()
+        self.wanted = Stage.RUNNING
+        await self.ladder.up(Stage.RUNNING)
 
     async def nmi(self) -> None:
         """Give every vCPU a non-maskable interrupt; a paused machine takes it when it resumes.
 
         :raises PauseTimeout: naming who did not stop for it; nobody got one, the machine runs."""
-        await self._pause_vcpus(None)  # a back end takes it only between two runs
+        before = self.stage
         try:
+            await self.ladder.down(Stage.PAUSED, lambda: math.inf)  # a back end takes it only between two runs
             for vcpu in self.vcpus.vcpus:
                 vcpu.cpu.inject_nmi()
         finally:
-            self._resume_vcpus()
+            await self.ladder.up(before)  # noqa: ASYNC102 - lets vCPUs go, and waits for nothing
 
     def power_button(self) -> None:
         self.board.power_button()
 
-    async def close_gate(self, at_most_s: float, *, drain_s: float = math.inf) -> None:
-        """Switchover step 2: no activation starts or takes effect, no queue takes a chain, in-flight work ends.
-        Console output may take ``drain`` or ``drain_s``, whichever is less: what is left is part of the state.
+    # --- the ladder's rungs (trivmm.state.stage) -------------------------------------------------------------
 
-        :raises DeadlineError: ``quiesce``, naming the device; the gate may be half closed: :meth:`undo`."""
-        self._gate_closed = True
+    async def _pause_vcpus(self, at_most_s: float) -> None:
+        await self.vcpus.pause(at_most_s=at_most_s)
+
+    async def _resume_vcpus(self) -> None:
+        """Only where the guest has not asked for a verdict."""
+        if self.guest_request is None:
+            self.vcpus.resume()
+        else:
+            for vcpu in self.vcpus.vcpus:
+                vcpu.request_pause()
+
+    async def close_gate(self, at_most_s: float, *, drain_s: float = math.inf) -> None:
+        """No activation starts or takes effect, no queue takes a chain, in-flight work ends. Console output may take
+        ``drain`` or ``drain_s``, whichever is less: what is left is part of the state.
+
+        :raises DeadlineError: ``quiesce``, naming the device; the gate may be half closed."""
 
         def diagnose() -> str:
             late = [slot.lifecycle for slot in self.board.devices if slot.lifecycle.busy]
@@ -210,6 +196,41 @@ class Machine:
                     nursery.start_soon(slot.lifecycle.quiesce)
                 for line in self.board.lines.values():
                     nursery.start_soon(line.drain, min(self.deadlines.drain, at_most_s, drain_s))
+
+    async def _open_gate(self) -> None:
+        for slot in self.board.devices:
+            slot.lifecycle.reopen()
+
+    async def _detach(self, at_most_s: float) -> None:
+        self._side.interrupts.wanted = False
+        await self._side.settle("taking the interrupts away", self._side.interrupts, at_most_s)
+
+    async def _attach(self) -> None:
+        """Only says so: on the way up the guest comes first. Interrupts that it waits for are kept meanwhile, and come
+        with their connection (:meth:`_connect_interrupts`)."""
+        self._side.interrupts.wanted = True
+
+    async def _connect_interrupts(self) -> None:
+        self._side.interrupts.wanted = True
+        await self._side.settle("connecting the interrupts", self._side.interrupts)
+
+    async def _give_locks(self, at_most_s: float) -> None:
+        """:raises HypervisorError: while a device thread is stuck in the kernel: it could still write."""
+        for slot in self.board.devices:
+            if slot.lifecycle.stuck is not None:
+                raise HypervisorError("COMMIT", slot.lifecycle.stuck, "wait until the device's storage answers")
+        self.board.give_locks()
+
+    async def _take_locks(self) -> None:
+        """:raises ConfigError: when another process has an image or socket; those taken before are given back."""
+        try:
+            for slot in self.board.devices:
+                slot.backend.take_locks()
+            for line in self.board.lines.values():
+                line.retake()
+        except TrivmmError:
+            self.board.give_locks()
+            raise
 
     # --- migration port: source ------------------------------------------------------------------------------
 
@@ -225,17 +246,19 @@ class Machine:
         return self.board.describe()
 
     async def start_dirty_log(self) -> None:
-        self._log_wanted = True
+        log = self._side.dirty_log
+        log.wanted = True
         try:
-            await self.kernel.call("switching the dirty log on", self._agree)
+            await self._side.settle("switching the dirty log on", log)
         except BaseException:
-            self._log_wanted = False
+            log.wanted = False
             raise
 
     async def stop_dirty_log(self) -> None:
-        self._log_wanted = False
-        if not self.ending and (self.kernel.busy or self._log_on):
-            await self.kernel.call("switching the dirty log off", self._agree)
+        log = self._side.dirty_log
+        log.wanted = False
+        if not self.ending:
+            await self._side.settle("switching the dirty log off", log)
 
     async def harvest_dirty(self, slot: int, into: Any) -> int:
         work = partial(self.board.harvest_dirty, slot, into)
@@ -253,13 +276,10 @@ class Machine:
         """Switchover steps 1 to 3. Any failure or cancellation undoes what was done, and the machine runs."""
         ends = trio.current_time() + at_most_s
         try:
-            await self._pause_vcpus(at_most_s)
-            left = max(0.0, ends - trio.current_time())
-            await self.close_gate(left, drain_s=left * DRAIN_SHARE)
-            await self._disconnect_interrupts(max(0.0, ends - trio.current_time()))
+            await self.ladder.down(Stage.DETACHED, lambda: max(0.0, ends - trio.current_time()))
         except BaseException:
             with trio.CancelScope(shield=True):  # bounded: kernel
-                await self._run_again()
+                await self.undo()
             raise
 
     def save(self) -> MachineState:
@@ -267,6 +287,7 @@ class Machine:
         queued is in the LAPIC by now.
 
         :raises MigrationError: when the guest crashed: that is reported where it happened, and does not travel."""
+        self.ladder.fall(Stage.SAVED)
         request = self.guest_request
         if request is not None and request.kind == "crash":
             raise MigrationError(f"the guest crashed: {request.why}")
@@ -278,7 +299,7 @@ class Machine:
             devices=devices,
             board=board,
             reset_pending=None if request is None else request.kind,
-            run=self.running,
+            run=self.wanted is Stage.RUNNING,
         )
 
     @staticmethod
@@ -287,26 +308,23 @@ class Machine:
         return None if ticket is None or ticket.settled else (ticket.device, ticket.what)
 
     async def undo(self) -> None:
-        """Back from :meth:`stop`: runs again, unless it was paused before. Safe when not stopped."""
-        await self._run_again()
+        """Back up to where its owner wants it, with its locks held. The guest first, its interrupts after it; safe when
+        not stopped. Bounded by ``kernel``.
+
+        :raises TrivmmError: the locks are another's now: it stays UNLOCKED."""
+        await self.ladder.up(self.wanted)
+        try:
+            await self._connect_interrupts()
+        except TrivmmError as error:
+            logger.critical("the guest runs before its interrupts are connected: %s", error)
 
     async def release_locks(self) -> None:
         """:raises HypervisorError: while a device thread is stuck in the kernel: it could still write."""
-        for slot in self.board.devices:
-            if slot.lifecycle.stuck is not None:
-                raise HypervisorError("COMMIT", slot.lifecycle.stuck, "wait until the device's storage answers")
-        self.board.give_locks()
+        await self.ladder.down(Stage.UNLOCKED, lambda: math.inf)
 
     async def take_locks(self) -> None:
-        """:raises ConfigError: when another process has an image or socket; those taken before are given back."""
-        try:
-            for slot in self.board.devices:
-                slot.backend.take_locks()
-            for line in self.board.lines.values():
-                line.retake()
-        except TrivmmError:
-            self.board.give_locks()
-            raise
+        """:raises ConfigError: when another process has an image or socket: it stays UNLOCKED."""
+        await self.ladder.up(Stage.SAVED)
 
     # --- migration port: destination -------------------------------------------------------------------------
 
@@ -318,11 +336,11 @@ class Machine:
         :raises TrivmmError: / :raises ValueError: when the state makes no sense here."""
 
         def work() -> None:
-            self._interrupts_wanted = False
-            self._agree()
+            self._side.interrupts.wanted = False
+            self._side.agree()
             self.board.load(state)
-            self._interrupts_wanted = True
-            self._agree()
+            self._side.interrupts.wanted = True
+            self._side.agree()
 
         await self.kernel.call("loading the state", work)
         lifecycles = {slot.lifecycle.name: slot.lifecycle for slot in self.board.devices}
@@ -332,7 +350,7 @@ class Machine:
                 ticket = lifecycles[saved.barrier[0]].ticket
                 if ticket is not None:
                     vcpu.park_at(ticket)
-        self.running = state.run
+        self.wanted = Stage.RUNNING if state.run else Stage.PAUSED
         self.guest_request = GuestRequest(state.reset_pending, "before migration") if state.reset_pending else None
 
     async def start(self) -> None:
@@ -343,9 +361,10 @@ class Machine:
         try:
             self.board.committed()
             await self._connect_interrupts()  # they are
-            self._reopen()
+            await self.ladder.up(self.wanted)
         except BaseException:
             self.board.give_locks()
+            self.ladder.fall(Stage.UNLOCKED)
             raise
         if self.guest_request is not None:
             self.on_guest_request()
@@ -356,19 +375,18 @@ async def open_machine(
     board: Board,
     deadlines: Deadlines,
     *,
-    gate_open: bool = True,
+    stage: Stage = Stage.DETACHED,
     vcpu_type: type[Vcpu] = Vcpu,
     kernel: KernelCalls | None = None,
     on_guest_request: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[Machine]:
     """Run a board: its actors, lines and parked vCPU threads, see :func:`trivmm.nursery.tree.open_tree`.
 
-    ``gate_open`` False is for a destination: nothing activates before COMMIT."""
+    Nothing runs or activates before it is walked up; ``stage`` is where it starts: UNLOCKED for a destination."""
     calls = kernel or KernelCalls(deadlines, board.hypervisor.threads)
     machine = Machine(board, deadlines, calls, on_guest_request, vcpu_type)
-    if not gate_open:
-        machine._gate_closed = True
-        for slot in board.devices:
-            slot.lifecycle.close_gate()
+    machine.ladder.fall(stage)
+    for slot in board.devices:
+        slot.lifecycle.close_gate()
     async with open_tree(machine):
         yield machine

@@ -12,7 +12,7 @@ from typing import Any, Final
 from trivmm._native import ffi, lib
 from trivmm.bus.space import Effect
 from trivmm.errors import ProtocolError
-from trivmm.platform.line import Line, RingCalls, dump_rings, load_rings
+from trivmm.platform.line import Line, dump_rings, load_rings
 from trivmm.platform.sinks import Sink
 from trivmm.state.fields import Fields
 
@@ -21,14 +21,6 @@ __all__ = ["COM1", "COM1_IRQ", "Serial"]
 COM1: Final = (0x3F8, 8)  # first port and count
 COM1_IRQ: Final = 4
 _BYTE_FIELDS: Final = ("ier", "fcr", "lcr", "mcr", "msr", "scr", "dll", "dlm", "thre_pending", "overrun")
-_CALLS: Final = RingCalls(
-    lib.tv_uart_peek_tx,
-    lib.tv_uart_consume_tx,
-    lib.tv_uart_tx_used,
-    lib.tv_uart_push_rx,
-    lib.tv_uart_rx_room,
-    lib.tv_uart_thaw,
-)
 
 
 class Serial(Line):
@@ -37,10 +29,13 @@ class Serial(Line):
     def __init__(self, sink: Sink | None = None) -> None:
         self.irq_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         try:
-            super().__init__("serial", _CALLS, lambda ready_fd: lib.tv_uart_new(self.irq_fd, ready_fd), sink)
+            super().__init__("serial", sink, self._make, lib.tv_uart_free, lib.tv_uart_line)
         except BaseException:
             os.close(self.irq_fd)
             raise
+
+    def _make(self, ready_fd: int) -> Any:
+        return lib.tv_uart_new(self.irq_fd, ready_fd)
 
     # --- the guest's side ----------------------------------------------------------------------------------
 
@@ -64,7 +59,7 @@ class Serial(Line):
         writes again or :meth:`thaw`."""
         native = ffi.new("struct tv_uart_state *")
         lib.tv_uart_save(self.native, native, self.hold())
-        return {name: getattr(native, name) for name in _BYTE_FIELDS} | dump_rings(native)
+        return {name: getattr(native, name) for name in _BYTE_FIELDS} | dump_rings(native.line)
 
     def load(self, state: dict[str, Any]) -> None:
         """:raises ProtocolError: when the state is malformed."""
@@ -72,7 +67,7 @@ class Serial(Line):
         native = ffi.new("struct tv_uart_state *")
         for name in _BYTE_FIELDS:
             setattr(native, name, fields.integer(name, 0, 255))
-        load_rings("serial", fields, native)
+        load_rings("serial", fields, native.line)
         fields.end()
         if lib.tv_uart_load(self.native, native):  # pragma: no cover - the lengths were checked above
             raise ProtocolError("serial: the saved rings do not fit")
@@ -81,9 +76,8 @@ class Serial(Line):
         return super().counters() | {"tx_dropped": int(lib.tv_uart_tx_dropped(self.native))}
 
     def close(self) -> None:
-        """After ``run`` and every vCPU thread has ended. Idempotent."""
+        """After ``run`` has ended. Idempotent."""
+        closed = self.closed
         super().close()
-        native, self.native = self.native, ffi.NULL
-        if native != ffi.NULL:
-            lib.tv_uart_free(native)
+        if not closed:
             os.close(self.irq_fd)

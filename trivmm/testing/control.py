@@ -202,8 +202,8 @@ async def open_stage(
         incoming.append(made)
         yield made
 
-    monkeypatch.setattr("trivmm.vmm.open_vm", fake_open_vm)
-    monkeypatch.setattr("trivmm.vmm.open_incoming", fake_open_incoming)
+    monkeypatch.setattr("trivmm.vmm.service.open_vm", fake_open_vm)
+    monkeypatch.setattr("trivmm.vmm.moves.open_incoming", fake_open_incoming)
     path = str(folder / "api.sock")
     deadlines = Deadlines(**limits)
     hypervisor = FakeHypervisor()

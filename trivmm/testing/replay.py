@@ -180,7 +180,7 @@ async def open_replay(folder: Path, config: Mapping[str, Any]) -> AsyncIterator[
         return open_incoming(f"{nobody}.receive", **options)
 
     path, deadlines, events = str(folder / "api.sock"), Deadlines(), EventBus()
-    with mock.patch("trivmm.vmm.open_incoming", listen_for_nobody):
+    with mock.patch("trivmm.vmm.moves.open_incoming", listen_for_nobody):
         async with (
             open_vmm(fake_hypervisor(), deadlines=deadlines, events=events, dial=dial_nobody) as vmm,
             open_server(path, Router(vmm), deadlines),

@@ -1,0 +1,123 @@
+"""The verbs of the service, and the block in which it lives."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import trio
+
+from trivmm.config import VmConfig
+from trivmm.deadlines import Deadlines
+from trivmm.events import EventBus
+from trivmm.hypervisor.base import Hypervisor
+from trivmm.migration.sender import socket_dialer
+from trivmm.vm import Dial, Vm, open_vm
+from trivmm.vmm.core import VmmEnd, VmmOptions
+from trivmm.vmm.moves import VmmMoves
+from trivmm.vmm.slot import Result
+
+__all__ = ["Vmm", "open_vmm"]
+
+
+class Vmm(VmmMoves):
+    """The service. Its methods are the API's verbs; they raise ``TrivmmError`` and never end the nursery."""
+
+    def shut_down(self) -> None:
+        """vmm.shutdown: answers at once; the owner of the ``open_vmm`` block ends it."""
+        self._finish(VmmEnd("asked"))
+
+    async def create(self, config: VmConfig) -> Vm:
+        """:raises WrongState: there is one. :raises ConfigError: / :raises HypervisorError: it can't be."""
+        slot = self._take("create")
+        outcome: Result[Vm] = Result()
+        self._nursery.start_soon(
+            self._live, slot, open_vm(config, hypervisor=self.hypervisor, events=self.events), _same, outcome
+        )
+        return await outcome.get()
+
+    async def delete(self) -> None:
+        """End the VM, whatever its state, and forget it. Without one there is nothing to do."""
+        if self._slot is None:
+            return
+        self._changing("delete")
+        await self._close()
+
+    async def boot(self) -> None:
+        self._changing("boot")
+        vm, slot = self.vm, self._slot
+        await vm.boot()
+        if slot is not None:
+            slot.booted.set()
+            slot.booted = trio.Event()
+
+    async def pause(self) -> None:
+        self._changing("pause")
+        await self.vm.pause()
+
+    async def resume(self) -> None:
+        self._changing("resume")
+        await self.vm.resume()
+
+    async def shutdown(self) -> None:
+        self._changing("shutdown")
+        await self.vm.shutdown()
+
+    async def reboot(self) -> None:
+        self._changing("reboot")
+        await self.vm.reboot()
+
+    async def nmi(self) -> None:
+        self._changing("nmi")
+        await self.vm.nmi()
+
+    async def power_button(self) -> None:
+        self._changing("power-button")
+        await self.vm.power_button()
+
+    async def resize(self, vcpus: int | None, ram: int | None, balloon: int | None) -> None:
+        """As far as there is nothing to do: hotplug of vCPUs and memory is not there yet. A VM that was never booted
+        is changed on paper.
+
+        :raises NotSupported: naming what would have to change."""
+        self._changing("resize")
+        await self.vm.resize(vcpus, ram, balloon)
+
+
+async def _same(vm: Vm) -> Vm:
+    return vm
+
+
+@asynccontextmanager
+async def open_vmm(
+    hypervisor: Hypervisor,
+    *,
+    deadlines: Deadlines | None = None,
+    options: VmmOptions | None = None,
+    events: EventBus | None = None,
+    dial: Dial = socket_dialer,
+    told_to_end: Callable[[], str | None] = lambda: None,
+) -> AsyncIterator[Vmm]:
+    """The service for the length of the block; at its end a migration rolls back and the VM ends, each bounded.
+    ``told_to_end`` says by what the process was told to end, as soon as that is known: no VM is taken in any more.
+
+    ``events`` is closed at the end, after its last event. ``hypervisor`` stays the caller's: it
+    closes it. What the block raises leaves it unwrapped."""
+    failure: BaseException | None = None
+    bus = events or EventBus()
+    bus.emit("vmm", "starting")
+    try:
+        async with trio.open_nursery() as nursery:
+            vmm = Vmm(hypervisor, deadlines or Deadlines(), options or VmmOptions(), bus, nursery, dial, told_to_end)
+            try:
+                yield vmm
+            except trio.Cancelled:
+                raise
+            except BaseException as error:
+                failure = error  # raised again outside the nursery, so that it isn't wrapped in a group
+            nursery.cancel_scope.cancel()
+    finally:
+        bus.emit("vmm", "shutdown")
+        bus.close()
+    if failure is not None:
+        raise failure
