@@ -1178,7 +1178,7 @@ def test_code_that_a_polled_device_wrote_runs_anew(build: Build) -> None:
           jmp 1b
         """
     )
-    guest.memory.tell(guest.cpu.write_hook)
+    guest.memory.tell(guest.cpu.memory_hook)
     driver = MockDriver(guest.memory)
     try:
         queue = driver.open()

@@ -65,8 +65,8 @@ def test_nobodys_addresses_read_all_ones_and_take_any_write(register: Register) 
     assert bus.read_mmio(0xD000_0006, 4) == b"\xff" * 4  # it reaches out of the range
     assert bus.write_port(0x200, 1, b"x") is None
     assert bus.write_mmio(0, b"x") is None
-    assert (bus.pio.unhandled_reads, bus.pio.unhandled_writes) == (2, 1)
-    assert (bus.mmio.unhandled_reads, bus.mmio.unhandled_writes) == (1, 1)
+    assert bus.pio.counters() == {"pio_unhandled_reads": 2, "pio_unhandled_writes": 1}
+    assert bus.mmio.counters() == {"mmio_unhandled_reads": 1, "mmio_unhandled_writes": 1}
 
 
 @pytest.mark.parametrize(("width", "found"), [(0, b"\xff\xff\xff"), (2, b"\1\1\xff"), (9, b"\1\1\1")])

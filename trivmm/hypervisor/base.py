@@ -109,7 +109,7 @@ class VcpuBackend(Protocol):
     """What may be asked of any vCPU. Created parked, with the registers of a reset CPU."""
 
     index: int
-    write_hook: Any = None
+    memory_hook: Any = None
     """What guest memory tells of each write of a device (see ``GuestMemory.tell``), before the guest hears of it; None
     where the CPU sees such a write by itself."""
 

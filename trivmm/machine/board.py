@@ -305,11 +305,7 @@ class Board:
         for cpu in self.cpus:
             if own := cpu.counters():
                 counted[f"__vcpu{cpu.index}"] = own
-        counted["__bus"] = {
-            f"{space.name}_unhandled_{kind}": getattr(space, f"unhandled_{kind}")
-            for space in (self.pio, self.mmio)
-            for kind in ("reads", "writes")
-        }
+        counted["__bus"] = self.pio.counters() | self.mmio.counters()
         return counted
 
     def give_locks(self) -> None:
@@ -385,8 +381,8 @@ def build_board(
         for index in range(config.cpus.boot_vcpus):
             cpu = vm.create_vcpu(index)
             board.cpus.append(cpu)
-            if cpu.write_hook is not None:
-                memory.tell(cpu.write_hook)
+            if cpu.memory_hook is not None:
+                memory.tell(cpu.memory_hook)
     except BaseException:
         for step in reversed(undo):
             step()

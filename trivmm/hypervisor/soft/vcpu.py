@@ -54,7 +54,8 @@ class SoftVcpu(ThreadVcpu):
         self._accesses = Accesses(vm)
         self._engine = self._accesses.engine
         self._engine.map_ram(tuple(vm.slots.values()))
-        self.write_hook = self._gate = self._engine.gate  # it translates code, and what a disk is read into may be code
+        self._gate = self._engine.gate
+        self.memory_hook = self._gate  # it translates code, and what a disk is read into may be code
         self._halted = False
         self._kicked = False
         self._closed = False
