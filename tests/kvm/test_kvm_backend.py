@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import threading
@@ -12,6 +13,7 @@ import attrs
 import pytest
 
 from trivmm._native import ffi, lib
+from trivmm.bus.space import GuestRequest
 from trivmm.errors import HypervisorError
 from trivmm.hypervisor.base import INTERRUPTED, Crashed, Outcome, VcpuState
 from trivmm.hypervisor.kvm import state as state_module
@@ -140,6 +142,51 @@ def test_triple_fault_and_describe(start: Any) -> None:
     assert "rip=" in text
     assert "cr0=" in text
     assert "gdt base=" in text
+
+
+@pytest.mark.parametrize(
+    ("reason", "union", "outcome"),
+    [
+        ("KVM_EXIT_SYSTEM_EVENT", struct.pack("<I", lib.KVM_SYSTEM_EVENT_SHUTDOWN), "poweroff"),
+        ("KVM_EXIT_SYSTEM_EVENT", struct.pack("<I", lib.KVM_SYSTEM_EVENT_RESET), "reset"),
+        ("KVM_EXIT_SYSTEM_EVENT", struct.pack("<I", lib.KVM_SYSTEM_EVENT_CRASH), "crash"),
+        ("KVM_EXIT_HLT", b"", "halted for ever: no interrupt can wake it"),
+        ("KVM_EXIT_FAIL_ENTRY", struct.pack("<Q", 0x80000021), "the hardware refused the guest state (0x80000021)"),
+        (
+            "KVM_EXIT_INTERNAL_ERROR",
+            struct.pack("<IIQQ", 1, 2, 0xF, 0xCC),
+            "hypervisor internal error 1 (instruction emulation) [0xf 0xcc]",
+        ),
+        ("KVM_EXIT_INTERNAL_ERROR", struct.pack("<II", 3, 0), "hypervisor internal error 3"),
+        (
+            "KVM_EXIT_INTERNAL_ERROR",
+            struct.pack("<II", 3, 1 << 31),
+            "hypervisor internal error 3 [" + "0x0 " * 15 + "0x0]",
+        ),
+    ],
+)
+def test_what_kvm_says_at_the_end(start: Any, reason: str, union: bytes, outcome: str) -> None:
+    """As the kernel leaves it in kvm_run; the guest here can't be brought to most of them."""
+    guest = start("f4")
+    guest.cpu._shared[32:200] = union.ljust(168, b"\0")
+    ended = guest.cpu._ended(getattr(lib, reason))
+    if reason == "KVM_EXIT_SYSTEM_EVENT":
+        assert ended == GuestRequest(outcome, "system event")
+    else:
+        assert ended == Crashed(outcome, guest.cpu.describe())
+
+
+def test_a_run_that_fails_and_an_exit_of_another_kernel_are_named(start: Any) -> None:
+    guest = start("f4")
+    assert guest.cpu._ended(-errno.EIO).reason == "KVM_RUN failed: Input/output error"
+    assert guest.cpu._ended(199).reason == "KVM_RUN gave exit 199, which nothing here asks for"
+
+
+def test_a_closed_vcpu_runs_nothing(start: Any) -> None:
+    guest = start("ebfe")
+    guest.cpu.close()
+    assert guest.cpu.run(guest.bus) is INTERRUPTED
+    assert guest.cpu.finish(guest.bus) is INTERRUPTED
 
 
 def test_describe_shows_the_instruction_bytes(start: Any) -> None:

@@ -33,7 +33,6 @@ from trivmm.bus.ticket import Ticket
 __all__ = [
     "INTERRUPTED",
     "AnyVcpu",
-    "Cpuid",
     "Crashed",
     "Hypervisor",
     "Interrupted",
@@ -88,18 +87,6 @@ class VmBackendState:
 
     kind: str
     blobs: dict[str, bytes]
-
-
-@attrs.frozen
-class Cpuid:
-    """One CPUID leaf as given to the guest."""
-
-    function: int
-    index: int
-    eax: int
-    ebx: int
-    ecx: int
-    edx: int
 
 
 # --- protocols -----------------------------------------------------------------------------------------------
