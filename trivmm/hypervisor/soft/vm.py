@@ -52,18 +52,15 @@ class SoftVm(VmBackend):
     name: str = "soft"
     live_copy: bool = False
     physical: Physical = attrs.field(factory=Physical)
-    lapic: Lapic = attrs.field(factory=Lapic)
     chips: LegacyChips = attrs.field(factory=LegacyChips)
     ioapic: IoApic = attrs.field(factory=IoApic)
+    lapic: Lapic = attrs.field(default=attrs.Factory(lambda self: Lapic(self.ioapic.end_of_interrupt), takes_self=True))
     doorbells: dict[int, int] = attrs.field(factory=dict)
     slots: dict[int, tuple[int, int, int]] = attrs.field(factory=dict)
     _sources: dict[int, Source] = attrs.field(factory=dict, init=False)
     _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False)
     _epoll: select.epoll = attrs.field(factory=select.epoll, init=False)
     _vcpu: SoftVcpu | None = attrs.field(default=None, init=False)
-
-    def __attrs_post_init__(self) -> None:
-        self.lapic.on_eoi = self.ioapic.end_of_interrupt
 
     # --- memory ----------------------------------------------------------------------------------------------
 
