@@ -24,7 +24,7 @@ from trivmm.platform.sinks import FdSink, NullSink, PtySink, Sink
 from trivmm.state.fields import Fields
 from trivmm.testing.cancel_walk import Walk, cancel_walk
 from trivmm.testing.driver import until
-from trivmm.virtio.console import ConsoleLine
+from trivmm.virtio.console.line import ConsoleLine
 
 LIMIT_S = 240
 OUTPUT: Final = b"".join(b"%07d\n" % number for number in range(6000))  # three pieces

@@ -21,7 +21,7 @@ from trivmm.errors import MigrationError, TrivmmError
 from trivmm.memory.guest import GuestMemory
 from trivmm.platform.sinks import FdSink, GuestOutput, NullSink, PtySink, Sink
 from trivmm.testing.driver import WRITE, Descriptor, MockDriver, until
-from trivmm.virtio.console import ConsoleDevice
+from trivmm.virtio.console.device import ConsoleDevice
 from trivmm.virtio.port import Activation
 
 LIMIT_S = 30
@@ -137,7 +137,7 @@ async def test_both_ways(guest: Guest) -> None:
     async with active(device, guest):
         guest.say(b"hello, host", pieces=3)
         assert await guest.used(guest.transmit) == (0, 0)
-        assert await device.line.wait_for("hello, host") == 11
+        await until(lambda: device.line.tail() == b"hello, host")
         guest.listen(64)
         assert device.line.push_input(b"hello, guest") == 12
         assert await guest.heard() == b"hello, guest"
@@ -360,7 +360,7 @@ async def test_the_size_is_the_terminals(guest: Guest) -> None:
         assert device.size == (90, 30)
         async with active(device, guest):
             fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("<HHHH", 31, 91, 0, 0))
-            device.measure()
+            device.terminal_resized()
             assert changes == [(90, 30), (91, 31)]
         device.close()
     finally:
@@ -400,7 +400,7 @@ async def test_a_half_taken_chain_that_is_shorter_now_is_done(guest: Guest) -> N
         assert await guest.used(guest.transmit) == (0, 0)
         guest.say(b"next", first=1)
         assert await guest.used(guest.transmit) == (1, 0)
-        assert await device.line.wait_for("next") == 4
+        await until(lambda: device.line.tail() == b"next")
     device.close()
 
 

@@ -20,11 +20,11 @@ from trivmm.config import DiskConfig, RngConfig
 from trivmm.errors import ConfigError, TrivmmError
 from trivmm.memory.guest import GuestMemory
 from trivmm.testing.driver import WRITE, Descriptor, MockDriver
-from trivmm.virtio.block import BlockDevice
+from trivmm.virtio.block.device import BlockDevice
 from trivmm.virtio.device import WorkerDevice
 from trivmm.virtio.port import Activation
 from trivmm.virtio.queue import QueueWorker
-from trivmm.virtio.rng import RngDevice
+from trivmm.virtio.rng.device import RngDevice
 
 VERSION_1 = 1 << 32
 FLUSH = 1 << 9

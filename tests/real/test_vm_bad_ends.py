@@ -30,6 +30,7 @@ from trivmm import (
     open_incoming,
     open_vm,
 )
+from trivmm.bus.ticket import Ticket
 from trivmm.errors import (
     CommitRefused,
     ConfigError,
@@ -42,10 +43,13 @@ from trivmm.errors import (
 from trivmm.guest import probe_path
 from trivmm.machine.host import MachineHost
 from trivmm.machine.machine import Machine
+from trivmm.memory.dirty_log import DirtyLog
 from trivmm.migration.progress import MigrationProgress, Phase
 from trivmm.platform.sinks import GuestOutput
 from trivmm.testing.scripted import Compute, Crash, IoOut, ScriptedHypervisor, Step
+from trivmm.unwrapped import unwrapped_nursery
 from trivmm.virtio.block.image import Image
+from trivmm.virtio.pci.common_config import DEVICE_STATUS
 
 LIMIT_S = 60
 RESET = IoOut(0x600, 1, b"\x01")
@@ -107,16 +111,9 @@ async def two_sides(config: VmConfig, folder: Path, *scripts: Any) -> AsyncItera
                 return
 
         async def move(**options: Any) -> None:
-            failure: Exception | None = None
-            async with trio.open_nursery() as nursery:
+            async with unwrapped_nursery() as nursery:
                 nursery.start_soon(receive)
-                try:
-                    await source.migrate_to(url, **options)
-                except Exception as error:  # raised below, outside the nursery: not in a group
-                    failure = error
-                    nursery.cancel_scope.cancel()
-            if failure is not None:
-                raise failure
+                await source.migrate_to(url, **options)
 
         yield source, incoming.vm, move
 
@@ -329,8 +326,11 @@ async def test_an_observer_that_raises_harms_nobody_else(config: VmConfig, caplo
             await vm.boot()
             assert vm.host.machine is not None
             for slot in vm.host.machine.board.devices:
-                slot.lifecycle.power_on()
-                await slot.lifecycle.settled()
+                ticket = slot.transport.bar_write(0, DEVICE_STATUS, b"\0")
+                assert isinstance(ticket, Ticket)
+                reset = trio.Event()
+                ticket.on_settled(reset.set)  # by the actor, in this thread
+                await reset.wait()
             await vm.shutdown()
     assert seen == ["booting", "booted", "reset", "reset", "shutdown"]
     assert "an observer's own bug" in caplog.text
@@ -341,13 +341,13 @@ async def test_a_guest_that_crashes_in_mid_migration_fails_it_and_is_reported_he
     config: VmConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     guest = Guest(Crash())
-    begin = Machine.start_dirty_log
+    begin = DirtyLog.start
 
-    async def began(self: Machine) -> None:
+    async def began(self: DirtyLog) -> None:
         guest.asked = where == "precopy"
         await begin(self)
 
-    monkeypatch.setattr(Machine, "start_dirty_log", began)
+    monkeypatch.setattr(DirtyLog, "start", began)
     ask_before(monkeypatch, guest, "stop")
     with trio.fail_after(LIMIT_S):
         async with two_sides(config, tmp_path, guest) as (source, target, move):

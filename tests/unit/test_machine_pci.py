@@ -11,13 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trivmm.bus.space import AddressSpace, Effect, Range
+from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError, ProtocolError
 from trivmm.memory import layout
 from trivmm.platform.pci import PciBus, PciConfigSpace
 
 
 def space() -> PciConfigSpace:
-    return PciConfigSpace(vendor_id=0x1AF4, device_id=0x1044, class_code=0xFF0000, revision=1, subsystem_id=0x44)
+    return PciConfigSpace(
+        vendor_id=0x1AF4, device_id=0x1044, class_code=0xFF0000, revision=1, subsystem_id=0x44, lock_s=2
+    )
 
 
 @attrs.define(eq=False)
@@ -65,7 +68,7 @@ class Guest:
 @pytest.fixture
 def board() -> tuple[AddressSpace, PciBus, Guest, Function]:
     mmio = AddressSpace("mmio")
-    bus = PciBus(mmio)
+    bus = PciBus(mmio, Deadlines())
     function = Function()
     function.config.add_bar(0, 0x80000, is_64bit=True)
     function.config.add_bar(2, 0x1000, is_64bit=False)
@@ -224,7 +227,7 @@ def test_a_bar_moves_and_bad_places_are_refused(board: tuple[AddressSpace, PciBu
 
 def test_two_bars_swap_places() -> None:
     mmio = AddressSpace("mmio")
-    bus, functions = PciBus(mmio), [Function("_a"), Function("_b")]
+    bus, functions = PciBus(mmio, Deadlines()), [Function("_a"), Function("_b")]
     for function in functions:
         function.config.add_bar(0, 0x1000, is_64bit=False)
         bus.add(function)
@@ -239,7 +242,7 @@ def test_two_bars_swap_places() -> None:
 
 
 def test_slots() -> None:
-    bus = PciBus(AddressSpace("mmio"))
+    bus = PciBus(AddressSpace("mmio"), Deadlines())
     assert bus.add(Function(), 5) == 5
     with pytest.raises(ConfigError, match="taken"):
         bus.add(Function(), 5)
@@ -251,7 +254,7 @@ def test_slots() -> None:
 
 
 def test_bar_space_runs_out() -> None:
-    bus = PciBus(AddressSpace("mmio"))
+    bus = PciBus(AddressSpace("mmio"), Deadlines())
     for wide in (True, False):
         config = space()
         config.add_bar(0, 1 << 37 if wide else 1 << 30, is_64bit=wide)
@@ -270,7 +273,7 @@ def test_save_and_load(board: tuple[AddressSpace, PciBus, Guest, Function]) -> N
     other = Function()
     other.config.add_bar(0, 0x80000, is_64bit=True)
     other.config.add_bar(2, 0x1000, is_64bit=False)
-    twin = PciBus(AddressSpace("mmio"))
+    twin = PciBus(AddressSpace("mmio"), Deadlines())
     twin.add(other)
     other.config.load(saved)
     twin.load(saved_bus)
@@ -303,7 +306,7 @@ def test_hostile_state(change: dict[str, Any]) -> None:
 @given(st.lists(st.tuples(st.integers(0, 9), st.binary(min_size=1, max_size=8)), max_size=60))
 def test_any_port_access_is_survived(accesses: list[tuple[int, bytes]]) -> None:
     mmio = AddressSpace("mmio")
-    bus, function = PciBus(mmio), Function()
+    bus, function = PciBus(mmio, Deadlines()), Function()
     function.config.add_bar(0, 0x80000, is_64bit=True)
     bus.add(function)
     bus.write(0, (1 << 31 | 1 << 11).to_bytes(4, "little"))

@@ -13,8 +13,8 @@ import trio.testing
 from trivmm.deadlines import Deadlines
 from trivmm.errors import DeadlineError, PauseTimeout
 from trivmm.machine.machine import Machine, open_machine
-from trivmm.nursery.activation import LifecycleState
 from trivmm.nursery.vcpu import Vcpu, VcpuRunState
+from trivmm.state.virtio import LifeStage
 from trivmm.testing.doubles import OwnerScopedDevice, OwnerScopedServicer, WallBarrierVcpu
 from trivmm.testing.miniboard import DRIVER_READY, BareDevice, MiniBoard, status_gpa
 from trivmm.testing.scripted import Compute, MmioRead, MmioWrite, Wedge
@@ -71,7 +71,7 @@ async def test_a_slow_activation_holds_the_vcpu_until_it_is_settled(autojump_clo
         await trio.sleep(2)
         assert machine.vcpus.vcpus[0].state is VcpuRunState.AT_BARRIER
         await trio.sleep(3)
-        assert board.devices[0].lifecycle.state is LifecycleState.ACTIVE
+        assert board.devices[0].state.stage is LifeStage.ACTIVE
         assert board.cpus[0].registers["status"] == DRIVER_READY
         assert board.cpus[0].registers["seen_at"] - began == pytest.approx(4, abs=0.01)
 
@@ -131,7 +131,7 @@ async def test_owner_scoped_servicer_plus_our_barrier_pauses_but_never_activates
             await machine.resume()
             await trio.sleep(deadlines.activation + 1)
             assert ("failed", "_dev0", 1) in board.events, "its deadline expires"
-            assert board.devices[0].lifecycle.state is LifecycleState.NEEDS_RESET
+            assert board.devices[0].state.stage is LifeStage.NEEDS_RESET
         control_loop.cancel_scope.cancel()
 
 
@@ -146,7 +146,7 @@ async def test_ours_passes_both_scripts(autojump_clock: Clock, seconds: float) -
         await trio.sleep(5)
         await machine.pause()
         await machine.resume()
-        assert board.devices[0].lifecycle.state is LifecycleState.ACTIVE
+        assert board.devices[0].state.stage is LifeStage.ACTIVE
         assert board.cpus[0].registers["status"] == DRIVER_READY
 
 
@@ -185,8 +185,7 @@ async def test_a_reset_from_another_vcpu_voids_the_activation(autojump_clock: Cl
     board = MiniBoard([slow(4)], activating_guest, resetting, deadlines=deadlines)
     async with running(board, deadlines):
         await trio.sleep(3)
-        lifecycle = board.devices[0].lifecycle
-        assert lifecycle.state is LifecycleState.RESET
+        assert board.devices[0].state.stage is LifeStage.RESET
         assert board.cpus[1].registers["after_reset"] == 0
         assert "status" in board.cpus[0].registers, "its barrier opened: the generation is void"
         await trio.sleep(5)
@@ -224,8 +223,8 @@ async def test_a_failed_activation_opens_the_barrier(autojump_clock: Clock) -> N
     async with running(board, deadlines):
         await trio.sleep(2)
         slot = board.devices[0]
-        assert slot.lifecycle.state is LifecycleState.NEEDS_RESET
-        assert slot.transport.config_changes == 1
+        assert slot.state.stage is LifeStage.NEEDS_RESET
+        assert slot.handles.isr == 2, "the configuration-change interrupt"
         assert board.cpus[0].registers["status"] == DRIVER_READY | 64
 
 
@@ -244,7 +243,7 @@ async def test_a_guest_cannot_flood_the_log_with_failures(
     board = MiniBoard([BareDevice(on_activate=fail)], again_and_again, deadlines=deadlines)
     async with running(board, deadlines):
         await trio.sleep(60)
-        assert board.devices[0].lifecycle.failures == 200
+        assert board.devices[0].actor.failures == 200
     assert 1 <= len([record for record in caplog.records if "needs a reset" in record.message]) <= 8
 
 
@@ -287,16 +286,16 @@ async def test_the_gate_puts_an_activation_off_and_undo_serves_it(autojump_clock
     async with running(board, deadlines) as machine:
         await trio.sleep(2)
         await machine.stop(1.0)
-        lifecycle = board.devices[0].lifecycle
-        assert lifecycle.state is LifecycleState.ACTIVATING
-        assert lifecycle.save()["state"] == "activating"
+        state = board.devices[0].state
+        assert state.stage is LifeStage.ACTIVATING
+        assert state.save()["state"] == "activating"
         assert board.devices[0].backend.active is None
         await trio.sleep(100)
         assert "active 1" not in board.devices[0].backend.log
         assert board.interrupts == ["connect", "disconnect"]
         await machine.undo()
         await trio.sleep(4)
-        assert lifecycle.state is LifecycleState.ACTIVE
+        assert state.stage is LifeStage.ACTIVE
         assert board.cpus[0].registers["status"] == DRIVER_READY
         assert board.interrupts == ["connect", "disconnect", "connect"]
 
@@ -316,7 +315,7 @@ async def test_a_quiesce_that_takes_too_long_is_undone(autojump_clock: Clock) ->
         beats = board.cpus[0].registers["beats"]
         await trio.sleep(2)
         assert board.cpus[0].registers["beats"] >= beats + 19
-        assert board.devices[0].lifecycle.state is LifecycleState.ACTIVE
+        assert board.devices[0].state.stage is LifeStage.ACTIVE
         assert device.active == 1, "its workers run again"
 
 
@@ -331,7 +330,7 @@ async def test_a_page_crossing_store_is_finished_before_the_pause(autojump_clock
     async with running(board, deadlines) as machine:
         await trio.sleep(2)
         await machine.pause()
-        assert board.devices[1].lifecycle.generation == 1, "the second half of the instruction was served"
+        assert board.devices[1].state.generation == 1, "the second half of the instruction was served"
         await machine.resume()
         await trio.sleep(5)
         assert board.cpus[0].registers == {"done": True}

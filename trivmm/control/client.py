@@ -169,7 +169,7 @@ class Client:
 
     async def resolve_migration(self, *, force: bool = False) -> dict[str, Any]:
         """What became of a migration that ended in doubt: ``verdict``, ``reason``, ``advice``, ``in_doubt``,
-        ``forced``, as :class:`~trivmm.migration.doubt.Resolution` has them."""
+        ``forced``, as :class:`~trivmm.migration.source.doubt.Resolution` has them."""
         found: dict[str, Any] = await self.call("PUT", "vm.resolve-migration", {"force": force})
         return found
 

@@ -10,7 +10,6 @@ import logging
 import math
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import Any, Final
 
 import attrs
@@ -20,9 +19,10 @@ from trivmm.bus.space import GuestRequest
 from trivmm.deadlines import Deadlines
 from trivmm.errors import GuestCrash, HypervisorError, MigrationError, TrivmmError
 from trivmm.machine.board import Board
-from trivmm.machine.kernel_side import KernelSide, Wish
+from trivmm.machine.interrupts import Interrupts
+from trivmm.memory.dirty_log import DirtyLog, HostWriters
 from trivmm.memory.guest import GuestMemory
-from trivmm.nursery.activation import DeviceLifecycle
+from trivmm.nursery.activation import ActivationActor
 from trivmm.nursery.kernel import KernelCalls
 from trivmm.nursery.tree import open_tree
 from trivmm.nursery.vcpu import Vcpu
@@ -51,14 +51,23 @@ class Machine:
     on_guest_request: Callable[[], None] = lambda: None
     vcpu_type: type[Vcpu] = Vcpu
     wanted: Stage = attrs.field(default=Stage.PAUSED, init=False)  # by its owner: RUNNING or PAUSED
-    ending: bool = attrs.field(default=False, init=False)  # its board is closed next, and the kernel's part with it
     guest_request: GuestRequest | None = attrs.field(default=None, init=False)
     crash: GuestCrash | None = attrs.field(default=None, init=False)
     vcpus: VcpuSet = attrs.field(default=attrs.Factory(lambda self: self._vcpus(), takes_self=True), init=False)
-    ladder: Ladder = attrs.field(default=attrs.Factory(lambda self: self._ladder(), takes_self=True), init=False)
-    _side: KernelSide = attrs.field(
-        default=attrs.Factory(lambda self: self._kernel_side(), takes_self=True), init=False
+    interrupts: Interrupts = attrs.field(
+        default=attrs.Factory(
+            lambda self: Interrupts(self.kernel, self.board.connect_interrupts, self.board.disconnect_interrupts),
+            takes_self=True,
+        ),
+        init=False,
     )
+    dirty_log: DirtyLog = attrs.field(
+        default=attrs.Factory(
+            lambda self: DirtyLog((HostWriters(self.board.memory), self.board.vm), self.kernel.call), takes_self=True
+        ),
+        init=False,
+    )
+    ladder: Ladder = attrs.field(default=attrs.Factory(lambda self: self._ladder(), takes_self=True), init=False)
     _token: trio.lowlevel.TrioToken = attrs.field(factory=trio.lowlevel.current_trio_token, init=False)
 
     def _vcpus(self) -> VcpuSet:
@@ -79,18 +88,10 @@ class Machine:
             {
                 Stage.PAUSED: Rung(self._pause_vcpus, self._resume_vcpus),
                 Stage.GATED: Rung(gate, self._open_gate),
-                Stage.DETACHED: Rung(self._detach, self._attach),
+                Stage.DETACHED: Rung(self.interrupts.detach, self._attach),
                 Stage.SAVED: Rung(nothing, thaw),
                 Stage.UNLOCKED: Rung(self._give_locks, self._take_locks),
             },
-        )
-
-    def _kernel_side(self) -> KernelSide:
-        board = self.board
-        return KernelSide(
-            self.kernel,
-            Wish(board.connect_interrupts, board.disconnect_interrupts),
-            Wish(lambda: board.start_dirty_log(), lambda: board.stop_dirty_log()),
         )
 
     @property
@@ -100,8 +101,8 @@ class Machine:
     # --- what the nursery tree houses ------------------------------------------------------------------------
 
     @property
-    def actors(self) -> Sequence[DeviceLifecycle]:
-        return [slot.lifecycle for slot in self.board.devices]
+    def actors(self) -> Sequence[ActivationActor]:
+        return [slot.actor for slot in self.board.devices]
 
     @property
     def lines(self) -> Mapping[str, Line]:
@@ -147,7 +148,7 @@ class Machine:
         """Connect interrupts, open the gate, let the vCPUs go. Idempotent.
 
         :raises DeadlineError: (kernel) the interrupts are not connected: nothing runs."""
-        await self._connect_interrupts()
+        await self.interrupts.attach()
         self.wanted = Stage.RUNNING
         await self.ladder.up(Stage.RUNNING)
 
@@ -186,39 +187,31 @@ class Machine:
         :raises DeadlineError: ``quiesce``, naming the device; the gate may be half closed."""
 
         def diagnose() -> str:
-            late = [slot.lifecycle for slot in self.board.devices if slot.lifecycle.busy]
-            names = ", ".join(f"{each.name} ({each.stuck or each.state.value})" for each in late)
+            late = [slot.actor for slot in self.board.devices if slot.actor.busy]
+            names = ", ".join(f"{each.name} ({each.stuck or each.state.stage.value})" for each in late)
             return f"in-flight work did not end: {names or 'console output'}"
 
         with self.deadlines.enter("quiesce", diagnose, at_most_s=at_most_s):
             async with trio.open_nursery() as nursery:
                 for slot in self.board.devices:
-                    nursery.start_soon(slot.lifecycle.quiesce)
+                    nursery.start_soon(slot.actor.quiesce)
                 for line in self.board.lines.values():
                     nursery.start_soon(line.drain, min(self.deadlines.drain, at_most_s, drain_s))
 
     async def _open_gate(self) -> None:
         for slot in self.board.devices:
-            slot.lifecycle.reopen()
-
-    async def _detach(self, at_most_s: float) -> None:
-        self._side.interrupts.wanted = False
-        await self._side.settle("taking the interrupts away", self._side.interrupts, at_most_s)
+            slot.actor.reopen()
 
     async def _attach(self) -> None:
         """Only says so: on the way up the guest comes first. Interrupts that it waits for are kept meanwhile, and come
-        with their connection (:meth:`_connect_interrupts`)."""
-        self._side.interrupts.wanted = True
-
-    async def _connect_interrupts(self) -> None:
-        self._side.interrupts.wanted = True
-        await self._side.settle("connecting the interrupts", self._side.interrupts)
+        with their connection."""
+        self.interrupts.wanted = True
 
     async def _give_locks(self, at_most_s: float) -> None:
         """:raises HypervisorError: while a device thread is stuck in the kernel: it could still write."""
         for slot in self.board.devices:
-            if slot.lifecycle.stuck is not None:
-                raise HypervisorError("COMMIT", slot.lifecycle.stuck, "wait until the device's storage answers")
+            if slot.actor.stuck is not None:
+                raise HypervisorError("COMMIT", slot.actor.stuck, "wait until the device's storage answers")
         self.board.give_locks()
 
     async def _take_locks(self) -> None:
@@ -245,32 +238,8 @@ class Machine:
     def describe(self) -> dict[str, Any]:
         return self.board.describe()
 
-    async def start_dirty_log(self) -> None:
-        log = self._side.dirty_log
-        log.wanted = True
-        try:
-            await self._side.settle("switching the dirty log on", log)
-        except BaseException:
-            log.wanted = False
-            raise
-
-    async def stop_dirty_log(self) -> None:
-        log = self._side.dirty_log
-        log.wanted = False
-        if not self.ending:
-            await self._side.settle("switching the dirty log off", log)
-
-    async def harvest_dirty(self, slot: int, into: Any) -> int:
-        work = partial(self.board.harvest_dirty, slot, into)
-        if self.vcpus.all_paused:  # no vCPU moves a BAR, which holds the kernel's lock for as long as that waits
-            return work()
-        return await self.kernel.call("reading the dirty log", work)
-
     def set_throttle(self, percent: int) -> None:
         self.vcpus.set_throttle(percent)
-
-    def log(self, event: str, **fields: Any) -> None:
-        logger.info("migration: %s %s", event, " ".join(f"{key}={value}" for key, value in fields.items()))
 
     async def stop(self, at_most_s: float) -> None:
         """Switchover steps 1 to 3. Any failure or cancellation undoes what was done, and the machine runs."""
@@ -314,7 +283,7 @@ class Machine:
         :raises TrivmmError: the locks are another's now: it stays UNLOCKED."""
         await self.ladder.up(self.wanted)
         try:
-            await self._connect_interrupts()
+            await self.interrupts.attach()
         except TrivmmError as error:
             logger.critical("the guest runs before its interrupts are connected: %s", error)
 
@@ -336,18 +305,18 @@ class Machine:
         :raises TrivmmError: / :raises ValueError: when the state makes no sense here."""
 
         def work() -> None:
-            self._side.interrupts.wanted = False
-            self._side.agree()
+            self.interrupts.wanted = False
+            self.interrupts.agree()
             self.board.load(state)
-            self._side.interrupts.wanted = True
-            self._side.agree()
+            self.interrupts.wanted = True
+            self.interrupts.agree()
 
         await self.kernel.call("loading the state", work)
-        lifecycles = {slot.lifecycle.name: slot.lifecycle for slot in self.board.devices}
+        states = {slot.actor.name: slot.actor.state for slot in self.board.devices}
         for vcpu, saved in zip(self.vcpus.vcpus, state.vcpus, strict=True):
             vcpu.barrier = None
-            if saved.barrier is not None and saved.barrier[0] in lifecycles:
-                ticket = lifecycles[saved.barrier[0]].ticket
+            if saved.barrier is not None and saved.barrier[0] in states:
+                ticket = states[saved.barrier[0]].barrier
                 if ticket is not None:
                     vcpu.park_at(ticket)
         self.wanted = Stage.RUNNING if state.run else Stage.PAUSED
@@ -360,7 +329,7 @@ class Machine:
         takes them at once."""
         try:
             self.board.committed()
-            await self._connect_interrupts()  # they are
+            await self.interrupts.attach()  # they are
             await self.ladder.up(self.wanted)
         except BaseException:
             self.board.give_locks()
@@ -387,6 +356,6 @@ async def open_machine(
     machine = Machine(board, deadlines, calls, on_guest_request, vcpu_type)
     machine.ladder.fall(stage)
     for slot in board.devices:
-        slot.lifecycle.close_gate()
+        slot.actor.close_gate()
     async with open_tree(machine):
         yield machine

@@ -148,10 +148,6 @@ class VcpuSet:
         for vcpu in self.vcpus:
             vcpu.release_pause()
 
-    @property
-    def all_paused(self) -> bool:
-        return all(vcpu.is_paused() for vcpu in self.vcpus)
-
     def set_throttle(self, percent: int) -> None:
         for vcpu in self.vcpus:
             vcpu.throttle_percent = percent

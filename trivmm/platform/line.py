@@ -4,7 +4,7 @@ The serial port and the virtio console are lines. Owned by the board; :meth:`Lin
 
 Nothing is lost on the way to the sink, and nothing goes there twice: a byte leaves the ring in the step in which the
 sink has taken it, and a slow sink fills the ring until the guest waits. A sink that fails (disk full, reader gone) is
-logged, named in ``sink_error`` and replaced by none.
+logged and replaced by none.
 """
 
 from __future__ import annotations
@@ -48,7 +48,6 @@ class Line:
         """``make`` gets the ready descriptor. The C object is freed with the last reference to it, which a thread that
         is stuck keeps. :raises MemoryError:"""
         self.name = name
-        self.sink_error: OSError | None = None
         self.keeps_sink = False
         """Set where the sink goes on to another machine: neither flushed nor closed with this one."""
         self._ready_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -164,7 +163,6 @@ class Line:
                 return
             if not isinstance(error, OSError):
                 raise
-            self.sink_error = error
             logger.warning("%s: cannot write the output any more (%s); the guest goes on without it", self.name, error)
             self.attach_sink(NullSink())
 
@@ -219,18 +217,6 @@ class Line:
     def subscribe(self, since: int | None = None) -> Subscription:
         """Watch the output from a position on; from here when None."""
         return Subscription(self, self._total if since is None else since)
-
-    async def wait_for(self, text: str | bytes, since: int = 0) -> int:
-        """Wait until ``text`` is in the output at or after ``since``; gives the position after it. The caller
-        bounds the wait. Sees the last MiB only."""
-        wanted = text.encode() if isinstance(text, str) else text
-        await trio.lowlevel.checkpoint()
-        while True:
-            news, found = self._news, self.tail(since).find(wanted)
-            if found >= 0:
-                return max(since, self._total - len(self._tail)) + found + len(wanted)
-            since = max(since, self._total - len(wanted) + 1)
-            await news.wait()
 
     # --- a migration ---------------------------------------------------------------------------------------
 

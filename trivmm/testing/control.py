@@ -19,7 +19,7 @@ from trivmm.control.server import open_server
 from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError, GuestCrash, HypervisorError, MigrationCancelled, WrongState
 from trivmm.hypervisor.base import Hypervisor, VmBackend
-from trivmm.migration.doubt import Resolution
+from trivmm.migration.source.doubt import Resolution
 from trivmm.vm import ExitReason, VmState
 from trivmm.vmm import Vmm, VmmOptions, open_vmm
 

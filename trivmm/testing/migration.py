@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import attrs
 import trio
 import trio.testing
 
-from trivmm._native import ffi, lib
 from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError, PauseTimeout
 from trivmm.hypervisor.base import VcpuState, VmBackendState
+from trivmm.memory.dirty_log import DirtyLog, HostWriters
 from trivmm.memory.guest import GuestMemory
-from trivmm.migration.channel import Channel, LinkLost, StreamChannel
+from trivmm.migration.link.halves import Channel, LinkLost, StreamChannel
 from trivmm.state.machine import MachineState, SavedVcpu
 
 __all__ = ["DiskLock", "FakeDestination", "FakeSource", "MemoryNet", "Tap", "TappedStream"]
+
+T = TypeVar("T")
 
 SMALL_RAM = ((0, 1 << 20), (1 << 32, 1 << 20))
 
@@ -64,6 +66,10 @@ class _Machine:
         self.lock.take(self)
 
 
+async def _at_once(what: str, work: Callable[[], T]) -> T:
+    return work()
+
+
 class FakeSource(_Machine):
     """Runs from the start, with the lock. ``stop_s`` and ``release_s``: how long these take."""
 
@@ -76,6 +82,7 @@ class FakeSource(_Machine):
     ) -> None:
         super().__init__(lock, deadlines or Deadlines(), ram)
         self.live_copy = live_copy
+        self.dirty_log = DirtyLog((HostWriters(self.memory), self), _at_once)
         self.stop_s = self.release_s = 0.001
         self.on_stopped: Callable[[], None] = lambda: None
         self.logging = False
@@ -87,21 +94,13 @@ class FakeSource(_Machine):
     def describe(self) -> dict[str, Any]:
         return {"ram": self.memory.size}
 
-    async def start_dirty_log(self) -> None:
-        self.logging = True
-        self.events.append("log on")
-        for region in self.memory.regions:  # what was written before is in the first round anyway
-            lib.tv_dirty_take(region.dirty, ffi.new("uint64_t[]", region.bitmap_words), region.bitmap_words)
+    def set_dirty_log(self, enabled: bool) -> None:
+        """As its guest's dirty log: what is written here is logged by the host's."""
+        self.logging = enabled
+        self.events.append("log on" if enabled else "log off")
 
-    async def stop_dirty_log(self) -> None:
-        if self.logging:
-            self.events.append("log off")
-        self.logging = False
-
-    async def harvest_dirty(self, slot: int, into: Any) -> int:
-        region = self.memory.regions[slot]
-        lib.tv_dirty_take(region.dirty, into, region.bitmap_words)
-        return int(lib.tv_pages_count(into, region.bitmap_words))
+    def harvest_dirty(self, slot: int, into: Any) -> None:
+        """A guest that writes by itself overrides this."""
 
     def set_throttle(self, percent: int) -> None:
         self.throttle = percent
@@ -132,9 +131,6 @@ class FakeSource(_Machine):
     async def release_locks(self) -> None:
         await trio.sleep(self.release_s)
         self.lock.release(self)
-
-    def log(self, event: str, **fields: Any) -> None:
-        self.events.append(event)
 
 
 class FakeDestination(_Machine):

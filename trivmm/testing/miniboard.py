@@ -12,13 +12,19 @@ import attrs
 import trio
 
 from trivmm.bus.bus import Bus
+from trivmm.bus.lock import BoundedLock
 from trivmm.bus.space import AddressSpace, Effect, Range
 from trivmm.deadlines import Deadlines
-from trivmm.nursery.activation import DeviceLifecycle
+from trivmm.memory.guest import GuestMemory
+from trivmm.nursery.activation import ActivationActor
 from trivmm.testing.scripted import Script, ScriptedHypervisor
-from trivmm.virtio.port import ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, Activation
+from trivmm.virtio.handles import DeviceHandles
+from trivmm.virtio.life import ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, DeviceState
+from trivmm.virtio.port import Activation
+from trivmm.virtio.setup import VERSION_1, DeviceLimits, DriverSetup
+from trivmm.virtio.status import StatusRegister
 
-__all__ = ["DRIVER_READY", "BareDevice", "BareTransport", "MiniBoard", "status_gpa"]
+__all__ = ["DRIVER_READY", "BareDevice", "MiniBoard", "status_gpa"]
 
 DRIVER_READY = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK
 STATUS_SPAN = 0x1000
@@ -36,9 +42,8 @@ class BareDevice:
     on_activate: Callable[[int], Awaitable[None]] | None = None
     on_stop: Callable[[], Awaitable[None]] | None = None
     device_type: int = 4
-    features: int = 1 << 32
+    features: int = VERSION_1
     queue_sizes: tuple[int, ...] = ()
-    config_size: int = 0
     log: list[str] = attrs.field(factory=list)
     active: int | None = None
     locked: bool = True
@@ -93,42 +98,23 @@ class BareDevice:
         return None
 
 
-@attrs.define(eq=False)
-class BareTransport:
-    config_changes: int = 0
-    resets: int = 0
-
-    def reset_registers(self) -> bool:
-        self.resets += 1
-        return True
-
-    def signal_config_change(self) -> None:
-        self.config_changes += 1
-
-    def bump_config_generation(self) -> None:
-        return None
-
-
 @attrs.frozen(eq=False)
 class Slot:
+    """On the bus it is the one register that it has."""
+
     backend: BareDevice
-    transport: BareTransport
-    lifecycle: DeviceLifecycle
-
-
-@attrs.frozen(eq=False)
-class StatusRegister:
-    """A device's only register, as the bus sees it."""
-
-    lifecycle: DeviceLifecycle
+    state: DeviceState
+    register: StatusRegister
+    handles: DeviceHandles
+    actor: ActivationActor
 
     def read(self, offset: int, size: int) -> bytes:
-        return self.lifecycle.read_status().to_bytes(size, "little")
+        with self.state.lock:
+            return self.register.read().to_bytes(size, "little")
 
     def write(self, offset: int, data: bytes) -> Effect:
-        return self.lifecycle.write_status(
-            data[0], lambda: True, lambda generation: Activation(generation, 1 << 32, ())
-        )
+        with self.state.lock:
+            return self.register.write(data[0], DriverSetup(VERSION_1, ()))
 
 
 class _Line:
@@ -156,6 +142,7 @@ class MiniBoard:
     def __init__(self, devices: Sequence[BareDevice], *scripts: Script, deadlines: Deadlines) -> None:
         self.hypervisor = ScriptedHypervisor(*scripts)
         self.vm = self.hypervisor.open_vm()
+        self.memory = GuestMemory(())
         self.cpus = [self.vm.create_vcpu(index) for index in range(len(scripts))]
         self.lines = {"serial": _Line()}
         self.events: list[tuple[str, str, int]] = []
@@ -164,10 +151,15 @@ class MiniBoard:
         self.pio, self.mmio = AddressSpace("pio"), AddressSpace("mmio")
         self.devices = []
         for index, device in enumerate(devices):
-            transport = BareTransport()
-            lifecycle = DeviceLifecycle(device, transport, deadlines, lambda *event: self.events.append(event))
-            self.devices.append(Slot(device, transport, lifecycle))
-            self.mmio.insert(Range(status_gpa(index), STATUS_SPAN, StatusRegister(lifecycle), device.name))
+            state = DeviceState(device.name, BoundedLock(f"the registers of {device.name}", deadlines.lock))
+            register = StatusRegister(state, DeviceLimits(device.features, device.queue_sizes, vectors=1))
+            handles = DeviceHandles(0)
+            actor = ActivationActor(
+                device, state, handles, deadlines, lambda: None, lambda *event: self.events.append(event)
+            )
+            slot = Slot(device, state, register, handles, actor)
+            self.devices.append(slot)
+            self.mmio.insert(Range(status_gpa(index), STATUS_SPAN, slot, device.name))
 
     def bus(self) -> Bus:
         return Bus(self.pio, self.mmio, self.hypervisor.clock)

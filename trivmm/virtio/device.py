@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import trio
 
 from trivmm.errors import MigrationError
 from trivmm.memory.guest import GuestMemory
+from trivmm.platform.line import Line
 from trivmm.state.fields import Fields
 from trivmm.virtio.port import Activation, QueueConfig
 from trivmm.virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, QueueWorker
@@ -21,13 +22,12 @@ RING_FEATURES: Final = F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX
 class WorkerDevice:
     """Base of the devices. Implements what it can of ``DeviceBackend``; subclasses say what a worker is made of.
 
-    Set by the board: ``on_broken`` tells the lifecycle that a queue's driver is at fault, ``on_config_change`` tells
+    Set by the board: ``on_broken`` tells the actor that a queue's driver is at fault, ``on_config_change`` tells
     the driver that the configuration space has changed. Both are called in the trio thread."""
 
     device_type: int
     features: int
     queue_sizes: tuple[int, ...]
-    config_size: int = 0
 
     def __init__(self, name: str, memory: GuestMemory) -> None:
         self.name = name
@@ -103,6 +103,14 @@ class WorkerDevice:
 
     def _become(self, fields: Fields) -> None:
         """A subclass's share of :meth:`become`."""
+
+    @property
+    def lines(self) -> Mapping[str, Line]:
+        """Its console lines, by name."""
+        return {}
+
+    def terminal_resized(self) -> None:
+        """The terminal behind a line of it, if there is one, may have another size now."""
 
     def release_locks(self) -> None:
         return None

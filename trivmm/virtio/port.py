@@ -1,46 +1,18 @@
-"""The port between three parts that must not know each other: transport, lifecycle and device.
-
-- The *transport* (``virtio/pci``) turns a guest's register accesses into calls. It runs on vCPU threads.
-- The *lifecycle* (``nursery/activation.py``, one per device) owns the device status, the generation and the
-  barrier; its actor runs in the device nursery and lives as long as the VM.
-- The *device* (``virtio/rng``, ``virtio/block``) does the work of its queues.
+"""What a virtio device is to those who do not know which one it is: its transport, its actor, the board.
 
 All values here are plain data or protocols; nothing imports trio at run time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import attrs
 
-from trivmm.bus.ticket import Ticket
-
 if TYPE_CHECKING:
     import trio
 
-__all__ = [
-    "ACKNOWLEDGE",
-    "DRIVER",
-    "DRIVER_OK",
-    "FAILED",
-    "FEATURES_OK",
-    "NEEDS_RESET",
-    "Activation",
-    "DeviceBackend",
-    "DeviceStatusPort",
-    "QueueConfig",
-    "TransportPort",
-]
-
-# Device status bits, virtio 1.2 section 2.1.
-ACKNOWLEDGE = 1
-DRIVER = 2
-DRIVER_OK = 4
-FEATURES_OK = 8
-NEEDS_RESET = 64
-FAILED = 128
+__all__ = ["Activation", "DeviceBackend", "QueueConfig"]
 
 
 @attrs.frozen
@@ -72,13 +44,12 @@ class Activation:
 
 
 class DeviceBackend(Protocol):
-    """A device as its lifecycle and transport see it. All ``async`` methods run in the device nursery's actor."""
+    """A device as its actor and transport see it. All ``async`` methods run in the device nursery's actor."""
 
     name: str  # unique in the VM and stable: "_disk0", "__rng"
     device_type: int  # virtio 1.2 section 5: 2 block, 4 entropy
     features: int  # offered bits, VERSION_1 included
     queue_sizes: tuple[int, ...]  # maximum size of each queue
-    config_size: int
 
     def read_config(self, offset: int, size: int) -> bytes:
         """Device configuration space. Any thread, never blocks. Past the end: all-ones."""
@@ -122,32 +93,3 @@ class DeviceBackend(Protocol):
     def counters(self) -> dict[str, int]: ...
 
     def close(self) -> None: ...
-
-
-class TransportPort(Protocol):
-    """What the lifecycle asks of the transport. Called in the trio thread."""
-
-    def reset_registers(self) -> bool:
-        """The reset is complete: queue and feature registers take their reset values (section 4.1.4.3.1). False when
-        a vCPU is at them this moment, perhaps waiting for the kernel: try again soon."""
-
-    def signal_config_change(self) -> None:
-        """Raise the configuration-change interrupt (after NEEDS_RESET is set)."""
-
-    def bump_config_generation(self) -> None: ...
-
-
-class DeviceStatusPort(Protocol):
-    """What the transport asks of the lifecycle. Called from vCPU threads, never blocks."""
-
-    def read_status(self) -> int: ...
-
-    def write_status(
-        self, value: int, accept_features: Callable[[], bool], snapshot: Callable[[int], Activation]
-    ) -> Ticket | None:
-        """A guest's write of device_status.
-
-        ``accept_features()`` says whether the acked features are a legal subset (asked at FEATURES_OK);
-        ``snapshot(generation)`` takes the validated private copy at DRIVER_OK and raises ValueError where a
-        queue's registers make no sense. The ticket, if any, is where the writing vCPU must park.
-        """

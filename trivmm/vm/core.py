@@ -16,8 +16,8 @@ from trivmm.events import EventBus
 from trivmm.hypervisor.base import Hypervisor
 from trivmm.machine.host import MachineHost
 from trivmm.machine.machine import Machine
-from trivmm.migration.doubt import Doubt
 from trivmm.migration.progress import MigrationProgress
+from trivmm.migration.source.doubt import Doubt
 from trivmm.nursery.ownership import MIGRATION, Ownership
 
 __all__ = ["ExitReason", "VmCore", "VmState"]

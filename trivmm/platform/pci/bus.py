@@ -10,17 +10,16 @@ refused: nothing is mapped, ``refused_placements`` counts it, and it is tried ag
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Final
 
 import attrs
 
+from trivmm.bus.lock import BoundedLock
 from trivmm.bus.space import AddressSpace, Effect, Range
-from trivmm.errors import ConfigError, TrivmmError
+from trivmm.deadlines import Deadlines
+from trivmm.errors import ConfigError
 from trivmm.memory import layout
-from trivmm.platform.pci.config_space import LOCK_S, PciConfigSpace
+from trivmm.platform.pci.config_space import PciConfigSpace
 from trivmm.platform.pci.function import PciFunction
 from trivmm.state.fields import Fields
 
@@ -30,7 +29,7 @@ SLOTS: Final = 32
 CONFIG_ADDRESS: Final = 0xCF8
 CONFIG_PORTS: Final = (CONFIG_ADDRESS, 8)  # first port and count
 ENABLE: Final = 1 << 31
-PLACEMENT_S: Final = 30.0  # doorbells follow, and the kernel takes its time over each
+TURNS: Final = 3  # calls into the kernel, each a doorbell that moves, which a vCPU may have to wait out
 
 
 class HostBridge:
@@ -38,8 +37,8 @@ class HostBridge:
 
     name = "_pci_root"
 
-    def __init__(self) -> None:
-        self.config = PciConfigSpace(vendor_id=0x8086, device_id=0x0D57, class_code=0x060000)
+    def __init__(self, lock_s: float) -> None:
+        self.config = PciConfigSpace(vendor_id=0x8086, device_id=0x0D57, class_code=0x060000, lock_s=lock_s)
 
     def config_read(self, offset: int, size: int) -> bytes:
         return self.config.read(offset, size)
@@ -72,32 +71,22 @@ class _BarWindow:
         return self.function.bar_write(self.index, offset, data)
 
 
-@contextmanager
-def _held(lock: threading.Lock, what: str, limit_s: float = LOCK_S) -> Iterator[None]:
-    if not lock.acquire(timeout=limit_s):
-        raise TrivmmError(f"the PCI bus's {what} lock was held for more than {limit_s} s")
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 class PciBus:
     """A :class:`~trivmm.bus.space.BusDevice` for the ports :data:`CONFIG_PORTS`."""
 
-    def __init__(self, mmio: AddressSpace) -> None:
+    def __init__(self, mmio: AddressSpace, deadlines: Deadlines) -> None:
         self.refused_placements = 0
         self.functions: dict[int, PciFunction] = {}
         self._mmio = mmio
         self._address = 0
-        self._address_lock = threading.Lock()
-        self._placement_lock = threading.Lock()
+        self._address_lock = BoundedLock("the PCI bus's address latch", deadlines.lock)
+        self._placement_lock = BoundedLock("the placement of PCI BARs", TURNS * deadlines.kernel, "kernel")
         self._windows: dict[tuple[int, int], _BarWindow] = {}
         self._seen: dict[int, int] = {}  # slot → layout version that is placed
         self._refused: dict[tuple[int, int], int] = {}  # (slot, bar) → address refused last
         self._next_bar32 = layout.BAR32_START
         self._next_bar64 = layout.BAR64_END
-        self.add(HostBridge(), 0)
+        self.add(HostBridge(deadlines.lock), 0)
 
     # --- building ----------------------------------------------------------------------------------------
 
@@ -138,7 +127,7 @@ class PciBus:
 
     def place(self) -> None:
         """Make the MMIO address space agree with all BAR registers; also after ``load``."""
-        with _held(self._placement_lock, "placement", PLACEMENT_S):
+        with self._placement_lock:
             # Told in two rounds: where two BARs change places, a doorbell can't be set where the other's still is.
             self._tell(self._unmap_moved())
             self._tell(self._map_wanted())
@@ -182,7 +171,7 @@ class PciBus:
 
     def _target(self) -> tuple[int, PciFunction, int] | None:
         """Slot, function and dword offset that CF8 selects, if there is something."""
-        with _held(self._address_lock, "address"):
+        with self._address_lock:
             address = self._address
         bus, slot, function = address >> 16 & 0xFF, address >> 11 & 0x1F, address >> 8 & 0x7
         if not address & ENABLE or bus or function or slot not in self.functions:
@@ -193,7 +182,7 @@ class PciBus:
         if offset % 4 + size > 4:
             return b"\xff" * size
         if offset < 4:
-            with _held(self._address_lock, "address"):
+            with self._address_lock:
                 return self._address.to_bytes(4, "little")[offset : offset + size]
         target = self._target()
         if target is None:
@@ -205,7 +194,7 @@ class PciBus:
         if offset % 4 + len(data) > 4:
             return None
         if offset < 4:
-            with _held(self._address_lock, "address"):
+            with self._address_lock:
                 latch = bytearray(self._address.to_bytes(4, "little"))
                 latch[offset : offset + len(data)] = data
                 self._address = int.from_bytes(latch, "little")

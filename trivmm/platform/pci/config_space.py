@@ -11,12 +11,12 @@ that was written with all-ones is being *sized* and does not decode.
 
 from __future__ import annotations
 
-import threading
 from typing import Any, Final
 
 import attrs
 
-from trivmm.errors import ProtocolError, TrivmmError
+from trivmm.bus.lock import BoundedLock
+from trivmm.errors import ProtocolError
 from trivmm.state.fields import Fields
 
 __all__ = ["COMMAND", "CONFIG_SIZE", "MEMORY_ENABLE", "Bar", "PciConfigSpace"]
@@ -37,7 +37,6 @@ STATUS_HAS_CAPABILITIES: Final = 0x10
 MEMORY_64BIT: Final = 0x4
 PREFETCHABLE: Final = 0x8
 MIN_BAR_SIZE: Final = 16
-LOCK_S: Final = 2.0  # nobody holds the lock for more than a few copies; longer is a bug and is said so
 
 
 @attrs.define(eq=False)
@@ -65,11 +64,12 @@ class PciConfigSpace:
         revision: int = 0,
         subsystem_vendor_id: int = 0,
         subsystem_id: int = 0,
+        lock_s: float,
     ) -> None:
-        """``class_code``: 24 bits, class << 16 | subclass << 8 | programming interface."""
+        """``class_code``: 24 bits, class << 16 | subclass << 8 | programming interface. ``lock_s``: the deadline."""
         self.bars: dict[int, Bar] = {}
         self.layout_version = 0
-        self._lock = threading.Lock()
+        self._lock = BoundedLock("a PCI configuration space", lock_s)
         self._bytes = bytearray(CONFIG_SIZE)
         self._writable = bytearray(CONFIG_SIZE)
         self._sizing: set[int] = set()  # offsets of BAR registers that hold the answer to a sizing write
@@ -87,10 +87,6 @@ class PciConfigSpace:
 
     def _put(self, offset: int, value: int, size: int) -> None:
         self._bytes[offset : offset + size] = value.to_bytes(size, "little")
-
-    def _acquire(self) -> None:
-        if not self._lock.acquire(timeout=LOCK_S):
-            raise TrivmmError(f"the lock of a PCI configuration space was held for more than {LOCK_S} s")
 
     # --- building ----------------------------------------------------------------------------------------
 
@@ -132,11 +128,8 @@ class PciConfigSpace:
         """Little-endian; all-ones where ``[offset, offset + size)`` leaves the space."""
         if offset < 0 or offset + size > CONFIG_SIZE:
             return b"\xff" * size
-        self._acquire()
-        try:
+        with self._lock:
             return bytes(self._bytes[offset : offset + size])
-        finally:
-            self._lock.release()
 
     def write(self, offset: int, data: bytes) -> bool:
         """A guest's write of 1, 2 or 4 bytes inside one dword; any other is ignored.
@@ -145,8 +138,7 @@ class PciConfigSpace:
         size = len(data)
         if size not in (1, 2, 4) or offset < 0 or offset + size > CONFIG_SIZE or offset % 4 + size > 4:
             return False
-        self._acquire()
-        try:
+        with self._lock:
             before = bytes(self._bytes[offset : offset + size])
             decoded = self.memory_enabled
             for position, value in enumerate(data, offset):
@@ -161,16 +153,11 @@ class PciConfigSpace:
                 (self._sizing.add if sizing else self._sizing.discard)(register)
             self.layout_version += changed
             return changed
-        finally:
-            self._lock.release()
 
     def patch(self, offset: int, data: bytes) -> None:
         """The function's own write, past the guest's mask. Not saved unless the guest's mask covers it."""
-        self._acquire()
-        try:
+        with self._lock:
             self._bytes[offset : offset + len(data)] = data
-        finally:
-            self._lock.release()
 
     @property
     def memory_enabled(self) -> bool:
@@ -201,15 +188,12 @@ class PciConfigSpace:
     # --- state -------------------------------------------------------------------------------------------
 
     def save(self) -> dict[str, Any]:
-        self._acquire()
-        try:
+        with self._lock:
             return {
                 "registers": self._bytes.hex(),
                 "was_enabled": self._was_enabled,
                 "sizing": sorted(self._sizing),
             }
-        finally:
-            self._lock.release()
 
     def load(self, state: dict[str, Any]) -> None:
         """Take the guest-writable bits of a saved space. The caller places the BARs again (``PciBus.place``).
@@ -230,11 +214,8 @@ class PciConfigSpace:
         for offset, (own, mask, saved) in enumerate(zip(self._bytes, self._writable, registers, strict=True)):
             if (own ^ saved) & ~mask & 0xFF:
                 raise ProtocolError(f"pci config: byte {offset:#x} is {saved:#x}, but this device has {own:#x}")
-        self._acquire()
-        try:
+        with self._lock:
             self._bytes[:] = registers
             self._was_enabled = was_enabled
             self._sizing = set(sizing)
             self.layout_version += 1
-        finally:
-            self._lock.release()

@@ -55,7 +55,6 @@ class BlockDevice(WorkerDevice):
             self.features |= F_MQ
         self._id = self._identity(config.serial)
         self._sectors = self.image.sectors
-        self.config_size = CONFIG.size
         self._counted = BlockCounts()  # of the workers that have ended
 
     def _identity(self, serial: str | None) -> bytes:

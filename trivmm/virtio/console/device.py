@@ -7,6 +7,7 @@ Queue 0 receives what is typed, queue 1 transmits what the guest says; both end 
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from typing import Any, Final
 
 import trio
@@ -14,6 +15,7 @@ import trio
 from trivmm._native import ffi, lib
 from trivmm.config import ConsoleConfig
 from trivmm.memory.guest import GuestMemory
+from trivmm.platform.line import Line
 from trivmm.platform.sinks import FdSink, Sink
 from trivmm.state.fields import Fields
 from trivmm.virtio.console.line import ConsoleLine
@@ -37,7 +39,6 @@ class ConsoleDevice(WorkerDevice):
     device_type = 3
     features = RING_FEATURES | F_SIZE
     queue_sizes = (QUEUE_SIZE, QUEUE_SIZE)
-    config_size = CONFIG.size
 
     def __init__(self, config: ConsoleConfig, memory: GuestMemory, sink: Sink | None, name: str = "__console") -> None:
         super().__init__(config.id or name, memory)
@@ -45,7 +46,7 @@ class ConsoleDevice(WorkerDevice):
         self._sized = False  # the driver has taken F_SIZE and is active
         self._bytes = [0, 0]
         self.line = ConsoleLine(sink)
-        self.measure()
+        self.terminal_resized()
 
     # --- size ------------------------------------------------------------------------------------------------
 
@@ -54,7 +55,11 @@ class ConsoleDevice(WorkerDevice):
         """(columns, rows) as the driver is told; zeros where there is no terminal."""
         return self._size
 
-    def measure(self) -> None:
+    @property
+    def lines(self) -> Mapping[str, Line]:
+        return {"console": self.line}
+
+    def terminal_resized(self) -> None:
         """Take the size of the terminal behind the line, if there is one; what it was otherwise stays."""
         sink = self.line.sink
         size = sink.size() if isinstance(sink, FdSink) else (0, 0)

@@ -1,51 +1,35 @@
 """The common configuration structure (virtio 1.2 section 4.1.4.3): features, status, queues. Pure registers.
 
 Fields are accessed with their own width (section 4.1.3.1); 64-bit ones as a whole or in 32-bit halves. Any other
-width or offset reads all-ones and writes nothing.
+width or offset reads all-ones and writes nothing. A queue's registers are its :class:`QueueState`, replaced at each
+write, so that whoever was handed one keeps what it was handed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Final
 
 import attrs
 
 from trivmm.state.fields import Fields
-from trivmm.virtio.pci.msix import NO_VECTOR
+from trivmm.state.virtio import NO_VECTOR, QueueState
+from trivmm.virtio.life import DRIVER_OK, FEATURES_OK
+from trivmm.virtio.setup import DeviceLimits, DriverSetup, queue_fault
 
-__all__ = ["COMMON_SIZE", "DEVICE_STATUS", "CommonConfig", "QueueRegisters"]
+__all__ = ["COMMON_SIZE", "DEVICE_STATUS", "CommonConfig"]
 
 COMMON_SIZE: Final = 56
 DEVICE_STATUS: Final = 0x14
-VERSION_1: Final = 1 << 32
 U64: Final = (1 << 64) - 1
-
-
-@attrs.define(eq=False)
-class QueueRegisters:
-    """One queue as the driver sets it up; ``max_size`` is what the device offers."""
-
-    max_size: int
-    size: int = 0
-    vector: int = NO_VECTOR
-    enabled: bool = False
-    desc: int = 0
-    driver: int = 0
-    device: int = 0
-
-    def reset(self) -> None:
-        self.size, self.vector, self.enabled = self.max_size, NO_VECTOR, False
-        self.desc = self.driver = self.device = 0
+ADDRESSES: Final = {0x20: "desc_gpa", 0x28: "avail_gpa", 0x30: "used_gpa"}
 
 
 class CommonConfig:
-    """``locked()`` says whether the driver has finished (FEATURES_OK for features, DRIVER_OK for queues)."""
+    """``status()`` is device_status, which settles features (FEATURES_OK) and queues (DRIVER_OK)."""
 
-    def __init__(self, features: int, queue_sizes: Sequence[int], vectors: int, status: Callable[[], int]) -> None:
-        self.offered = features
-        self.vectors = vectors
-        self.queues = [QueueRegisters(size) for size in queue_sizes]
+    def __init__(self, limits: DeviceLimits, status: Callable[[], int]) -> None:
+        self.limits = limits
         self.generation = 0
         self._status = status
         self.reset()
@@ -55,16 +39,15 @@ class CommonConfig:
         self.acked = 0
         self.config_vector = NO_VECTOR
         self.queue_select = 0
-        for queue in self.queues:
-            queue.reset()
+        self.queues = [QueueState.unused(size) for size in self.limits.queue_sizes]
+
+    def setup(self) -> DriverSetup:
+        """What the driver has set up until now."""
+        return DriverSetup(self.acked, tuple(self.queues))
 
     @property
-    def _selected(self) -> QueueRegisters | None:
+    def _selected(self) -> QueueState | None:
         return self.queues[self.queue_select] if self.queue_select < len(self.queues) else None
-
-    def features_acceptable(self) -> bool:
-        """A legal subset of the offer that takes VERSION_1 (sections 2.2 and 6.1)."""
-        return not self.acked & ~self.offered and bool(self.acked & VERSION_1)
 
     # --- reading ---------------------------------------------------------------------------------------------
 
@@ -81,7 +64,7 @@ class CommonConfig:
                 return self.device_feature_select
             case 0x04, 4:
                 select = self.device_feature_select
-                return self.offered >> 32 * select & 0xFFFF_FFFF if select < 2 else 0
+                return self.limits.features >> 32 * select & 0xFFFF_FFFF if select < 2 else 0
             case 0x08, 4:
                 return self.driver_feature_select
             case 0x0C, 4:
@@ -114,12 +97,12 @@ class CommonConfig:
 
     def _address(self, offset: int) -> int:
         queue = self._selected
-        return 0 if queue is None else {0x20: queue.desc, 0x28: queue.driver, 0x30: queue.device}[offset]
+        return 0 if queue is None else int(getattr(queue, ADDRESSES[offset]))
 
     # --- writing ---------------------------------------------------------------------------------------------
 
     def write(self, offset: int, data: bytes) -> None:
-        """Everything but device_status, which is the lifecycle's."""
+        """Everything but device_status, which is the :class:`~trivmm.virtio.status.StatusRegister`'s."""
         value = int.from_bytes(data, "little")
         match offset, len(data):
             case 0x00, 4:
@@ -137,43 +120,36 @@ class CommonConfig:
 
     def _ack(self, value: int) -> None:
         select = self.driver_feature_select
-        if select < 2 and not self._status() & 0x8:  # settled once FEATURES_OK is (section 3.1.1)
+        if select < 2 and not self._status() & FEATURES_OK:  # settled once it is (section 3.1.1)
             self.acked = self.acked & ~(0xFFFF_FFFF << 32 * select) | value << 32 * select
 
     def _vector(self, value: int) -> int:
-        return value if value < self.vectors else NO_VECTOR
+        return value if value < self.limits.vectors else NO_VECTOR
 
     def _write_queue(self, offset: int, size: int, value: int) -> None:
         queue = self._selected
         if queue is None:
             return
         if (offset, size) == (0x1A, 2):
-            queue.vector = self._vector(value)
+            self._change(vector=self._vector(value))
             return
-        if queue.enabled or self._status() & 0x4:
+        if queue.enabled or self._status() & DRIVER_OK:
             return  # a live queue's registers are settled (section 4.1.4.3.2)
         match offset, size:
             case 0x18, 2:
-                if 0 < value <= queue.max_size and not value & (value - 1):
-                    queue.size = value
+                if 0 < value <= self.limits.queue_sizes[self.queue_select] and not value & (value - 1):
+                    self._change(size=value)
             case 0x1C, 2:
-                queue.enabled = value == 1
+                self._change(enabled=value == 1)
             case ((0x20 | 0x24 | 0x28 | 0x2C | 0x30 | 0x34), 4):
-                shift = 8 * (offset & 4)
-                whole = self._address(offset & ~7)
-                self._set_address(queue, offset & ~7, whole & ~(0xFFFF_FFFF << shift) | value << shift)
+                shift, at = 8 * (offset & 4), offset & ~7
+                whole = self._address(at) & ~(0xFFFF_FFFF << shift) | value << shift
+                self._change(**{ADDRESSES[at]: whole})
             case ((0x20 | 0x28 | 0x30), 8):
-                self._set_address(queue, offset, value)
+                self._change(**{ADDRESSES[offset]: value})
 
-    @staticmethod
-    def _set_address(queue: QueueRegisters, offset: int, value: int) -> None:
-        value &= U64
-        if offset == 0x20:
-            queue.desc = value
-        elif offset == 0x28:
-            queue.driver = value
-        else:
-            queue.device = value
+    def _change(self, **fields: Any) -> None:
+        self.queues[self.queue_select] = attrs.evolve(self.queues[self.queue_select], **fields)
 
     # --- state -----------------------------------------------------------------------------------------------
 
@@ -186,7 +162,7 @@ class CommonConfig:
             "queue_select": self.queue_select,
             "generation": self.generation & 0xFF,
             "queues": [
-                [queue.size, queue.vector, int(queue.enabled), queue.desc, queue.driver, queue.device]
+                [queue.size, queue.vector, int(queue.enabled), queue.desc_gpa, queue.avail_gpa, queue.used_gpa]
                 for queue in self.queues
             ],
         }
@@ -203,13 +179,15 @@ class CommonConfig:
         fields.end()
         if len(rows) != len(self.queues):
             raise ValueError(f"{len(rows)} queues, not {len(self.queues)}")
-        for queue, row in zip(self.queues, rows, strict=True):
-            size, vector, enabled, desc, driver, device = (int(each) for each in row)
-            sane = 0 < size <= queue.max_size and not size & (size - 1) and 0 <= vector <= NO_VECTOR
-            if not sane or not all(0 <= each <= U64 for each in (desc, driver, device)):
-                raise ValueError(f"queue registers {row}")
-            queue.size, queue.vector, queue.enabled = size, self._vector(vector), bool(enabled)
-            queue.desc, queue.driver, queue.device = desc, driver, device
+        queues = []
+        for index, row in enumerate(rows):
+            size, vector, enabled, desc, avail, used = (int(each) for each in row)
+            queue = QueueState(size, vector, bool(enabled), desc, avail, used, 0, 0)
+            fault = queue_fault(index, queue, self.limits)
+            if fault is not None or not all(0 <= each <= U64 for each in (desc, avail, used)):
+                raise ValueError(f"queue registers {row}: {fault}")
+            queues.append(queue)
+        self.queues = queues
         self.device_feature_select, self.driver_feature_select = selects
         self.acked, self.config_vector = acked, self._vector(config_vector)
         self.queue_select, self.generation = queue_select, generation

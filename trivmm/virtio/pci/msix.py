@@ -4,7 +4,8 @@ A masked vector has no irqfd: what its worker signals stays in the eventfd, and 
 readable". Unmasking connects it again, which injects at once. So no interrupt is lost between mask and unmask,
 between two hosts, or between a worker's write and anybody's bookkeeping.
 
-Accesses come from vCPU threads, the switchover from the trio thread; the transport's register lock orders them.
+Accesses come from vCPU threads, the switchover from a thread of its own. One lock orders them: it is held while the
+kernel changes a route, so nothing else is ever asked for under it, and the trio thread never waits for it.
 """
 
 from __future__ import annotations
@@ -19,20 +20,25 @@ from typing import Any, Final
 
 import attrs
 
+from trivmm.bus.lock import BoundedLock
+from trivmm.deadlines import Deadlines
 from trivmm.errors import HypervisorError
 from trivmm.hypervisor.base import VmBackend
+from trivmm.platform.pci.config_space import PciConfigSpace
 from trivmm.state.fields import Fields
 
-__all__ = ["ENTRY_SIZE", "NO_VECTOR", "MsixTable"]
+__all__ = ["ENTRY_SIZE", "MsixTable"]
 
 logger = logging.getLogger(__name__)
 
-NO_VECTOR: Final = 0xFFFF
 ENTRY_SIZE: Final = 16
+CAP_MSIX: Final = 0x11
+WRITABLE: Final = b"\x00\xc0" + bytes(8)  # of the capability: enable and function mask
 ENABLE: Final = 1 << 15
 FUNCTION_MASK: Final = 1 << 14
 MASKED: Final = 1
 ENTRY: Final = struct.Struct("<QII")  # address, data, vector control
+TURNS: Final = 3  # changes of a route in the kernel that a vCPU may have to wait out
 
 
 @attrs.define(eq=False)
@@ -44,11 +50,17 @@ class _Vector:
 
 
 class MsixTable:
-    """``live`` is False while the machine is stopped for a switchover, and on a destination before COMMIT."""
+    """``live`` is False while the machine is stopped for a switchover, and on a destination before COMMIT.
 
-    def __init__(self, vm: VmBackend, vectors: int) -> None:
+    Its capability in ``config`` has the message control, which is nowhere else: see :meth:`follow`."""
+
+    def __init__(
+        self, vm: VmBackend, config: PciConfigSpace, vectors: int, table: int, pending_bits: int, deadlines: Deadlines
+    ) -> None:
+        """``table`` and ``pending_bits``: where the BAR has them, offset and BAR index as the capability spells it."""
         self._vm = vm
-        self._control = 0
+        self._config = config
+        self._lock = BoundedLock("an MSI-X table", TURNS * deadlines.kernel, "kernel")
         self.refused = 0
         self.live = False
         self._vectors: list[_Vector] = []
@@ -59,6 +71,9 @@ class MsixTable:
         except BaseException:
             self.close()
             raise
+        self._capability = config.add_capability(
+            CAP_MSIX, struct.pack("<HII", vectors - 1, table, pending_bits), WRITABLE
+        )
 
     def __len__(self) -> int:
         return len(self._vectors)
@@ -69,35 +84,47 @@ class MsixTable:
 
     # --- the guest's side ------------------------------------------------------------------------------------
 
-    def set_control(self, control: int) -> None:
+    @property
+    def control(self) -> int:
         """Message control: enable and function mask."""
-        self._control = control & (ENABLE | FUNCTION_MASK)
-        self._sync_all()
+        return int.from_bytes(self._config.read(self._capability + 2, 2), "little") & (ENABLE | FUNCTION_MASK)
+
+    def controlled_by(self, offset: int, size: int) -> bool:
+        """Whether a write there, in configuration space, may change the message control."""
+        return offset < self._capability + 4 and offset + size > self._capability + 2
+
+    def follow(self) -> None:
+        """Configuration space may say otherwise now."""
+        with self._lock:
+            self._sync_all()
 
     def read_table(self, offset: int, size: int) -> bytes:
         """Dword or qword accesses inside one entry; anything else reads all-ones."""
         index, at = divmod(offset, ENTRY_SIZE)
         if size not in (4, 8) or at % size or index >= len(self._vectors):
             return b"\xff" * size
-        return bytes(self._vectors[index].entry[at : at + size])
+        with self._lock:
+            return bytes(self._vectors[index].entry[at : at + size])
 
     def write_table(self, offset: int, data: bytes) -> None:
         index, at = divmod(offset, ENTRY_SIZE)
         if len(data) not in (4, 8) or at % len(data) or index >= len(self._vectors):
             return
         vector = self._vectors[index]
-        vector.entry[at : at + len(data)] = data
-        vector.entry[12:16] = (vector.entry[12] & MASKED).to_bytes(4, "little")  # the rest is reserved
-        self._sync(vector)
+        with self._lock:
+            vector.entry[at : at + len(data)] = data
+            vector.entry[12:16] = (vector.entry[12] & MASKED).to_bytes(4, "little")  # the rest is reserved
+            self._sync(vector, self.control)
 
     def read_pba(self, offset: int, size: int) -> bytes:
         if size not in (4, 8) or offset % size:
             return b"\xff" * size
-        bits = sum(1 << index for index in range(len(self._vectors)) if self.pending(index))
+        with self._lock:
+            bits = sum(1 << index for index in range(len(self._vectors)) if self._pending(index))
         length = (len(self._vectors) + 63) // 64 * 8
         return bits.to_bytes(length, "little")[offset : offset + size].ljust(size, b"\0")
 
-    def pending(self, index: int) -> bool:
+    def _pending(self, index: int) -> bool:
         """A connected vector is never pending: the hypervisor has taken what was there."""
         vector = self._vectors[index]
         return vector.token is None and _readable(vector.fd)
@@ -105,12 +132,13 @@ class MsixTable:
     # --- routes ----------------------------------------------------------------------------------------------
 
     def _sync_all(self) -> None:
+        control = self.control
         for vector in self._vectors:
-            self._sync(vector)
+            self._sync(vector, control)
 
-    def _sync(self, vector: _Vector) -> None:
-        address, data, control = ENTRY.unpack(vector.entry)
-        open_ = self.live and self._control & ENABLE and not self._control & FUNCTION_MASK and not control & MASKED
+    def _sync(self, vector: _Vector, control: int) -> None:
+        address, data, masked = ENTRY.unpack(vector.entry)
+        open_ = self.live and _sends(control) and not masked & MASKED
         wanted = (address, data) if open_ else None
         if wanted == vector.routed:
             return
@@ -132,40 +160,42 @@ class MsixTable:
 
     def messages(self) -> list[tuple[int, int]]:
         """(address, data) of each vector that :meth:`connect_all` would route, and that isn't yet."""
-        entries = [ENTRY.unpack(vector.entry) for vector in self._vectors if vector.routed is None]
-        if not self._control & ENABLE or self._control & FUNCTION_MASK:
-            return []
-        return [(address, data) for address, data, control in entries if not control & MASKED]
+        with self._lock:
+            if not _sends(self.control):
+                return []
+            entries = [ENTRY.unpack(vector.entry) for vector in self._vectors if vector.routed is None]
+            return [(address, data) for address, data, masked in entries if not masked & MASKED]
 
     def connect_all(self) -> None:
-        self.live = True
-        self._sync_all()
+        with self._lock:
+            self.live = True
+            self._sync_all()
 
     def disconnect_all(self) -> None:
         """After this nothing injects; what workers signal shows as pending."""
-        self.live = False
-        self._sync_all()
+        with self._lock:
+            self.live = False
+            self._sync_all()
 
-    def reset(self) -> None:
-        """A virtio reset leaves the table alone (it is PCI's); interrupts of the old generation go."""
+    def forget_interrupts(self) -> None:
+        """A virtio reset leaves the table alone (it is PCI's); interrupts of the old generation go. Without the lock:
+        the kernel has taken what a connected vector had, and one that is connected this moment may give one more."""
         for vector in self._vectors:
-            if vector.token is None:
-                _drain(vector.fd)
+            _drain(vector.fd)
 
     # --- state -----------------------------------------------------------------------------------------------
 
     def save(self) -> dict[str, Any]:
         """After ``disconnect_all``."""
-        return {
-            "control": self._control,
-            "table": base64.b64encode(b"".join(vector.entry for vector in self._vectors)).decode(),
-            "pending": [index for index in range(len(self._vectors)) if self.pending(index)],
-        }
+        with self._lock:
+            return {
+                "table": base64.b64encode(b"".join(vector.entry for vector in self._vectors)).decode(),
+                "pending": [index for index in range(len(self._vectors)) if self._pending(index)],
+            }
 
     def load(self, state: dict[str, Any]) -> None:
         """:raises ProtocolError: when the state is malformed. Not ``live`` before and after."""
         fields = Fields("msix", state)
-        control = fields.integer("control", 0, 0xFFFF)
         count = len(self._vectors)
         table = fields.text("table", count * ENTRY_SIZE * 2)
         pending = fields.array("pending", count)
@@ -175,12 +205,12 @@ class MsixTable:
             raise ValueError(f"MSI-X table of {len(raw)} bytes for {count} vectors")
         if not all(isinstance(index, int) and 0 <= index < count for index in pending):
             raise ValueError("pending vectors outside the table")
-        self._control = control & (ENABLE | FUNCTION_MASK)
-        for index, vector in enumerate(self._vectors):
-            vector.entry[:] = raw[index * ENTRY_SIZE : (index + 1) * ENTRY_SIZE]
-            _drain(vector.fd)
-            if index in pending:
-                os.eventfd_write(vector.fd, 1)
+        with self._lock:
+            for index, vector in enumerate(self._vectors):
+                vector.entry[:] = raw[index * ENTRY_SIZE : (index + 1) * ENTRY_SIZE]
+                _drain(vector.fd)
+                if index in pending:
+                    os.eventfd_write(vector.fd, 1)
 
     def close(self) -> None:
         """After every worker has ended; the VM is closed next, and what is connected goes with it. Idempotent."""
@@ -188,6 +218,10 @@ class MsixTable:
         vectors, self._vectors = self._vectors, []
         for vector in vectors:
             os.close(vector.fd)
+
+
+def _sends(control: int) -> bool:
+    return control & (ENABLE | FUNCTION_MASK) == ENABLE
 
 
 def _readable(fd: int) -> bool:

@@ -1,30 +1,32 @@
 """A virtio device on PCI (virtio 1.2 section 4.1), laid out as Cloud Hypervisor lays it out.
 
 One BAR holds the common, ISR, device and notification structures, the MSI-X table and the pending bits. Accesses
-come from vCPU threads and never block: registers are behind one short lock, device_status goes to the lifecycle
-*outside* that lock, and a notification writes an eventfd (most are taken by the hypervisor before they get here).
+come from vCPU threads and never block: registers are behind the one short lock of the device's state
+(``trivmm.virtio.life``), and a notification writes an eventfd (most are taken by the hypervisor before they get here).
+A changed interrupt route waits for the kernel, under the MSI-X table's own lock.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import struct
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Final
 
-from trivmm._native import ffi, lib
+from trivmm.bus.lock import BoundedLock
 from trivmm.bus.space import Effect
-from trivmm.bus.ticket import Ticket
-from trivmm.errors import HypervisorError, TrivmmError
+from trivmm.deadlines import Deadlines
+from trivmm.errors import HypervisorError
 from trivmm.hypervisor.base import VmBackend
 from trivmm.platform.pci.config_space import PciConfigSpace
 from trivmm.state.fields import Fields
+from trivmm.virtio.handles import DeviceHandles
+from trivmm.virtio.kind import OTHER_CLASS
+from trivmm.virtio.life import DeviceState
 from trivmm.virtio.pci.common_config import COMMON_SIZE, DEVICE_STATUS, CommonConfig
 from trivmm.virtio.pci.msix import MsixTable
-from trivmm.virtio.port import Activation, DeviceBackend, DeviceStatusPort, QueueConfig
+from trivmm.virtio.port import DeviceBackend
+from trivmm.virtio.setup import DeviceLimits
+from trivmm.virtio.status import StatusRegister
 
 __all__ = ["VirtioPciTransport"]
 
@@ -32,8 +34,6 @@ logger = logging.getLogger(__name__)
 
 VENDOR: Final = 0x1AF4
 DEVICE_BASE: Final = 0x1040
-CLASSES: Final = {1: 0x020000, 2: 0x018000}  # network: Ethernet; block: mass storage, other
-OTHER_CLASS: Final = 0xFFFF00
 
 BAR: Final = 0
 COMMON: Final = 0x0000
@@ -50,46 +50,50 @@ MSIX_PBA_SIZE: Final = 0x800
 BAR_SIZE: Final = 0x80000
 
 CAP_VENDOR: Final = 0x09
-CAP_MSIX: Final = 0x11
 CFG_COMMON, CFG_NOTIFY, CFG_ISR, CFG_DEVICE, CFG_PCI = range(1, 6)
 WINDOW_DATA: Final = 16  # offset of pci_cfg_data in the config-access capability
-LOCK_S: Final = 30.0  # microseconds, or as long as the kernel takes for a few routes: longer is a bug, reported as one
 
 
 class VirtioPciTransport:
-    """A ``PciFunction``, and the ``TransportPort`` of its device's lifecycle. ``status`` is set by the board."""
+    """A ``PciFunction``. ``state`` is its device's life, which it shares with the device's actor; ``handles`` are what
+    the device works with."""
 
-    def __init__(self, device: DeviceBackend, vm: VmBackend, *, use_64bit_bar: bool = True) -> None:
+    def __init__(
+        self,
+        device: DeviceBackend,
+        vm: VmBackend,
+        deadlines: Deadlines,
+        *,
+        pci_class: int = OTHER_CLASS,
+        bar_is_64bit: bool = True,
+    ) -> None:
         self.name = device.name
         self.device = device
-        self.status: DeviceStatusPort | None = None
+        self.state = DeviceState(device.name, BoundedLock(f"the registers of {device.name}", deadlines.lock))
+        limits = DeviceLimits(device.features, device.queue_sizes, len(device.queue_sizes) + 1)
+        self.status = StatusRegister(self.state, limits)
+        self.common = CommonConfig(limits, self.status.read)
         self._vm = vm
-        self._lock = threading.Lock()
-        self._isr = ffi.new("uint32_t *")
-        queues = len(device.queue_sizes)
-        self.msix = MsixTable(vm, queues + 1)
-        self.common = CommonConfig(device.features, device.queue_sizes, len(self.msix), self._read_status)
-        self._config_irq = self._new_irq()
-        self._queue_irqs = [self._new_irq() for _ in range(queues)]
-        self._doorbells = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(queues)]
         self._doorbells_at: int | None = None
         self._lost_doorbells = 0
         self._rung: set[int] = set()  # queues whose doorbell the hypervisor has
         self.config = PciConfigSpace(
             vendor_id=VENDOR,
             device_id=DEVICE_BASE + device.device_type,
-            class_code=CLASSES.get(device.device_type, OTHER_CLASS),
+            class_code=pci_class,
             revision=1,
             subsystem_vendor_id=VENDOR,
             subsystem_id=DEVICE_BASE + device.device_type,
+            lock_s=deadlines.lock,
         )
-        self.config.add_bar(BAR, BAR_SIZE, is_64bit=use_64bit_bar)
+        self.config.add_bar(BAR, BAR_SIZE, is_64bit=bar_is_64bit)
         self._add_capabilities()
-
-    def _new_irq(self) -> Any:
-        irq = ffi.new("struct tv_irq *")
-        irq.fd, irq.isr = -1, self._isr
-        return irq
+        self.handles = DeviceHandles(len(device.queue_sizes))
+        try:
+            self.msix = MsixTable(vm, self.config, limits.vectors, MSIX_TABLE | BAR, MSIX_PBA | BAR, deadlines)
+        except BaseException:
+            self.handles.close()
+            raise
 
     def _add_capabilities(self) -> None:
         def locate(kind: int, offset: int, length: int, extra: bytes = b"", writable: bytes | None = None) -> int:
@@ -102,21 +106,6 @@ class VirtioPciTransport:
         locate(CFG_NOTIFY, NOTIFY, NOTIFY_SIZE, struct.pack("<I", NOTIFY_MULTIPLIER))
         window = b"\0\0\xff\0\0\0" + b"\xff" * 12  # bar, offset, length and data are the driver's
         self._window = locate(CFG_PCI, 0, 0, bytes(4), window)
-        control = len(self.msix) - 1
-        body = struct.pack("<HII", control, MSIX_TABLE | BAR, MSIX_PBA | BAR)
-        self._msix_cap = self.config.add_capability(CAP_MSIX, body, b"\x00\xc0" + bytes(8))
-
-    @contextmanager
-    def _registers(self) -> Iterator[None]:
-        if not self._lock.acquire(timeout=LOCK_S):
-            raise TrivmmError(f"{self.name}: the register lock was held for more than {LOCK_S} s")
-        try:
-            yield
-        finally:
-            self._lock.release()
-
-    def _read_status(self) -> int:
-        return 0 if self.status is None else self.status.read_status()
 
     # --- PCI configuration space -----------------------------------------------------------------------------
 
@@ -127,9 +116,8 @@ class VirtioPciTransport:
 
     def config_write(self, offset: int, data: bytes) -> Effect:
         self.config.write(offset, data)
-        if offset < self._msix_cap + 4 and offset + len(data) > self._msix_cap + 2:
-            with self._registers():
-                self.msix.set_control(int.from_bytes(self.config.read(self._msix_cap + 2, 2), "little"))
+        if self.msix.controlled_by(offset, len(data)):
+            self.msix.follow()
         if self._in_window(offset, len(data)):
             return self._window_write()
         return None
@@ -162,105 +150,58 @@ class VirtioPciTransport:
 
     def bar_read(self, bar: int, offset: int, size: int) -> bytes:
         if offset < COMMON + COMMON_SIZE:
-            with self._registers():
+            with self.state.lock:
                 return self.common.read(offset - COMMON, size)
         if offset == ISR and size == 1:
-            return bytes([int(lib.tv_isr_take(self._isr)) & 0xFF])
+            return bytes([self.handles.take_isr()])
         if DEVICE <= offset < DEVICE + DEVICE_SIZE:
             return self.device.read_config(offset - DEVICE, size)
         if MSIX_TABLE <= offset < MSIX_TABLE + MSIX_TABLE_SIZE:
-            with self._registers():
-                return self.msix.read_table(offset - MSIX_TABLE, size)
+            return self.msix.read_table(offset - MSIX_TABLE, size)
         if MSIX_PBA <= offset < MSIX_PBA + MSIX_PBA_SIZE:
-            with self._registers():
-                return self.msix.read_pba(offset - MSIX_PBA, size)
+            return self.msix.read_pba(offset - MSIX_PBA, size)
         if NOTIFY <= offset < NOTIFY + NOTIFY_SIZE:
             return bytes(size)
         return b"\xff" * size
 
     def bar_write(self, bar: int, offset: int, data: bytes) -> Effect:
         if NOTIFY <= offset < NOTIFY + NOTIFY_SIZE:
-            index = (offset - NOTIFY) // NOTIFY_MULTIPLIER
-            if index < len(self._doorbells):
-                os.eventfd_write(self._doorbells[index], 1)
+            self.handles.ring((offset - NOTIFY) // NOTIFY_MULTIPLIER)
         elif offset == COMMON + DEVICE_STATUS:
-            if len(data) == 1 and self.status is not None:
-                return self._write_status(data[0])
+            if len(data) == 1:
+                with self.state.lock:
+                    return self.status.write(data[0], self.common.setup())
         elif offset < COMMON + COMMON_SIZE:
-            with self._registers():
+            with self.state.lock:
                 self.common.write(offset - COMMON, data)
                 self._route_irqs()
         elif DEVICE <= offset < DEVICE + DEVICE_SIZE:
             self.device.write_config(offset - DEVICE, data)
         elif MSIX_TABLE <= offset < MSIX_TABLE + MSIX_TABLE_SIZE:
-            with self._registers():
-                self.msix.write_table(offset - MSIX_TABLE, data)
+            self.msix.write_table(offset - MSIX_TABLE, data)
         return None
-
-    def _write_status(self, value: int) -> Ticket | None:
-        assert self.status is not None
-        return self.status.write_status(value, self._features_acceptable, self.snapshot)
-
-    def _features_acceptable(self) -> bool:
-        with self._registers():
-            return self.common.features_acceptable()
 
     def _route_irqs(self) -> None:
         """A vector may be rewritten while its queue is live: the worker sees the new one at its next interrupt."""
-        lib.tv_irq_set_fd(self._config_irq, self.msix.fd_of(self.common.config_vector))
-        for irq, queue in zip(self._queue_irqs, self.common.queues, strict=True):
-            lib.tv_irq_set_fd(irq, self.msix.fd_of(queue.vector))
+        queue_fds = [self.msix.fd_of(queue.vector) for queue in self.common.queues]
+        self.handles.route(self.msix.fd_of(self.common.config_vector), queue_fds)
 
-    def snapshot(self, generation: int) -> Activation:
-        """The private copy that an activation works on.
+    # --- the actor's side (trio thread) ----------------------------------------------------------------------
 
-        :raises ValueError: where an enabled queue's registers make no sense."""
-        with self._registers():
-            self._route_irqs()
-            queues = []
-            for index, queue in enumerate(self.common.queues):
-                if not queue.enabled:
-                    continue
-                if queue.desc % 16 or queue.driver % 2 or queue.device % 4:
-                    raise ValueError(f"queue {index}: ring addresses are not aligned (virtio 1.2 section 2.7)")
-                queues.append(
-                    QueueConfig(
-                        index,
-                        queue.size,
-                        queue.desc,
-                        queue.driver,
-                        queue.device,
-                        self._doorbells[index],
-                        self._queue_irqs[index],
-                    )
-                )
-            return Activation(generation, self.common.acked & self.common.offered, tuple(queues))
-
-    # --- the lifecycle's side (trio thread) ------------------------------------------------------------------
-
-    def reset_registers(self) -> bool:
-        if not self._lock.acquire(timeout=0):
-            return False
-        try:
+    def reset_registers(self) -> None:
+        """Nothing of the old generation runs any more: queues and features take their reset values (section
+        4.1.4.3.1), and its interrupts go."""
+        with self.state.lock:
             self.common.reset()
             self._route_irqs()
-            lib.tv_isr_take(self._isr)
-            self.msix.reset()
-        finally:
-            self._lock.release()
-        return True
-
-    def signal_config_change(self) -> None:
-        lib.tv_irq_signal(self._config_irq, lib.TV_ISR_CONFIG)
-
-    def bump_config_generation(self) -> None:
-        with self._registers():
-            self.common.generation += 1
+        self.handles.take_isr()
+        self.msix.forget_interrupts()
 
     def config_changed(self) -> None:
         """The device's configuration is another now, and the driver is to know."""
-        self.bump_config_generation()
-        self.signal_config_change()
+        with self.state.lock:
+            self.common.generation += 1
+        self.handles.signal_config_change()
 
     # --- doorbells and interrupts ----------------------------------------------------------------------------
 
@@ -269,8 +210,8 @@ class VirtioPciTransport:
         mapped = self.config.bars[BAR].mapped
         if mapped == self._doorbells_at:
             return
-        for index, fd in enumerate(self._doorbells):
-            at = NOTIFY + index * NOTIFY_MULTIPLIER
+        for index, queue in enumerate(self.handles.queues):
+            fd, at = queue.doorbell, NOTIFY + index * NOTIFY_MULTIPLIER
             if index in self._rung and self._doorbells_at is not None:
                 self._vm.remove_doorbell(fd, self._doorbells_at + at)
             self._rung.discard(index)
@@ -287,28 +228,21 @@ class VirtioPciTransport:
 
     def messages(self) -> list[tuple[int, int]]:
         """See :meth:`MsixTable.messages`."""
-        with self._registers():
-            return self.msix.messages()
+        return self.msix.messages()
 
     def connect_interrupts(self) -> None:
-        with self._registers():
-            self.msix.connect_all()
+        self.msix.connect_all()
 
     def disconnect_interrupts(self) -> None:
-        with self._registers():
-            self.msix.disconnect_all()
+        self.msix.disconnect_all()
 
     # --- state -----------------------------------------------------------------------------------------------
 
     def save(self) -> dict[str, Any]:
         """After ``disconnect_interrupts``."""
-        with self._registers():
-            return {
-                "pci": self.config.save(),
-                "common": self.common.save(),
-                "msix": self.msix.save(),
-                "isr": int(self._isr[0]),
-            }
+        with self.state.lock:
+            common = self.common.save()
+        return {"pci": self.config.save(), "common": common, "msix": self.msix.save(), "isr": self.handles.isr}
 
     def load(self, state: dict[str, Any]) -> None:
         """May be called again. The PCI bus places the BARs afterwards (``PciBus.load``).
@@ -319,15 +253,13 @@ class VirtioPciTransport:
         isr = fields.integer("isr", 0, 0xFF)
         fields.end()
         self.config.load(pci)
-        with self._registers():
+        self.msix.load(msix)
+        self.handles.isr = isr
+        with self.state.lock:
             self.common.load(common)
-            self.msix.load(msix)
-            self._isr[0] = isr
             self._route_irqs()
 
     def close(self) -> None:
         """After every worker and vCPU has ended; the VM is closed next, and its doorbells and routes with it."""
         self.msix.close()
-        doorbells, self._doorbells = self._doorbells, []
-        for fd in doorbells:
-            os.close(fd)
+        self.handles.close()
