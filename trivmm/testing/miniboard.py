@@ -11,10 +11,10 @@ from typing import Any
 import attrs
 import trio
 
+from trivmm.bus.bus import Bus
 from trivmm.bus.lock import BoundedLock
-from trivmm.bus.space import Effect
+from trivmm.bus.space import AddressSpace, Effect, Range
 from trivmm.deadlines import Deadlines
-from trivmm.hypervisor.base import MmioRead, MmioWrite, VcpuExit
 from trivmm.memory.guest import GuestMemory
 from trivmm.nursery.activation import ActivationActor
 from trivmm.testing.scripted import Script, ScriptedHypervisor
@@ -27,10 +27,11 @@ from trivmm.virtio.status import StatusRegister
 __all__ = ["DRIVER_READY", "BareDevice", "MiniBoard", "status_gpa"]
 
 DRIVER_READY = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK
+STATUS_SPAN = 0x1000
 
 
 def status_gpa(device: int) -> int:
-    return 0xD000_0000 + 0x1000 * device
+    return 0xD000_0000 + STATUS_SPAN * device
 
 
 @attrs.define(eq=False)
@@ -99,11 +100,21 @@ class BareDevice:
 
 @attrs.frozen(eq=False)
 class Slot:
+    """On the bus it is the one register that it has."""
+
     backend: BareDevice
     state: DeviceState
     register: StatusRegister
     handles: DeviceHandles
     actor: ActivationActor
+
+    def read(self, offset: int, size: int) -> bytes:
+        with self.state.lock:
+            return self.register.read().to_bytes(size, "little")
+
+    def write(self, offset: int, data: bytes) -> Effect:
+        with self.state.lock:
+            return self.register.write(data[0], DriverSetup(VERSION_1, ()))
 
 
 class _Line:
@@ -137,28 +148,21 @@ class MiniBoard:
         self.events: list[tuple[str, str, int]] = []
         self.stuck: list[str] = []
         self.interrupts: list[str] = []
+        self.pio, self.mmio = AddressSpace("pio"), AddressSpace("mmio")
         self.devices = []
-        for device in devices:
+        for index, device in enumerate(devices):
             state = DeviceState(device.name, BoundedLock(f"the registers of {device.name}", deadlines.lock))
             register = StatusRegister(state, DeviceLimits(device.features, device.queue_sizes, vectors=1))
             handles = DeviceHandles(0)
             actor = ActivationActor(
                 device, state, handles, deadlines, lambda: None, lambda *event: self.events.append(event)
             )
-            self.devices.append(Slot(device, state, register, handles, actor))
+            slot = Slot(device, state, register, handles, actor)
+            self.devices.append(slot)
+            self.mmio.insert(Range(status_gpa(index), STATUS_SPAN, slot, device.name))
 
-    def handle_exit(self, vcpu: int, reason: VcpuExit) -> bytes | Effect:
-        match reason:
-            case MmioWrite(gpa, data):
-                slot = self.devices[(gpa - status_gpa(0)) // 0x1000]
-                with slot.state.lock:
-                    return slot.register.write(data[0], DriverSetup(VERSION_1, ()))
-            case MmioRead(gpa, size):
-                slot = self.devices[(gpa - status_gpa(0)) // 0x1000]
-                with slot.state.lock:
-                    return slot.register.read().to_bytes(size, "little")
-            case _:
-                return None
+    def bus(self) -> Bus:
+        return Bus(self.pio, self.mmio, self.hypervisor.clock)
 
     def connect_interrupts(self) -> None:
         self.interrupts.append("connect")
