@@ -20,6 +20,7 @@ from trivmm.config import SerialConfig
 from trivmm.errors import ConfigError, ProtocolError
 from trivmm.platform.serial import Serial
 from trivmm.platform.sinks import FdSink, NullSink, open_sink
+from trivmm.testing.states import sent
 
 THR, IER, IIR, LCR, MCR, LSR, MSR, SCR = range(8)
 
@@ -148,7 +149,7 @@ def test_state_travels(serial: Serial) -> None:
     state = serial.save()
     twin = Serial()
     try:
-        twin.load(state)
+        twin.load(sent(state))
         assert pulsed(twin)
         assert reg(twin, SCR) == 7
         assert lib.tv_uart_tx_used(twin.native) == 1
@@ -161,11 +162,21 @@ def test_state_travels(serial: Serial) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"ier": 256}, {"ier": True}, {"tx": "!"}, {"tx": 4}, {"rx": "AAAA" * 1400}, {"rx": None}, {"more": 0}]
+    "change",
+    [
+        {"ier": 256},
+        {"ier": True},
+        {"overrun": 1},
+        {"tx": "!"},
+        {"tx": 4},
+        {"rx": "AAAA" * 1400},
+        {"rx": None},
+        {"more": 0},
+    ],
 )
 def test_hostile_state(serial: Serial, change: dict[str, Any]) -> None:
     with pytest.raises(ProtocolError):
-        serial.load(serial.save() | change)
+        sent(serial.save(), **change)
 
 
 @settings(deadline=None, max_examples=60)
@@ -268,7 +279,7 @@ async def test_saved_output_is_not_sent_twice_but_goes_on_after_an_undo() -> Non
             serial.thaw()
             assert await serial.wait_for("a") == 1
             state = serial.save()
-            assert state["tx"] == ""
+            assert state.tx == b""
             serial.write(0, b"b")  # it runs after all
             assert await serial.wait_for("b") == 2
             nursery.cancel_scope.cancel()

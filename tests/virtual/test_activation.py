@@ -289,7 +289,7 @@ async def test_the_gate_puts_an_activation_off_and_undo_serves_it(autojump_clock
         await machine.stop(1.0)
         state = board.devices[0].state
         assert state.stage is LifeStage.ACTIVATING
-        assert state.save()["state"] == "activating"
+        assert state.save().stage is LifeStage.ACTIVATING
         assert board.devices[0].backend.active is None
         await trio.sleep(100)
         assert "active 1" not in board.devices[0].backend.log

@@ -15,9 +15,11 @@ them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import Annotated, Any, ClassVar, Protocol, TypeAlias
 
 import attrs
+
+from trivmm.values import AtMost, Name
 
 __all__ = [
     "Cpuid",
@@ -119,21 +121,24 @@ VcpuExit: TypeAlias = (
 
 # --- state ---------------------------------------------------------------------------------------------------
 
+Blobs = Annotated[dict[Name, Annotated[bytes, AtMost(1 << 20)]], AtMost(64)]
+"""A KVM vCPU has about 15 parts; the largest that there is, an engine's pickled context, has some 100 KiB."""
+
 
 @attrs.frozen
 class VcpuState:
     """One vCPU, saved. ``kind`` is the back end's name with its format (``kvm/1``); ``blobs`` its raw parts."""
 
-    kind: str
-    blobs: dict[str, bytes]
+    kind: Name
+    blobs: Blobs
 
 
 @attrs.frozen
 class VmmState:
     """The VM-wide part of a back end (interrupt controllers, PIT, clock), saved."""
 
-    kind: str
-    blobs: dict[str, bytes]
+    kind: Name
+    blobs: Blobs
 
 
 @attrs.frozen

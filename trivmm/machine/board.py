@@ -22,7 +22,7 @@ from trivmm._native import ffi, lib
 from trivmm.boot.pvh import check_payload, load_payload
 from trivmm.bus.space import AddressSpace, BusDevice, Effect, Range
 from trivmm.config import VmConfig
-from trivmm.errors import ConfigError, MigrationError, TrivmmError
+from trivmm.errors import ConfigError, TrivmmError
 from trivmm.hypervisor.base import Hypervisor, IoIn, IoOut, MmioRead, MmioWrite, VcpuBackend, VcpuExit, VmBackend
 from trivmm.memory import layout
 from trivmm.memory.guest import GuestMemory
@@ -36,10 +36,6 @@ from trivmm.platform.line import Line
 from trivmm.platform.pci import CONFIG_PORTS, Bar, PciBus
 from trivmm.platform.serial import COM1, COM1_IRQ, Serial
 from trivmm.platform.sinks import ClientSink, LineConfig, Sink, open_sink
-from trivmm.state.codec import MAX_DEVICES
-from trivmm.state.fields import Fields
-from trivmm.state.machine import MachineState
-from trivmm.state.setup import config_to_setup
 from trivmm.virtio.block import BlockDevice, check_given_once
 from trivmm.virtio.console import ConsoleDevice
 from trivmm.virtio.device import WorkerDevice
@@ -212,82 +208,6 @@ class Board:
             self.vm.harvest_dirty(slot, into)
         lib.tv_dirty_take(region.dirty, into, region.bitmap_words)
         return int(lib.tv_pages_count(into, region.bitmap_words))
-
-    # --- state -----------------------------------------------------------------------------------------------
-
-    def describe(self) -> dict[str, Any]:
-        """What a destination needs to build the same board (the SETUP section of a migration)."""
-        return {
-            "config": config_to_setup(self.config),
-            "hypervisor": self.vm.name,
-            "ram": self._ram(),
-            "devices": {
-                slot.backend.name: {"slot": slot.pci_slot, "device": slot.backend.describe()} for slot in self.devices
-            },
-        }
-
-    def _ram(self) -> list[list[int]]:
-        return [[region.gpa, region.size] for region in self.memory.regions]
-
-    def check_setup(self, setup: dict[str, Any]) -> None:
-        """Make this board the one that the sender has. :raises TrivmmError: naming what it can't be."""
-        fields = Fields("SETUP", setup)
-        fields.object("config")  # read already: the board is made of it
-        for part, here in (("hypervisor", self.vm.name), ("ram", self._ram())):
-            there = fields.anything(part)
-            if there != here:
-                raise MigrationError(f"the sender's {part} is {there!r:.200}, here it is {here!r}")
-        devices = fields.objects("devices", MAX_DEVICES)
-        fields.end()
-        mine = {slot.backend.name: slot for slot in self.devices}
-        if set(devices) != set(mine):
-            raise MigrationError(f"the sender's devices are {sorted(devices)!r:.200}, here they are {sorted(mine)}")
-        for name, described in devices.items():
-            each = Fields(name, described)
-            pci_slot = each.anything("slot")
-            if pci_slot != mine[name].pci_slot:
-                raise MigrationError(
-                    f"{name}: the sender's PCI slot is {pci_slot!r:.80}, here it is {mine[name].pci_slot}"
-                )
-            mine[name].backend.become(each.object("device"))
-            each.end()
-
-    def save(self) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-        """(devices by name, fixed parts by name), JSON-able; after the machine stopped."""
-        devices = {
-            slot.backend.name: {
-                "lifecycle": slot.transport.state.save(),
-                "transport": slot.transport.save(),
-                "device": slot.backend.save(),
-            }
-            for slot in self.devices
-        }
-        board = {name: part.save() for name, part in self.fixed.items()}
-        return devices, board
-
-    def load(self, state: MachineState) -> None:
-        """Set everything; may be called again. :raises MigrationError: naming the part that makes no sense."""
-        if len(state.vcpus) != len(self.cpus):
-            raise MigrationError(f"state has {len(state.vcpus)} vCPUs, the machine {len(self.cpus)}")
-        if set(state.devices) != {slot.backend.name for slot in self.devices}:
-            raise MigrationError(f"state has devices {sorted(state.devices)}, the machine others")
-        part = "?"
-        try:
-            for slot in self.devices:
-                part = slot.backend.name
-                saved = state.devices[part]
-                slot.transport.load(saved["transport"])
-                slot.backend.load(saved["device"])
-                common = slot.transport.common
-                slot.transport.state.load(saved["lifecycle"], common.setup(), common.limits)
-            for name, fixed in self.fixed.items():  # the PCI bus among them places the BARs that were just loaded
-                part = name
-                fixed.load(state.board[name])
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise MigrationError(f"state of {part} makes no sense: {error!r}") from error
-        self.vm.load(state.vmm)
-        for vcpu in state.vcpus:
-            self.cpus[vcpu.index].load(vcpu.state)
 
     def committed(self) -> None:
         """The machine runs here from now on, and so do its console lines: their sinks are opened now.

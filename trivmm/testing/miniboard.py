@@ -17,6 +17,7 @@ from trivmm.deadlines import Deadlines
 from trivmm.hypervisor.base import MmioRead, MmioWrite, VcpuExit
 from trivmm.nursery.activation import ActivationActor
 from trivmm.testing.scripted import Script, ScriptedHypervisor
+from trivmm.virtio.device import DeviceDescription, NoState
 from trivmm.virtio.handles import DeviceHandles
 from trivmm.virtio.life import ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, DeviceState
 from trivmm.virtio.port import Activation
@@ -42,6 +43,8 @@ class BareDevice:
     device_type: int = 4
     features: int = VERSION_1
     queue_sizes: tuple[int, ...] = ()
+    state_type: type = NoState
+    description_type: type = DeviceDescription
     log: list[str] = attrs.field(factory=list)
     active: int | None = None
     locked: bool = True
@@ -71,16 +74,16 @@ class BareDevice:
     def reset(self) -> None:
         self.log.append("reset")
 
-    def save(self) -> dict[str, Any]:
-        return {}
+    def save(self) -> Any:
+        return NoState()
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: Any) -> None:
         return None
 
-    def describe(self) -> dict[str, Any]:
-        return {}
+    def describe(self) -> Any:
+        return DeviceDescription(self.device_type, self.features, self.queue_sizes)
 
-    def become(self, described: dict[str, Any]) -> None:
+    def become(self, described: Any) -> None:
         return None
 
     def release_locks(self) -> None:

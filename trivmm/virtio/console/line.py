@@ -5,14 +5,11 @@ from __future__ import annotations
 from typing import Any, Final
 
 from trivmm._native import ffi, lib
-from trivmm.errors import ProtocolError
 from trivmm.platform.line import Line, RingCalls, dump_rings, load_rings
 from trivmm.platform.sinks import Sink
-from trivmm.state.fields import Fields
 
 __all__ = ["ConsoleLine"]
 
-CHAIN_BYTES: Final = 1 << 30  # TV_CHAIN_BYTES: no chain is longer
 _CALLS: Final = RingCalls(
     lib.tv_console_peek_tx,
     lib.tv_console_consume_tx,
@@ -34,19 +31,19 @@ class ConsoleLine(Line):
         """:raises MemoryError:"""
         super().__init__("console", _CALLS, _make, sink)
 
-    def save(self) -> dict[str, Any]:
-        """With the workers ended. What is in the rings stays unsent and untyped here until :meth:`thaw`."""
+    def save(self) -> tuple[int, bytes, bytes]:
+        """(bytes taken of the chain that the device is at, output, input), with the workers ended. What is in the rings
+        stays unsent and untyped here until :meth:`thaw`."""
         native = ffi.new("struct tv_console_state *")
         lib.tv_console_save(self.native, native, self.hold())
-        return {"tx_taken": native.tx_taken} | dump_rings(native)
+        tx, rx = dump_rings(native)
+        return int(native.tx_taken), tx, rx
 
-    def load(self, fields: Fields) -> None:
-        """:raises ProtocolError: when the state is malformed."""
+    def load(self, tx_taken: int, tx: bytes, rx: bytes) -> None:
         native = ffi.new("struct tv_console_state *")
-        native.tx_taken = fields.integer("tx_taken", 0, CHAIN_BYTES)
-        load_rings("console", fields, native)
-        if lib.tv_console_load(self.native, native):  # pragma: no cover - the lengths were checked above
-            raise ProtocolError("console: the saved rings do not fit")
+        native.tx_taken = tx_taken
+        load_rings(native, tx, rx)
+        lib.tv_console_load(self.native, native)
 
     def close(self) -> None:
         if self._ready_fd >= 0:

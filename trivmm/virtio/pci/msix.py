@@ -10,13 +10,12 @@ kernel changes a route, so nothing else is ever asked for under it, and the trio
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import logging
 import os
 import select
 import struct
-from typing import Any, Final
+from typing import Final
 
 import attrs
 
@@ -25,7 +24,8 @@ from trivmm.deadlines import Deadlines
 from trivmm.errors import HypervisorError
 from trivmm.hypervisor.base import VmBackend
 from trivmm.platform.pci.config_space import PciConfigSpace
-from trivmm.state.fields import Fields
+from trivmm.state.strict import refused
+from trivmm.state.virtio import MsixState
 
 __all__ = ["ENTRY_SIZE", "MsixTable"]
 
@@ -185,31 +185,31 @@ class MsixTable:
 
     # --- state -----------------------------------------------------------------------------------------------
 
-    def save(self) -> dict[str, Any]:
+    def save(self) -> MsixState:
         """After ``disconnect_all``."""
         with self._lock:
-            return {
-                "table": base64.b64encode(b"".join(vector.entry for vector in self._vectors)).decode(),
-                "pending": [index for index in range(len(self._vectors)) if self._pending(index)],
-            }
+            table = b"".join(vector.entry for vector in self._vectors)
+            return MsixState(table, tuple(index for index in range(len(self._vectors)) if self._pending(index)))
 
-    def load(self, state: dict[str, Any]) -> None:
-        """:raises ProtocolError: when the state is malformed. Not ``live`` before and after."""
-        fields = Fields("msix", state)
+    def check(self, state: MsixState, where: str) -> None:
+        """:raises ProtocolError: when it is another table's, or says what no guest can have written."""
         count = len(self._vectors)
-        table = fields.text("table", count * ENTRY_SIZE * 2)
-        pending = fields.array("pending", count)
-        fields.end()
-        raw = base64.b64decode(table, validate=True)
-        if len(raw) != count * ENTRY_SIZE:
-            raise ValueError(f"MSI-X table of {len(raw)} bytes for {count} vectors")
-        if not all(isinstance(index, int) and 0 <= index < count for index in pending):
-            raise ValueError("pending vectors outside the table")
+        if len(state.table) != count * ENTRY_SIZE:
+            raise refused(f"{where}.table", len(state.table), f"the {count * ENTRY_SIZE} bytes of {count} vectors")
+        for index, (_, _, control) in enumerate(ENTRY.iter_unpack(state.table)):
+            if control & ~MASKED:
+                raise refused(f"{where}.table[{index}].control", control, "0 or 1: the rest is reserved")
+        for index in state.pending:
+            if index >= count or state.pending.count(index) > 1:
+                raise refused(f"{where}.pending", index, f"one of {count} vectors, once")
+
+    def load(self, state: MsixState) -> None:
+        """Take over what :meth:`check` has passed. Not ``live`` before and after."""
         with self._lock:
             for index, vector in enumerate(self._vectors):
-                vector.entry[:] = raw[index * ENTRY_SIZE : (index + 1) * ENTRY_SIZE]
+                vector.entry[:] = state.table[index * ENTRY_SIZE : (index + 1) * ENTRY_SIZE]
                 _drain(vector.fd)
-                if index in pending:
+                if index in state.pending:
                     os.eventfd_write(vector.fd, 1)
 
     def close(self) -> None:
