@@ -83,6 +83,7 @@ class Board:
     in_use: bool = False
     clock: Callable[[], float] = time.monotonic
     needs_payload: bool = True
+    _connected: set[int] = attrs.field(factory=set)  # ISA lines
     _dirty_logging: bool = False
     _closed: bool = False
     _freed: bool = False
@@ -170,9 +171,16 @@ class Board:
 
     # --- interrupts and the dirty log: these wait for the kernel -----------------------------------------------
 
+    @property
+    def _lines(self) -> tuple[tuple[int, int], ...]:
+        return (self.serial.irq_fd, COM1_IRQ), (self.ged.irq_fd, GED_IRQ)
+
     def connect_interrupts(self) -> None:
-        self.vm.connect_irq(self.serial.irq_fd, COM1_IRQ)
-        self.vm.connect_irq(self.ged.irq_fd, GED_IRQ)
+        """Also after a call of either kind that failed half way: what is connected already stays so."""
+        for fd, gsi in self._lines:
+            if gsi not in self._connected:
+                self.vm.connect_irq(fd, gsi)
+                self._connected.add(gsi)
         # One wait for all routes. A guest that changes one meanwhile costs another wait, no more.
         self.vm.prepare_msi([message for slot in self.devices for message in slot.transport.messages()])
         for slot in self.devices:
@@ -180,11 +188,13 @@ class Board:
 
     def disconnect_interrupts(self) -> None:
         """After this no eventfd injects: what the kernel had queued is in the vCPUs, the rest stays in the
-        eventfds and is saved as pending bits."""
+        eventfds and is saved as pending bits. What it raises leaves some connected: see :meth:`connect_interrupts`."""
         for slot in self.devices:
             slot.transport.disconnect_interrupts()
-        self.vm.disconnect_irq(self.ged.irq_fd, GED_IRQ)
-        self.vm.disconnect_irq(self.serial.irq_fd, COM1_IRQ)
+        for fd, gsi in self._lines:
+            if gsi in self._connected:
+                self.vm.disconnect_irq(fd, gsi)
+                self._connected.discard(gsi)
 
     def start_dirty_log(self) -> None:
         for region in self.memory.regions:  # the first round sends every touched page anyway

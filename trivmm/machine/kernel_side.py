@@ -17,18 +17,20 @@ __all__ = ["KernelSide", "Wish"]
 
 @attrs.define(eq=False)
 class Wish:
-    """``wanted`` is the owner's, set in the trio thread; ``done`` the fact, changed in the kernel calls' thread."""
+    """``wanted`` is the owner's, set in the trio thread; ``done`` the fact, changed in the kernel calls' thread: None
+    when a change failed half way. ``on`` and ``off`` take it from there, too."""
 
     on: Callable[[], None]
     off: Callable[[], None]
     wanted: bool = False
-    done: bool = False
+    done: bool | None = False
 
     def agree(self) -> bool:
         """One step, in the thread; True when there was something to do."""
         wanted = self.wanted
         if wanted == self.done:
             return False
+        self.done = None
         (self.on if wanted else self.off)()
         self.done = wanted
         return True
