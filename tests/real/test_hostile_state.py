@@ -10,6 +10,7 @@ import copy
 import json
 import os
 from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from trivmm import ConsoleConfig, Deadlines, DiskConfig, MemoryConfig, PayloadConfig, VmConfig
 from trivmm.errors import HypervisorError, MigrationError
 from trivmm.machine.board import Board, build_board
-from trivmm.machine.machine import open_machine
+from trivmm.machine.machine import Machine, open_machine
 from trivmm.machine.saved import load_state, save_board
 from trivmm.memory import layout
 from trivmm.state.codec import state_from_json, state_to_json
@@ -84,6 +85,11 @@ def a_board(config: VmConfig, guest: Guest, *, incoming: bool = True) -> Board:
     return build_board(config, ScriptedHypervisor(guest, needs_payload=False), incoming=incoming)
 
 
+def house(board: Board, guest: Guest, stage: Stage = Stage.DETACHED) -> AbstractAsyncContextManager[Machine]:
+    """The machine; a guest that crashes is done, too."""
+    return open_machine(board, board.config.deadlines, driver=task_driver, stage=stage, on_guest_request=guest.done.set)
+
+
 @pytest.fixture(scope="module")
 def good(config: VmConfig) -> dict[str, Any]:
     """The state of a machine whose devices are active, as JSON."""
@@ -92,10 +98,13 @@ def good(config: VmConfig) -> dict[str, Any]:
         guest = Guest()
         board = a_board(config, guest, incoming=False)
         try:
-            async with open_machine(board, config.deadlines, driver=task_driver) as machine:
+            async with open_machine(
+                board, config.deadlines, driver=task_driver, on_guest_request=guest.done.set
+            ) as machine:
                 await machine.resume()
                 with trio.fail_after(LIMIT_S):
                     await guest.done.wait()
+                assert machine.crash is None, machine.crash
                 await machine.stop(LIMIT_S)
                 return machine.save()
         finally:
@@ -269,7 +278,7 @@ async def live_with(config: VmConfig, value: dict[str, Any], fallback: dict[str,
     board = a_board(config, guest)
     taken = True
     try:
-        async with open_machine(board, config.deadlines, driver=task_driver, stage=Stage.UNLOCKED) as machine:
+        async with house(board, guest, Stage.UNLOCKED) as machine:
             before = save_board(board)
             try:
                 await machine.load(state_from_json(value))

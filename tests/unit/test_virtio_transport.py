@@ -206,6 +206,8 @@ def test_a_window_that_points_nowhere(transport: VirtioPciTransport, offset: int
 
 
 def enable_msix(transport: VirtioPciTransport, control: int = 0x8000) -> None:
+    """As a bus master, which alone may send messages."""
+    transport.config_write(4, b"\4\0")
     at = transport.config.read(0x34, 1)[0]
     while transport.config.read(at, 1) != b"\x11":
         at = transport.config.read(at + 1, 1)[0]

@@ -79,6 +79,7 @@ def unmask_all(board: Board) -> int:
         while transport.config.read(at, 1) != b"\x11":
             at = transport.config.read(at + 1, 1)[0]
         transport.config_write(at + 2, b"\x00\x80")
+        transport.config_write(4, b"\x06\x00")  # memory, bus master
         for vector in range(len(transport.msix)):
             count += 1
             for offset, value in ((0, 0xFEE0_0000), (8, 0x40 + count), (12, 0)):

@@ -301,8 +301,11 @@ class Machine:
 
     @staticmethod
     def _barrier_of(vcpu: Vcpu) -> Barrier | None:
+        """Whatever else a vCPU may wait for is over with the gate closed."""
         ticket = vcpu.barrier
-        return None if ticket is None or ticket.settled else Barrier(ticket.device, BarrierKind(ticket.what))
+        if ticket is None or ticket.settled or ticket.what not in [kind.value for kind in BarrierKind]:
+            return None
+        return Barrier(ticket.device, BarrierKind(ticket.what))
 
     async def undo(self) -> None:
         """Back up to where its owner wants it, with its locks held. The guest first, its interrupts after it; safe when

@@ -1,4 +1,5 @@
-"""The smallest board: scripted vCPUs and devices whose only register is device_status, at ``status_gpa(i)``.
+"""The smallest board: scripted vCPUs and devices whose only registers are device_status, at ``status_gpa(i)``, and the
+bus-master bit, set at first, at ``bus_gpa(i)``.
 
 For tests of lifetimes, pauses and activation where PCI and rings would only be in the way.
 """
@@ -24,13 +25,17 @@ from trivmm.virtio.port import Activation
 from trivmm.virtio.setup import VERSION_1, DeviceLimits, DriverSetup
 from trivmm.virtio.status import StatusRegister
 
-__all__ = ["DRIVER_READY", "BareDevice", "MiniBoard", "status_gpa"]
+__all__ = ["DRIVER_READY", "BareDevice", "MiniBoard", "bus_gpa", "status_gpa"]
 
 DRIVER_READY = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK
 
 
 def status_gpa(device: int) -> int:
     return 0xD000_0000 + 0x1000 * device
+
+
+def bus_gpa(device: int) -> int:
+    return status_gpa(device) + 4
 
 
 @attrs.define(eq=False)
@@ -140,6 +145,7 @@ class MiniBoard:
         self.devices = []
         for device in devices:
             state = DeviceState(device.name, BoundedLock(f"the registers of {device.name}", deadlines.lock))
+            state.bus_master = True
             register = StatusRegister(state, DeviceLimits(device.features, device.queue_sizes, vectors=1))
             handles = DeviceHandles(0)
             actor = ActivationActor(
@@ -155,6 +161,8 @@ class MiniBoard:
             case MmioWrite(gpa, data):
                 slot = self.devices[(gpa - status_gpa(0)) // 0x1000]
                 with slot.state.lock:
+                    if gpa % 0x1000:
+                        return slot.register.set_bus_master(bool(data[0]))
                     return slot.register.write(data[0], DriverSetup(VERSION_1, ()))
             case MmioRead(gpa, size):
                 slot = self.devices[(gpa - status_gpa(0)) // 0x1000]

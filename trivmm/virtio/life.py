@@ -82,7 +82,8 @@ class DeviceState:
 
     ``setup`` is what the driver handed over at DRIVER_OK, with the positions of its queues, while ACTIVATING and
     ACTIVE; ``problem`` why the device needs a reset, until the actor has seen to it; ``ticket`` where a vCPU waits for
-    an activation or a reset."""
+    an activation or a reset. While its function is not ``bus_master``, no queue is served; ``bus_ticket`` is where a
+    vCPU waits for that."""
 
     name: str
     lock: BoundedLock
@@ -91,6 +92,8 @@ class DeviceState:
     setup: DriverSetup | None = attrs.field(default=None, init=False)
     problem: str | None = attrs.field(default=None, init=False)
     ticket: Ticket | None = attrs.field(default=None, init=False)
+    bus_master: bool = attrs.field(default=False, init=False)
+    bus_ticket: Ticket | None = attrs.field(default=None, init=False)
     ignored_writes: int = attrs.field(default=0, init=False)
     wake: Callable[[], None] = attrs.field(default=lambda: None, init=False)
     """Tells the actor that something else may be wanted now. Any thread, never blocks; set by the actor."""
@@ -118,7 +121,7 @@ class DeviceState:
         """With the actor quiesced."""
         return DeviceLifeState(self._stage, self.status, self.generation)
 
-    def load(self, saved: DeviceLifeState, setup: DriverSetup) -> None:
+    def load(self, saved: DeviceLifeState, setup: DriverSetup, *, bus_master: bool) -> None:
         """Take over what :func:`check_life` has passed, with the actor quiesced; ``setup`` is what the registers hold.
 
         The stage is walked to by the steps that led there, so there is no other way into it."""
@@ -128,6 +131,7 @@ class DeviceState:
         self.setup, self.problem = setup if saved.stage in SET_UP else None, None
         pending = {LifeStage.ACTIVATING: "activation", LifeStage.RESETTING: "reset"}.get(saved.stage)
         self.ticket = None if pending is None else Ticket(self.name, self.generation, pending)
+        self.bus_master, self.bus_ticket = bus_master, None
 
 
 def _way_to(stage: LifeStage) -> tuple[LifeStage, ...]:

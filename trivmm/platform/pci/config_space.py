@@ -6,7 +6,8 @@ keeps a register whole. What a guest may change is one mask over the 256 bytes; 
 The header follows PCI Local Bus 3.0, chapter 6. As in Cloud Hypervisor the command register reads 0 at first
 although the BARs, which the VMM has assigned, decode from the start; once the guest has set its memory-enable bit,
 that bit decides. (Before, a driver that only adds the bus-master bit would turn its device off unknowingly.) A BAR
-that was written with all-ones is being *sized* and does not decode.
+that was written with all-ones is being *sized* and does not decode. Bus mastering is off until the guest sets its bit:
+its function sees to that.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ INTERRUPT_LINE: Final = 0x3C
 FIRST_CAPABILITY: Final = 0x40
 
 MEMORY_ENABLE: Final = 0x2
+BUS_MASTER: Final = 0x4
 STATUS_HAS_CAPABILITIES: Final = 0x10
 MEMORY_64BIT: Final = 0x4
 PREFETCHABLE: Final = 0x8
@@ -163,6 +165,16 @@ class PciConfigSpace:
     def memory_enabled(self) -> bool:
         """Whether memory BARs decode."""
         return not self._was_enabled or bool(self._bytes[COMMAND] & MEMORY_ENABLE)
+
+    @property
+    def bus_master(self) -> bool:
+        """Whether the function may touch memory and send messages."""
+        return bool(self._bytes[COMMAND] & BUS_MASTER)
+
+    @staticmethod
+    def holds_command(offset: int, size: int) -> bool:
+        """Whether an access reaches the command register."""
+        return offset < COMMAND + 2 and offset + size > COMMAND
 
     def bar_address(self, index: int) -> int:
         """The address that the BAR's registers hold now, wherever it may be mapped."""

@@ -113,8 +113,11 @@ class VirtioPciTransport:
 
     def config_write(self, offset: int, data: bytes) -> Effect:
         self.config.write(offset, data)
-        if self.msix.controlled_by(offset, len(data)):
+        if self.msix.depends_on(offset, len(data)):
             self.msix.follow()
+        if self.config.holds_command(offset, len(data)):
+            with self.state.lock:  # the bit is read under it: of two vCPUs that change it, the last one is believed
+                return self.status.set_bus_master(self.config.bus_master)
         if self._in_window(offset, len(data)):
             return self._window_write()
         return None
@@ -269,7 +272,8 @@ class VirtioPciTransport:
         with self.state.lock:
             self.common.load(saved.registers)
             self._route_irqs()
-            self.state.load(life, DriverSetup(saved.registers.features, saved.registers.queues))
+            setup = DriverSetup(saved.registers.features, saved.registers.queues)
+            self.state.load(life, setup, bus_master=self.config.bus_master)
 
     def close(self) -> None:
         """After every worker and vCPU has ended; the VM is closed next, and its doorbells and routes with it."""
