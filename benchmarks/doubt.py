@@ -23,7 +23,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from trivmm.migration.wire import MessageType
+from trivmm.migration.wire.frame import MessageType
 from trivmm.testing.middlebox import MiddleBox, Strike, middle_box
 from trivmm.testing.plugin import FakeVmm, open_fake_vmm
 

@@ -1,7 +1,7 @@
 """Precopy throughput against the raw socket: ratios, from alternating runs, medians.
 
 ``raw`` pushes the same bytes through the same kind of socket with sendall and recv_into between two threads;
-``precopy`` is a round of :func:`trivmm.migration.sender.send`, the destination's word that it landed included.
+``precopy`` is a round of :func:`trivmm.migration.source.sender.send`, the destination's word that it landed included.
 *cold* lands in RAM that nobody has touched, as the first round of every migration does; *warm* in RAM that all of it
 landed in before, as later rounds do (here the third, of a guest that rewrites everything). Host figures drift by 2x
 between runs: only the ratios of one run mean anything.
@@ -24,9 +24,9 @@ import trio
 from trivmm._native import ffi
 from trivmm.deadlines import Deadlines
 from trivmm.memory.guest import GuestMemory
+from trivmm.migration.destination.receiver import open_receiver
 from trivmm.migration.options import SendOptions
-from trivmm.migration.receiver import open_receiver
-from trivmm.migration.sender import send, socket_dialer
+from trivmm.migration.source.sender import send, socket_dialer
 from trivmm.testing.migration import DiskLock, FakeDestination, FakeSource
 
 MIB = 1 << 20
@@ -83,12 +83,11 @@ class Rewriting(FakeSource):
 
     harvests = 0
 
-    async def harvest_dirty(self, slot: int, into: Any) -> int:
+    def harvest_dirty(self, slot: int, into: Any) -> None:
         self.harvests += 1
         if self.harvests <= 2:
             for word in range(self.memory.regions[slot].bitmap_words):
                 into[word] = (1 << 64) - 1
-        return await super().harvest_dirty(slot, into)
 
 
 def precopy_rates(kind: str, source: FakeSource, target: FakeDestination) -> tuple[float, float]:

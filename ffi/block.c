@@ -1,8 +1,8 @@
+#define _GNU_SOURCE
 #include "block.h"
 
 #include <errno.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 #define SECTOR 512u
@@ -14,6 +14,8 @@
 #define S_IOERR 1
 #define S_UNSUPP 2
 #define IOV_BATCH 256 /* segments of one preadv or pwritev; the kernel's limit is 1024 */
+#define FAILED 1      /* beside TV_STOPPED */
+#define FAST (1u << 16) /* bytes whose copying is no reason to publish what was served before */
 
 struct header {
     uint32_t type;
@@ -21,22 +23,39 @@ struct header {
     uint64_t sector;
 };
 
-/* Move [offset, offset + length) of the chain's data from or to the file. 0, or -1 with errno. */
+/* What is in the page cache is read while others wait to be published; a disk is not waited for with that. */
+static int64_t read_piece(struct tv_block *block, const struct iovec *iov, int count, int64_t at)
+{
+    if (block->worker.queues[0].pushed) {
+        int64_t moved = block->read(block->fd, iov, count, at, RWF_NOWAIT);
+        if (moved > 0)
+            return moved;
+        tv_worker_publish(&block->worker);
+    }
+    return block->read(block->fd, iov, count, at, 0);
+}
+
+/* Move [offset, offset + length) of the chain's data from or to the file. 0, TV_STOPPED with some of it moved, or
+ * FAILED with errno. */
 static int transfer(struct tv_block *block, struct tv_chain *chain, int in, uint64_t at, uint64_t offset,
                     uint64_t length)
 {
     struct iovec iov[TV_QUEUE_MAX];
     while (length) {
-        uint32_t count = tv_chain_slice(chain, in, offset, length, iov);
+        if (tv_worker_stopping(&block->worker))
+            return TV_STOPPED;
+        uint64_t piece = length < TV_BLOCK_PIECE ? length : TV_BLOCK_PIECE;
+        uint32_t count = tv_chain_slice(chain, in, offset, piece, iov);
         if (count > IOV_BATCH)
             count = IOV_BATCH;
-        ssize_t moved = in ? preadv(block->fd, iov, (int)count, (off_t)at) : pwritev(block->fd, iov, (int)count, (off_t)at);
+        int64_t moved = in ? read_piece(block, iov, (int)count, (int64_t)at)
+                           : block->write(block->fd, iov, (int)count, (int64_t)at, 0);
         if (moved < 0 && errno == EINTR)
             continue;
         if (moved <= 0) {
             if (!moved)
                 errno = EIO; /* the image has shrunk under us */
-            return -1;
+            return FAILED;
         }
         at += (uint64_t)moved;
         offset += (uint64_t)moved;
@@ -77,16 +96,9 @@ static void add(uint64_t *at, uint64_t more)
     store(at, *at + more);
 }
 
-static uint64_t now_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
-
 static void count_flow(struct tv_flow *flow, uint64_t bytes, uint64_t since_ns)
 {
-    uint64_t took = now_ns() - since_ns;
+    uint64_t took = tv_now_ns() - since_ns;
     if (took < flow->least_ns)
         store(&flow->least_ns, took);
     if (took > flow->most_ns)
@@ -114,63 +126,85 @@ void tv_block_count(const struct tv_block *block, struct tv_block_counts *into)
     into->errors = load(&block->counts.errors);
 }
 
-/* Gives the status; *written counts the data bytes put into the driver's buffers, from the first one on. */
+static int read_data(struct tv_block *block, struct tv_chain *chain, uint64_t sector, uint64_t room)
+{
+    if (!in_range(block, sector, room))
+        return S_IOERR;
+    if (room > FAST)
+        tv_worker_publish(&block->worker);
+    int failed = transfer(block, chain, 1, sector * SECTOR, 0, room);
+    tv_chain_mark_written(block->worker.queues[0].memory, chain, room); /* one that ended early may have written some */
+    if (failed)
+        return failed == TV_STOPPED ? TV_STOPPED : S_IOERR;
+    count_flow(&block->counts.read, room, block->worker.taken_ns);
+    return S_OK;
+}
+
+static int write_data(struct tv_block *block, struct tv_chain *chain, uint64_t sector, uint64_t out)
+{
+    if (block->readonly || !in_range(block, sector, out))
+        return S_IOERR;
+    if (out > FAST || block->write_through)
+        tv_worker_publish(&block->worker);
+    int failed = transfer(block, chain, 0, sector * SECTOR, sizeof(struct header), out);
+    if (failed == TV_STOPPED)
+        return TV_STOPPED;
+    if (failed || (block->write_through && sync_data(block)))
+        return S_IOERR;
+    count_flow(&block->counts.write, out, block->worker.taken_ns);
+    return S_OK;
+}
+
+/* Gives the status, or TV_STOPPED; *written counts the data bytes put into the driver's buffers, from the first on. */
 static int serve_request(struct tv_block *block, struct tv_chain *chain, const struct header *header, uint64_t room,
                          uint64_t *written)
 {
-    uint64_t out = chain->readable_bytes - sizeof *header;
-    uint64_t began = now_ns();
-    int failed;
+    int status;
     switch (header->type) {
     case T_IN:
-        if (!in_range(block, header->sector, room))
-            return S_IOERR;
-        failed = transfer(block, chain, 1, header->sector * SECTOR, 0, room);
-        tv_chain_mark_written(block->worker.queue.memory, chain, room); /* a failed one may have written some */
-        if (failed)
-            return S_IOERR;
-        count_flow(&block->counts.read, room, began);
-        *written = room;
-        return S_OK;
+        status = read_data(block, chain, header->sector, room);
+        *written = status == S_OK ? room : 0;
+        return status;
     case T_OUT:
-        if (block->readonly || !in_range(block, header->sector, out) ||
-            transfer(block, chain, 0, header->sector * SECTOR, sizeof *header, out) ||
-            (block->write_through && sync_data(block)))
-            return S_IOERR;
-        count_flow(&block->counts.write, out, began);
-        return S_OK;
+        return write_data(block, chain, header->sector, chain->readable_bytes - sizeof *header);
     case T_FLUSH:
+        tv_worker_publish(&block->worker);
         add(&block->counts.flush_ops, 1);
         return sync_data(block) ? S_IOERR : S_OK;
     case T_GET_ID:
         *written = room < sizeof block->id ? room : sizeof block->id;
-        tv_chain_write(block->worker.queue.memory, chain, 0, block->id, *written);
+        tv_chain_write(block->worker.queues[0].memory, chain, 0, block->id, *written);
         return S_OK;
     default:
         return S_UNSUPP;
     }
 }
 
-static int64_t serve(struct tv_worker *worker, struct tv_chain *chain)
+static int64_t serve(struct tv_worker *worker, struct tv_queue *queue, struct tv_chain *chain)
 {
     struct tv_block *block = (struct tv_block *)worker;
     struct header header;
     if (!chain->writable_bytes) {
-        worker->queue.broken = TV_BROKEN_REQUEST; /* no room for the status byte */
+        queue->broken = TV_BROKEN_REQUEST; /* no room for the status byte */
         return 0;
     }
     uint64_t room = chain->writable_bytes - 1, written = 0;
-    uint8_t status = S_IOERR;
+    int status = S_IOERR;
     if (tv_chain_read(chain, 0, &header, sizeof header) == sizeof header)
-        status = (uint8_t)serve_request(block, chain, &header, room, &written);
+        status = serve_request(block, chain, &header, room, &written);
+    if (status == TV_STOPPED)
+        return TV_STOPPED;
     if (status != S_OK)
         add(&block->counts.errors, 1);
-    tv_chain_write(worker->queue.memory, chain, room, &status, 1);
+    uint8_t said = (uint8_t)status;
+    tv_chain_write(queue->memory, chain, room, &said, 1);
     return (int64_t)(written == room ? room + 1 : written); /* no gap in it (virtio 1.2 section 2.7.8.2) */
 }
 
 void tv_block_init(struct tv_block *block)
 {
     block->worker.serve = serve;
+    block->read = preadv2;
+    block->write = pwritev2;
     block->counts.read.least_ns = block->counts.write.least_ns = UINT64_MAX;
 }

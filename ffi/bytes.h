@@ -3,6 +3,7 @@
 #ifndef TV_BYTES_H
 #define TV_BYTES_H
 #include <stdint.h>
+#include <string.h>
 
 struct tv_bytes {
     uint8_t *bytes;
@@ -11,30 +12,32 @@ struct tv_bytes {
     uint32_t used;
 };
 
-/* -1: no room. */
-static inline int tv_bytes_put(struct tv_bytes *ring, uint8_t byte)
+static inline uint32_t tv_bytes_room(const struct tv_bytes *ring)
 {
-    if (ring->used == ring->size)
-        return -1;
-    ring->bytes[(ring->head + ring->used++) & (ring->size - 1)] = byte;
-    return 0;
+    return ring->size - ring->used;
 }
 
 /* Put what finds room; gives how many bytes did. */
 static inline uint32_t tv_bytes_fill(struct tv_bytes *ring, const uint8_t *from, uint32_t len)
 {
-    uint32_t taken = 0;
-    while (taken < len && !tv_bytes_put(ring, from[taken]))
-        taken++;
-    return taken;
+    if (len > tv_bytes_room(ring))
+        len = tv_bytes_room(ring);
+    uint32_t at = (ring->head + ring->used) & (ring->size - 1);
+    uint32_t first = ring->size - at < len ? ring->size - at : len;
+    memcpy(ring->bytes + at, from, first);
+    memcpy(ring->bytes, from + first, len - first);
+    ring->used += len;
+    return len;
 }
 
 /* Copy the oldest bytes without taking them; gives how many. */
 static inline uint32_t tv_bytes_peek(const struct tv_bytes *ring, uint8_t *into, uint32_t max)
 {
     uint32_t len = ring->used < max ? ring->used : max;
-    for (uint32_t i = 0; i < len; i++)
-        into[i] = ring->bytes[(ring->head + i) & (ring->size - 1)];
+    uint32_t at = ring->head & (ring->size - 1);
+    uint32_t first = ring->size - at < len ? ring->size - at : len;
+    memcpy(into, ring->bytes + at, first);
+    memcpy(into + first, ring->bytes, len - first);
     return len;
 }
 

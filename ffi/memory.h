@@ -1,7 +1,7 @@
 /* Guest RAM as the C side sees it: a small table of regions, each one mapped file.
  *
  * Invariants
- *  - The table is filled by Python before any worker or vCPU thread starts and is not changed while one runs.
+ *  - The table and the hook are set by Python before any worker or vCPU thread starts and not changed while one runs.
  *  - Regions are sorted by gpa, do not overlap, and gpa, size and hva are 4 KiB aligned.
  *  - Every pointer handed out lies, with its whole length, inside ONE region.
  *  - `dirty` has one bit per 4 KiB page of the region; it is set with atomic OR by any thread *after* the bytes
@@ -11,8 +11,6 @@
 #define TV_MEMORY_H
 #include <stddef.h>
 #include <stdint.h>
-
-#include "softgate.h"
 
 #define TV_PAGE_SHIFT 12
 #define TV_PAGE_SIZE 4096ull
@@ -25,10 +23,15 @@ struct tv_region {
     uint64_t *dirty;
 };
 
+/* Called before the guest can learn of what a device wrote, in the device's thread: by whoever publishes a used ring's
+ * index (tv_queue_publish). For a CPU that keeps copies of what it reads, as one that translates code does. */
+typedef void (*tv_memory_hook)(void *argument);
+
 struct tv_memory {
     uint32_t count;
     struct tv_region regions[TV_MAX_REGIONS];
-    struct tv_soft_gate *gate; /* of the CPU that translates code from here; NULL for one that reads it itself */
+    tv_memory_hook before_told; /* NULL: nobody asks */
+    void *before_told_argument;
 };
 
 /* The region that holds [gpa, gpa + len), or NULL. Never wraps: the arithmetic is done on offsets. */
@@ -62,6 +65,12 @@ static inline void tv_mark_dirty(struct tv_memory *mem, uint64_t gpa, uint64_t l
     uint64_t last = (gpa - region->gpa + len - 1) >> TV_PAGE_SHIFT;
     for (uint64_t page = first; page <= last; page++)
         __atomic_fetch_or(&region->dirty[page / 64], 1ull << (page % 64), __ATOMIC_RELEASE);
+}
+
+static inline void tv_memory_before_told(struct tv_memory *mem)
+{
+    if (mem->before_told)
+        mem->before_told(mem->before_told_argument);
 }
 
 void *tv_memory_map(int memfd, uint64_t size);

@@ -1,6 +1,6 @@
 /* Guest pages on a socket: page frames are built, sent, received and checked here, with the GIL released.
  *
- * The frame format is that of trivmm/migration/wire.py, which is its definition. In short, little-endian:
+ * The frame format is that of trivmm/migration/wire/frame.py, which is its definition. In short, little-endian:
  *   header  magic u32, version u16, type u16, length u32, body u32, sequence u64, body_crc u32, 24 bytes of zero,
  *           header_crc u32 (56 bytes)
  *   PAGES   slot u32, count u32, count x (page u32, crc u32), then count x 4096 bytes

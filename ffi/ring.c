@@ -1,16 +1,12 @@
 #include "ring.h"
 
-#include <errno.h>
-#include <poll.h>
 #include <string.h>
-
-#include "park.h"
 
 #define DESC_NEXT 1u
 #define DESC_WRITE 2u
 #define DESC_INDIRECT 4u
 #define AVAIL_NO_INTERRUPT 1u
-#define POLL_SLICE_MS 1000 /* a lost kick costs at most this */
+#define USED_NO_NOTIFY 1u
 
 struct descriptor {
     uint64_t addr;
@@ -63,7 +59,9 @@ int tv_queue_open(struct tv_queue *queue)
     queue->desc = tv_ptr(queue->memory, queue->desc_gpa, 16 * size);
     queue->avail = tv_ptr(queue->memory, queue->avail_gpa, 6 + 2 * size);
     queue->used = tv_ptr(queue->memory, queue->used_gpa, 6 + 8 * size);
-    queue->signalled_valid = 0;
+    queue->signalled_valid = queue->wrote = 0;
+    queue->armed = TV_PERHAPS_ARMED; /* a worker before this one may have ended in the middle of its work */
+    queue->taken = queue->pushed = 0;
     queue->broken = 0;
     return queue->desc && queue->avail && queue->used ? 0 : -1;
 }
@@ -131,7 +129,7 @@ int tv_queue_pop(struct tv_queue *queue, struct tv_chain *chain)
     uint16_t waiting = (uint16_t)(load16(queue->avail + 2) - queue->next_avail);
     if (!waiting)
         return 0;
-    if (waiting > queue->size)
+    if (waiting > queue->size - queue->taken)
         return broken(queue, TV_BROKEN_AVAIL_JUMP);
     uint16_t head = load16(queue->avail + 4 + 2 * (queue->next_avail % queue->size));
     if (head >= queue->size)
@@ -142,53 +140,82 @@ int tv_queue_pop(struct tv_queue *queue, struct tv_chain *chain)
     if (walk(queue, chain, queue->desc, queue->size, head, queue->size, 0))
         return -1;
     queue->next_avail++;
+    queue->taken++;
     queue->chains++;
     return 1;
 }
 
-/* Give back the chain that was popped last and not pushed. */
-void tv_queue_unpop(struct tv_queue *queue)
+/* Give back the last `chains` that were popped, none of which was pushed: they are the next to be popped again. */
+void tv_queue_rewind(struct tv_queue *queue, uint16_t chains)
 {
-    queue->next_avail--;
-    queue->chains--;
+    if (chains > queue->taken - queue->pushed)
+        chains = queue->taken - queue->pushed;
+    queue->next_avail -= chains;
+    queue->taken -= chains;
+    queue->chains -= chains;
 }
 
-/* Put a served chain on the used ring. Its data pages are marked already. `length` of 1 is a status byte, which is no
- * code; more may be a program that a polling driver runs as soon as it sees the used index. */
+/* Put a popped chain into the used ring, where the driver does not look before tv_queue_publish. Its data pages are
+ * marked already. `length`: bytes written from the first writable one on. */
 void tv_queue_push(struct tv_queue *queue, uint16_t head, uint32_t length)
 {
-    uint64_t offset = 4 + 8ull * (queue->next_used % queue->size);
+    uint16_t at = (uint16_t)(queue->next_used + queue->pushed);
+    uint64_t offset = 4 + 8ull * (at % queue->size);
     uint32_t element[2] = {head, length};
-    if (length > 1 && queue->memory->gate)
-        tv_soft_gate_code(queue->memory->gate);
     memcpy(queue->used + offset, element, sizeof element);
     tv_mark_dirty(queue->memory, queue->used_gpa + offset, sizeof element);
-    queue->next_used++;
-    store16(queue->used + 2, queue->next_used);
-    tv_mark_dirty(queue->memory, queue->used_gpa + 2, 2);
+    queue->pushed++;
+    queue->wrote |= length > 1;
 }
 
-/* Interrupt the driver if it wants to hear of what was pushed since the last call (sections 2.7.7 and 2.7.10). */
-int tv_queue_notify(struct tv_queue *queue)
+/* Whether the driver wants to hear of the step from `before` to the used index (sections 2.7.7 and 2.7.10). */
+static int wants_interrupt(struct tv_queue *queue, uint16_t before)
 {
-    uint16_t before = queue->signalled, now = queue->next_used;
-    int wanted;
-    if (queue->signalled_valid && before == now)
-        return 0;
     __atomic_thread_fence(__ATOMIC_SEQ_CST); /* our used index before the driver's wish */
-    if (queue->event_idx) {
-        uint16_t event = load16(queue->avail + 4 + 2 * queue->size);
-        wanted = !queue->signalled_valid || (uint16_t)(now - event - 1) < (uint16_t)(now - before);
-    } else {
-        wanted = !(load16(queue->avail) & AVAIL_NO_INTERRUPT);
-    }
-    queue->signalled = now;
+    if (!queue->event_idx)
+        return !(load16(queue->avail) & AVAIL_NO_INTERRUPT);
+    uint16_t now = queue->next_used, event = load16(queue->avail + 4 + 2 * queue->size);
+    return !queue->signalled_valid || (uint16_t)(now - event - 1) < (uint16_t)(now - before);
+}
+
+/* Everything that was pushed is the driver's, with one step of the used index, and one interrupt if it wants one. This
+ * is the moment in which a guest can learn of what was written for it: whoever must know earlier is told here. A lone
+ * status byte is not worth that. Gives whether there was an interrupt. */
+int tv_queue_publish(struct tv_queue *queue)
+{
+    if (!queue->pushed)
+        return 0;
+    if (queue->wrote)
+        tv_memory_before_told(queue->memory);
+    queue->next_used += queue->pushed;
+    queue->taken -= queue->pushed;
+    queue->pushed = queue->wrote = 0;
+    store16(queue->used + 2, queue->next_used);
+    tv_mark_dirty(queue->memory, queue->used_gpa + 2, 2);
+    int wanted = wants_interrupt(queue, queue->signalled);
+    queue->signalled = queue->next_used;
     queue->signalled_valid = 1;
     if (wanted) {
         queue->interrupts++;
         tv_irq_raise(queue->irq, TV_ISR_QUEUE);
     }
     return wanted;
+}
+
+static void set_used_flags(struct tv_queue *queue, uint16_t flags)
+{
+    store16(queue->used, flags);
+    tv_mark_dirty(queue->memory, queue->used_gpa, 2);
+}
+
+/* No notifications, please: somebody looks at the queue anyway. With EVENT_IDX that is so until tv_queue_rearm, since
+ * the driver has passed the index that it was asked for. */
+void tv_queue_disarm(struct tv_queue *queue)
+{
+    if (queue->event_idx || queue->armed == TV_DISARMED)
+        return;
+    queue->armed = TV_DISARMED;
+    set_used_flags(queue, USED_NO_NOTIFY);
 }
 
 /* Ask for a notification of the next chain. 1 when one came in meanwhile, so that nobody will notify us of it. */
@@ -198,6 +225,9 @@ int tv_queue_rearm(struct tv_queue *queue)
         uint64_t offset = 4 + 8ull * queue->size;
         store16(queue->used + offset, queue->next_avail);
         tv_mark_dirty(queue->memory, queue->used_gpa + offset, 2);
+    } else if (queue->armed != TV_ARMED) {
+        queue->armed = TV_ARMED;
+        set_used_flags(queue, 0);
     }
     __atomic_thread_fence(__ATOMIC_SEQ_CST); /* our wish before the driver's avail index */
     return load16(queue->avail + 2) != queue->next_avail;
@@ -270,69 +300,5 @@ void tv_chain_mark_written(struct tv_memory *memory, const struct tv_chain *chai
         uint64_t part = chain->iov[i].iov_len < length ? chain->iov[i].iov_len : length;
         tv_mark_dirty(memory, chain->gpa[i], part);
         length -= part;
-    }
-}
-
-/* --- the worker ------------------------------------------------------------------------------------------------ */
-
-int tv_worker_stopping(const struct tv_worker *worker)
-{
-    return __atomic_load_n(&worker->stop, __ATOMIC_SEQ_CST);
-}
-
-/* Any thread, any time, before the run and after it too. Idempotent. */
-void tv_worker_stop(struct tv_worker *worker)
-{
-    uint64_t one = 1;
-    __atomic_store_n(&worker->stop, 1, __ATOMIC_SEQ_CST);
-    ssize_t written = write(worker->kick_fd, &one, sizeof one);
-    (void)written;
-}
-
-/* Serve until the queue is empty or its handler can't go on, asked to stop, or broken (-1). */
-static int serve_all(struct tv_worker *worker)
-{
-    struct tv_queue *queue = &worker->queue;
-    do {
-        int got = 0;
-        while (!tv_worker_stopping(worker) && (got = tv_queue_pop(queue, &worker->chain)) > 0) {
-            int64_t length = worker->serve(worker, &worker->chain);
-            if (length == TV_STOPPED || length == TV_NOT_NOW) {
-                tv_queue_unpop(queue);
-                if (length == TV_NOT_NOW)
-                    return 0; /* not armed again: the driver has nothing to tell that the doorbell's other user won't */
-                break;
-            }
-            tv_queue_push(queue, worker->chain.head, (uint32_t)length);
-            tv_queue_notify(queue);
-            if (queue->broken)
-                return -1;
-        }
-        if (got < 0)
-            return -1;
-    } while (!tv_worker_stopping(worker) && tv_queue_rearm(queue));
-    return 0;
-}
-
-/* The life of a worker thread: serve what is there, notified or not, then sleep on the doorbell. Returns 0 when
- * asked to stop, -1 when the queue is broken. Called without the GIL; every sleep ends by a kick or in
- * POLL_SLICE_MS. A request that was taken is finished (or given back) before this returns. */
-int tv_worker_run(struct tv_worker *worker)
-{
-    struct pollfd wait[2] = {{.fd = worker->doorbell_fd, .events = POLLIN}, {.fd = worker->kick_fd, .events = POLLIN}};
-    int due = 1;
-    for (;;) {
-        if (tv_worker_stopping(worker))
-            return 0;
-        if (due && serve_all(worker))
-            return -1;
-        if (tv_worker_stopping(worker))
-            return 0;
-        int ready = poll(wait, 2, POLL_SLICE_MS);
-        due = ready > 0 && wait[0].revents;
-        if (due) {
-            tv_eventfd_drain(worker->doorbell_fd);
-            worker->wakeups++;
-        }
     }
 }

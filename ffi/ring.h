@@ -1,12 +1,16 @@
-/* Split virtqueues, device side (virtio 1.2 section 2.7), and the worker thread that serves one.
+/* Split virtqueues, device side (virtio 1.2 section 2.7).
  *
  * Everything in the rings is written by a hostile guest while we read it. Invariants
  *  - Each descriptor, ring entry and header is read once, into private memory; what is checked is what is used.
  *  - A walk is bounded by the queue size, an indirect table too; indirect tables don't nest.
  *  - Every address is checked against one RAM region, with its whole length, before it becomes a pointer.
- *  - Pages are marked dirty after they are written and before the guest is told (used index, interrupt).
+ *  - Pages are marked dirty after they are written and before the guest is told: that is tv_queue_publish.
  *  - A struct tv_queue belongs to one worker thread while it runs, to Python otherwise.
  *  - A guest's mistake makes the queue `broken`: nothing more is taken from it until the device is reset.
+ *
+ * Chains are taken one by one (pop), perhaps several for one packet (virtio 1.2 section 5.1.6.4, mergeable buffers),
+ * and either pushed or given back (rewind). Pushed ones are the driver's when they are published, all at once: it sees
+ * several chains of one packet together, and one index and one interrupt do for many requests.
  */
 #ifndef TV_RING_H
 #define TV_RING_H
@@ -32,16 +36,23 @@ enum tv_broken {
     TV_BROKEN_REQUEST = 9,      /* the device type's own rules: no room for an answer */
 };
 
+enum tv_armed { TV_PERHAPS_ARMED, TV_ARMED, TV_DISARMED }; /* what the driver was told of notifications */
+
 struct tv_queue {
     struct tv_memory *memory;
     struct tv_irq *irq;
     uint64_t desc_gpa, avail_gpa, used_gpa;
     uint8_t *desc, *avail, *used;
+    uint16_t index; /* the device's number of this queue */
     uint16_t size;
-    uint16_t next_avail, next_used;
+    uint16_t next_avail, next_used; /* next_used is the used index that the driver sees */
+    uint16_t taken;     /* chains popped and not published yet, nor given back; at most `size` */
+    uint16_t pushed;    /* of these: in the used ring already */
     uint16_t signalled; /* used index at the last interrupt decision */
     uint8_t signalled_valid;
     uint8_t event_idx, indirect;
+    uint8_t armed;    /* enum tv_armed, without EVENT_IDX */
+    uint8_t wrote;    /* more than a status byte since the last publication */
     int broken;
     uint64_t chains, interrupts;
 };
@@ -56,9 +67,10 @@ struct tv_chain {
 
 int tv_queue_open(struct tv_queue *queue);
 int tv_queue_pop(struct tv_queue *queue, struct tv_chain *chain);
-void tv_queue_unpop(struct tv_queue *queue);
+void tv_queue_rewind(struct tv_queue *queue, uint16_t chains);
 void tv_queue_push(struct tv_queue *queue, uint16_t head, uint32_t length);
-int tv_queue_notify(struct tv_queue *queue);
+int tv_queue_publish(struct tv_queue *queue);
+void tv_queue_disarm(struct tv_queue *queue);
 int tv_queue_rearm(struct tv_queue *queue);
 uint64_t tv_chain_read(const struct tv_chain *chain, uint64_t offset, void *to, uint64_t length);
 uint64_t tv_chain_write(struct tv_memory *memory, const struct tv_chain *chain, uint64_t offset, const void *from,
@@ -66,28 +78,5 @@ uint64_t tv_chain_write(struct tv_memory *memory, const struct tv_chain *chain, 
 uint32_t tv_chain_slice(const struct tv_chain *chain, int writable, uint64_t offset, uint64_t length,
                         struct iovec *out);
 void tv_chain_mark_written(struct tv_memory *memory, const struct tv_chain *chain, uint64_t length);
-
-/* --- the worker ------------------------------------------------------------------------------------------------ */
-
-#define TV_STOPPED (-1) /* a handler's answer: asked to stop, the chain goes back */
-#define TV_NOT_NOW (-2) /* the chain goes back and stays available; whoever ends the reason signals the doorbell */
-
-struct tv_worker;
-/* Serve one chain; gives the used length, TV_STOPPED or TV_NOT_NOW. May set queue.broken. */
-typedef int64_t (*tv_serve_fn)(struct tv_worker *worker, struct tv_chain *chain);
-
-struct tv_worker {
-    struct tv_queue queue;
-    struct tv_chain chain;
-    int doorbell_fd;
-    int kick_fd;
-    uint32_t stop; /* atomic: set, then kick_fd is written */
-    tv_serve_fn serve;
-    uint64_t wakeups;
-};
-
-int tv_worker_run(struct tv_worker *worker);
-void tv_worker_stop(struct tv_worker *worker);
-int tv_worker_stopping(const struct tv_worker *worker);
 
 #endif

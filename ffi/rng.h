@@ -1,7 +1,7 @@
 /* virtio-rng (virtio 1.2 section 5.4): fills what the driver offers from a source. */
 #ifndef TV_RNG_H
 #define TV_RNG_H
-#include "ring.h"
+#include "worker.h"
 
 struct tv_rng {
     struct tv_worker worker;

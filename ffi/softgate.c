@@ -48,9 +48,11 @@ void tv_soft_gate_clear(struct tv_soft_gate *gate)
 }
 
 /* Memory that may hold code was written, and the guest has not been told of it yet. Any thread, any time. The order
- * makes it exact: the guest learns of the write by reading memory, and before its next instruction the gate stops. */
-void tv_soft_gate_code(struct tv_soft_gate *gate)
+ * makes it exact: the guest learns of the write by reading memory, and before its next instruction the gate stops. A
+ * tv_memory_hook of guest memory. */
+void tv_soft_gate_code(void *opaque)
 {
+    struct tv_soft_gate *gate = opaque;
     __atomic_store_n(&gate->code, 1, __ATOMIC_SEQ_CST);
     tv_soft_gate_ask(gate);
 }

@@ -27,7 +27,7 @@ uintptr_t tv_soft_gate_address(void);
 void tv_soft_gate_init(struct tv_soft_gate *gate, uintptr_t stop);
 void tv_soft_gate_ask(struct tv_soft_gate *gate);
 void tv_soft_gate_clear(struct tv_soft_gate *gate);
-void tv_soft_gate_code(struct tv_soft_gate *gate);
+void tv_soft_gate_code(void *gate);
 int tv_soft_gate_take_code(struct tv_soft_gate *gate);
 
 #endif

@@ -55,7 +55,10 @@ def bytes_pattern(pattern: ConsolePattern) -> re.Pattern[bytes]:
 
     :raises ConfigError: for a text expression that means something else there: with letters outside ASCII."""
     if isinstance(pattern, str):
-        return re.compile(re.escape(pattern.encode()))
+        try:
+            return re.compile(re.escape(pattern.encode()))
+        except UnicodeEncodeError:
+            raise ConfigError("pattern", pattern, "half a surrogate pair is no text", "give bytes") from None
     if isinstance(pattern, bytes):
         return re.compile(re.escape(pattern))
     if not isinstance(pattern, re.Pattern):

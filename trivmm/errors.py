@@ -31,10 +31,24 @@ __all__ = [
     "VmMigrating",
     "VmNotCreated",
     "WrongState",
+    "one_line",
+    "reason_of",
     "shown",
 ]
 
 MAX_SHOWN: Final = 256  # characters of a value in a message: a path is readable, a hostile body is not repeated
+MAX_LINE: Final = (
+    2000  # of a message: ours have a few hundred; what a user, guest or peer adds is not repeated at length
+)
+
+
+def one_line(text: str, limit: int = MAX_LINE) -> str:
+    """``text`` as it may stand in a log, on a terminal or in an answer: whatever is not printable (line breaks, escape
+    sequences, half a surrogate pair) is escaped as in JSON, and what is longer than ``limit`` is cut."""
+    text = text[: limit + 1]
+    if not text.isprintable():
+        text = "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
+    return text if len(text) <= limit else text[:limit] + "…"
 
 
 def shown(value: object) -> str:
@@ -47,8 +61,12 @@ def shown(value: object) -> str:
                 break
     except (TypeError, ValueError, RecursionError):  # keys that JSON can't spell, a list in itself
         text = f"<{type(value).__name__}>"
-    text = "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text[: MAX_SHOWN + 1])
-    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "…"
+    return one_line(text, MAX_SHOWN)
+
+
+def reason_of(error: Exception) -> str:
+    """Why a call into the operating system failed: without the path, which Python adds, and the message has."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def _plain(value: object) -> str:
@@ -62,7 +80,11 @@ _ENCODER: Final = json.JSONEncoder(ensure_ascii=False, default=_plain)
 
 
 class TrivmmError(Exception):
-    """Base of all errors raised on purpose. ``str()`` is one line: what happened, to what, what can be done."""
+    """Base of all errors raised on purpose. ``str()`` is one line: what happened, to what, what can be done. What it
+    repeats of a user, a guest or a peer is bounded and printable, see :func:`one_line`."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_line(message))
 
 
 class ConfigError(TrivmmError):

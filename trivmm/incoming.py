@@ -22,13 +22,14 @@ from trivmm.errors import ConfigError
 from trivmm.events import EventBus
 from trivmm.hypervisor.base import Hypervisor
 from trivmm.hypervisor.select import choose_hypervisor
+from trivmm.migration.destination.receiver import Receiver, open_receiver
 from trivmm.migration.port import DestinationMachine
 from trivmm.migration.progress import MigrationProgress
-from trivmm.migration.receiver import Receiver, open_receiver
 from trivmm.nursery.ownership import MIGRATION
-from trivmm.nursery.vcpus import Driver
 from trivmm.state.setup import config_from_setup
-from trivmm.vm import Vm, driver_of, vm_scope
+from trivmm.unwrapped import unwrapped_nursery
+from trivmm.virtio.kinds import sections
+from trivmm.vm import Vm, vm_scope
 
 __all__ = ["Incoming", "open_incoming"]
 
@@ -79,7 +80,7 @@ class Incoming:
                 f"this side runs {self.hypervisor.name}",
                 "start both sides with the same --hypervisor",
             )
-        config = attrs.evolve(config_from_setup(setup.get("config")), deadlines=self.deadlines)
+        config = attrs.evolve(config_from_setup(setup.get("config"), sections()), deadlines=self.deadlines)
         return await self.vm.build_for_migration(config, setup)
 
 
@@ -89,7 +90,6 @@ async def open_incoming(
     *,
     hypervisor: Hypervisor | None = None,
     deadlines: Deadlines | None = None,
-    driver: Driver | None = None,
     events: EventBus | None = None,
     answering: trio.Nursery | None = None,
     refuse: Callable[[], str | None] = lambda: None,
@@ -107,25 +107,15 @@ async def open_incoming(
     limits = deadlines or Deadlines()
     chosen = hypervisor if hypervisor is not None else choose_hypervisor("auto")
     empty = VmConfig(PayloadConfig(""), deadlines=limits)  # until the sender's SETUP says what it is
-    failure: BaseException | None = None
     try:
-        async with trio.open_nursery() as own:
-            try:
-                async with (
-                    vm_scope(empty, chosen, driver or driver_of(chosen), events) as (vm, nursery),
-                    open_receiver(url, limits, nursery, answering or own) as receiver,
-                ):
-                    receiver.refuse = refuse
-                    vm.tell_of_receiving("ready")
-                    yield Incoming(chosen, limits, vm, receiver)
-            except trio.Cancelled:
-                raise
-            except BaseException as error:
-                failure = error  # raised again outside the nursery, so that it isn't wrapped in a group
-                if not isinstance(error, Exception):
-                    own.cancel_scope.cancel()
+        async with (
+            unwrapped_nursery(patient=True) as own,
+            vm_scope(empty, chosen, events) as (vm, nursery),
+            open_receiver(url, limits, nursery, answering or own) as receiver,
+        ):
+            receiver.refuse = refuse
+            vm.tell_of_receiving("ready")
+            yield Incoming(chosen, limits, vm, receiver)
     finally:
         if hypervisor is None:
             chosen.close()
-    if failure is not None:
-        raise failure

@@ -63,7 +63,6 @@ def build(code: bytes) -> Guest:
     vm = hypervisor.open_vm()
     for region in memory.regions:
         vm.add_memory(region.slot, region.gpa, region.size, region.hva)
-    vm.read_memory = memory.read
     memory.write(CODE, code)
     cpu = vm.create_vcpu(0)
     cpu.set_boot_state(CODE, 0x6000)
@@ -127,7 +126,7 @@ def test_a_port_served_in_c(start: Any) -> None:
         guest.vm.attach_pio_hook(0x3F8, 8, lib.tv_uart_pio, uart)
         assert guest.next() == IoOut(0x10, 1, b"A")
         into = ffi.new("uint8_t[4]")
-        assert lib.tv_uart_take_tx(uart, into, 4) == 1
+        assert lib.tv_line_peek_tx(lib.tv_uart_line(uart), into, 4) == 1
         assert into[0] == ord("A")
     finally:
         guest.vm.close()

@@ -84,6 +84,7 @@ async def test_one_vcpu_moves(tmp_path: Path, kind: str) -> None:
     [
         (1, {"window": 1, "event_idx": 1}),
         (2, {"window": 1, "race": 1}),
+        (2, {"race": 2}),
         (4, {"indirect": 1, "event_idx": 1}),
     ],
 )

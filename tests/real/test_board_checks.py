@@ -10,7 +10,7 @@ import pytest
 
 from trivmm.config import DiskConfig, PayloadConfig, VmConfig
 from trivmm.errors import ConfigError
-from trivmm.machine.board import build_board, check_board
+from trivmm.machine.build import build_board, check_board
 from trivmm.testing.control import FakeHypervisor
 
 

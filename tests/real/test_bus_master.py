@@ -18,14 +18,15 @@ import trio
 from trivmm import Deadlines, DiskConfig, MemoryConfig, PayloadConfig, VmConfig
 from trivmm._native import lib
 from trivmm.hypervisor.base import MmioRead
-from trivmm.machine.board import Board, DeviceSlot, build_board
+from trivmm.machine.board import Board, DeviceSlot
+from trivmm.machine.build import build_board
 from trivmm.machine.machine import Machine, open_machine
 from trivmm.memory import layout
 from trivmm.state.codec import state_from_json, state_to_json
 from trivmm.state.stage import Stage
 from trivmm.state.virtio import LifeStage
 from trivmm.testing.script_driver import BUS_MASTER, MEMORY, ScriptDriver, pci_read, pci_write
-from trivmm.testing.scripted import Compute, ScriptedHypervisor, task_driver
+from trivmm.testing.scripted import Compute, ScriptedHypervisor
 
 LIMIT_S = 30
 BUFFER, LENGTH = 0x200000, 64
@@ -82,7 +83,7 @@ class Guest:
 
 def house(board: Board, guest: Guest, stage: Stage = Stage.DETACHED) -> AbstractAsyncContextManager[Machine]:
     """The machine; a guest that crashes is done, too."""
-    return open_machine(board, board.config.deadlines, driver=task_driver, stage=stage, on_guest_request=guest.done.set)
+    return open_machine(board, board.config.deadlines, stage=stage, on_guest_request=guest.done.set)
 
 
 async def run(config: VmConfig, guest: Guest) -> tuple[Any, bytes]:
@@ -90,9 +91,7 @@ async def run(config: VmConfig, guest: Guest) -> tuple[Any, bytes]:
     board = guest.board = build_board(config, ScriptedHypervisor(guest, needs_payload=False))
     try:
         with trio.fail_after(LIMIT_S):
-            async with open_machine(
-                board, config.deadlines, driver=task_driver, on_guest_request=guest.done.set
-            ) as machine:
+            async with open_machine(board, config.deadlines, on_guest_request=guest.done.set) as machine:
                 await machine.resume()
                 await guest.done.wait()
                 assert machine.crash is None, machine.crash

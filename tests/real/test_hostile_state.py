@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from trivmm import ConsoleConfig, Deadlines, DiskConfig, MemoryConfig, PayloadConfig, VmConfig
 from trivmm.errors import HypervisorError, MigrationError
-from trivmm.machine.board import Board, build_board
+from trivmm.machine.board import Board
+from trivmm.machine.build import build_board
 from trivmm.machine.machine import Machine, open_machine
 from trivmm.machine.saved import load_state, save_board
 from trivmm.memory import layout
@@ -28,7 +29,7 @@ from trivmm.state.codec import state_from_json, state_to_json
 from trivmm.state.machine import MachineState
 from trivmm.state.stage import Stage
 from trivmm.testing.script_driver import ScriptDriver
-from trivmm.testing.scripted import Compute, ScriptedHypervisor, task_driver
+from trivmm.testing.scripted import Compute, ScriptedHypervisor
 
 LIMIT_S = 30
 RAM = 4 << 20
@@ -87,7 +88,7 @@ def a_board(config: VmConfig, guest: Guest, *, incoming: bool = True) -> Board:
 
 def house(board: Board, guest: Guest, stage: Stage = Stage.DETACHED) -> AbstractAsyncContextManager[Machine]:
     """The machine; a guest that crashes is done, too."""
-    return open_machine(board, board.config.deadlines, driver=task_driver, stage=stage, on_guest_request=guest.done.set)
+    return open_machine(board, board.config.deadlines, stage=stage, on_guest_request=guest.done.set)
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +99,7 @@ def good(config: VmConfig) -> dict[str, Any]:
         guest = Guest()
         board = a_board(config, guest, incoming=False)
         try:
-            async with open_machine(
-                board, config.deadlines, driver=task_driver, on_guest_request=guest.done.set
-            ) as machine:
+            async with open_machine(board, config.deadlines, on_guest_request=guest.done.set) as machine:
                 await machine.resume()
                 with trio.fail_after(LIMIT_S):
                     await guest.done.wait()

@@ -40,7 +40,7 @@ from trivmm import (
 from trivmm.guest import probe_path
 from trivmm.machine.machine import Machine
 from trivmm.migration.progress import Phase
-from trivmm.migration.wire import MessageType
+from trivmm.migration.wire.frame import MessageType
 from trivmm.testing.control import command_environment
 from trivmm.testing.middlebox import MiddleBox, Strike, middle_box
 from trivmm.testing.plugin import FakeVmm
@@ -205,7 +205,7 @@ async def test_another_receiver_at_that_address_does_not_know_and_that_proves_no
         async with in_doubt(config, tmp_path, MessageType.RUNNING) as doubt:
             doubt.leave.set()
             await doubt.gone.wait()
-            patch.setattr("trivmm.migration.receiver._SETTLED", {})  # as in another process
+            patch.setattr("trivmm.migration.destination.receiver._SETTLED", {})  # as in another process
             doubt.box.down = False
             async with (
                 open_incoming(

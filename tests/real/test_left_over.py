@@ -15,8 +15,8 @@ from trivmm.guest import probe_path
 from trivmm.machine.board import Board
 from trivmm.machine.machine import Machine
 from trivmm.memory.guest import GuestMemory
-from trivmm.migration.channel import SocketChannel
-from trivmm.migration.receiver import Receiver
+from trivmm.migration.destination.receiver import Receiver
+from trivmm.migration.link.halves import SocketChannel
 from trivmm.platform.serial import Serial
 from trivmm.testing.road import Road, open_road
 from trivmm.testing.scripted import ScriptedHypervisor

@@ -7,16 +7,17 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
 from trivmm.deadlines import Deadlines
 from trivmm.errors import MigrationError
+from trivmm.migration.destination.receiver import open_receiver
 from trivmm.migration.options import SendOptions
 from trivmm.migration.progress import MigrationProgress
-from trivmm.migration.receiver import open_receiver
-from trivmm.migration.sender import send, socket_dialer
+from trivmm.migration.source.sender import send, socket_dialer
 from trivmm.testing.migration import DiskLock, FakeDestination, FakeSource
 
 RAM = ((0, 16 << 20),)
@@ -26,15 +27,14 @@ ENDLESS = SendOptions(timeout_s=120, downtime_ms=1)
 PEER = """
 import sys, trio
 from trivmm.deadlines import Deadlines
-from trivmm.migration.receiver import open_receiver
+from trivmm.migration.destination.receiver import open_receiver
 from trivmm.migration.options import SendOptions
-from trivmm.migration.sender import send, socket_dialer
+from trivmm.migration.source.sender import send, socket_dialer
 from trivmm.testing.migration import DiskLock, FakeDestination, FakeSource
 
 class Endless(FakeSource):
-    async def harvest_dirty(self, slot, into):
+    def harvest_dirty(self, slot, into):
         into[0] = into[1] = (1 << 64) - 1
-        return await super().harvest_dirty(slot, into)
 
 async def main(role, url):
     limits = Deadlines(downtime=0.001, accept=60.0)
@@ -72,10 +72,9 @@ class Endless(FakeSource):
 
     calm = False
 
-    async def harvest_dirty(self, slot: int, into: object) -> int:
+    def harvest_dirty(self, slot: int, into: Any) -> None:
         if not self.calm:
-            into[0] = into[1] = (1 << 64) - 1  # type: ignore[index]
-        return await super().harvest_dirty(slot, into)
+            into[0] = into[1] = (1 << 64) - 1
 
 
 @pytest.mark.parametrize("scheme", ["unix", "tcp"])

@@ -12,12 +12,12 @@ import trio
 
 from trivmm.deadlines import Deadlines
 from trivmm.errors import MigrationError, ProtocolError, TrivmmError
+from trivmm.migration.destination.receiver import open_receiver
+from trivmm.migration.link.transports import TcpAddress, UnixAddress, parse_url
 from trivmm.migration.options import SendOptions
 from trivmm.migration.progress import MigrationReport
-from trivmm.migration.receiver import open_receiver
-from trivmm.migration.sender import send, socket_dialer
-from trivmm.migration.transports import TcpAddress, UnixAddress, parse_url
-from trivmm.migration.wire import HEADER_BYTES, MessageType, parse_header
+from trivmm.migration.source.sender import send, socket_dialer
+from trivmm.migration.wire.frame import HEADER_BYTES, MessageType, parse_header
 from trivmm.testing.migration import DiskLock, FakeDestination, FakeSource
 
 RAM = ((0, 4 << 20), (1 << 32, 2 << 20))

@@ -15,9 +15,9 @@ import pytest
 from trivmm._native import ffi, lib
 from trivmm.errors import ProtocolError
 from trivmm.memory.guest import GuestMemory
-from trivmm.migration import wire
-from trivmm.migration.pages import DirtySet, Landing, page_frames
-from trivmm.migration.wire import FRAME_PAGES, PAGE_BYTES, MessageType
+from trivmm.migration.pages.land import DirtySet, Landing, page_frames
+from trivmm.migration.wire import frame as wire
+from trivmm.migration.wire.frame import FRAME_PAGES, PAGE_BYTES, MessageType
 
 DONE, BUDGET, KICKED, STALLED, ERRNO, EOF, BAD = range(7)
 MIB = 1 << 20

@@ -16,15 +16,14 @@ import trio
 from trivmm._native import ffi, lib
 from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError, DeadlineError, MigrationError, TrivmmError
-from trivmm.migration import messages as m
-from trivmm.migration.channel import LinkLost
-from trivmm.migration.link import Link
+from trivmm.migration.destination.receiver import open_receiver
+from trivmm.migration.link.halves import LinkLost
+from trivmm.migration.link.roles import open_control
+from trivmm.migration.link.transports import SocketDialer, TcpAddress, UnixAddress, listen, parse_url
 from trivmm.migration.options import SendOptions
 from trivmm.migration.progress import MigrationProgress, MigrationReport, Phase
-from trivmm.migration.receiver import open_receiver
-from trivmm.migration.sender import send, socket_dialer
-from trivmm.migration.steps import Session
-from trivmm.migration.transports import SocketDialer, TcpAddress, UnixAddress, listen, parse_url
+from trivmm.migration.source.sender import send, socket_dialer
+from trivmm.migration.wire import messages as m
 from trivmm.testing.migration import DiskLock, FakeDestination, FakeSource
 
 MIB = 1 << 20
@@ -323,10 +322,10 @@ async def test_a_lost_link_is_an_error_whose_chain_ends(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as peer, trio.fail_after(30):
         peer.bind(str(path))
         peer.listen(1)
-        link = Link(await SocketDialer(UnixAddress(str(path)), LIMITS).dial(), Session(source=True))
+        link = await open_control(SocketDialer(UnixAddress(str(path)), LIMITS), bytes(16))
         peer.accept()[0].close()
         with pytest.raises(LinkLost) as caught:
-            await link.send(m.Setup(bytes(16), {}, ()))
+            await link.send(m.Setup({}, ()))
         await link.close()
     chain: list[BaseException] = []
     error: BaseException | None = caught.value
@@ -346,14 +345,12 @@ async def test_a_new_receiver_takes_over_from_one_that_only_answers_questions(tm
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
             async with open_receiver(url, long, nursery) as receiver:
-                link = Link(
-                    await SocketDialer(UnixAddress(str(tmp_path / "m.sock")), long).dial(), Session(source=True)
-                )
                 session = bytes(range(16))
+                link = await open_control(dialer, session)
 
                 async def source_without_an_end() -> None:
                     memory = tuple((region.gpa, region.size) for region in source.memory.regions)
-                    await link.send(m.Setup(session, source.describe(), memory))
+                    await link.send(m.Setup(source.describe(), memory))
                     await link.expect(m.SetupOk)
                     await source.stop(1)
                     await link.send(m.State(source.save()))
@@ -368,8 +365,8 @@ async def test_a_new_receiver_takes_over_from_one_that_only_answers_questions(tm
                 other = DiskLock()
                 next_source, next_destination = FakeSource(other, long), FakeDestination(other, long)
                 nursery.start_soon(again.receive, next_destination.factory)
-                asking = Link(await dialer.dial(), Session(source=True))
-                await asking.send(m.Query(session))
+                asking = await open_control(dialer, session)
+                await asking.send(m.Query())
                 assert (await asking.expect(m.Verdict)).verdict == "running"
                 await asking.close()
                 await send(next_source, socket_dialer(again.url, next_source.deadlines), PATIENT)

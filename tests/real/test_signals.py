@@ -24,10 +24,10 @@ from trivmm.config import MemoryConfig, PayloadConfig, VmConfig
 from trivmm.deadlines import Deadlines
 from trivmm.errors import CommitRefused, PastCommit
 from trivmm.machine.machine import Machine
-from trivmm.migration.channel import Channel
-from trivmm.migration.sender import socket_dialer
-from trivmm.migration.transports import Dialer
-from trivmm.migration.wire import HEADER_BYTES, MessageType, parse_header
+from trivmm.migration.link.halves import Channel
+from trivmm.migration.link.transports import Dialer
+from trivmm.migration.source.sender import socket_dialer
+from trivmm.migration.wire.frame import HEADER_BYTES, MessageType, parse_header
 from trivmm.testing.control import command_environment
 from trivmm.testing.fake import fake_hypervisor
 from trivmm.testing.plugin import FakeVmm

@@ -27,7 +27,7 @@ from trivmm.hypervisor.base import (
     TripleFault,
     VcpuExit,
     VcpuState,
-    VmmState,
+    VmBackendState,
 )
 from trivmm.memory.guest import GuestMemory
 from trivmm.nursery.vcpu import Vcpu, drive_thread
@@ -970,7 +970,7 @@ def test_the_vcpu_program_pauses_it_and_parks_it_at_a_barrier(build: Build) -> N
         raise AssertionError("the guest neither asks nor crashes")
 
     vcpu = Vcpu(0, guest.cpu, handle, changed.set, no, no)
-    thread = threading.Thread(target=drive_thread, args=(vcpu,))
+    thread = threading.Thread(target=drive_thread, args=(guest.cpu, vcpu.program()))
     thread.start()
     try:
         vcpu.release_pause()
@@ -1121,7 +1121,7 @@ def test_foreign_and_damaged_states_are_refused(build: Build) -> None:
     chips = guest.vm.save()
     wild_chips = re.sub(rb'"port61": *[0-9]+', b'"port61": 1e999', chips.blobs["chips"])
     with pytest.raises(HypervisorError, match="no sense"):
-        guest.vm.load(VmmState(chips.kind, {**chips.blobs, "chips": wild_chips}))
+        guest.vm.load(VmBackendState(chips.kind, {**chips.blobs, "chips": wild_chips}))
 
 
 def test_hostile_registers_hurt_only_the_guest(build: Build) -> None:
@@ -1181,14 +1181,19 @@ def test_code_that_a_polled_device_wrote_runs_anew(build: Build) -> None:
           jmp 1b
         """
     )
-    guest.memory.tell(guest.cpu.gate)
+    guest.memory.before_told(*guest.cpu.write_hook)
     driver = MockDriver(guest.memory)
     try:
         queue = driver.open()
         assert guest.until_port(0x80) == b"\x01"
+
+        def answer() -> None:
+            lib.tv_queue_push(queue, 0, 512)
+            lib.tv_queue_publish(queue)
+
         for value in (2, 3, 4):
             guest.memory.write(0x300001, bytes([value]))
-            device = threading.Timer(0.05, lib.tv_queue_push, (queue, 0, 512))
+            device = threading.Timer(0.05, answer)
             device.start()
             assert guest.until_port(0x80) == bytes([value])
             device.join()

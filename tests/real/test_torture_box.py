@@ -10,8 +10,8 @@ import attrs
 import pytest
 import trio
 
-from trivmm.migration.transports import UnixAddress
-from trivmm.migration.wire import HEADER_BYTES, MessageType, encode_frame, parse_header
+from trivmm.migration.link.transports import UnixAddress
+from trivmm.migration.wire.frame import HEADER_BYTES, MessageType, encode_frame, parse_header
 from trivmm.testing.torture.box import Box, Fate, Hook, open_box
 
 LIMIT_S = 20

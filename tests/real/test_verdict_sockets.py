@@ -13,12 +13,12 @@ import trio
 
 from trivmm.deadlines import Deadlines
 from trivmm.errors import CommitRefused, ConfigError, MigrationInDoubt
+from trivmm.migration.destination.receiver import open_receiver
 from trivmm.migration.options import SendOptions
 from trivmm.migration.progress import MigrationReport
-from trivmm.migration.receiver import open_receiver
-from trivmm.migration.sender import send, socket_dialer
-from trivmm.migration.verdict import Heard, ask
-from trivmm.migration.wire import MessageType
+from trivmm.migration.source.sender import send, socket_dialer
+from trivmm.migration.source.verdict import Heard, ask
+from trivmm.migration.wire.frame import MessageType
 from trivmm.testing.middlebox import MiddleBox, Strike, middle_box
 from trivmm.testing.migration import DiskLock, FakeDestination, FakeSource
 

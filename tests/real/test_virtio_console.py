@@ -18,10 +18,10 @@ from trivmm._native import ffi, lib
 from trivmm.config import ConsoleConfig
 from trivmm.errors import MigrationError, ProtocolError
 from trivmm.memory.guest import GuestMemory
-from trivmm.platform.sinks import FdSink, NullSink, PtySink, Sink
+from trivmm.platform.sinks import FdSink, GuestOutput, NullSink, PtySink, Sink
 from trivmm.testing.driver import WRITE, Descriptor, MockDriver, until
 from trivmm.testing.states import sent
-from trivmm.virtio.console import ConsoleDevice
+from trivmm.virtio.console.device import ConsoleDevice
 from trivmm.virtio.port import Activation
 
 LIMIT_S = 30
@@ -101,10 +101,11 @@ class SlowSink:
     gate: trio.Event = attrs.field(factory=trio.Event)
     got: bytearray = attrs.field(factory=bytearray)
 
-    async def send(self, data: bytes) -> int:
+    async def take(self, output: GuestOutput) -> None:
         await self.gate.wait()
-        self.got += data[: self.piece]
-        return min(len(data), self.piece)
+        piece = output.peek()[: self.piece]
+        self.got += piece
+        output.consume(len(piece))
 
     def close(self) -> None:
         return None
@@ -136,7 +137,7 @@ async def test_both_ways(guest: Guest) -> None:
     async with active(device, guest):
         guest.say(b"hello, host", pieces=3)
         assert await guest.used(guest.transmit) == (0, 0)
-        assert await device.line.wait_for("hello, host") == 11
+        await until(lambda: device.line.tail() == b"hello, host")
         guest.listen(64)
         assert device.line.push_input(b"hello, guest") == 12
         assert await guest.heard() == b"hello, guest"
@@ -187,7 +188,7 @@ async def test_a_worker_that_has_nothing_to_do_does_nothing(guest: Guest) -> Non
     async with active(device, guest):
         guest.listen(16)
         guest.say(bytes(TX_SIZE + 1))
-        await until(lambda: lib.tv_console_tx_used(device.line.native) == TX_SIZE)
+        await until(lambda: lib.tv_line_tx_used(device.line.rings) == TX_SIZE)
         await trio.testing.wait_all_tasks_blocked(0.05)
         before = [int(worker.native.worker.wakeups) for worker in device._workers]
         await trio.testing.wait_all_tasks_blocked(0.2)
@@ -204,7 +205,7 @@ async def test_a_slow_sink_holds_the_driver_up_and_nothing_is_lost(guest: Guest)
     async with active(device, guest):
         guest.say(said, pieces=3)
         guest.say(b"the end", at=OUTPUT + len(said), first=5)
-        await until(lambda: lib.tv_console_tx_used(device.line.native) == TX_SIZE)
+        await until(lambda: lib.tv_line_tx_used(device.line.rings) == TX_SIZE)
         assert guest.transmit.used_index == 0
         sink.gate.set()
         assert [(await guest.used(guest.transmit))[0] for _ in range(2)] == [0, 5]
@@ -232,13 +233,13 @@ async def test_what_is_under_way_travels(guest: Guest) -> None:
     said = bytes(each * 11 & 0xFF for each in range(TX_SIZE + 5000))
     async with active(device, guest):
         guest.say(said)
-        await until(lambda: lib.tv_console_tx_used(device.line.native) == TX_SIZE)
+        await until(lambda: lib.tv_line_tx_used(device.line.rings) == TX_SIZE)
         device.line.push_input(b"typed before")
     device.resize(100, 30)
     state, positions = sent(device.save()), device.positions()
     assert positions[1] == (1, 0, 0)
     assert state.tx_taken == TX_SIZE
-    assert not lib.tv_console_peek_tx(device.line.native, ffi.new("uint8_t[]", 1), 1), "it is not said here as well"
+    assert not lib.tv_line_peek_tx(device.line.rings, ffi.new("uint8_t[]", 1), 1), "it is not said here as well"
     assert device.line.push_input(b"x") == 0
 
     there = SlowSink()
@@ -274,7 +275,7 @@ async def test_a_reset_forgets_the_chain_but_not_what_was_said_or_typed(guest: G
     device = device_of(guest, sink)
     async with active(device, guest):
         guest.say(b"a" * (TX_SIZE + 10))
-        await until(lambda: lib.tv_console_tx_used(device.line.native) == TX_SIZE)
+        await until(lambda: lib.tv_line_tx_used(device.line.rings) == TX_SIZE)
         device.line.push_input(b"for the next driver")
     device.reset()
     sink.gate.set()
@@ -359,7 +360,7 @@ async def test_the_size_is_the_terminals(guest: Guest) -> None:
         assert device.size == (90, 30)
         async with active(device, guest):
             fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("<HHHH", 31, 91, 0, 0))
-            device.measure()
+            device.terminal_resized()
             assert changes == [(90, 30), (91, 31)]
         device.close()
     finally:
@@ -399,7 +400,7 @@ async def test_a_half_taken_chain_that_is_shorter_now_is_done(guest: Guest) -> N
         assert await guest.used(guest.transmit) == (0, 0)
         guest.say(b"next", first=1)
         assert await guest.used(guest.transmit) == (1, 0)
-        assert await device.line.wait_for("next") == 4
+        await until(lambda: device.line.tail() == b"next")
     device.close()
 
 

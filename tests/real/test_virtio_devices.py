@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
+import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +18,24 @@ import pytest
 import trio
 import trio.testing
 
+from trivmm._native import ffi
 from trivmm.config import DiskConfig, RngConfig
 from trivmm.errors import ConfigError, TrivmmError
 from trivmm.memory.guest import GuestMemory
 from trivmm.state.strict import structure, unstructure
 from trivmm.testing.driver import WRITE, Descriptor, MockDriver
 from trivmm.testing.states import sent
-from trivmm.virtio.block import BlockDevice
+from trivmm.virtio.block.device import BlockDevice
 from trivmm.virtio.device import WorkerDevice
 from trivmm.virtio.port import Activation
 from trivmm.virtio.queue import QueueWorker
-from trivmm.virtio.rng import RngDevice
+from trivmm.virtio.rng.device import RngDevice
 
 VERSION_1 = 1 << 32
 FLUSH = 1 << 9
 HEADER, DATA, STATUS = 0x100000, 0x101000, 0x140000
 IN, OUT, T_FLUSH, GET_ID = 0, 1, 4, 8
+PIECES = 32  # of a long request
 NONE_YET = (1 << 64) - 1
 FRESH_COUNTERS = {  # Cloud Hypervisor's answer for a disk that has done nothing, and what only we count
     "read_bytes": 0,
@@ -162,7 +167,7 @@ async def test_a_stop_that_expires_counts_each_worker_once(
         assert await do(driver, IN, 0, 512) == (0, 513)
         (worker,) = device._workers
         stuck = attrs.evolve(queue, index=1)  # a second one that does not hear of the stop yet
-        late = QueueWorker("_disk0_q1", device._make_worker(stuck, VERSION_1), memory, stuck, VERSION_1, device._broken)
+        late = QueueWorker("_disk0_q1", device._make_worker(VERSION_1), memory, (stuck,), VERSION_1, device._broken)
         device._workers.append(late)
         with trio.fail_after(10):
             async with trio.open_nursery() as stopping:
@@ -277,6 +282,113 @@ async def test_work_that_was_queued_but_not_notified_is_served(
     async with active(device, driver, next_avail=next_avail, next_used=next_used):
         assert await answered(driver) == [(0, 513)]
     device.close()
+
+
+def stand_in(device: BlockDevice, kind: int, move: Callable[..., int]) -> None:
+    """Workers made from now on call ``move(real, fd, iov, count, at, flags)`` where they would call preadv2 (or
+    pwritev2), which is ``real``."""
+    make, kept = device._make_worker, []
+
+    def made(features: int) -> Any:
+        native = make(features)
+        name = "read" if kind == IN else "write"
+        kept.append(ffi.callback("tv_block_move", partial(move, getattr(native, name)), error=-1))
+        setattr(native, name, kept[-1])
+        return native
+
+    device._make_worker = made  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("kind", [IN, OUT])
+async def test_a_long_request_goes_back_when_its_worker_is_to_stop(tmp_path: Path, kind: int) -> None:
+    """Over the same megabyte again and again, as a chain of up to 1 GiB can: nobody waits for the end of that. The next
+    worker, here or where the VM moves to, does it as a whole."""
+    path = tmp_path / "disk.img"
+    path.touch()
+    os.truncate(path, PIECES << 20)
+    memory = GuestMemory([(0, 4 << 20)])
+    driver = MockDriver(memory, size=64)
+    memory.write(DATA, b"d" * (1 << 20))
+    memory.write(HEADER - 4096, struct.pack("<IIQ", kind, 0, 0))
+    parts = [Descriptor(DATA, 1 << 20, WRITE if kind == IN else 0)] * PIECES
+    driver.offer(driver.chain(Descriptor(HEADER - 4096, 16), *parts, Descriptor(STATUS + 0x100000, 1, WRITE)))
+    device = BlockDevice(DiskConfig(str(path), queue_size=64), memory, "_disk0")
+    began, go = threading.Event(), threading.Event()
+    pieces: list[int] = []
+
+    def slow(real: Any, fd: int, iov: Any, count: int, at: int, flags: int) -> int:
+        pieces.append(sum(int(iov[number].iov_len) for number in range(count)))
+        began.set()
+        assert go.wait(20)
+        return int(real(fd, iov, count, at, flags))
+
+    stand_in(device, kind, slow)
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            await device.activate(Activation(1, VERSION_1 | FLUSH, (driver.config(),)), nursery)
+            assert await trio.to_thread.run_sync(began.wait, 20)
+            nursery.start_soon(device.stop)
+            await trio.testing.wait_all_tasks_blocked()
+            go.set()
+    assert pieces == [1 << 20], "and not one more"
+    assert device.positions() == ((0, 0, 0),), "it is the driver's next request again"
+    assert driver.used_index == 0
+    shown = device.counters()
+    assert (shown["read_ops"], shown["write_ops"], shown["errors"]) == (0, 0, 0)
+    async with active(device, driver):
+        ((_, used),) = await answered(driver)
+    assert pieces == [1 << 20] * (1 + PIECES)
+    assert memory.read(STATUS + 0x100000, 1) == b"\0"
+    if kind == IN:
+        assert used == (PIECES << 20) + 1
+        assert memory.read(DATA, 1 << 20) == bytes(1 << 20)
+    else:
+        with path.open("rb") as file:
+            file.seek((PIECES - 1) << 20)
+            assert file.read(1 << 20) == b"d" * (1 << 20)
+    device.close()
+    driver.close()
+    memory.close()
+
+
+def test_the_driver_is_told_how_long_a_request_may_be(memory: GuestMemory, image: Path) -> None:
+    """Virtio 1.2 section 5.2.3: VIRTIO_BLK_F_SIZE_MAX and _SEG_MAX, what a worker moves between two looks at its stop
+    word, and what a queue holds beside header and status."""
+    device = BlockDevice(DiskConfig(str(image), queue_size=64), memory, "_disk0")
+    assert device.features & 0b110 == 0b110
+    assert struct.unpack("<II", device.read_config(8, 8)) == (1 << 20, 62)
+    device.close()
+
+
+async def test_what_is_done_does_not_wait_for_the_disk(memory: GuestMemory, image: Path) -> None:
+    """Two reads in a row: the one that the page cache had is told of before the other one waits for the disk."""
+    driver = MockDriver(memory, size=16)
+    device = BlockDevice(DiskConfig(str(image)), memory, "_disk0")
+    for number in range(2):
+        memory.write(HEADER + 16 * number, struct.pack("<IIQ", IN, 0, 8 * number))
+        data, status = Descriptor(DATA, 512, WRITE), Descriptor(STATUS + number, 1, WRITE)
+        driver.offer(driver.chain(Descriptor(HEADER + 16 * number, 16), data, status, first=4 * number))
+    waits, go = threading.Event(), threading.Event()
+
+    def cold(real: Any, fd: int, iov: Any, count: int, at: int, flags: int) -> int:
+        if at:
+            if flags:
+                ffi.errno = errno.EAGAIN  # RWF_NOWAIT
+                return -1
+            waits.set()
+            assert go.wait(20)
+        return int(real(fd, iov, count, at, flags))
+
+    stand_in(device, IN, cold)
+    with trio.fail_after(20):
+        async with active(device, driver):
+            assert await trio.to_thread.run_sync(waits.wait, 20)
+            first = driver.used()
+            go.set()
+            assert first + await answered(driver) == [(0, 513), (4, 513)]
+    assert first == [(0, 513)]
+    device.close()
+    driver.close()
 
 
 async def test_stopping_is_prompt_and_safe_at_any_time(memory: GuestMemory, driver: MockDriver, image: Path) -> None:

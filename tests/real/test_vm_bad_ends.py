@@ -44,8 +44,11 @@ from trivmm.guest import probe_path
 from trivmm.hypervisor.base import IoOut, TripleFault, VcpuExit
 from trivmm.machine.host import MachineHost
 from trivmm.machine.machine import Machine
+from trivmm.memory.dirty_log import DirtyLog
 from trivmm.migration.progress import MigrationProgress, Phase
+from trivmm.platform.sinks import GuestOutput
 from trivmm.testing.scripted import Compute, ScriptedHypervisor
+from trivmm.unwrapped import unwrapped_nursery
 from trivmm.virtio.block.image import Image
 from trivmm.virtio.pci.common_config import DEVICE_STATUS
 
@@ -109,16 +112,9 @@ async def two_sides(config: VmConfig, folder: Path, *scripts: Any) -> AsyncItera
                 return
 
         async def move(**options: Any) -> None:
-            failure: Exception | None = None
-            async with trio.open_nursery() as nursery:
+            async with unwrapped_nursery() as nursery:
                 nursery.start_soon(receive)
-                try:
-                    await source.migrate_to(url, **options)
-                except Exception as error:  # raised below, outside the nursery: not in a group
-                    failure = error
-                    nursery.cancel_scope.cancel()
-            if failure is not None:
-                raise failure
+                await source.migrate_to(url, **options)
 
         yield source, incoming.vm, move
 
@@ -240,9 +236,8 @@ async def test_a_paused_vm_does_not_reboot_before_it_is_resumed(
 class StalledSink:
     """A terminal that somebody stopped with Ctrl-S."""
 
-    async def send(self, data: bytes) -> int:
+    async def take(self, output: GuestOutput) -> None:
         await trio.sleep_forever()
-        return 0
 
     def close(self) -> None:
         pass
@@ -347,13 +342,13 @@ async def test_a_guest_that_crashes_in_mid_migration_fails_it_and_is_reported_he
     config: VmConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     guest = Guest(TripleFault())
-    begin = Machine.start_dirty_log
+    begin = DirtyLog.start
 
-    async def began(self: Machine) -> None:
+    async def began(self: DirtyLog) -> None:
         guest.asked = where == "precopy"
         await begin(self)
 
-    monkeypatch.setattr(Machine, "start_dirty_log", began)
+    monkeypatch.setattr(DirtyLog, "start", began)
     ask_before(monkeypatch, guest, "stop")
     with trio.fail_after(LIMIT_S):
         async with two_sides(config, tmp_path, guest) as (source, target, move):

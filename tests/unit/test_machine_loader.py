@@ -14,6 +14,7 @@ from elftools.elf.elffile import ELFFile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from trivmm.boot import elf as elf_module
 from trivmm.boot.elf import UserFile, parse_kernel
 from trivmm.boot.pvh import load_payload, memory_map
 from trivmm.config import PayloadConfig
@@ -59,6 +60,17 @@ def elf(
         table = struct.pack("<IIIIIIII", 1, start, gpa, gpa, len(code), memsz, 7, 4096)
         table += struct.pack("<IIIIIIII", 4, start + len(code), 0, 0, len(notes), len(notes), 4, align)
     return ident + header + table + code + notes
+
+
+def elf_of(*headers: tuple[int, int, int, int, int], body: bytes) -> bytes:
+    """64 bits, of any program headers: (type, offset into ``body``, gpa, filesz, memsz) each."""
+    start = 64 + 56 * len(headers)
+    header = struct.pack("<HHIQQQIHHHHHH", 2, 62, 1, 0, 64, 0, 0, 64, 56, len(headers), 0, 0, 0)
+    table = b"".join(
+        struct.pack("<IIQQQQQQ", kind, 7, start + offset, gpa, gpa, filesz, memsz, 4)
+        for kind, offset, gpa, filesz, memsz in headers
+    )
+    return b"\x7fELF" + bytes([2, 1, 1]) + bytes(9) + header + table + body
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +156,41 @@ def test_bad_kernels(memory: GuestMemory, tmp_path: Path, image: bytes, problem:
         load(memory, tmp_path / "k", image)
     assert caught.value.field == "payload.kernel"
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [MIB // 2, (1 << 16) // 127 + 4])
+def test_many_notes_cost_no_more_than_a_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Segments that overlap are each walked, twice: what is counted is the bytes that a walk gets."""
+    seen: list[int] = []
+    monkeypatch.setattr(elf_module, "_find_entry", lambda notes, align: seen.append(len(notes)))
+    notes = note(kind=17) * (MIB // 20)
+    image = elf_of((1, 0, MIB, 4096, 4096), *[(4, 0, 0, size, size)] * 127, body=notes)
+    (tmp_path / "k").write_bytes(image)
+    with UserFile("payload.kernel", str(tmp_path / "k")) as file:
+        with pytest.raises(ConfigError, match=r"its note segments have .* bytes, more than 65536"):
+            parse_kernel(file)
+    assert sum(seen) == 0
+
+
+def test_as_many_notes_as_may_be(memory: GuestMemory, tmp_path: Path) -> None:
+    filler = note(name=b"GNU\0", kind=3, size=20)
+    notes = filler * (((1 << 16) - len(note())) // len(filler)) + note()
+    assert len(notes) > (1 << 16) - len(filler)
+    assert load(memory, tmp_path / "k", elf(notes=notes))[0] == ENTRY
+
+
+def test_segments_that_overlap_are_refused_before_anything_is_written(memory: GuestMemory, tmp_path: Path) -> None:
+    """Else a small file fills the RAM 127 times."""
+    rest = [(1, 0, MIB + 4096 * turn, 4096, 8 * MIB) for turn in range(127)]
+    with pytest.raises(ConfigError, match="its segments at 0x100000 and 0x101000 overlap"):
+        load(memory, tmp_path / "k", elf_of(*rest, (4, 0, 0, 20, 20), body=note() + bytes(8192)))
+
+
+def test_zeroing_a_large_segment_can_be_ended(memory: GuestMemory, tmp_path: Path) -> None:
+    (tmp_path / "k").write_bytes(elf(memsz=12 * MIB))
+    calls = []
+    load_payload(memory, PayloadConfig(kernel=str(tmp_path / "k")), 1, lambda: calls.append(1))
+    assert len(calls) >= 4  # 12 MiB, 4 at a time, and the file
 
 
 def test_bad_paths(memory: GuestMemory, tmp_path: Path) -> None:

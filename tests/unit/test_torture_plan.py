@@ -7,7 +7,7 @@ import pytest
 from trivmm.cli.parser import UsageError
 from trivmm.deadlines import TABLE
 from trivmm.errors import ConfigError
-from trivmm.migration.wire import MessageType
+from trivmm.migration.wire.frame import MessageType
 from trivmm.testing.torture.__main__ import main, parse
 from trivmm.testing.torture.plan import KINDS, QUICK, Act, Plan, draw, parse_kinds, parse_points
 

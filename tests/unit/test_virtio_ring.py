@@ -63,6 +63,7 @@ def test_used_elements_and_the_wrap_of_the_indices(driver: MockDriver) -> None:
         got, chain = pop(queue)
         assert got == 1
         lib.tv_queue_push(queue, chain.head, 8)
+        lib.tv_queue_publish(queue)
     assert driver.used() == [(number, 8) for number in range(5)]
     assert driver.used_index == 3
 
@@ -75,8 +76,75 @@ def test_pages_are_marked_dirty(driver: MockDriver) -> None:
         dirty[word] = 0
     _, chain = pop(queue)
     lib.tv_queue_push(queue, chain.head, 8)
+    lib.tv_queue_publish(queue)
     used_page = driver.used_gpa >> 12
     assert dirty[used_page // 64] >> used_page % 64 & 1
+
+
+def test_several_chains_are_published_together(driver: MockDriver) -> None:
+    """As one packet in several buffers is (virtio 1.2 section 5.1.6.4): the driver sees all of it or nothing."""
+    queue = driver.open()
+    chains = []
+    for number in range(3):
+        driver.offer(driver.chain(Descriptor(DATA, 8, WRITE), first=number))
+        got, chain = pop(queue)
+        assert got == 1
+        chains.append(chain)
+    for chain in chains:
+        lib.tv_queue_push(queue, chain.head, 8)
+    assert driver.used() == []
+    assert driver.interrupts() == 0
+    assert queue.taken == 3
+    lib.tv_queue_publish(queue)
+    assert driver.used() == [(0, 8), (1, 8), (2, 8)]
+    assert driver.interrupts() == 1
+    assert queue.taken == 0
+
+
+def test_chains_that_were_not_pushed_can_be_given_back(driver: MockDriver) -> None:
+    queue = driver.open()
+    for number in range(4):
+        driver.offer(driver.chain(Descriptor(DATA, 8, WRITE), first=number))
+    heads = [pop(queue)[1].head for _ in range(3)]
+    lib.tv_queue_push(queue, heads[0], 8)
+    lib.tv_queue_rewind(queue, 2)
+    assert (queue.next_avail, queue.chains) == (1, 1)
+    lib.tv_queue_publish(queue)
+    assert driver.used() == [(0, 8)]
+    assert [pop(queue)[1].head for _ in range(3)] == [1, 2, 3]
+    lib.tv_queue_rewind(queue, 100)
+    assert queue.next_avail == 1, "no further than to what was pushed"
+
+
+def test_no_more_is_taken_than_a_queue_can_hold(driver: MockDriver) -> None:
+    """A driver that offers a chain again before it was used."""
+    queue = driver.open()
+    for number in range(driver.size):
+        driver.offer(driver.chain(Descriptor(DATA, 8, WRITE), first=number))
+        assert pop(queue)[0] == 1
+    driver.offer(0)
+    assert "avail index" in refused(driver, queue)
+
+
+def test_whoever_keeps_copies_of_memory_is_told_before_the_driver(driver: MockDriver) -> None:
+    queue = driver.open()
+    seen = []
+
+    @ffi.callback("void(void *)")  # type: ignore[untyped-decorator]
+    def hook(argument: Any) -> None:
+        seen.append((int(ffi.cast("uintptr_t", argument)), driver.used_index))
+
+    driver.memory.before_told(hook, ffi.cast("void *", 7))
+    for length in (8, 8, 1):
+        driver.offer(driver.chain(Descriptor(DATA, 8, WRITE)))
+        lib.tv_queue_push(queue, pop(queue)[1].head, length)
+        lib.tv_queue_publish(queue)
+    assert seen == [(7, 0), (7, 1)], "a lone status byte is nothing to keep"
+
+
+def test_every_way_to_break_has_its_words() -> None:
+    kinds = set(ffi.typeof("enum tv_broken").elements) - {lib.TV_QUEUE_FINE}
+    assert set(BROKEN) == kinds
 
 
 # --- notifications, sections 2.7.7 and 2.7.10 ------------------------------------------------------------------
@@ -87,7 +155,7 @@ def serve(driver: MockDriver, queue: Any, count: int = 1) -> None:
         driver.offer(driver.chain(Descriptor(DATA, 8, WRITE)))
         _, chain = pop(queue)
         lib.tv_queue_push(queue, chain.head, 1)
-    lib.tv_queue_notify(queue)
+    lib.tv_queue_publish(queue)
 
 
 def test_without_event_idx_the_flag_decides(driver: MockDriver) -> None:
@@ -98,7 +166,8 @@ def test_without_event_idx_the_flag_decides(driver: MockDriver) -> None:
     driver.set_avail_flags(1)
     serve(driver, queue)
     assert driver.interrupts() == 0
-    lib.tv_queue_notify(queue)
+    driver.set_avail_flags(0)
+    lib.tv_queue_publish(queue)
     assert driver.interrupts() == 0, "nothing new: no interrupt"
 
 
@@ -128,6 +197,33 @@ def test_rearm_asks_for_the_next_and_sees_what_came_meanwhile(memory: GuestMemor
     assert driver.avail_event == 1
     driver.offer(driver.chain(Descriptor(DATA, 8, WRITE)))
     assert lib.tv_queue_rearm(queue) == 1
+    driver.close()
+
+
+def test_without_event_idx_a_flag_asks_for_silence(driver: MockDriver) -> None:
+    queue = driver.open()
+    serve(driver, queue)
+    lib.tv_queue_disarm(queue)
+    assert driver.used_flags == 1
+    assert lib.tv_queue_rearm(queue) == 0
+    assert driver.used_flags == 0
+    lib.tv_queue_disarm(queue)
+    again = driver.open(next_avail=1, next_used=1)
+    assert driver.used_flags == 1
+    assert lib.tv_queue_rearm(again) == 0
+    assert driver.used_flags == 0, "also where the walker before it ended in the middle of its work"
+
+
+def test_with_event_idx_silence_is_an_index_that_has_passed(memory: GuestMemory) -> None:
+    driver = MockDriver(memory, event_idx=True)
+    queue = driver.open()
+    lib.tv_queue_rearm(queue)
+    serve(driver, queue, 2)
+    lib.tv_queue_disarm(queue)
+    assert driver.used_flags == 0, "section 2.7.10: it stays 0"
+    assert driver.avail_event == 0
+    lib.tv_queue_rearm(queue)
+    assert driver.avail_event == 2
     driver.close()
 
 
@@ -252,6 +348,7 @@ def test_random_memory_never_leads_outside(
         assert chain.readable + chain.writable <= driver.size * 2
         assert chain.readable_bytes + chain.writable_bytes <= 1 << 30
         lib.tv_queue_push(queue, chain.head, 0)
+        lib.tv_queue_publish(queue)
     else:
         raise AssertionError("more chains than the queue can hold")
     memory.write(driver.used_gpa, bytes(128))

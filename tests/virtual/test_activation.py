@@ -18,7 +18,7 @@ from trivmm.nursery.vcpu import Vcpu, VcpuRunState
 from trivmm.state.virtio import LifeStage
 from trivmm.testing.doubles import OwnerScopedDevice, OwnerScopedServicer, WallBarrierVcpu
 from trivmm.testing.miniboard import DRIVER_READY, BareDevice, MiniBoard, bus_gpa, status_gpa
-from trivmm.testing.scripted import Compute, Wedge, task_driver
+from trivmm.testing.scripted import Compute, Wedge
 
 Guest = Generator[Any, bytes | None, None]
 Clock = trio.testing.MockClock
@@ -48,7 +48,7 @@ def beat(cpu: Any) -> Guest:
 
 @asynccontextmanager
 async def running(board: MiniBoard, deadlines: Deadlines, vcpu_type: type[Vcpu] = Vcpu) -> AsyncIterator[Machine]:
-    async with open_machine(board, deadlines, driver=task_driver, vcpu_type=vcpu_type) as machine:
+    async with open_machine(board, deadlines, vcpu_type=vcpu_type) as machine:
         await machine.resume()
         yield machine
 

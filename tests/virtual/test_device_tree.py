@@ -14,7 +14,8 @@ import trio.testing
 from trivmm import ConfigError, DiskConfig, MemoryConfig, PayloadConfig, RngConfig, VmConfig, VmState, open_vm
 from trivmm.guest import probe_path
 from trivmm.hypervisor.base import IoOut
-from trivmm.machine.board import Board, build_board
+from trivmm.machine.board import Board
+from trivmm.machine.build import build_board
 from trivmm.memory import layout
 from trivmm.testing.scripted import ScriptedHypervisor
 
@@ -117,7 +118,7 @@ def test_a_device_has_the_id_that_it_is_given(
         tree = board.device_tree()
         assert [tree[f"_virtio-pci-{name}"]["children"] for name in names] == [[name] for name in names]
         assert tree["entropy"]["parent"] == "_virtio-pci-entropy"
-        assert [disk.id for disk in board.config_as_built().disks] == names
+        assert [disk.id for disk in board.config.disks] == names
 
 
 def test_the_machines_own_ids_are_not_to_be_had() -> None:

@@ -10,9 +10,10 @@ import trio
 
 from trivmm import ConsoleConfig, Deadlines, DiskConfig, MemoryConfig, PayloadConfig, VmConfig
 from trivmm.errors import HypervisorError
-from trivmm.machine.board import Board, build_board
+from trivmm.machine.board import Board
+from trivmm.machine.build import build_board
 from trivmm.machine.machine import open_machine
-from trivmm.testing.scripted import ScriptedHypervisor, ScriptedVm, task_driver
+from trivmm.testing.scripted import ScriptedHypervisor, ScriptedVm
 
 LIMIT_S = 30
 
@@ -96,7 +97,7 @@ async def test_after_a_stop_that_fails_half_way_all_interrupts_are_connected(con
         assert isinstance(vm, BrittleVm)
         try:
             with trio.fail_after(LIMIT_S):
-                async with open_machine(board, config.deadlines, driver=task_driver) as machine:
+                async with open_machine(board, config.deadlines) as machine:
                     await machine.resume()
                     vectors = unmask_all(board)
                     before = vm.connected()
@@ -128,7 +129,7 @@ async def test_connecting_that_failed_half_way_is_made_whole_at_the_next_try(con
         assert isinstance(vm, BrittleVm)
         try:
             with trio.fail_after(LIMIT_S):
-                async with open_machine(board, config.deadlines, driver=task_driver) as machine:
+                async with open_machine(board, config.deadlines) as machine:
                     vm.fails_at = at
                     with pytest.raises(HypervisorError, match="no memory"):
                         await machine.resume()

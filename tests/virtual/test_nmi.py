@@ -11,9 +11,9 @@ import trio.testing
 
 from trivmm.deadlines import Deadlines
 from trivmm.errors import PauseTimeout
-from trivmm.machine.machine import open_machine
+from trivmm.machine.machine import Machine, open_machine
 from trivmm.testing.miniboard import MiniBoard
-from trivmm.testing.scripted import Compute, ScriptedVcpu, Wedge, task_driver
+from trivmm.testing.scripted import Compute, ScriptedVcpu, Wedge
 
 Guest = Generator[Any, bytes | None, None]
 Clock = trio.testing.MockClock
@@ -35,16 +35,20 @@ def beats(board: MiniBoard) -> list[int]:
     return [cpu.registers.get("beats", 0) for cpu in board.cpus]
 
 
+def all_paused(machine: Machine) -> bool:
+    return all(vcpu.is_paused() for vcpu in machine.vcpus.vcpus)
+
+
 async def test_every_vcpu_gets_one_while_all_are_parked_and_runs_again(
     autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deadlines = Deadlines()
     board = MiniBoard([], beat, beat, deadlines=deadlines)
-    async with open_machine(board, deadlines, driver=task_driver) as machine:
+    async with open_machine(board, deadlines) as machine:
         parked: list[bool] = []
 
         def inject(cpu: ScriptedVcpu) -> None:
-            parked.append(machine.vcpus.all_paused)
+            parked.append(all_paused(machine))
             cpu.calls.append("inject_nmi")
 
         monkeypatch.setattr(ScriptedVcpu, "inject_nmi", inject)
@@ -61,21 +65,21 @@ async def test_every_vcpu_gets_one_while_all_are_parked_and_runs_again(
 async def test_a_paused_machine_stays_paused(autojump_clock: Clock) -> None:
     deadlines = Deadlines()
     board = MiniBoard([], beat, deadlines=deadlines)
-    async with open_machine(board, deadlines, driver=task_driver) as machine:
+    async with open_machine(board, deadlines) as machine:
         await machine.resume()
         await machine.pause()
         before = beats(board)
         await machine.nmi()
         await trio.sleep(2)
         assert board.cpus[0].calls == ["inject_nmi"]
-        assert machine.vcpus.all_paused
+        assert all_paused(machine)
         assert beats(board) == before
 
 
 async def test_a_vcpu_that_does_not_stop_for_it_spoils_it_for_all(autojump_clock: Clock) -> None:
     deadlines = Deadlines()
     board = MiniBoard([], beat, wedged, deadlines=deadlines)
-    async with open_machine(board, deadlines, driver=task_driver) as machine:
+    async with open_machine(board, deadlines) as machine:
         await machine.resume()
         await trio.sleep(2)
         with pytest.raises(PauseTimeout, match="vcpu1"):

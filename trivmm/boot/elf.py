@@ -7,6 +7,7 @@ Sources: System V gABI chapters 4 and 5, Xen's ``docs/misc/pvh`` and ``elfnote.h
 
 from __future__ import annotations
 
+import itertools
 import os
 import stat
 import struct
@@ -16,13 +17,15 @@ from typing import Final
 
 import attrs
 
-from trivmm.errors import ConfigError
+from trivmm.errors import ConfigError, reason_of
 
 __all__ = ["CHUNK", "REMEDY", "KernelImage", "Segment", "UserFile", "parse_kernel"]
 
 CHUNK: Final = 4 << 20  # bytes of a file in memory at a time: images may be hundreds of MiB
 MAX_PROGRAM_HEADERS: Final = 128  # real kernels have under 10; the table is read in one piece
-MAX_NOTES_SIZE: Final = 1 << 20  # a note segment is read in one piece; real ones have under a KiB
+MAX_NOTES_BYTES: Final = (
+    1 << 16
+)  # of all note segments: each byte may be looked at twice; real kernels have under a KiB
 PT_LOAD: Final = 1
 PT_NOTE: Final = 4
 ET_EXEC, ET_DYN = 2, 3
@@ -45,8 +48,7 @@ class UserFile:
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK) if fd is None else fd
         except (OSError, ValueError) as error:
-            why = error.strerror if isinstance(error, OSError) else str(error)
-            raise self.error(f"cannot open it ({why})", "give a readable file") from error
+            raise self.error(f"cannot open it ({reason_of(error)})", "give a readable file") from error
         found = os.fstat(self._fd)
         if not stat.S_ISREG(found.st_mode):
             self.close()
@@ -129,6 +131,10 @@ def parse_kernel(file: UserFile) -> KernelImage:
         segments.append(Segment(header.offset, header.paddr, header.filesz, header.memsz))
     if not segments:
         raise file.error("it has nothing to load")
+    in_order = sorted(segments, key=lambda segment: segment.gpa)
+    for before, after in itertools.pairwise(in_order):  # so that loading takes no longer than filling the RAM once
+        if after.gpa < before.end:
+            raise file.error(f"its segments at {before.gpa:#x} and {after.gpa:#x} overlap")
     entry = _pvh_entry(file, [header for header in headers if header.kind == PT_NOTE])
     if entry is None:
         raise file.error("it has no PVH entry note")
@@ -165,9 +171,10 @@ def _program_headers(file: UserFile) -> list[_ProgramHeader]:
 
 
 def _pvh_entry(file: UserFile, headers: list[_ProgramHeader]) -> int | None:
+    total = sum(header.filesz for header in headers)  # where segments overlap, each counts: each is walked
+    if total > MAX_NOTES_BYTES:
+        raise file.error(f"its note segments have {total} bytes, more than {MAX_NOTES_BYTES}")
     for header in headers:
-        if header.filesz > MAX_NOTES_SIZE:
-            raise file.error(f"a note segment of {header.filesz} bytes is more than {MAX_NOTES_SIZE}")
         notes = file.read(header.offset, header.filesz)
         # The gABI says 8 in 64-bit files, everybody writes 4, and p_align is sometimes another section's.
         for align in (8, 4) if header.align == 8 else (4, 8):

@@ -90,12 +90,16 @@ def load_payload(
                 checkpoint()
             for gpa in range(segment.gpa + segment.filesz, segment.end, CHUNK):
                 memory.write(gpa, ZEROS[: min(CHUNK, segment.end - gpa)])
+                checkpoint()
     _write_boot_data(memory, cmdline, initramfs, tables)
     return BootEntry(image.entry_gpa, layout.PVH_START_INFO, initramfs)
 
 
 def _cmdline(text: str) -> bytes:
-    cmdline = os.fsencode(text) + b"\0"
+    try:
+        cmdline = os.fsencode(text) + b"\0"
+    except UnicodeEncodeError:
+        raise ConfigError("payload.cmdline", text, "half a surrogate pair is no text", "leave it out") from None
     if len(cmdline) > layout.CMDLINE_MAX_SIZE:
         shown, limit = text[:40] + "…", layout.CMDLINE_MAX_SIZE - 1
         raise ConfigError("payload.cmdline", shown, f"{len(cmdline) - 1} bytes are too long", f"give at most {limit}")

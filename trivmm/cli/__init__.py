@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from trivmm.cli.parser import REFUSED, USAGE, UsageError, run_parser
-from trivmm.errors import ConfigError, TrivmmError
+from trivmm.errors import ConfigError, TrivmmError, one_line
 from trivmm.signals import interruptible
 
 __all__ = ["EXIT_CRASH", "EXIT_FAILED", "EXIT_INTERRUPTED", "EXIT_USAGE", "main", "say_error"]
@@ -29,7 +29,7 @@ EXIT_INTERRUPTED: Final = 130
 def say_error(error: object) -> None:
     """One line on stderr."""
     line = " ".join(str(error).splitlines()) or type(error).__name__
-    print(f"error: {line}", file=sys.stderr, flush=True)
+    print(f"error: {one_line(line)}", file=sys.stderr, flush=True)
 
 
 def _is_built() -> bool:

@@ -13,19 +13,20 @@ import os
 import stat
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Final
 
+import attrs
 import trio
 
 from trivmm.cli.options import parse_event_monitor
 from trivmm.deadlines import Deadlines
-from trivmm.errors import ConfigError
+from trivmm.errors import ConfigError, reason_of
 from trivmm.events import EventBus, Subscription
 from trivmm.platform.sinks import FdSink
+from trivmm.unwrapped import unwrapped_nursery
 
 __all__ = ["open_event_monitor"]
 
-LOG: Final = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @asynccontextmanager
@@ -37,35 +38,46 @@ async def open_event_monitor(option: str | None, bus: EventBus, deadlines: Deadl
         yield
         return
     sink = FdSink(_opened(option))
-    failure: BaseException | None = None
     writing = trio.CancelScope(shield=True)  # what ends the VMM must not cut off what is told of its end
     try:
-        async with trio.open_nursery() as nursery:
+        async with unwrapped_nursery() as nursery:
             nursery.start_soon(_write_all, sink, bus.subscribe(), writing, name="event monitor")
             try:
                 yield
-            except trio.Cancelled:
-                raise
-            except BaseException as error:
-                failure = error  # raised again outside the nursery, so that it isn't wrapped in a group
             finally:
                 bus.close()
                 writing.deadline = trio.current_time() + deadlines.drain
     finally:
         sink.close()
-    if failure is not None:
-        raise failure
+
+
+@attrs.define(eq=False)
+class _Text:
+    """What is to be written, as :class:`FdSink` takes it."""
+
+    left: bytes
+
+    def peek(self) -> bytes:
+        return self.left
+
+    def consume(self, count: int) -> None:
+        self.left = self.left[count:]
+
+    def lend(self, count: int) -> None:
+        return None
 
 
 async def _write_all(sink: FdSink, events: Subscription, writing: trio.CancelScope) -> None:
     with writing:
         async for event in events:
-            left = (event.text(indent=2) + "\n\n").encode()
+            text = _Text((event.text(indent=2) + "\n\n").encode())
             try:
-                while left:
-                    left = left[await sink.send(left) :]
+                while text.left:
+                    await sink.take(text)
             except OSError as error:
-                LOG.warning("--event-monitor: cannot write any more (%s); the VMM goes on without it", error.strerror)
+                logger.warning(
+                    "--event-monitor: cannot write any more (%s); the VMM goes on without it", reason_of(error)
+                )
                 return
 
 
@@ -81,8 +93,8 @@ def _opened(option: str) -> int:
         access = os.O_RDWR if fifo else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         return os.open(path, access | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY, 0o644)
     except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or str(error)
-        raise ConfigError("--event-monitor path", path, f"cannot open it ({why})", "give a writable path") from error
+        why = f"cannot open it ({reason_of(error)})"
+        raise ConfigError("--event-monitor path", path, why, "give a writable path") from error
 
 
 def _inherited(option: str, fd: int) -> int:

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import attrs
 
+from trivmm.cli import EXIT_FAILED, EXIT_INTERRUPTED, say_error
 from trivmm.control.apierror import ApiError, ApiUnreachable, MigrationFailed
 
 __all__ = ["watch_move"]
@@ -25,8 +26,6 @@ __all__ = ["watch_move"]
 POLL_S: Final = 0.1
 JSON_EVERY_S: Final = 1.0  # a line at least this often while nothing else changes
 BAR: Final = 24
-EXIT_FAILED: Final = 1
-EXIT_INTERRUPTED: Final = 130
 
 Call = Callable[[str, str], Any]
 """(method, route) → the answer's JSON or None."""
@@ -67,7 +66,7 @@ def watch_move(begin: Callable[[], Any], call: Call, *, draw: bool, limit_s: flo
         if draw:
             print(f"moved: {last['round']} rounds in {last['elapsed_s']:.2f} s, downtime {last['downtime_ms']:g} ms")
         return 0
-    print(f"error: {MigrationFailed(state, details.get('error_msg', ''), last)}", file=sys.stderr, flush=True)
+    say_error(MigrationFailed(state, details.get("error_msg", ""), last))
     return EXIT_INTERRUPTED if interrupt.pressed and state == "Cancelled" else EXIT_FAILED
 
 

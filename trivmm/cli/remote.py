@@ -18,8 +18,9 @@ from trivmm.cli.move import watch_move
 from trivmm.cli.options import parse_receive, parse_send, parse_socket_path
 from trivmm.cli.parser import Parser, UsageError
 from trivmm.cli.table import table
-from trivmm.control.apierror import ApiError, ApiUnreachable, messages_of
+from trivmm.control.apierror import ApiError, ApiUnreachable, answer_of, messages_of
 from trivmm.control.contract import API_ROOT, NOT_YET_ROUTES
+from trivmm.errors import one_line, reason_of
 from trivmm.values import parse_size
 
 __all__ = ["remote"]
@@ -180,12 +181,12 @@ def call(path: str, method: str, route: str, body: bytes | None, limit_s: float)
     except TimeoutError as error:
         raise ApiUnreachable(path, f"no answer to {route} within {limit_s:g} s") from error
     except (OSError, http.client.HTTPException) as error:
-        raise ApiUnreachable(path, getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
+        raise ApiUnreachable(path, reason_of(error)) from error
     finally:
         connection.close()
     if answer.status >= 400:
         raise ApiError(answer.status, messages_of(content))
-    return json.loads(content) if content else None
+    return answer_of(content)
 
 
 def follow_events(path: str) -> int:
@@ -198,9 +199,9 @@ def follow_events(path: str) -> int:
             raise ApiError(answer.status, messages_of(answer.read(MAX_ANSWER)))
         while line := answer.readline(MAX_FILE):
             if line.startswith(b"data: "):
-                print(line.removeprefix(b"data: ").decode().rstrip(), flush=True)
+                print(one_line(line.removeprefix(b"data: ").decode(errors="replace").rstrip(), MAX_FILE), flush=True)
     except (OSError, http.client.HTTPException) as error:
-        raise ApiUnreachable(path, getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
+        raise ApiUnreachable(path, reason_of(error)) from error
     finally:
         connection.close()
     return 0

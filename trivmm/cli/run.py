@@ -24,18 +24,20 @@ import attrs
 import trio
 
 from trivmm.cli import EXIT_CRASH, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, say_error
+from trivmm.cli.log import set_up_log
 from trivmm.cli.options import parse_deadlines, parse_socket, parse_vm
 from trivmm.cli.parser import REFUSED, UsageError, run_parser
 from trivmm.cli.terminal import follow_size, is_terminal, is_typed_on, raw_terminal, restore_terminal, type_into
 from trivmm.config import VmConfig
 from trivmm.control.schema import load_config
 from trivmm.deadlines import Deadlines
-from trivmm.errors import ConfigError, GuestCrash, HypervisorError, TrivmmError
+from trivmm.errors import ConfigError, GuestCrash, HypervisorError, TrivmmError, one_line
 from trivmm.hypervisor.select import choose_hypervisor
 from trivmm.migration.progress import MigrationProgress, Phase
-from trivmm.migration.verdict import LAST_LOOK_S
+from trivmm.migration.wire.session import LAST_LOOK_S
 from trivmm.signals import Told
 from trivmm.unixsocket import SocketFd
+from trivmm.virtio.kinds import KINDS
 
 if TYPE_CHECKING:
     from trivmm.hypervisor.base import Hypervisor
@@ -44,10 +46,10 @@ if TYPE_CHECKING:
 
 __all__ = ["RunOptions", "parse_run", "run", "serve"]
 
-LOG: Final = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
+
 SWITCH_INTERVAL_S: Final = 1e-4  # the GIL's: with the default 5 ms two busy vCPU threads starve each other
-LEVELS: Final = (logging.WARNING, logging.INFO, logging.DEBUG)
-VM_OPTIONS: Final = ("cmdline", "initramfs", "cpus", "memory", "disk", "rng", "serial", "console")
+VM_OPTIONS: Final = ("cmdline", "initramfs", "cpus", "memory", "serial", *(kind.option.name for kind in KINDS))
 
 
 @attrs.frozen
@@ -107,7 +109,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def serve(options: RunOptions, faults: Faults | None = None, hypervisor: Hypervisor | None = None) -> int:
     """One VMM's life; ``faults`` and ``hypervisor`` are for ``trivmm fake``."""
-    _set_up_log(options)
+    set_up_log(options.log_file, options.verbose)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     watchdog = Watchdog(options.deadlines)
     with Told() as told, raw_terminal(bool(_terminal_lines(options.config))):
@@ -115,19 +117,6 @@ def serve(options: RunOptions, faults: Faults | None = None, hypervisor: Hypervi
             return trio.run(_Life(options, watchdog, told, faults, hypervisor).live)
         finally:
             watchdog.stop()
-
-
-def _set_up_log(options: RunOptions) -> None:
-    try:
-        if options.log_file is not None:  # a FIFO that nobody reads is an error here, where logging's open would hang
-            os.close(os.open(options.log_file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o666))
-        logging.basicConfig(
-            filename=options.log_file,
-            level=LEVELS[min(options.verbose, len(LEVELS) - 1)],
-            format="trivmm: %(relativeCreated)10.1f ms <%(threadName)s> %(levelname)s:%(name)s -- %(message)s",
-        )
-    except OSError as error:
-        raise ConfigError("--log-file", options.log_file, error.strerror or str(error), "give another path") from error
 
 
 class Watchdog:
@@ -202,7 +191,7 @@ class _Life:
 
     async def on_signal(self) -> None:
         number = await self.told.wait()
-        LOG.info("%s: ending", number.name)
+        logger.info("%s: ending", number.name)
         self.watchdog.start()
         if self.ends:
             return
@@ -217,7 +206,7 @@ class _Life:
         migration = self.vmm.committing
         if migration is None:
             return await self.vmm.settle(why)
-        LOG.warning("%s: waiting for the verdict of %s", why, migration)
+        logger.warning("%s: waiting for the verdict of %s", why, migration)
         with self.watchdog.waiting_for(migration):
             return await self.vmm.settle(why)
 
@@ -244,7 +233,7 @@ class _Life:
         from trivmm.control.routes import Router
         from trivmm.control.server import Handler, open_server
         from trivmm.events import EventBus
-        from trivmm.migration.sender import socket_dialer
+        from trivmm.migration.source.sender import socket_dialer
         from trivmm.vm import Dial
         from trivmm.vmm import VmmOptions, open_vmm
 
@@ -259,7 +248,7 @@ class _Life:
         if self.hypervisor is None:
             self.hypervisor = choose_hypervisor(options.hypervisor)
         if self.hypervisor.note:
-            LOG.warning("%s", self.hypervisor.note)
+            logger.warning("%s", self.hypervisor.note)
         behaviour = VmmOptions(options.stay_after_migration, options.stay_after_shutdown)
         events, gate = EventBus(), Gate(options.deadlines)
         end: VmmEnd | None = None
@@ -329,5 +318,5 @@ def _code_of(migration: MigrationProgress | None, code: int) -> int:
 def _tell_crash(crash: GuestCrash) -> None:
     restore_terminal()
     say_error(f"the guest crashed: vcpu{crash.vcpu}: {crash.reason}")
-    if crash.details:
-        print(crash.details, file=sys.stderr, flush=True)
+    for line in crash.details.splitlines():
+        print(one_line(line), file=sys.stderr, flush=True)

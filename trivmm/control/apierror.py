@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from trivmm.errors import TrivmmError
+from trivmm.errors import TrivmmError, shown
 
-__all__ = ["ApiError", "ApiUnreachable", "MigrationFailed", "messages_of"]
+__all__ = ["ApiError", "ApiUnreachable", "MigrationFailed", "answer_of", "messages_of"]
 
 
 class ApiError(TrivmmError):
@@ -42,6 +42,14 @@ class MigrationFailed(TrivmmError):
         self.state = state
         self.progress = progress
         super().__init__(f"the migration {state.lower()}: {reason}" if reason else f"the migration {state.lower()}")
+
+
+def answer_of(body: bytes) -> Any:
+    """The JSON of an answer, or None where it has none. :raises ApiError: it is something else."""
+    try:
+        return json.loads(body) if body else None
+    except (ValueError, RecursionError):
+        raise ApiError(200, (f"the answer is not JSON: {shown(body)}",)) from None
 
 
 def messages_of(body: bytes) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ It sets no timeouts (``timeout=None``): the caller owns the deadline, as everywh
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Final
@@ -19,19 +20,24 @@ import httpx
 import trio
 
 from trivmm.config import VmConfig
-from trivmm.control.apierror import ApiError, ApiUnreachable, MigrationFailed, messages_of
+from trivmm.control.apierror import ApiError, ApiUnreachable, MigrationFailed, answer_of, messages_of
 from trivmm.control.contract import API_ROOT
 from trivmm.control.schema import dump_config
+from trivmm.errors import ConfigError
+from trivmm.unixsocket import check_path
 
 __all__ = ["ApiError", "ApiUnreachable", "Client", "MigrationFailed"]
 
 MAX_CONNECTIONS: Final = 16  # calls in flight at once; a call that lasts must not keep a progress query waiting
 POLL_S: Final = 0.05
+JSON: Final = {"Content-Type": "application/json"}
 
 
 @attrs.define(eq=False)
 class Client:
     """A connection pool to one VMM, for the length of ``async with``.
+
+    :raises ConfigError: no socket can be at ``path``.
 
     Every method raises ``ApiError`` for an error answer and ``ApiUnreachable`` when there is no server; both are
     ``TrivmmError``. Cancelling a call closes its connection; the VMM goes on with what was asked."""
@@ -40,6 +46,7 @@ class Client:
     _http: httpx.AsyncClient = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
+        check_path(self.path, "path", self.path)
         limits = httpx.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=MAX_CONNECTIONS)
         transport = httpx.AsyncHTTPTransport(uds=self.path, limits=limits)
         self._http = httpx.AsyncClient(
@@ -56,17 +63,20 @@ class Client:
         await self._http.__aexit__(kind, error, trace)  # noqa: ASYNC102 - closes sockets, waits for nobody
 
     async def call(self, method: str, route: str, body: object = None) -> Any:
-        """``route`` such as ``vm.info``; ``body`` is JSON-able, None sends none. Gives the answer's JSON, or None."""
+        """``route`` such as ``vm.info``; ``body`` is JSON-able, None sends none. Gives the answer's JSON, or None.
+
+        :raises ConfigError: there can be no such route."""
+        if not (route.isascii() and route.isprintable()):
+            raise ConfigError("route", route, "not ASCII", "give the name of one, such as vm.info")
+        # In ASCII, as the contract wants it: what is no Unicode text is the server's to refuse, by its name.
+        content = None if body is None else json.dumps(body).encode()
         try:
-            if body is None:
-                answer = await self._http.request(method, route)
-            else:
-                answer = await self._http.request(method, route, json=body)
+            answer = await self._http.request(method, route, content=content, headers=JSON if content else None)
         except httpx.TransportError as error:
             raise ApiUnreachable(self.path, str(error) or type(error).__name__) from error
         if answer.status_code >= 400:
             raise ApiError(answer.status_code, messages_of(answer.content))
-        return answer.json() if answer.content else None
+        return answer_of(answer.content)
 
     async def ping(self) -> dict[str, Any]:
         """Version, process id, features, hypervisor."""
@@ -159,7 +169,7 @@ class Client:
 
     async def resolve_migration(self, *, force: bool = False) -> dict[str, Any]:
         """What became of a migration that ended in doubt: ``verdict``, ``reason``, ``advice``, ``in_doubt``,
-        ``forced``, as :class:`~trivmm.migration.doubt.Resolution` has them."""
+        ``forced``, as :class:`~trivmm.migration.source.doubt.Resolution` has them."""
         found: dict[str, Any] = await self.call("PUT", "vm.resolve-migration", {"force": force})
         return found
 

@@ -30,7 +30,7 @@ from trivmm.control.schema import (
     parse_json,
 )
 from trivmm.control.unknown import Unknown, UnknownKeys
-from trivmm.errors import ConfigError, TrivmmError, VmNotCreated, WrongState
+from trivmm.errors import ConfigError, TrivmmError, VmNotCreated, WrongState, shown
 from trivmm.events import Subscription
 from trivmm.vm import VmState
 from trivmm.vmm import Vmm
@@ -201,9 +201,11 @@ class Router:
             return error_response(501, API_ERROR, f"{name} failed", f"{name} is not supported yet")
         route = ROUTES.get(name) if name is not None else None
         if route is None:
-            return error_response(404, "Not Found", f"{name or 'that path'} is not a route of this API")
+            asked = "that path" if name is None else shown(name)[1:-1]
+            return error_response(404, "Not Found", f"{asked} is not a route of this API")
         if request.method != route.method:
-            return error_response(400, "Bad Request", f"{name} takes {route.method}, not {request.method}")
+            asked = shown(request.method)[1:-1]
+            return error_response(400, "Bad Request", f"{name} takes {route.method}, not {asked}")
         argument: object = self.unknown if route.unknown else None
         if route.load is not None:
             try:

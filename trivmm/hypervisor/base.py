@@ -4,24 +4,31 @@ A *back end* opens VMs; a VM back end owns memory slots, interrupt routes, doorb
 back end runs guest code until an exit that Python must handle. Three implementations: ``kvm``, ``soft`` (unicorn)
 and ``scripted`` (``trivmm.testing``). Exits are frozen classes, to be used with ``match``.
 
-Threads: ``VcpuBackend.run``, ``run_immediate``, ``complete_read`` and ``park`` belong to the vCPU's own thread;
+Most back ends run guest code in a blocking call, and so each vCPU has a thread (:class:`ThreadVcpu`); one whose time
+is virtual has trio tasks instead (:class:`TaskVcpu`).
+
+Threads: ``run``, ``run_immediate``, ``complete_read`` and ``park`` belong to the vCPU's own thread;
 ``kick`` may be called by any thread at any time, before the start and after the end too; ``save``, ``load``,
 ``inject_nmi`` and ``describe`` only while the vCPU is parked or not started. ``VmBackend`` calls come from one thread
 at a time, not always the same (``trivmm.nursery.kernel``), except ``connect_msi``/``disconnect_msi``/``add_doorbell``/
 ``remove_doorbell``, which vCPU threads make too (a guest that unmasks a vector or moves a BAR): implementations lock
 them.
+
+Implementations derive from the protocols. What a back end need not have, has a default here: nothing is probed for.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, ClassVar, Protocol, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeAlias
 
 import attrs
 
 from trivmm.values import AtMost, Name
 
 __all__ = [
+    "AnyVcpu",
     "Cpuid",
     "FailEntry",
     "Halted",
@@ -33,12 +40,14 @@ __all__ = [
     "MmioRead",
     "MmioWrite",
     "SystemEvent",
+    "TaskVcpu",
+    "ThreadVcpu",
     "TripleFault",
     "VcpuBackend",
     "VcpuExit",
     "VcpuState",
     "VmBackend",
-    "VmmState",
+    "VmBackendState",
 ]
 
 
@@ -134,7 +143,7 @@ class VcpuState:
 
 
 @attrs.frozen
-class VmmState:
+class VmBackendState:
     """The VM-wide part of a back end (interrupt controllers, PIT, clock), saved."""
 
     kind: Name
@@ -157,31 +166,19 @@ class Cpuid:
 
 
 class VcpuBackend(Protocol):
-    """One vCPU. Created parked, with the registers of a reset CPU.
+    """What may be asked of any vCPU. Created parked, with the registers of a reset CPU.
 
     ``inline_handler`` is set by the board before the start: a back end whose reads cannot leave the guest and come
     back (``soft``) answers :class:`IoIn` and :class:`MmioRead` through it, on the vCPU's own thread."""
 
     index: int
     inline_handler: Callable[[VcpuExit], bytes | None] | None
-
-    def attach_thread(self) -> None:
-        """Called first by the thread that will run this vCPU: publishes its id to ``kick``."""
-
-    def detach_thread(self) -> None:
-        """Called last by that thread: withdraws the id, so that no signal can hit a reused thread."""
-
-    def run(self) -> VcpuExit:
-        """Run guest code until an exit that Python must handle. A kick gives :class:`Interrupted`."""
-
-    def run_immediate(self) -> VcpuExit:
-        """Finish a started instruction without running another: repeat until :class:`Interrupted`."""
+    write_hook: tuple[Any, Any] | None = None
+    """What guest memory calls before the guest hears of a device's write (the arguments of
+    ``GuestMemory.before_told``); None where the CPU sees such a write by itself."""
 
     def complete_read(self, data: bytes) -> None:
         """Answer the last :class:`IoIn` or :class:`MmioRead`; consumed by the next run."""
-
-    def park(self, timeout_s: float) -> None:
-        """Wait until kicked, at most ``timeout_s`` seconds. A kick that came before makes it return at once."""
 
     def kick(self) -> None:
         """Make ``run`` or ``park`` return soon. Idempotent, any thread, any time; repeated by callers until seen."""
@@ -203,15 +200,56 @@ class VcpuBackend(Protocol):
     def describe(self) -> str:
         """RIP, registers and instruction bytes, several lines, for a crash report."""
 
+    def counters(self) -> dict[str, int]:
+        """What it counted since its creation; nothing, where it counts nothing. Any thread."""
+        return {}
+
     def close(self) -> None:
         """Idempotent."""
 
 
+class ThreadVcpu(VcpuBackend, Protocol):
+    """A vCPU that blocks while it runs: all of this is called by one thread, its own."""
+
+    threads: Literal[True] = True
+
+    def attach_thread(self) -> None:
+        """Called first by the thread that will run this vCPU: publishes its id to ``kick``."""
+
+    def detach_thread(self) -> None:
+        """Called last by that thread: withdraws the id, so that no signal can hit a reused thread."""
+
+    def run(self) -> VcpuExit:
+        """Run guest code until an exit that Python must handle. A kick gives :class:`Interrupted`."""
+
+    def run_immediate(self) -> VcpuExit:
+        """Finish a started instruction without running another: repeat until :class:`Interrupted`."""
+
+    def park(self, timeout_s: float) -> None:
+        """Wait until kicked, at most ``timeout_s`` seconds. A kick that came before makes it return at once."""
+
+
+class TaskVcpu(VcpuBackend, Protocol):
+    """A vCPU that is a trio task: the same verbs, awaited, under whatever clock trio has."""
+
+    threads: Literal[False] = False
+
+    async def run(self) -> VcpuExit: ...
+
+    async def run_immediate(self) -> VcpuExit: ...
+
+    async def park(self, timeout_s: float) -> None: ...
+
+
+AnyVcpu: TypeAlias = ThreadVcpu | TaskVcpu
+
+
 class VmBackend(Protocol):
-    """One VM. ``name`` is the back end's (``kvm``); ``live_copy`` is False where it has no dirty log."""
+    """One VM. ``name`` is the back end's (``kvm``)."""
 
     name: str
-    live_copy: bool
+    live_copy: bool = True
+    """Whether there is a dirty log; without one a VM is copied while it stands still."""
 
     def add_memory(self, slot: int, gpa: int, size: int, hva: int) -> None:
         """Give the guest RAM: ``size`` bytes at host address ``hva``, shared with the VMM."""
@@ -223,12 +261,18 @@ class VmBackend(Protocol):
         """OR the slot's dirty bits since the last harvest into ``into`` (cffi ``uint64_t *``, a bit a 4 KiB page)
         and clear them in the log."""
 
-    def create_vcpu(self, index: int) -> VcpuBackend: ...
+    def create_vcpu(self, index: int) -> AnyVcpu: ...
 
     def add_doorbell(self, fd: int, gpa: int) -> None:
         """A guest write of any size and value at ``gpa`` signals the eventfd ``fd`` instead of exiting."""
 
     def remove_doorbell(self, fd: int, gpa: int) -> None: ...
+
+    def attach_pio_hook(self, base: int, length: int, function: Any, opaque: Any) -> None:
+        """An offer: ports ``base`` … ``base + length`` can be served in C (cffi ``tv_pio_fn`` and ``void *``). A back
+        end that runs its guest in C takes it; elsewhere, and where the function declines, they are accesses like any
+        other. Before the vCPUs start; both outlive them."""
+        return None
 
     def prepare_msi(self, messages: Sequence[tuple[int, int]]) -> None:
         """Each (address, data) is connected next: what can be done for all of them at once is done. Never raises for a
@@ -245,10 +289,10 @@ class VmBackend(Protocol):
 
     def disconnect_irq(self, fd: int, gsi: int) -> None: ...
 
-    def save(self) -> VmmState:
+    def save(self) -> VmBackendState:
         """With all vCPUs parked and all interrupts disconnected."""
 
-    def load(self, state: VmmState) -> None: ...
+    def load(self, state: VmBackendState) -> None: ...
 
     def close(self) -> None:
         """After every vCPU is closed. Idempotent."""
@@ -260,10 +304,17 @@ class Hypervisor(Protocol):
     name: ClassVar[str]
 
     max_vcpus: int
-    needs_payload: bool
+    needs_payload: bool = True
     """Whether a kernel must be there to boot: false only where nothing runs it (``trivmm.testing``)."""
-    note: str
+    note: str = ""
     """Why this one and not KVM, where ``auto`` fell back; empty otherwise."""
+    threads: bool = True
+    """Whether its vCPUs are a :class:`ThreadVcpu` each. False: a :class:`TaskVcpu`, so time may be virtual, and no
+    thread is to be waited for on behalf of its VM: the clock would jump meanwhile."""
+
+    def clock(self) -> float:
+        """Seconds, in the time that its vCPUs live in. Any thread."""
+        return time.monotonic()
 
     def open_vm(self) -> VmBackend:
         """:raises HypervisorError: with a remedy, when the host cannot."""

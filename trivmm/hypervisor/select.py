@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shlex
 import sys
-from typing import Any, Final, cast
+from typing import Final
 
 from trivmm.errors import ConfigError, HypervisorError
 from trivmm.hypervisor.base import Hypervisor
@@ -58,12 +58,10 @@ def _kvm() -> Hypervisor:
 
 def _soft(note: str) -> Hypervisor:
     try:
-        from trivmm.hypervisor import soft
+        from trivmm.hypervisor.soft import SoftHypervisor
 
         if importlib.util.find_spec("unicorn") is None:
             raise ImportError("no module named unicorn")
-        made: Any = soft.SoftHypervisor()
-    except (ImportError, AttributeError) as error:
+    except ImportError as error:
         raise ConfigError("--hypervisor", "soft", f"the soft CPU is not installed ({error})", install_soft()) from error
-    made.note = note
-    return cast("Hypervisor", made)
+    return SoftHypervisor(note)

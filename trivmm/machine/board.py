@@ -1,48 +1,33 @@
-"""The board: everything of a machine that is not a task. Built in one go from a configuration, or not at all.
+"""The board: everything of a machine that is not a task (those are ``trivmm.nursery.tree``'s).
 
-``build_board`` opens files, maps RAM, makes the KVM VM and its vCPUs, and plugs the devices, in any thread, since it
-waits for the kernel; a failure anywhere closes what was opened. The board then answers every vCPU exit
-(:meth:`Board.handle_exit`, on vCPU threads), and is saved, loaded and closed as a whole. Tasks around
-it (actors, vCPUs, drain) belong to ``trivmm.nursery.tree``.
+It answers every vCPU exit (:meth:`Board.handle_exit`, on vCPU threads), and is saved, loaded and closed as a whole.
+``trivmm.machine.build`` makes it.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
-import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any, Final
 
 import attrs
 
-from trivmm._native import ffi, lib
 from trivmm.boot.pvh import check_payload, load_payload
-from trivmm.bus.space import AddressSpace, BusDevice, Effect, Range
+from trivmm.bus.space import AddressSpace, Effect
 from trivmm.config import VmConfig
-from trivmm.errors import ConfigError, TrivmmError
-from trivmm.hypervisor.base import Hypervisor, IoIn, IoOut, MmioRead, MmioWrite, VcpuBackend, VcpuExit, VmBackend
-from trivmm.memory import layout
+from trivmm.hypervisor.base import AnyVcpu, Hypervisor, IoIn, IoOut, MmioRead, MmioWrite, VcpuExit, VmBackend
 from trivmm.memory.guest import GuestMemory
 from trivmm.nursery.activation import ActivationActor
-from trivmm.platform.acpi_port import ACPI_PORTS, AcpiPort
-from trivmm.platform.cmos import CMOS_PORTS, Cmos
-from trivmm.platform.debug_ports import DEBUG_CONSOLE_PORTS, DEBUG_PORTS, DebugConsole, DebugPort
-from trivmm.platform.ged import GED_IRQ, GED_SIZE, POWER_BUTTON, Ged
-from trivmm.platform.i8042 import I8042, I8042_PORTS
+from trivmm.platform.ged import GED_IRQ, POWER_BUTTON, Ged
 from trivmm.platform.line import Line
-from trivmm.platform.pci import CONFIG_PORTS, Bar, PciBus
-from trivmm.platform.serial import COM1, COM1_IRQ, Serial
+from trivmm.platform.pci import Bar, PciBus
+from trivmm.platform.serial import COM1_IRQ, Serial
 from trivmm.platform.sinks import ClientSink, LineConfig, Sink, open_sink
-from trivmm.virtio.block import BlockDevice, check_given_once
-from trivmm.virtio.console import ConsoleDevice
 from trivmm.virtio.device import WorkerDevice
+from trivmm.virtio.kinds import KINDS
 from trivmm.virtio.pci import VirtioPciTransport
-from trivmm.virtio.rng import RngDevice
 
-__all__ = ["Board", "DeviceSlot", "build_board", "check_board", "close_sinks", "open_sinks"]
+__all__ = ["Board", "DeviceSlot", "line_configs"]
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +53,7 @@ class Board:
     says that one of them works on the board itself: then it stays open."""
 
     config: VmConfig
+    hypervisor: Hypervisor
     memory: GuestMemory
     vm: VmBackend
     pio: AddressSpace
@@ -76,15 +62,11 @@ class Board:
     serial: Serial
     ged: Ged
     fixed: dict[str, Any]
-    cpus: list[VcpuBackend] = attrs.field(factory=list)
+    cpus: list[AnyVcpu] = attrs.field(factory=list)
     devices: list[DeviceSlot] = attrs.field(factory=list)
-    console: ConsoleDevice | None = None
     stuck: list[str] = attrs.field(factory=list)
     in_use: bool = False
-    clock: Callable[[], float] = time.monotonic
-    needs_payload: bool = True
     _connected: set[int] = attrs.field(factory=set)  # ISA lines
-    _dirty_logging: bool = False
     _closed: bool = False
     _freed: bool = False
 
@@ -123,7 +105,7 @@ class Board:
         Slow, and bounded: in a thread. What ``checkpoint`` raises between two pieces of work ends it.
 
         :raises ConfigError: naming the payload's field and what is wrong with the file."""
-        if not self.needs_payload:
+        if not self.hypervisor.needs_payload:
             return
         boot = load_payload(self.memory, self.config.payload, len(self.cpus), checkpoint)
         self.cpus[0].set_boot_state(boot.entry_gpa, boot.start_info_gpa)
@@ -132,16 +114,22 @@ class Board:
         """A destination boots nothing now, but the guest may ask it for a reboot later. As slow as loading it.
 
         :raises ConfigError: when the kernel can't be used on this host."""
-        if self.needs_payload:
+        if self.hypervisor.needs_payload:
             check_payload(self.config.payload, checkpoint)
 
     # --- consoles --------------------------------------------------------------------------------------------
 
     @property
     def lines(self) -> dict[str, Line]:
-        """``serial``, and ``console`` where there is one."""
+        """``serial``, and those of the devices, such as ``console``."""
         found: dict[str, Line] = {"serial": self.serial}
-        return found if self.console is None else found | {"console": self.console.line}
+        for slot in self.devices:
+            found |= slot.backend.lines
+        return found
+
+    def terminal_resized(self) -> None:
+        for slot in self.devices:
+            slot.backend.terminal_resized()
 
     @property
     def pty_paths(self) -> dict[str, str]:
@@ -169,7 +157,7 @@ class Board:
         """The guest finds a press when it next looks, whether it runs or not."""
         self.ged.notify(POWER_BUTTON)
 
-    # --- interrupts and the dirty log: these wait for the kernel -----------------------------------------------
+    # --- interrupts: these wait for the kernel -----------------------------------------------------------------
 
     @property
     def _lines(self) -> tuple[tuple[int, int], ...]:
@@ -196,38 +184,14 @@ class Board:
                 self.vm.disconnect_irq(fd, gsi)
                 self._connected.discard(gsi)
 
-    def start_dirty_log(self) -> None:
-        for region in self.memory.regions:  # the first round sends every touched page anyway
-            lib.tv_dirty_take(region.dirty, ffi.new("uint64_t[]", region.bitmap_words), region.bitmap_words)
-        self._dirty_logging = True
-        try:
-            self.vm.set_dirty_log(True)
-        except TrivmmError:  # of one slot, perhaps: no other goes on logging for nobody
-            with suppress(TrivmmError):
-                self.stop_dirty_log()
-            raise
-
-    def stop_dirty_log(self) -> None:
-        if self._dirty_logging:
-            self._dirty_logging = False
-            self.vm.set_dirty_log(False)
-
-    def harvest_dirty(self, slot: int, into: Any) -> int:
-        region = self.memory.regions[slot]
-        if self._dirty_logging:
-            self.vm.harvest_dirty(slot, into)
-        lib.tv_dirty_take(region.dirty, into, region.bitmap_words)
-        return int(lib.tv_pages_count(into, region.bitmap_words))
-
     def committed(self) -> None:
         """The machine runs here from now on, and so do its console lines: their sinks are opened now.
 
         :raises ConfigError: when one can't be."""
-        configs: dict[str, LineConfig] = {"serial": self.config.serial, "console": self.config.console}
+        configs = line_configs(self.config)
         for name, line in self.lines.items():
             line.attach_sink(open_sink(configs[name], name, incoming=True))
-        if self.console is not None:
-            self.console.measure()
+        self.terminal_resized()
 
     # --- reading ---------------------------------------------------------------------------------------------
 
@@ -247,19 +211,12 @@ class Board:
             tree[name] = {"id": name, "resources": [], "parent": transport, "children": [], "status": status}
         return tree
 
-    def config_as_built(self) -> VmConfig:
-        """The configuration with what the build found out: the ids of the disks and the types of their images. The
-        rng's id does not show, as in Cloud Hypervisor."""
-        names = [slot.backend.name for slot in self.devices if isinstance(slot.backend, BlockDevice)]
-        disks = tuple(attrs.evolve(disk, id=name) for disk, name in zip(self.config.disks, names, strict=True))
-        return attrs.evolve(self.config, disks=disks)
-
     def counters(self) -> dict[str, dict[str, int]]:
         counted = {slot.backend.name: slot.backend.counters() | slot.actor.counters() for slot in self.devices}
         counted[SERIAL] = self.serial.counters()
         for cpu in self.cpus:
-            if hasattr(cpu, "counters"):
-                counted[f"__vcpu{cpu.index}"] = cpu.counters()
+            if own := cpu.counters():
+                counted[f"__vcpu{cpu.index}"] = own
         counted["__bus"] = {
             f"{space.name}_unhandled_{kind}": getattr(space, f"unhandled_{kind}")
             for space in (self.pio, self.mmio)
@@ -311,185 +268,18 @@ class Board:
             self.memory.close()
 
 
-def build_board(
-    config: VmConfig,
-    hypervisor: Hypervisor,
-    *,
-    on_event: EventSink = lambda kind, device, generation: None,
-    incoming: bool = False,
-    sinks: Mapping[str, Sink] = MappingProxyType({}),
-) -> Board:
-    """Build everything, or nothing, of a configuration that passed :func:`check_board`. ``incoming``: image locks and
-    the sinks of console lines wait for COMMIT. ``sinks`` are what :func:`open_sinks` gave; they stay the caller's until
-    :meth:`Board.own_sinks`, since only the trio thread may close them.
-
-    :raises ConfigError: naming the field, the value and the remedy.
-    :raises HypervisorError: when the host refuses."""
-    undo: list[Callable[[], None]] = []
-    try:
-        serial = Serial(sinks.get("serial"))
-        serial.keeps_sink = True
-        undo.append(serial.close)
-        memory = GuestMemory(layout.ram_ranges(config.memory.size))
-        undo.append(memory.close)
-        vm = hypervisor.open_vm()
-        undo.append(vm.close)
-        board = _assemble(config, hypervisor, memory, vm, serial)
-        undo = [board.close]
-        _plug_devices(board, on_event, incoming, sinks.get("console"))
-        for index in range(config.cpus.boot_vcpus):
-            cpu = vm.create_vcpu(index)
-            cpu.inline_handler = board.inline_handler(index)
-            board.cpus.append(cpu)
-            gate = getattr(cpu, "gate", None)
-            if gate is not None:  # soft translates code, and what a disk is read into may be code
-                memory.tell(gate)
-    except BaseException:
-        for step in reversed(undo):
-            step()
-        raise
-    return board
-
-
-def open_sinks(config: VmConfig, kept: Mapping[str, Sink] | None = None) -> dict[str, Sink]:
-    """The sinks of a board's console lines, for :func:`build_board`. In the trio thread. ``kept`` are those of the
-    board before (:meth:`Board.keep_sinks`), which was rebooted.
-
-    :raises ConfigError: when one can't be opened; those that were opened here are closed."""
-    configs: dict[str, LineConfig] = {"serial": config.serial}
-    if config.console.mode != "Off":
-        configs["console"] = config.console
-    sinks: dict[str, Sink] = {}
-    try:
-        for name, each in configs.items():
-            sink = kept.get(name) if kept else None
-            if sink is None:
-                sink = open_sink(each, name)
-            elif isinstance(sink, ClientSink):
-                sink.retake()  # a machine in doubt had let go of its socket
-            sinks[name] = sink
-    except BaseException:
-        close_sinks(sinks)
-        raise
-    return sinks
-
-
-def close_sinks(sinks: Mapping[str, Sink]) -> None:
-    """Idempotent. In the trio thread."""
-    for sink in sinks.values():
-        sink.close()
-
-
-def check_board(config: VmConfig, hypervisor: Hypervisor) -> None:
-    """What can be seen without opening anything.
-
-    :raises ConfigError: naming the field, the value and the remedy."""
-    if not config.payload.kernel:
-        remedy = "give the path of a PVH ELF kernel; firmware is not supported yet"
-        raise ConfigError("payload.kernel", None, "missing", remedy)
-    check_given_once(config.disks)
-    if config.cpus.boot_vcpus > hypervisor.max_vcpus:
-        raise ConfigError(
-            "cpus.boot_vcpus",
-            config.cpus.boot_vcpus,
-            f"the {hypervisor.name} back end runs at most {hypervisor.max_vcpus}",
-            f"give 1 to {hypervisor.max_vcpus}",
-        )
-    available = _host_memory()
-    if available is not None and config.memory.size > available:
-        raise ConfigError(
-            "memory.size", config.memory.size, f"more than the host's RAM and swap ({available} bytes)", "give less"
-        )
-    top = max(gpa + size for gpa, size in layout.ram_ranges(config.memory.size))
-    if top > layout.BAR64_START:
-        raise ConfigError("memory.size", config.memory.size, "reaches into the PCI window below 1 TiB", "give less")
-
-
-def _host_memory() -> int | None:
-    """MemTotal and SwapTotal in bytes, or None where /proc doesn't say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return sum(int(fields[name].split()[0]) << 10 for name in ("MemTotal", "SwapTotal"))
-    except (OSError, KeyError, ValueError):
-        return None
-
-
-def _assemble(config: VmConfig, hypervisor: Hypervisor, memory: GuestMemory, vm: VmBackend, serial: Serial) -> Board:
-    for region in memory.regions:
-        vm.add_memory(region.slot, region.gpa, region.size, region.hva)
-    pio, mmio = AddressSpace("pio"), AddressSpace("mmio")
-    pci = PciBus(mmio, config.deadlines)
-    cmos, debug_port = Cmos(config.memory.size), DebugPort()
-    guest_log = logging.getLogger("trivmm.guest")
-    ports: tuple[tuple[tuple[int, int], BusDevice, str], ...] = (
-        (CONFIG_PORTS, pci, "pci"),
-        (COM1, serial, "serial"),
-        (CMOS_PORTS, cmos, "cmos"),
-        (I8042_PORTS, I8042(), "i8042"),
-        (ACPI_PORTS, AcpiPort(), "acpi"),
-        (DEBUG_PORTS, debug_port, "debug port"),
-        (DEBUG_CONSOLE_PORTS, DebugConsole(guest_log.info), "debug console"),
-    )
-    for (first, count), device, name in ports:
-        pio.insert(Range(first, count, device, name))
-    attach = getattr(vm, "attach_pio_hook", None)
-    if attach is not None:  # kvm serves the UART inside its run loop, without Python
-        attach(*COM1, ffi.addressof(lib, "tv_uart_pio"), serial.native)
-    if hasattr(vm, "read_memory"):
-        vm.read_memory = memory.read
-    ged = Ged()  # nothing fails from here on: the board closes it
-    mmio.insert(Range(layout.GED_START, GED_SIZE, ged, "ged"))
-    fixed = {"pci": pci, "serial": serial, "cmos": cmos, "debug_port": debug_port, "ged": ged}
-    board = Board(config, memory, vm, pio, mmio, pci, serial, ged, fixed)
-    board.clock = getattr(hypervisor, "clock", time.monotonic)
-    board.needs_payload = hypervisor.needs_payload
-    return board
+def line_configs(config: VmConfig) -> dict[str, LineConfig]:
+    """What ends each console line, by the line's name."""
+    found: dict[str, LineConfig] = {"serial": config.serial}
+    for kind in KINDS:
+        for each in kind.of(config):
+            line = kind.line(each)
+            if line is not None:
+                found[kind.contract.section] = line
+    return found
 
 
 def _bar_resource(bar: Bar) -> dict[str, Any]:
     kind = "Mmio64" if bar.is_64bit else "Mmio32"
     where = {"index": bar.index, "base": bar.base, "size": bar.size, "type_": kind, "prefetchable": bar.prefetchable}
     return {"PciBar": where}
-
-
-def _disk_names(config: VmConfig) -> list[str]:
-    """Disks without an id are numbered in their order, past numbers that another device was given as its id."""
-    given = {config.rng.id, config.console.id, *(disk.id for disk in config.disks)}
-    free = (name for number in itertools.count() if (name := f"_disk{number}") not in given)
-    return [disk.id or next(free) for disk in config.disks]
-
-
-def _plug_devices(board: Board, on_event: EventSink, incoming: bool, sink: Sink | None) -> None:
-    """In Cloud Hypervisor's order: the console, unless it is off, then disks, then rng."""
-    config, memory = board.config, board.memory
-    if config.console.mode != "Off":
-        console = ConsoleDevice(config.console, memory, sink)
-        console.line.keeps_sink = True
-        _plug(board, console, on_event, slot=config.console.pci_device_id, use_64bit_bar=True)
-        board.console = console
-    for disk, name in zip(config.disks, _disk_names(config), strict=True):
-        block = BlockDevice(disk, memory, name, lock=not incoming)
-        _plug(board, block, on_event, slot=disk.pci_device_id, use_64bit_bar=False)
-    # Said from now on, at reboots and to a destination: nobody guesses again once the guest can write there.
-    board.config = attrs.evolve(config, disks=tuple(attrs.evolve(disk, image_type="Raw") for disk in config.disks))
-    rng = RngDevice(config.rng, memory)
-    _plug(board, rng, on_event, slot=config.rng.pci_device_id, use_64bit_bar=True)
-
-
-def _plug(board: Board, device: WorkerDevice, on_event: EventSink, *, slot: int | None, use_64bit_bar: bool) -> None:
-    try:
-        if any(each.backend.name == device.name for each in board.devices):
-            raise ConfigError("id", device.name, "two devices have this id", "give each its own")
-        transport = VirtioPciTransport(device, board.vm, board.config.deadlines, use_64bit_bar=use_64bit_bar)
-    except BaseException:
-        device.close()
-        raise
-    actor = ActivationActor(
-        device, transport.state, transport.handles, board.config.deadlines, transport.reset_registers, on_event
-    )
-    device.on_broken = actor.fail
-    device.on_config_change = transport.config_changed
-    board.devices.append(DeviceSlot(device, transport, actor, 0))
-    placed = board.pci.add(transport, slot)
-    board.devices[-1] = DeviceSlot(device, transport, actor, placed)

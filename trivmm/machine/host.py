@@ -16,10 +16,10 @@ from trivmm.config import VmConfig
 from trivmm.deadlines import Deadlines
 from trivmm.errors import WrongState
 from trivmm.hypervisor.base import Hypervisor
-from trivmm.machine.board import Board, build_board, check_board, close_sinks, open_sinks
+from trivmm.machine.board import Board
+from trivmm.machine.build import build_board, check_board, close_sinks, open_sinks
 from trivmm.machine.machine import Machine, open_machine
 from trivmm.nursery.kernel import KernelCalls
-from trivmm.nursery.vcpus import Driver, thread_driver
 from trivmm.platform.sinks import Sink
 from trivmm.state.stage import Stage
 
@@ -43,11 +43,10 @@ class MachineHost:
     hypervisor: Hypervisor
     deadlines: Deadlines
     nursery: trio.Nursery
-    driver: Driver
     on_event: Callable[[str, str, int], None]
     on_guest_request: Callable[[], None]
     kernel: KernelCalls = attrs.field(
-        default=attrs.Factory(lambda self: KernelCalls(self.deadlines, self.driver is thread_driver), takes_self=True),
+        default=attrs.Factory(lambda self: KernelCalls(self.deadlines, self.hypervisor.threads), takes_self=True),
         init=False,
     )
     machine: Machine | None = attrs.field(default=None, init=False)
@@ -140,7 +139,6 @@ class MachineHost:
             async with open_machine(
                 board,
                 self.deadlines,
-                driver=self.driver,
                 stage=stage,
                 kernel=self.kernel,
                 on_guest_request=self.on_guest_request,
@@ -162,7 +160,7 @@ class MachineHost:
 
     async def _aside(self, work: Callable[[], None], *, abandon: bool = False) -> None:
         """Off the trio thread; in it under virtual time, whose clock would jump meanwhile."""
-        if self.driver is thread_driver:
+        if self.hypervisor.threads:
             mine = trio.CapacityLimiter(1)  # nobody else's threads in its way
             await trio.to_thread.run_sync(work, limiter=mine, abandon_on_cancel=abandon)
         else:
@@ -170,7 +168,7 @@ class MachineHost:
 
     async def _in_pieces(self, work: Callable[[Callable[[], None]], None]) -> None:
         """The same, for work that calls back between two pieces: there a cancellation ends it."""
-        between = trio.from_thread.check_cancelled if self.driver is thread_driver else lambda: None
+        between = trio.from_thread.check_cancelled if self.hypervisor.threads else lambda: None
         await self._aside(lambda: work(between))
 
     async def end(self) -> None:

@@ -10,7 +10,6 @@ import logging
 import math
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import Any, Final
 
 import attrs
@@ -20,14 +19,15 @@ from trivmm.bus.space import GuestRequest
 from trivmm.deadlines import Deadlines
 from trivmm.errors import GuestCrash, HypervisorError, MigrationError, TrivmmError
 from trivmm.machine.board import Board
-from trivmm.machine.kernel_side import KernelSide, Wish
+from trivmm.machine.interrupts import Interrupts
 from trivmm.machine.saved import describe, load_state, save_board
+from trivmm.memory.dirty_log import DirtyLog, HostWriters
 from trivmm.memory.guest import GuestMemory
 from trivmm.nursery.activation import ActivationActor
 from trivmm.nursery.kernel import KernelCalls
 from trivmm.nursery.tree import open_tree
 from trivmm.nursery.vcpu import Vcpu
-from trivmm.nursery.vcpus import Driver, VcpuSet, thread_driver
+from trivmm.nursery.vcpus import VcpuSet
 from trivmm.platform.line import Line
 from trivmm.state.machine import Barrier, BarrierKind, MachineState, PendingReset, SavedVcpu
 from trivmm.state.stage import Ladder, Rung, Stage
@@ -52,13 +52,22 @@ class Machine:
     kernel: KernelCalls
     on_guest_request: Callable[[], None] = lambda: None
     wanted: Stage = attrs.field(default=Stage.PAUSED, init=False)  # by its owner: RUNNING or PAUSED
-    ending: bool = attrs.field(default=False, init=False)  # its board is closed next, and the kernel's part with it
     guest_request: GuestRequest | None = attrs.field(default=None, init=False)
     crash: GuestCrash | None = attrs.field(default=None, init=False)
-    ladder: Ladder = attrs.field(default=attrs.Factory(lambda self: self._ladder(), takes_self=True), init=False)
-    _side: KernelSide = attrs.field(
-        default=attrs.Factory(lambda self: self._kernel_side(), takes_self=True), init=False
+    interrupts: Interrupts = attrs.field(
+        default=attrs.Factory(
+            lambda self: Interrupts(self.kernel, self.board.connect_interrupts, self.board.disconnect_interrupts),
+            takes_self=True,
+        ),
+        init=False,
     )
+    dirty_log: DirtyLog = attrs.field(
+        default=attrs.Factory(
+            lambda self: DirtyLog((HostWriters(self.board.memory), self.board.vm), self.kernel.call), takes_self=True
+        ),
+        init=False,
+    )
+    ladder: Ladder = attrs.field(default=attrs.Factory(lambda self: self._ladder(), takes_self=True), init=False)
     _token: trio.lowlevel.TrioToken = attrs.field(factory=trio.lowlevel.current_trio_token, init=False)
 
     def _ladder(self) -> Ladder:
@@ -76,18 +85,10 @@ class Machine:
             {
                 Stage.PAUSED: Rung(self._pause_vcpus, self._resume_vcpus),
                 Stage.GATED: Rung(gate, self._open_gate),
-                Stage.DETACHED: Rung(self._detach, self._attach),
+                Stage.DETACHED: Rung(self.interrupts.detach, self._attach),
                 Stage.SAVED: Rung(nothing, thaw),
                 Stage.UNLOCKED: Rung(self._give_locks, self._take_locks),
             },
-        )
-
-    def _kernel_side(self) -> KernelSide:
-        board = self.board
-        return KernelSide(
-            self.kernel,
-            Wish(board.connect_interrupts, board.disconnect_interrupts),
-            Wish(lambda: board.start_dirty_log(), lambda: board.stop_dirty_log()),
         )
 
     @property
@@ -144,7 +145,7 @@ class Machine:
         """Connect interrupts, open the gate, let the vCPUs go. Idempotent.
 
         :raises DeadlineError: (kernel) the interrupts are not connected: nothing runs."""
-        await self._connect_interrupts()
+        await self.interrupts.attach()
         self.wanted = Stage.RUNNING
         await self.ladder.up(Stage.RUNNING)
 
@@ -198,18 +199,10 @@ class Machine:
         for slot in self.board.devices:
             slot.actor.reopen()
 
-    async def _detach(self, at_most_s: float) -> None:
-        self._side.interrupts.wanted = False
-        await self._side.settle("taking the interrupts away", self._side.interrupts, at_most_s)
-
     async def _attach(self) -> None:
         """Only says so: on the way up the guest comes first. Interrupts that it waits for are kept meanwhile, and come
-        with their connection (:meth:`_connect_interrupts`)."""
-        self._side.interrupts.wanted = True
-
-    async def _connect_interrupts(self) -> None:
-        self._side.interrupts.wanted = True
-        await self._side.settle("connecting the interrupts", self._side.interrupts)
+        with their connection."""
+        self.interrupts.wanted = True
 
     async def _give_locks(self, at_most_s: float) -> None:
         """:raises HypervisorError: while a device thread is stuck in the kernel: it could still write."""
@@ -242,32 +235,8 @@ class Machine:
     def describe(self) -> dict[str, Any]:
         return describe(self.board)
 
-    async def start_dirty_log(self) -> None:
-        log = self._side.dirty_log
-        log.wanted = True
-        try:
-            await self._side.settle("switching the dirty log on", log)
-        except BaseException:
-            log.wanted = False
-            raise
-
-    async def stop_dirty_log(self) -> None:
-        log = self._side.dirty_log
-        log.wanted = False
-        if not self.ending:
-            await self._side.settle("switching the dirty log off", log)
-
-    async def harvest_dirty(self, slot: int, into: Any) -> int:
-        work = partial(self.board.harvest_dirty, slot, into)
-        if self.vcpus.all_paused:  # no vCPU moves a BAR, which holds the kernel's lock for as long as that waits
-            return work()
-        return await self.kernel.call("reading the dirty log", work)
-
     def set_throttle(self, percent: int) -> None:
         self.vcpus.set_throttle(percent)
-
-    def log(self, event: str, **fields: Any) -> None:
-        logger.info("migration: %s %s", event, " ".join(f"{key}={value}" for key, value in fields.items()))
 
     async def stop(self, at_most_s: float) -> None:
         """Switchover steps 1 to 3. Any failure or cancellation undoes what was done, and the machine runs."""
@@ -314,7 +283,7 @@ class Machine:
         :raises TrivmmError: the locks are another's now: it stays UNLOCKED."""
         await self.ladder.up(self.wanted)
         try:
-            await self._connect_interrupts()
+            await self.interrupts.attach()
         except TrivmmError as error:
             logger.critical("the guest runs before its interrupts are connected: %s", error)
 
@@ -336,11 +305,11 @@ class Machine:
         :raises TrivmmError: / :raises ValueError: when the state makes no sense here."""
 
         def work() -> None:
-            self._side.interrupts.wanted = False
-            self._side.agree()
+            self.interrupts.wanted = False
+            self.interrupts.agree()
             load_state(self.board, state)
-            self._side.interrupts.wanted = True
-            self._side.agree()
+            self.interrupts.wanted = True
+            self.interrupts.agree()
 
         await self.kernel.call("loading the state", work)
         states = {slot.actor.name: slot.actor.state for slot in self.board.devices}
@@ -361,7 +330,7 @@ class Machine:
         takes them at once."""
         try:
             self.board.committed()
-            await self._connect_interrupts()  # they are
+            await self.interrupts.attach()  # they are
             await self.ladder.up(self.wanted)
         except BaseException:
             self.board.give_locks()
@@ -376,7 +345,6 @@ async def open_machine(
     board: Board,
     deadlines: Deadlines,
     *,
-    driver: Driver = thread_driver,
     stage: Stage = Stage.DETACHED,
     vcpu_type: type[Vcpu] = Vcpu,
     kernel: KernelCalls | None = None,
@@ -385,12 +353,19 @@ async def open_machine(
     """Run a board: its actors, lines and parked vCPU threads, see :func:`trivmm.nursery.tree.open_tree`.
 
     Nothing runs or activates before it is walked up; ``stage`` is where it starts: UNLOCKED for a destination."""
-    vcpus = VcpuSet((), deadlines, driver)
-    machine = Machine(
-        board, deadlines, vcpus, kernel or KernelCalls(deadlines, driver is thread_driver), on_guest_request
-    )
+    vcpus = VcpuSet((), deadlines)
+    calls = kernel or KernelCalls(deadlines, board.hypervisor.threads)
+    machine = Machine(board, deadlines, vcpus, calls, on_guest_request)
     vcpus.vcpus = [
-        vcpu_type(index, cpu, board.handle_exit, vcpus.on_change, machine.take_request, machine.take_crash, board.clock)
+        vcpu_type(
+            index,
+            cpu,
+            board.handle_exit,
+            vcpus.on_change,
+            machine.take_request,
+            machine.take_crash,
+            board.hypervisor.clock,
+        )
         for index, cpu in enumerate(board.cpus)
     ]
     vcpus.on_failure = machine.take_failure

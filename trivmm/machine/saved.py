@@ -17,6 +17,7 @@ from trivmm.state.platform import BoardState
 from trivmm.state.setup import DeviceSetup, MachineSetup, config_to_setup
 from trivmm.state.strict import prepare, refused, structure, unstructure
 from trivmm.state.virtio import LifeStage, SavedDevice
+from trivmm.virtio.kinds import sections
 
 __all__ = ["check_setup", "check_state", "describe", "load_state", "save_board"]
 
@@ -32,7 +33,9 @@ def describe(board: Board) -> dict[str, Any]:
     devices = {
         slot.backend.name: DeviceSetup(slot.pci_slot, unstructure(slot.backend.describe())) for slot in board.devices
     }
-    made: dict[str, Any] = unstructure(MachineSetup(config_to_setup(board.config), board.vm.name, _ram(board), devices))
+    made: dict[str, Any] = unstructure(
+        MachineSetup(config_to_setup(board.config, sections()), board.vm.name, _ram(board), devices)
+    )
     return made
 
 

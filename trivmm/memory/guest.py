@@ -61,7 +61,7 @@ class GuestMemory:
         self.regions: tuple[MemoryRegion, ...] = ()
         self._lock = threading.Lock()
         self._holds = 1
-        self._gate: Any = None
+        self._hook: Any = None
         try:
             for slot, (gpa, size) in enumerate(ranges):
                 self.regions += (self._map(slot, gpa, size),)
@@ -105,11 +105,12 @@ class GuestMemory:
         if lib.tv_memory_write(self.native, gpa, ffi.from_buffer("uint8_t[]", data), len(data)):
             raise GuestMemoryError(gpa, len(data), "write")
 
-    def tell(self, gate: Any) -> None:
-        """Devices tell ``gate`` (cffi ``struct tv_soft_gate *``) what they wrote before they tell the guest: a CPU that
-        translates code has to do it anew. Before any worker starts; the gate is kept as long as this memory."""
-        self._gate = gate
-        self.native.gate = gate
+    def before_told(self, hook: Any, argument: Any) -> None:
+        """Devices call ``hook(argument)`` (cffi ``void (*)(void *)``, any thread) after they wrote and before the guest
+        can learn of it: for a CPU that keeps copies of what it has read. Set before any worker starts; both are kept
+        as long as this memory."""
+        self._hook = hook, argument
+        self.native.before_told, self.native.before_told_argument = hook, argument
 
     def hold(self) -> None:
         """Keep the mapping until :meth:`close` was called once more."""

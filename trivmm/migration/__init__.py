@@ -1,1 +1,1 @@
-"""Live migration: wire format, transports, precopy, switchover, sender and receiver."""
+"""Live migration: what it asks of a machine (``port``), options, progress; the wire, links, pages and the two sides."""

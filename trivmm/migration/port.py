@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from trivmm.deadlines import Deadlines
+    from trivmm.memory.dirty_log import DirtyLog
     from trivmm.memory.guest import GuestMemory
     from trivmm.state.machine import MachineState
 
@@ -31,20 +32,9 @@ class SourceMachine(Protocol):
     def describe(self) -> dict[str, Any]:
         """JSON-able SETUP section: everything that the destination needs to build the same machine."""
 
-    async def start_dirty_log(self) -> None:
-        """From now on every write, by guest or host, is seen by the next harvest; what was written before is not
-        (clear the host writers' log: the first round sends every touched page anyway). Not cut short by a cancellation.
-
-        :raises DeadlineError: (kernel) it is not on, or will be taken off again by itself."""
-
-    async def stop_dirty_log(self) -> None:
-        """Idempotent. :raises DeadlineError: (kernel) it goes off by itself, later."""
-
-    async def harvest_dirty(self, slot: int, into: Any) -> int:
-        """OR both dirty logs of a region (guest's and host writers') into ``into`` (cffi ``uint64_t *``), clear
-        them, and give the number of pages dirty in ``into`` now. Not cut short by a cancellation.
-
-        :raises DeadlineError: (kernel)."""
+    @property
+    def dirty_log(self) -> DirtyLog:
+        """Of every writer: guest and host. Its calls are not cut short by a cancellation."""
 
     def set_throttle(self, percent: int) -> None:
         """0 takes it off."""
@@ -66,8 +56,6 @@ class SourceMachine(Protocol):
 
     async def take_locks(self) -> None:
         """All of them, whichever are missing. :raises ConfigError: when another process has one."""
-
-    def log(self, event: str, **fields: Any) -> None: ...
 
 
 class DestinationMachine(Protocol):

@@ -21,7 +21,7 @@ from trivmm.errors import IllegalTransition
 
 __all__ = ["Downtime", "MigrationProgress", "MigrationReport", "Phase", "Round", "Tracker"]
 
-LOG: Final = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 PUSH_INTERVAL_S: Final = 0.05
 MAX_ROUNDS_KEPT: Final = 256  # of a migration that never converges, the latest
 PAGE_BYTES: Final = 4096
@@ -196,7 +196,7 @@ class Tracker:
             self.callback(self.snapshot())
         except Exception:
             if not self._callback_failed:
-                LOG.exception("a progress callback failed; the migration goes on")
+                logger.exception("a progress callback failed; the migration goes on")
             self._callback_failed = True
 
     def snapshot(self) -> MigrationProgress:

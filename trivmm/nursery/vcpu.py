@@ -2,14 +2,14 @@
 
 The *program* is a generator that never blocks: it yields what to do next (run guest code, finish the started
 instruction, park) and is sent the result. Two drivers execute it: :func:`drive_thread` on the vCPU's own OS thread
-(``kvm``, ``soft``), :func:`drive_task` as a trio task (``scripted``, virtual time). So the rules that decide whether
-a migration deadlocks are the same code in production and under the autojump clock.
+(``kvm``, ``soft``), :func:`drive_task` as a trio task (``trivmm.testing.scripted``, virtual time). So the rules that
+decide whether a migration deadlocks are the same code in production and under the autojump clock.
 
 The activation barrier is a *checkpoint, not a wall*: a vCPU parked there sees a pause, a stop and a kick at once,
-and parks again after resume until its ticket is settled. Every parked wait is ``VcpuBackend.park``, one primitive
+and parks again after resume until its ticket is settled. Every parked wait is the back end's ``park``, one primitive
 that a kick always ends.
 
-A :class:`VcpuTask` belongs to the vCPU nursery of its machine, from start to ``stop``.
+A :class:`Vcpu` belongs to the vCPU nursery of its machine, from start to ``stop``.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from trivmm.bus.space import Effect, GuestRequest
 from trivmm.bus.ticket import Ticket
 from trivmm.errors import GuestCrash, IllegalTransition
 from trivmm.hypervisor.base import (
+    AnyVcpu,
     FailEntry,
     Halted,
     InternalError,
@@ -35,12 +36,13 @@ from trivmm.hypervisor.base import (
     MmioRead,
     MmioWrite,
     SystemEvent,
+    TaskVcpu,
+    ThreadVcpu,
     TripleFault,
-    VcpuBackend,
     VcpuExit,
 )
 
-__all__ = ["PARK_SLICE_S", "ExitHandler", "Operation", "Vcpu", "VcpuRunState", "drive_thread"]
+__all__ = ["PARK_SLICE_S", "ExitHandler", "Operation", "Vcpu", "VcpuRunState", "drive_task", "drive_thread"]
 
 PARK_SLICE_S: Final = 1.0  # a parked vCPU looks at its request word at least this often, even if a kick were lost
 THROTTLE_PERIOD_S: Final = 0.01  # one duty cycle; short against a guest's own timeouts
@@ -93,7 +95,7 @@ class Vcpu:
     """
 
     index: int
-    cpu: VcpuBackend
+    cpu: AnyVcpu
     handle: ExitHandler
     on_change: Callable[[], None]
     on_request: Callable[[int, GuestRequest], None]
@@ -285,25 +287,39 @@ class Vcpu:
         return GuestRequest("crash", what)
 
 
-def drive_thread(vcpu: Vcpu) -> str:
+def drive_thread(cpu: ThreadVcpu, program: Program) -> str:
     """Run a vCPU's program on this thread until it ends. Blocks, but only in calls that a kick ends."""
-    cpu = vcpu.cpu
     cpu.attach_thread()
     try:
-        program = vcpu.program()
-        run, finish, park, send = cpu.run, cpu.run_immediate, cpu.park, program.send
         answer: VcpuExit | None = None
         while True:
             try:
-                operation = send(answer)
+                operation = program.send(answer)
             except StopIteration as end:
                 return str(end.value)
+            answer = None
             if operation == "run":
-                answer = run()
+                answer = cpu.run()
             elif operation == "finish":
-                answer = finish()
+                answer = cpu.run_immediate()
             else:
-                park(operation)
-                answer = None
+                cpu.park(operation)
     finally:
         cpu.detach_thread()
+
+
+async def drive_task(cpu: TaskVcpu, program: Program) -> str:
+    """The same in this task."""
+    answer: VcpuExit | None = None
+    while True:
+        try:
+            operation = program.send(answer)
+        except StopIteration as end:
+            return str(end.value)
+        answer = None
+        if operation == "run":
+            answer = await cpu.run()
+        elif operation == "finish":
+            answer = await cpu.run_immediate()
+        else:
+            await cpu.park(operation)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import attrs
@@ -17,22 +17,23 @@ import trio
 
 from trivmm.deadlines import Deadlines
 from trivmm.errors import DeadlineError
-from trivmm.nursery.vcpu import Vcpu, VcpuRunState, drive_thread
+from trivmm.nursery.vcpu import Vcpu, VcpuRunState, drive_task, drive_thread
 
-__all__ = ["Driver", "VcpuSet", "thread_driver"]
+__all__ = ["VcpuSet"]
 
 logger = logging.getLogger(__name__)
 
 KICK_BACKOFF_FIRST_S: Final = 0.005  # a kick can be lost to a starved thread: it is repeated until acknowledged
 KICK_BACKOFF_MAX_S: Final = 0.2
 
-Driver = Callable[[Vcpu], Awaitable[str]]
 
-
-async def thread_driver(vcpu: Vcpu) -> str:
-    """One OS thread per vCPU, with a limiter of its own: a vCPU holds its token for life."""
+async def _drive(vcpu: Vcpu) -> str:
+    cpu, program = vcpu.cpu, vcpu.program()
+    if not cpu.threads:
+        return await drive_task(cpu, program)
+    mine = trio.CapacityLimiter(1)  # a vCPU holds its token for life
     return await trio.to_thread.run_sync(
-        drive_thread, vcpu, limiter=trio.CapacityLimiter(1), thread_name=vcpu.name, abandon_on_cancel=False
+        drive_thread, cpu, program, limiter=mine, thread_name=vcpu.name, abandon_on_cancel=False
     )
 
 
@@ -42,11 +43,8 @@ def _raise_failure(vcpu: Vcpu, error: Exception) -> None:
 
 @attrs.define(eq=False)
 class VcpuSet:
-    """``driver`` runs one vCPU until it stops (:func:`thread_driver`, or the scripted one of ``trivmm.testing``)."""
-
     vcpus: Sequence[Vcpu]
     deadlines: Deadlines
-    driver: Driver = thread_driver
     on_failure: Callable[[Vcpu, Exception], None] = attrs.field(default=_raise_failure, init=False)
     """Called in the trio thread when a vCPU's program raises; set by the machine."""
     _changed: trio.Event = attrs.field(factory=trio.Event, init=False)
@@ -72,7 +70,7 @@ class VcpuSet:
             with trio.CancelScope(shield=True) as scope:
                 self._scopes.append(scope)
                 try:
-                    await self.driver(vcpu)
+                    await _drive(vcpu)
                 except trio.Cancelled:
                     vcpu.request_stop()  # only stop() cancels this scope, after its deadline
                     raise
@@ -126,10 +124,6 @@ class VcpuSet:
         """Let every vCPU go on; one that stood at a barrier stands there again until it is settled."""
         for vcpu in self.vcpus:
             vcpu.release_pause()
-
-    @property
-    def all_paused(self) -> bool:
-        return all(vcpu.is_paused() for vcpu in self.vcpus)
 
     def set_throttle(self, percent: int) -> None:
         for vcpu in self.vcpus:

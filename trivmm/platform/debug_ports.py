@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Final
 
 from trivmm.bus.space import Effect
+from trivmm.errors import one_line
 from trivmm.state.platform import DebugPortState
 
 __all__ = ["DEBUG_CONSOLE_PORTS", "DEBUG_PORTS", "DebugConsole", "DebugPort"]
@@ -17,6 +18,7 @@ __all__ = ["DEBUG_CONSOLE_PORTS", "DEBUG_PORTS", "DebugConsole", "DebugPort"]
 DEBUG_PORTS: Final = (0x80, 1)  # first port and count
 DEBUG_CONSOLE_PORTS: Final = (0x402, 1)
 LINE_BYTES: Final = 1024  # a guest that never ends its line gets it cut here
+ESCAPED: Final = 6  # characters of a byte's longest escape, so that nothing is cut twice
 
 
 class DebugPort:
@@ -45,7 +47,8 @@ class DebugPort:
 
 
 class DebugConsole:
-    """Gives whole lines to ``log``, from the writing vCPU's thread; ``log`` never blocks."""
+    """Gives whole lines to ``log``, from the writing vCPU's thread; ``log`` never blocks. What a terminal would act on
+    is escaped."""
 
     PRESENT: Final = 0xE9  # what a read answers when the port exists
 
@@ -71,5 +74,5 @@ class DebugConsole:
         finally:
             self._lock.release()
         for line in lines:
-            self._log(line.decode("utf-8", "backslashreplace").rstrip("\r"))
+            self._log(one_line(line.decode("utf-8", "backslashreplace").rstrip("\r"), ESCAPED * LINE_BYTES))
         return None

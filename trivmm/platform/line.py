@@ -2,9 +2,9 @@
 
 The serial port and the virtio console are lines. Owned by the board; :meth:`Line.run` is a task of the device nursery.
 
-Nothing is lost on the way to the sink: a byte leaves the ring only when the sink has taken it, and a slow sink fills
-the ring until the guest waits. A sink that fails (disk full, reader gone) is logged, named in ``sink_error`` and
-replaced by none.
+Nothing is lost on the way to the sink, and nothing goes there twice: a byte leaves the ring in the step in which the
+sink has taken it, and a slow sink fills the ring until the guest waits. A sink that fails (disk full, reader gone) is
+logged and replaced by none.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ import os
 from collections.abc import Callable
 from typing import Any, Final
 
-import attrs
 import trio
 
-from trivmm._native import ffi
-from trivmm.platform.sinks import ClientSink, FdSink, NullSink, Sink
+from trivmm._native import ffi, lib
+from trivmm.platform.sinks import ClientSink, NullSink, Sink
 
-__all__ = ["Line", "RingCalls", "Subscription", "dump_rings", "load_rings"]
+__all__ = ["Line", "Subscription", "dump_rings", "load_rings"]
 
 logger = logging.getLogger(__name__)
 
@@ -28,37 +27,34 @@ TAIL_BYTES: Final = 1 << 20
 CHUNK: Final = 16384  # bytes a sink gets at once: small enough that a drain's deadline is looked at in between
 
 
-@attrs.frozen
-class RingCalls:
-    """What a device's C offers for its rings; each takes the native object first."""
-
-    peek_tx: Callable[[Any, Any, int], int]
-    consume_tx: Callable[[Any, int], None]
-    tx_used: Callable[[Any], int]
-    push_rx: Callable[[Any, Any, int], int]
-    rx_room: Callable[[Any], int]
-    thaw: Callable[[Any], None]
-
-
 class Line:
-    """``native`` is the C object, made by ``make(ready_fd)``: it signals that descriptor when there is output, or room
-    again for input that found none."""
+    """``native`` is the device's C object and ``rings`` its part that is of ``ffi/line.h``: it signals its ready
+    descriptor when there is output, or room again for input that found none."""
 
-    def __init__(self, name: str, calls: RingCalls, make: Callable[[int], Any], sink: Sink | None) -> None:
-        """:raises MemoryError:"""
+    def __init__(
+        self,
+        name: str,
+        sink: Sink | None,
+        make: Callable[[int], Any],
+        free: Callable[[Any], None],
+        rings_of: Callable[[Any], Any],
+    ) -> None:
+        """``make`` gets the ready descriptor. The C object is freed with the last reference to it, which a thread that
+        is stuck keeps. :raises MemoryError:"""
         self.name = name
-        self.sink_error: OSError | None = None
         self.keeps_sink = False
         """Set where the sink goes on to another machine: neither flushed nor closed with this one."""
-        self._calls = calls
         self._ready_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.native = make(self._ready_fd)
-        if self.native == ffi.NULL:
+        native = make(self._ready_fd)
+        if native == ffi.NULL:
             os.close(self._ready_fd)
             raise MemoryError(name)
+        self.native = ffi.gc(native, free)
+        self.rings = rings_of(self.native)
         self._sink = sink
         self._buffer = ffi.new("uint8_t[]", CHUNK)
-        self._in_flight = 0
+        self._piece = b""  # as last peeked
+        self._lent = 0  # bytes of it that a thread is writing
         self._held = False  # saved: input that came now would be lost
         self._tail = bytearray()
         self._total = 0
@@ -72,7 +68,7 @@ class Line:
     @property
     def room(self) -> int:
         """Bytes that :meth:`push_input` would take now."""
-        return 0 if self._held else int(self._calls.rx_room(self.native))
+        return 0 if self._held else int(lib.tv_line_rx_room(self.rings))
 
     async def until_room(self) -> None:
         """Wait until the guest has made room for input. The caller bounds it."""
@@ -87,7 +83,7 @@ class Line:
         """Give the guest input; gives how many bytes found room."""
         if self._held:
             return 0
-        taken = int(self._calls.push_rx(self.native, ffi.from_buffer("uint8_t[]", data), len(data)))
+        taken = int(lib.tv_line_push_rx(self.rings, ffi.from_buffer("uint8_t[]", data), len(data)))
         self._typed += taken
         return taken
 
@@ -136,8 +132,8 @@ class Line:
     async def _drain(self) -> None:
         while True:
             moved = self._moved
-            while self._sink is not None and await self._send_piece(self._sink):
-                pass
+            while (sink := self._sink) is not None and self.peek():
+                await self._take_piece(sink)
             await moved.wait()
 
     async def _serve(self) -> None:
@@ -153,26 +149,30 @@ class Line:
             else:
                 await moved.wait()
 
-    async def _send_piece(self, sink: Sink) -> bool:
-        """Hand one piece to the sink. False when there is nothing to send."""
-        length = int(self._calls.peek_tx(self.native, self._buffer, CHUNK))
-        if not length:
-            return False
-        piece = bytes(ffi.buffer(self._buffer, length))
-        self._in_flight = length if isinstance(sink, FdSink) and sink.threaded else 0
+    async def _take_piece(self, sink: Sink) -> None:
         try:
-            sent = await sink.send(piece)
-        except OSError as error:
-            self.sink_error = error
+            await sink.take(self)
+        except (OSError, trio.ClosedResourceError) as error:
+            if self._sink is not sink:  # another was attached meanwhile, and this one closed
+                return
+            if not isinstance(error, OSError):
+                raise
             logger.warning("%s: cannot write the output any more (%s); the guest goes on without it", self.name, error)
-            if self._sink is sink:
-                self.attach_sink(NullSink())
-            return True
-        finally:
-            self._in_flight = 0
-        self._calls.consume_tx(self.native, sent)
-        self._observe(piece[:sent])
-        return True
+            self.attach_sink(NullSink())
+
+    def peek(self) -> bytes:
+        """See :class:`~trivmm.platform.sinks.GuestOutput`."""
+        length = int(lib.tv_line_peek_tx(self.rings, self._buffer, CHUNK))
+        self._piece = bytes(ffi.buffer(self._buffer, length))
+        return self._piece
+
+    def lend(self, count: int) -> None:
+        self._lent = count
+
+    def consume(self, count: int) -> None:
+        lib.tv_line_consume_tx(self.rings, count)
+        self._lent = 0
+        self._observe(self._piece[:count])
 
     def _observe(self, data: bytes) -> None:
         self._tail += data
@@ -186,9 +186,9 @@ class Line:
         what is left stays in the ring and is part of the saved state."""
         with trio.move_on_after(at_most_s):
             await trio.lowlevel.checkpoint()
-            while self._calls.tx_used(self.native) and not self._held:
+            while lib.tv_line_tx_used(self.rings) and not self._held:
                 await self._news.wait()
-        return not self._calls.tx_used(self.native)
+        return not lib.tv_line_tx_used(self.rings)
 
     async def flush(self) -> None:
         """At the end of a machine: a client that reads gets what its sink keeps for it. The caller bounds it."""
@@ -212,30 +212,18 @@ class Line:
         """Watch the output from a position on; from here when None."""
         return Subscription(self, self._total if since is None else since)
 
-    async def wait_for(self, text: str | bytes, since: int = 0) -> int:
-        """Wait until ``text`` is in the output at or after ``since``; gives the position after it. The caller
-        bounds the wait. Sees the last MiB only."""
-        wanted = text.encode() if isinstance(text, str) else text
-        await trio.lowlevel.checkpoint()
-        while True:
-            news, found = self._news, self.tail(since).find(wanted)
-            if found >= 0:
-                return max(since, self._total - len(self._tail)) + found + len(wanted)
-            since = max(since, self._total - len(wanted) + 1)
-            await news.wait()
-
     # --- a migration ---------------------------------------------------------------------------------------
 
     def hold(self) -> int:
         """The state is being saved: no more input until :meth:`thaw`. Gives the length of the output that a thread is
         writing this moment, which does not travel."""
         self._held = True
-        return self._in_flight
+        return self._lent
 
     def thaw(self) -> None:
         """A saved state was not used, or one was loaded: go on. Idempotent; for an undone switchover and for resume."""
         self._held = False
-        self._calls.thaw(self.native)
+        lib.tv_line_thaw(self.rings)
 
     def release(self) -> None:
         """See :meth:`ClientSink.release`."""
@@ -251,13 +239,18 @@ class Line:
         counted = {"tx_bytes": self._total, "rx_bytes": self._typed}
         return counted | self._sink.counters() if isinstance(self._sink, ClientSink) else counted
 
+    @property
+    def closed(self) -> bool:
+        return self._ready_fd < 0
+
     def close(self) -> None:
-        """After ``run`` has ended. Idempotent."""
-        fd, self._ready_fd = self._ready_fd, -1
-        if fd < 0:
+        """After ``run`` has ended. Idempotent. Nothing is signalled any more."""
+        if self.closed:
             return
+        fd, self._ready_fd = self._ready_fd, -1
         if self._sink is not None and not self.keeps_sink:
             self._sink.close()
+        lib.tv_line_close(self.rings)
         os.close(fd)
 
 
@@ -279,7 +272,7 @@ class Subscription:
 
 
 def dump_rings(native: Any) -> tuple[bytes, bytes]:
-    """(output, input) in the rings of a C state struct."""
+    """(output, input) in a ``struct tv_line_state``."""
     tx, rx = (bytes(ffi.buffer(getattr(native, name), getattr(native, f"{name}_len"))) for name in ("tx", "rx"))
     return tx, rx
 

@@ -7,11 +7,11 @@ vCPU threads touch only the C object, most of them without Python (``tv_uart_pio
 from __future__ import annotations
 
 import os
-from typing import Final
+from typing import Any, Final
 
 from trivmm._native import ffi, lib
 from trivmm.bus.space import Effect
-from trivmm.platform.line import Line, RingCalls, dump_rings, load_rings
+from trivmm.platform.line import Line, dump_rings, load_rings
 from trivmm.platform.sinks import Sink
 from trivmm.state.platform import SerialState
 
@@ -20,14 +20,6 @@ __all__ = ["COM1", "COM1_IRQ", "Serial"]
 COM1: Final = (0x3F8, 8)  # first port and count
 COM1_IRQ: Final = 4
 _REGISTERS: Final = ("ier", "fcr", "lcr", "mcr", "msr", "scr", "dll", "dlm")
-_CALLS: Final = RingCalls(
-    lib.tv_uart_peek_tx,
-    lib.tv_uart_consume_tx,
-    lib.tv_uart_tx_used,
-    lib.tv_uart_push_rx,
-    lib.tv_uart_rx_room,
-    lib.tv_uart_thaw,
-)
 
 
 class Serial(Line):
@@ -36,10 +28,13 @@ class Serial(Line):
     def __init__(self, sink: Sink | None = None) -> None:
         self.irq_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         try:
-            super().__init__("serial", _CALLS, lambda ready_fd: lib.tv_uart_new(self.irq_fd, ready_fd), sink)
+            super().__init__("serial", sink, self._make, lib.tv_uart_free, lib.tv_uart_line)
         except BaseException:
             os.close(self.irq_fd)
             raise
+
+    def _make(self, ready_fd: int) -> Any:
+        return lib.tv_uart_new(self.irq_fd, ready_fd)
 
     # --- the guest's side ----------------------------------------------------------------------------------
 
@@ -63,7 +58,7 @@ class Serial(Line):
         writes again or :meth:`thaw`."""
         native = ffi.new("struct tv_uart_state *")
         lib.tv_uart_save(self.native, native, self.hold())
-        tx, rx = dump_rings(native)
+        tx, rx = dump_rings(native.line)
         registers = {name: getattr(native, name) for name in _REGISTERS}
         return SerialState(
             **registers, thre_pending=bool(native.thre_pending), overrun=bool(native.overrun), tx=tx, rx=rx
@@ -76,16 +71,15 @@ class Serial(Line):
         native = ffi.new("struct tv_uart_state *")
         for name in (*_REGISTERS, "thre_pending", "overrun"):
             setattr(native, name, getattr(state, name))
-        load_rings(native, state.tx, state.rx)
+        load_rings(native.line, state.tx, state.rx)
         lib.tv_uart_load(self.native, native)
 
     def counters(self) -> dict[str, int]:
         return super().counters() | {"tx_dropped": int(lib.tv_uart_tx_dropped(self.native))}
 
     def close(self) -> None:
-        """After ``run`` and every vCPU thread has ended. Idempotent."""
+        """After ``run`` has ended. Idempotent."""
+        closed = self.closed
         super().close()
-        native, self.native = self.native, ffi.NULL
-        if native != ffi.NULL:
-            lib.tv_uart_free(native)
+        if not closed:
             os.close(self.irq_fd)

@@ -5,6 +5,10 @@ comes and goes, over a pseudo-terminal or a unix socket. It never keeps the gues
 is kept, the last MiB of it, and the next client gets that first; what is pushed out is counted. (A pseudo-terminal's
 own buffer in the kernel holds some 4 KiB more, from before.) Input is taken from a client only as the guest makes room.
 
+A sink takes output from the line's ring itself, and tells it in the very step in which it has some: no await stands
+between, so a state that is saved at any moment has what the sink has not, and nothing else. Only what a thread is
+writing can't be told apart; it is the sink's from the start.
+
 A sink outlives its machine where the guest reboots: the path stays, and so does the client. While no machine runs it,
 nothing moves.
 """
@@ -22,10 +26,21 @@ from typing import Final, Protocol, TypeAlias
 import trio
 
 from trivmm.config import ConsoleConfig, SerialConfig
-from trivmm.errors import ConfigError
+from trivmm.errors import ConfigError, reason_of
 from trivmm.unixsocket import listen_unix
 
-__all__ = ["ClientSink", "FdSink", "GuestInput", "LineConfig", "NullSink", "PtySink", "Sink", "SocketSink", "open_sink"]
+__all__ = [
+    "ClientSink",
+    "FdSink",
+    "GuestInput",
+    "GuestOutput",
+    "LineConfig",
+    "NullSink",
+    "PtySink",
+    "Sink",
+    "SocketSink",
+    "open_sink",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +53,24 @@ ACCEPT_PAUSE_S: Final = 0.1  # after EMFILE and its like: the listener would be 
 LineConfig: TypeAlias = SerialConfig | ConsoleConfig
 
 
+class GuestOutput(Protocol):
+    """The guest's end of a line, as its sink takes from it."""
+
+    def peek(self) -> bytes:
+        """The oldest output, at most a piece. Nothing where there is none, or where it is a saved state's by now."""
+
+    def consume(self, count: int) -> None:
+        """The sink has the first so many bytes of the last :meth:`peek`. Called in the step in which it got them."""
+
+    def lend(self, count: int) -> None:
+        """A thread writes the first so many bytes of the last :meth:`peek` from now on: they are the sink's, whatever
+        comes of it. 0: it has ended; :meth:`consume` says so too."""
+
+
 class Sink(Protocol):
-    async def send(self, data: bytes) -> int:
-        """Take some of ``data``; gives how many bytes, at least one. Once begun, a write that a thread makes is
-        not abandoned: cancellation takes effect before it or at the next. :raises OSError: when it cannot."""
+    async def take(self, output: GuestOutput) -> None:
+        """Wait until this sink can take something, then take it, if it is still there. What a thread has begun to
+        write is not abandoned: cancellation takes effect before it or at the next. :raises OSError: when it cannot."""
 
     def close(self) -> None: ...
 
@@ -59,9 +88,9 @@ class GuestInput(Protocol):
 
 
 class NullSink:
-    async def send(self, data: bytes) -> int:
+    async def take(self, output: GuestOutput) -> None:
         await trio.lowlevel.checkpoint()
-        return len(data)
+        output.consume(len(output.peek()))
 
     def close(self) -> None:
         return None
@@ -73,23 +102,46 @@ class FdSink:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self.threaded = stat.S_ISREG(os.fstat(fd).st_mode)
+        self._threaded = stat.S_ISREG(os.fstat(fd).st_mode)
         self._limiter = trio.CapacityLimiter(1)
-        if not self.threaded:
+        if not self._threaded:
             os.set_blocking(fd, False)
 
-    async def send(self, data: bytes) -> int:
-        if self.threaded:
-            return await trio.to_thread.run_sync(os.write, self._fd, data, limiter=self._limiter)
+    async def take(self, output: GuestOutput) -> None:
+        if self._threaded:
+            await self._take_in_thread(output)
+            return
         while True:
-            await trio.lowlevel.checkpoint_if_cancelled()
+            await trio.lowlevel.checkpoint()
+            data = output.peek()  # again, after each wait
+            if not data:
+                return
             try:
-                sent = os.write(self._fd, data)
+                output.consume(os.write(self._fd, data))
+                return
             except BlockingIOError:
                 await trio.lowlevel.wait_writable(self._fd)  # bounded by the owner: a slow sink may be slow for ever
-            else:
-                await trio.lowlevel.cancel_shielded_checkpoint()
-                return sent
+
+    async def _take_in_thread(self, output: GuestOutput) -> None:
+        data = output.peek()
+        output.lend(len(data))
+        try:
+            written = await trio.to_thread.run_sync(self._write_all, data, limiter=self._limiter)
+        finally:
+            output.lend(0)
+        output.consume(written)
+
+    def _write_all(self, data: bytes) -> int:
+        """In a thread. Less than all where the next write will say why."""
+        at = 0
+        while at < len(data):
+            try:
+                at += os.write(self._fd, data[at:])
+            except OSError:
+                if not at:
+                    raise
+                break
+        return at
 
     def size(self) -> tuple[int, int]:
         """(columns, rows) of a terminal; zeros of anything else."""
@@ -102,7 +154,7 @@ class FdSink:
     def close(self) -> None:
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            if not self.threaded:
+            if not self._threaded:
                 trio.lowlevel.notify_closing(fd)
             os.close(fd)
 
@@ -119,9 +171,10 @@ class ClientSink:
         self._news = trio.Event()  # set, and replaced, with every piece of output
         self._taken = trio.Event()  # the same with every piece that the client took
 
-    async def send(self, data: bytes) -> int:
+    async def take(self, output: GuestOutput) -> None:
         """All of it, always, at once."""
         await trio.lowlevel.checkpoint()
+        data = output.peek()
         self._backlog += data
         over = len(self._backlog) - BACKLOG_BYTES
         if over > 0:
@@ -129,7 +182,7 @@ class ClientSink:
             self.dropped += over
         self._news, news = trio.Event(), self._news
         news.set()
-        return len(data)
+        output.consume(len(data))
 
     async def flush(self) -> None:
         """Wait until the client has what was sent, if there is one, and as long as it reads. Bounded by the caller."""
@@ -163,8 +216,8 @@ class ClientSink:
                     lost = error
                     nursery.cancel_scope.cancel()
 
-            nursery.start_soon(until_lost, lambda: self._write(fd))
-            nursery.start_soon(until_lost, lambda: self._read(fd, guest))
+            nursery.start_soon(until_lost, lambda: self._write(fd), name="guest to client")
+            nursery.start_soon(until_lost, lambda: self._read(fd, guest), name="client to guest")
         return lost
 
     async def _write(self, fd: int) -> None:
@@ -223,7 +276,9 @@ class PtySink(ClientSink):
         except OSError as error:
             self._close()
             remedy = "mount devpts at /dev/pts, or use another mode"
-            raise ConfigError(f"{field}.mode", "Pty", f"no pseudo-terminal to be had ({error})", remedy) from error
+            raise ConfigError(
+                f"{field}.mode", "Pty", f"no pseudo-terminal to be had ({reason_of(error)})", remedy
+            ) from error
 
     async def serve(self, guest: GuestInput) -> None:
         lost = await self._carry(self._fd, guest)
@@ -342,5 +397,5 @@ def _open_file(path: str, field: str, how: int) -> int:
     try:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK | how, 0o644)
     except (OSError, ValueError) as error:
-        why = "a FIFO that nobody reads" if getattr(error, "errno", None) == errno.ENXIO else str(error)
+        why = "a FIFO that nobody reads" if getattr(error, "errno", None) == errno.ENXIO else reason_of(error)
         raise ConfigError(f"{field}.file", path, f"cannot open it ({why})", "give a writable path") from error

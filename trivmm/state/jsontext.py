@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from trivmm.errors import ProtocolError, shown
 
-__all__ = ["dump_json", "load_json"]
+__all__ = ["MAX_DEPTH", "dump_json", "is_too_deep", "load_json"]
 
 MAX_DEPTH: Final = 32  # arrays and objects within each other; a saved state has 7. Python's own recursion ends at 1000
 ESCAPE: Final = re.compile(rb"\\.", re.DOTALL)
@@ -38,10 +38,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check_depth(what: str, body: bytes) -> None:
-    """What is nested too deep never reaches the parser, nor anything else that recurses: repr, a conversion, a copy.
+def is_too_deep(body: bytes) -> bool:
+    """Whether arrays and objects are nested more than ``MAX_DEPTH`` deep, or as many were never closed.
 
-    Works at the speed of bytes' own methods: strings are cut out, then the innermost brackets go, level by level.
+    Such a body never reaches the parser, nor anything else that recurses: repr, a conversion, a copy. Works at the
+    speed of bytes' own methods: strings are cut out, then the innermost brackets go, level by level.
     """
     bare = ESCAPE.sub(b"", body) if b"\\" in body else body
     rest = b"".join(bare.translate(BRACKETS, NO_BRACKETS).split(b'"')[::2])
@@ -49,13 +50,13 @@ def _check_depth(what: str, body: bytes) -> None:
         before, rest = rest, rest.replace(b"[]", b"")
         if len(rest) == len(before):
             break
-    if rest:
-        raise ProtocolError(f"{what}: not JSON (nested more than {MAX_DEPTH} deep, or its brackets don't match)")
+    return b"[]" in rest or rest.count(b"[") > MAX_DEPTH  # a bracket too few or too many is the parser's to tell
 
 
 def load_json(what: str, body: bytes) -> dict[str, Any]:
     """The JSON object in ``body``. :raises ProtocolError: when it is none; ``what`` names it."""
-    _check_depth(what, body)
+    if is_too_deep(body):
+        raise ProtocolError(f"{what}: not JSON (nested more than {MAX_DEPTH} deep)")
     try:
         value = json.loads(
             body.decode("ascii"), parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_unique

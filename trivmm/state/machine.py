@@ -8,7 +8,7 @@ from typing import Annotated, Final
 import attrs
 
 from trivmm.config import MAX_VCPUS
-from trivmm.hypervisor.base import VcpuState, VmmState
+from trivmm.hypervisor.base import VcpuState, VmBackendState
 from trivmm.state.platform import BoardState
 from trivmm.state.virtio import SavedDevice
 from trivmm.values import AtMost, Name, Within
@@ -53,7 +53,7 @@ class MachineState:
     sent."""
 
     vcpus: Annotated[tuple[SavedVcpu, ...], AtMost(MAX_VCPUS)]
-    vmm: VmmState
+    vmm: VmBackendState
     devices: Annotated[dict[Name, SavedDevice], AtMost(MAX_DEVICES)]
     board: BoardState
     reset_pending: PendingReset | None

@@ -18,7 +18,7 @@ from trivmm.control.routes import Router
 from trivmm.control.server import open_server
 from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError, GuestCrash, MigrationCancelled, WrongState
-from trivmm.migration.doubt import Resolution
+from trivmm.migration.source.doubt import Resolution
 from trivmm.vm import ExitReason, VmState
 from trivmm.vmm import Vmm, VmmOptions, open_vmm
 
@@ -28,6 +28,7 @@ class FakeHypervisor:
     note = ""
     max_vcpus = 8
     needs_payload = False
+    threads = False
 
     def close(self) -> None:
         pass

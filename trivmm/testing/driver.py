@@ -108,6 +108,10 @@ class MockDriver:
         return int(struct.unpack("<H", self.memory.read(self.used_gpa + 4 + 8 * self.size, 2))[0])
 
     @property
+    def used_flags(self) -> int:
+        return int(struct.unpack("<H", self.memory.read(self.used_gpa, 2))[0])
+
+    @property
     def used_index(self) -> int:
         return int(struct.unpack("<H", self.memory.read(self.used_gpa + 2, 2))[0])
 

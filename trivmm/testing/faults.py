@@ -25,11 +25,11 @@ import trio
 
 from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError
-from trivmm.migration.channel import Channel, LinkLost
-from trivmm.migration.messages import Refused, SetupFail, encode_message
-from trivmm.migration.pages import DirtySet, Landing, PageCounts
-from trivmm.migration.transports import Dialer, SocketDialer, parse_url
-from trivmm.migration.wire import HEADER_BYTES, Frame, FrameReader, MessageType, parse_header
+from trivmm.migration.link.halves import Channel, LinkLost
+from trivmm.migration.link.transports import Dialer, SocketDialer, parse_url
+from trivmm.migration.pages.land import DirtySet, Landing, PageCounts
+from trivmm.migration.wire.frame import HEADER_BYTES, Frame, FrameReader, MessageType, parse_header
+from trivmm.migration.wire.messages import Refused, SetupFail, encode_message
 
 __all__ = ["Fault", "Faults", "faulty_dial", "parse_fault"]
 

@@ -15,7 +15,7 @@ from typing import Final
 
 import attrs
 
-from trivmm.migration.wire import HEADER_BYTES, MessageType, parse_header
+from trivmm.migration.wire.frame import HEADER_BYTES, MessageType, parse_header
 
 __all__ = ["MiddleBox", "Strike", "middle_box"]
 

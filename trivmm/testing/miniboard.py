@@ -16,6 +16,7 @@ from trivmm.bus.lock import BoundedLock
 from trivmm.bus.space import Effect
 from trivmm.deadlines import Deadlines
 from trivmm.hypervisor.base import MmioRead, MmioWrite, VcpuExit
+from trivmm.memory.guest import GuestMemory
 from trivmm.nursery.activation import ActivationActor
 from trivmm.testing.scripted import Script, ScriptedHypervisor
 from trivmm.virtio.device import DeviceDescription, NoState
@@ -131,12 +132,14 @@ class _Line:
 
 
 class MiniBoard:
-    """Give it devices and one script per vCPU, and run it with ``open_machine(board, deadlines, driver=task_driver)``.
+    """Give it devices and one script per vCPU, and run it with ``open_machine(board, deadlines)``.
 
     ``interrupts`` and ``stuck`` record what the machine did."""
 
     def __init__(self, devices: Sequence[BareDevice], *scripts: Script, deadlines: Deadlines) -> None:
-        self.vm = ScriptedHypervisor(*scripts).open_vm()
+        self.hypervisor = ScriptedHypervisor(*scripts)
+        self.vm = self.hypervisor.open_vm()
+        self.memory = GuestMemory(())
         self.cpus = [self.vm.create_vcpu(index) for index in range(len(scripts))]
         self.lines = {"serial": _Line()}
         self.events: list[tuple[str, str, int]] = []
@@ -152,9 +155,6 @@ class MiniBoard:
                 device, state, handles, deadlines, lambda: None, lambda *event: self.events.append(event)
             )
             self.devices.append(Slot(device, state, register, handles, actor))
-
-    def clock(self) -> float:
-        return trio.current_time()
 
     def handle_exit(self, vcpu: int, reason: VcpuExit) -> bytes | Effect:
         match reason:

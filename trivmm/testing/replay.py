@@ -23,8 +23,8 @@ from trivmm.control.server import open_server
 from trivmm.deadlines import Deadlines
 from trivmm.events import EventBus
 from trivmm.incoming import Incoming, open_incoming
-from trivmm.migration.sender import socket_dialer
-from trivmm.migration.transports import Dialer
+from trivmm.migration.link.transports import Dialer
+from trivmm.migration.source.sender import socket_dialer
 from trivmm.testing.fake import fake_hypervisor
 from trivmm.vmm import Vmm, VmmEnd, open_vmm
 

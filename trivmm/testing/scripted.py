@@ -24,8 +24,7 @@ import trio
 
 from trivmm._native import ffi
 from trivmm.errors import HypervisorError
-from trivmm.hypervisor.base import Interrupted, VcpuBackend, VcpuExit, VcpuState, VmmState
-from trivmm.nursery.vcpu import Vcpu
+from trivmm.hypervisor.base import Hypervisor, Interrupted, TaskVcpu, VcpuExit, VcpuState, VmBackend, VmBackendState
 
 __all__ = [
     "Compute",
@@ -36,7 +35,6 @@ __all__ = [
     "Step",
     "Store",
     "Wedge",
-    "task_driver",
 ]
 
 
@@ -65,7 +63,7 @@ def idle(cpu: ScriptedVcpu) -> Generator[Step, bytes | None, None]:
     yield Compute(1e9)
 
 
-class ScriptedVcpu:
+class ScriptedVcpu(TaskVcpu):
     """See the module's docstring. ``calls`` is the log of what the VMM did to this vCPU."""
 
     def __init__(self, vm: ScriptedVm, index: int, script: Script) -> None:
@@ -82,19 +80,6 @@ class ScriptedVcpu:
         self._kicked = trio.Event()
 
     # --- the protocol ----------------------------------------------------------------------------------------
-
-    def attach_thread(self) -> None:
-        raise HypervisorError("scripted", "has no threads", "run it with trivmm.testing.task_driver")
-
-    detach_thread = attach_thread
-
-    def run(self) -> VcpuExit:
-        raise HypervisorError("scripted", "has no threads", "run it with trivmm.testing.task_driver")
-
-    run_immediate = run
-
-    def park(self, timeout_s: float) -> None:
-        raise HypervisorError("scripted", "has no threads", "run it with trivmm.testing.task_driver")
 
     def complete_read(self, data: bytes) -> None:
         self._answer = data
@@ -127,7 +112,7 @@ class ScriptedVcpu:
             self._steps.close()
             self._steps = None
 
-    # --- what the driver awaits ------------------------------------------------------------------------------
+    # --- the task ------------------------------------------------------------------------------
 
     def _next(self) -> Step:
         answer, self._answer = self._answer, None
@@ -139,7 +124,7 @@ class ScriptedVcpu:
         except StopIteration:
             return Compute(1e9)
 
-    async def run_async(self) -> VcpuExit:
+    async def run(self) -> VcpuExit:
         while True:
             await trio.lowlevel.checkpoint()
             if self._kicked.is_set():
@@ -165,41 +150,20 @@ class ScriptedVcpu:
                 case _:
                     return step
 
-    async def finish_async(self) -> VcpuExit:
+    async def run_immediate(self) -> VcpuExit:
         await trio.lowlevel.checkpoint()
         return self._pending.pop(0) if self._pending else Interrupted()
 
-    async def park_async(self, timeout_s: float) -> None:
+    async def park(self, timeout_s: float) -> None:
         with trio.move_on_after(timeout_s):
             await self._kicked.wait()
         self._kicked = trio.Event()
 
 
-async def task_driver(vcpu: Vcpu) -> str:
-    """Runs a vCPU's program as a trio task: the same program that :func:`trivmm.nursery.vcpu.drive_thread` runs."""
-    cpu = vcpu.cpu
-    assert isinstance(cpu, ScriptedVcpu)
-    program = vcpu.program()
-    answer: VcpuExit | None = None
-    while True:
-        try:
-            operation = program.send(answer)
-        except StopIteration as end:
-            return str(end.value)
-        if operation == "run":
-            answer = await cpu.run_async()
-        elif operation == "finish":
-            answer = await cpu.finish_async()
-        else:
-            await cpu.park_async(operation)
-            answer = None
-
-
-class ScriptedVm:
+class ScriptedVm(VmBackend):
     """``calls`` is the log of what the VMM asked of the VM, in order."""
 
     name = "scripted"
-    live_copy = True
 
     def __init__(self, scripts: Sequence[Script]) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -240,7 +204,7 @@ class ScriptedVm:
         for page in self._dirty.pop(slot, ()):
             into[page // 64] |= 1 << page % 64
 
-    def create_vcpu(self, index: int) -> VcpuBackend:
+    def create_vcpu(self, index: int) -> ScriptedVcpu:
         script = self._scripts[index] if index < len(self._scripts) else idle
         return ScriptedVcpu(self, index, script)
 
@@ -268,11 +232,11 @@ class ScriptedVm:
     def disconnect_irq(self, fd: int, gsi: int) -> None:
         self.calls.append(("disconnect_irq", gsi))
 
-    def save(self) -> VmmState:
+    def save(self) -> VmBackendState:
         self.calls.append(("save",))
-        return VmmState("scripted/1", {})
+        return VmBackendState("scripted/1", {})
 
-    def load(self, state: VmmState) -> None:
+    def load(self, state: VmBackendState) -> None:
         self.calls.append(("load",))
         if state.kind != "scripted/1":
             raise HypervisorError("scripted", f"cannot load a VM of kind {state.kind}")
@@ -281,20 +245,21 @@ class ScriptedVm:
         self.calls.append(("close",))
 
 
-class ScriptedHypervisor:
+class ScriptedHypervisor(Hypervisor):
     """Give it one script per vCPU; vCPUs without one compute for ever. ``needs_payload`` False boots without looking
     for the kernel's file: no script reads it."""
 
     name: ClassVar[str] = "scripted"
     max_vcpus = 8
-    note = ""
-    driver = staticmethod(task_driver)
-    clock = staticmethod(trio.current_time)
+    threads = False
 
     def __init__(self, *scripts: Script, needs_payload: bool = True) -> None:
         self.scripts = scripts
         self.needs_payload = needs_payload
         self.vms: list[ScriptedVm] = []
+
+    def clock(self) -> float:
+        return trio.current_time()
 
     def open_vm(self) -> ScriptedVm:
         vm = ScriptedVm(self.scripts)

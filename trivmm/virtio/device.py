@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import attrs
@@ -10,6 +10,7 @@ import trio
 
 from trivmm.errors import MigrationError, shown
 from trivmm.memory.guest import GuestMemory
+from trivmm.platform.line import Line
 from trivmm.values import U16, U64
 from trivmm.virtio.port import Activation, QueueConfig
 from trivmm.virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, QueueWorker
@@ -53,17 +54,21 @@ class WorkerDevice:
         self._workers: list[QueueWorker] = []
         self._positions: dict[int, tuple[int, int, int]] = {}
 
-    def _make_worker(self, queue: QueueConfig, features: int) -> Any:
-        """The C struct of a new worker for this queue, initialised."""
+    def _shared_out(self, queues: Sequence[QueueConfig]) -> list[Sequence[QueueConfig]]:
+        """Which queues have a worker in common. Each has its own unless a subclass says otherwise."""
+        return [(queue,) for queue in queues]
+
+    def _make_worker(self, features: int) -> Any:
+        """The C struct of a new worker, initialised."""
         raise NotImplementedError
 
     async def activate(self, activation: Activation, workers: trio.Nursery) -> None:
         """:raises ValueError: when a queue's rings don't lie in RAM."""
         self._positions = {queue.index: (queue.index, queue.next_avail, queue.next_used) for queue in activation.queues}
-        for queue in activation.queues:
-            native = self._make_worker(queue, activation.features)
-            name = f"{self.name}_q{queue.index}"
-            worker = QueueWorker(name, native, self.memory, queue, activation.features, self._broken)
+        for queues in self._shared_out(activation.queues):
+            native = self._make_worker(activation.features)
+            name = f"{self.name}_q{'+'.join(str(queue.index) for queue in queues)}"
+            worker = QueueWorker(name, native, self.memory, queues, activation.features, self._broken)
             self._workers.append(worker)
             # Not ``start``: cancelled at the wrong moment it would wait for the worker, which shields itself.
             workers.start_soon(worker.run, name=name)
@@ -80,7 +85,7 @@ class WorkerDevice:
             await worker.done.wait()
             if worker in self._workers:  # once each, though a call expires in the wait for the next one
                 self._workers.remove(worker)
-                self._positions[worker.index] = worker.position
+                self._positions |= {position[0]: position for position in worker.positions}
                 self._count(worker)
 
     def _count(self, worker: QueueWorker) -> None:
@@ -115,6 +120,14 @@ class WorkerDevice:
                 raise MigrationError(
                     f"{self.name}: the sender's {field.name} is {shown(theirs)}, here it is {shown(here)}"
                 )
+
+    @property
+    def lines(self) -> Mapping[str, Line]:
+        """Its console lines, by name."""
+        return {}
+
+    def terminal_resized(self) -> None:
+        """The terminal behind a line of it, if there is one, may have another size now."""
 
     def release_locks(self) -> None:
         return None

@@ -20,7 +20,7 @@ deadline. An error raised in the block leaves it as it is, not wrapped in a grou
 
 from trivmm.vm.core import ExitReason, VmState
 from trivmm.vm.moves import Dial
-from trivmm.vm.scope import driver_of, open_vm, vm_scope
+from trivmm.vm.scope import open_vm, vm_scope
 from trivmm.vm.vm import Vm
 
-__all__ = ["Dial", "ExitReason", "Vm", "VmState", "driver_of", "open_vm", "vm_scope"]
+__all__ = ["Dial", "ExitReason", "Vm", "VmState", "open_vm", "vm_scope"]

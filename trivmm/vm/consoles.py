@@ -48,8 +48,10 @@ class Consoles(VmCore):
             if cursor is not newest:
                 cursor, at = newest, 0
             elif self._exited.is_set():
-                shown = getattr(pattern, "pattern", pattern)
-                raise WrongState(f"wait for {shown!r} on the console", self.state.value, "running until it prints that")
+                text = getattr(pattern, "pattern", pattern)
+                raise WrongState(
+                    f"wait for {text!r:.200} on the console", self.state.value, "running until it prints that"
+                )
             else:
                 await self.console_output()
 
@@ -104,5 +106,5 @@ class Consoles(VmCore):
 
     def terminal_resized(self) -> None:
         """The terminal that a virtio console is shown on may have another size now: the guest is told."""
-        if self.host.machine is not None and self.host.machine.board.console is not None:
-            self.host.machine.board.console.measure()
+        if self.host.machine is not None:
+            self.host.machine.board.terminal_resized()

@@ -16,10 +16,9 @@ from trivmm.events import EventBus
 from trivmm.hypervisor.base import Hypervisor
 from trivmm.machine.host import MachineHost
 from trivmm.machine.machine import Machine
-from trivmm.migration.doubt import Doubt
 from trivmm.migration.progress import MigrationProgress
+from trivmm.migration.source.doubt import Doubt
 from trivmm.nursery.ownership import MIGRATION, Ownership
-from trivmm.nursery.vcpus import Driver, thread_driver
 
 __all__ = ["ExitReason", "VmCore", "VmState"]
 
@@ -57,7 +56,6 @@ class VmCore:
     config: VmConfig
     hypervisor: Hypervisor
     _nursery: trio.Nursery
-    _driver: Driver = thread_driver
     events: EventBus = attrs.field(factory=EventBus)
     state: VmState = attrs.field(default=VmState.CREATED, init=False)
     doubt: Doubt | None = attrs.field(default=None, init=False)
@@ -75,9 +73,7 @@ class VmCore:
     _console: ConsoleCursor | None = attrs.field(default=None, init=False)  # where wait_for_console goes on
 
     def _make_host(self) -> MachineHost:
-        return MachineHost(
-            self.hypervisor, self.deadlines, self._nursery, self._driver, self._tell_of_device, self._ask_owner
-        )
+        return MachineHost(self.hypervisor, self.deadlines, self._nursery, self._tell_of_device, self._ask_owner)
 
     @property
     def deadlines(self) -> Deadlines:

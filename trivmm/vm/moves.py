@@ -14,11 +14,11 @@ from trivmm.errors import MigrationCancelled, MigrationInDoubt, PastCommit, Wron
 from trivmm.machine.board import Board
 from trivmm.machine.machine import Machine
 from trivmm.machine.saved import check_setup
-from trivmm.migration.doubt import Doubt, Resolution
+from trivmm.migration.link.transports import Dialer
 from trivmm.migration.options import SendOptions, TimeoutStrategy
 from trivmm.migration.progress import MigrationProgress, MigrationReport, Phase
-from trivmm.migration.sender import send, socket_dialer
-from trivmm.migration.transports import Dialer
+from trivmm.migration.source.doubt import Doubt, Resolution
+from trivmm.migration.source.sender import send, socket_dialer
 from trivmm.nursery.ownership import MIGRATION
 from trivmm.state.stage import Stage
 from trivmm.vm.core import ExitReason, VmCore, VmState
@@ -145,7 +145,7 @@ class Moves(VmCore):
         :raises ConfigError: when this host can't, naming the field."""
 
         def become(board: Board) -> None:
-            self.config = board.config_as_built()
+            self.config = board.config
             check_setup(board, setup)
 
         self.config = config

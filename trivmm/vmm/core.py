@@ -15,7 +15,7 @@ from trivmm.errors import MigrationCancelled, TrivmmError, VmMigrating, VmNotCre
 from trivmm.events import EventBus
 from trivmm.hypervisor.base import Hypervisor
 from trivmm.migration.progress import MigrationProgress
-from trivmm.migration.sender import socket_dialer
+from trivmm.migration.source.sender import socket_dialer
 from trivmm.vm import Dial, ExitReason, Vm
 from trivmm.vmm.slot import Result, Slot
 

@@ -10,9 +10,9 @@ import trio
 
 from trivmm.errors import PastCommit, TrivmmError, WrongState
 from trivmm.incoming import Incoming, open_incoming
-from trivmm.migration.doubt import Resolution
 from trivmm.migration.options import SendOptions
 from trivmm.migration.progress import MigrationProgress, Phase
+from trivmm.migration.source.doubt import Resolution
 from trivmm.vm import Vm
 from trivmm.vmm.core import VmmCore
 from trivmm.vmm.slot import Result, Slot

@@ -7,21 +7,18 @@ from typing import ClassVar
 
 from trivmm._native import lib
 from trivmm.errors import HypervisorError
+from trivmm.hypervisor.base import Hypervisor
 from trivmm.hypervisor.kvm.report import check_host, extension, open_device
 from trivmm.hypervisor.kvm.vm import KvmVm
 
 __all__ = ["KvmHypervisor"]
 
 
-class KvmHypervisor:
-    """Implements ``Hypervisor``."""
-
+class KvmHypervisor(Hypervisor):
     name: ClassVar[str] = "kvm"
-    needs_payload = True
 
     def __init__(self) -> None:
         """:raises HypervisorError: when /dev/kvm can't be opened or lacks something; says what to do."""
-        self.note = ""
         self._fd = open_device()
         try:
             check_host(self._fd)

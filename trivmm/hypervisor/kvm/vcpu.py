@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from trivmm._native import ffi, lib
-from trivmm.errors import HypervisorError, TrivmmError
+from trivmm.errors import HypervisorError
 from trivmm.hypervisor.base import (
     FailEntry,
     Halted,
@@ -24,6 +24,7 @@ from trivmm.hypervisor.base import (
     MmioRead,
     MmioWrite,
     SystemEvent,
+    ThreadVcpu,
     TripleFault,
     VcpuExit,
     VcpuState,
@@ -59,8 +60,8 @@ WAITS_FOR_START: Final = (int(lib.KVM_MP_STATE_UNINITIALIZED), int(lib.KVM_MP_ST
 MAX_CPUID: Final = 256  # KVM's own limit (KVM_MAX_CPUID_ENTRIES)
 
 
-class KvmVcpu:
-    """Implements ``VcpuBackend``. ``inline_handler`` is not used: reads leave the guest and come back."""
+class KvmVcpu(ThreadVcpu):
+    """``inline_handler`` is not used: reads leave the guest and come back."""
 
     def __init__(self, vm: KvmVm, kvm_fd: int, vm_fd: int, index: int, run_size: int) -> None:
         self.index = index
@@ -219,16 +220,11 @@ class KvmVcpu:
 
     def _code_at(self, linear: int) -> bytes:
         """Up to 16 bytes at a linear address, as far as it is mapped and in RAM."""
-        if self._vm.read_memory is None:
-            return b""
         query = bytearray(struct.pack("<QQ8x", linear & (1 << 64) - 1, 0))  # struct kvm_translation
         if kvm_call(self._fd, "KVM_TRANSLATE", query, allow=(errno.EINVAL, errno.EFAULT)) < 0 or not query[16]:
             return b""
         (gpa,) = struct.unpack_from("<Q", query, 8)
-        try:
-            return self._vm.read_memory(gpa, min(16, 4096 - gpa % 4096))
-        except TrivmmError:
-            return b""
+        return self._vm.peek(gpa, min(16, 4096 - gpa % 4096))
 
     def close(self) -> None:
         self._fd = -1

@@ -10,12 +10,12 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 from trivmm._native import ffi, lib
 from trivmm.errors import HypervisorError
-from trivmm.hypervisor.base import VmmState
+from trivmm.hypervisor.base import VmBackend, VmBackendState
 from trivmm.hypervisor.kvm.calls import kvm_call
 from trivmm.hypervisor.kvm.irq import Routes
 from trivmm.hypervisor.kvm.report import extension
@@ -30,16 +30,11 @@ CLOCK: Final = struct.Struct("<QIIQQ16x")  # struct kvm_clock_data: clock, flags
 PAGE: Final = 4096
 
 
-class KvmVm:
-    """Implements ``VmBackend``. ``read_memory(gpa, length)`` may be set by the board: crash reports then show the
-    instruction bytes; it raises when the range is not RAM."""
-
+class KvmVm(VmBackend):
     name: str = "kvm"
-    live_copy: bool = True
 
     def __init__(self, kvm_fd: int) -> None:
         self.vcpus: list[KvmVcpu] = []
-        self.read_memory: Callable[[int, int], bytes] | None = None
         self._kvm_fd = kvm_fd
         self._slots: dict[int, tuple[int, int, int]] = {}
         self._logs: dict[int, Any] = {}
@@ -69,6 +64,13 @@ class KvmVm:
 
     def _set_slot(self, slot: int, gpa: int, size: int, hva: int, flags: int) -> None:
         kvm_call(self._fd, "KVM_SET_USER_MEMORY_REGION", struct.pack("<IIQQQ", slot, flags, gpa, size, hva))
+
+    def peek(self, gpa: int, length: int) -> bytes:
+        """What is in RAM there, for a crash report; nothing where it is not RAM."""
+        for start, size, hva in self._slots.values():
+            if start <= gpa and gpa + length <= start + size:
+                return bytes(ffi.buffer(ffi.cast("uint8_t *", hva + gpa - start), length))
+        return b""
 
     def set_dirty_log(self, enabled: bool) -> None:
         """KVM_GET_DIRTY_LOG without manual protection: a harvest write-protects again what it reports, 0.1 ms for
@@ -131,9 +133,6 @@ class KvmVm:
                 self._ioeventfd(fd, gpa, length, lib.KVM_IOEVENTFD_FLAG_DEASSIGN, allow=(errno.ENOENT,))
 
     def attach_pio_hook(self, base: int, length: int, function: Any, opaque: Any) -> None:
-        """Serve ports ``base`` … ``base + length`` in C inside the run loop (cffi ``tv_pio_fn`` and ``void *``).
-
-        Only this back end has it: look it up with ``getattr``. Before the vCPUs start; both outlive them."""
         self._hooks.append((base, length, function, opaque))
         for vcpu in self.vcpus:
             vcpu.add_hook(base, length, function, opaque)
@@ -149,7 +148,7 @@ class KvmVm:
 
     # --- state -----------------------------------------------------------------------------------------------
 
-    def save(self) -> VmmState:
+    def save(self) -> VmBackendState:
         blobs = {}
         for number, name in enumerate(CHIPS):
             chip = bytearray(ffi.sizeof("struct kvm_irqchip"))
@@ -163,9 +162,9 @@ class KvmVm:
         kvm_call(self._fd, "KVM_GET_CLOCK", clock)
         value, flags, _, realtime, _ = CLOCK.unpack(clock)
         blobs["clock"] = struct.pack("<QQ", value, realtime if flags & lib.KVM_CLOCK_REALTIME else time.time_ns())
-        return VmmState(KIND, blobs)
+        return VmBackendState(KIND, blobs)
 
-    def load(self, state: VmmState) -> None:
+    def load(self, state: VmBackendState) -> None:
         """Before the vCPUs' states: their clock MSRs refer to the VM's clock."""
         chip_size = ffi.sizeof("struct kvm_irqchip")
         sizes = dict.fromkeys(CHIPS, chip_size) | {"pit": ffi.sizeof("struct kvm_pit_state2"), "clock": 16}

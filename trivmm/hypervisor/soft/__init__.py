@@ -9,21 +9,20 @@ from __future__ import annotations
 from typing import ClassVar
 
 from trivmm.errors import HypervisorError
-from trivmm.hypervisor.base import VmBackend
+from trivmm.hypervisor.base import Hypervisor, VmBackend
 from trivmm.hypervisor.select import install_soft
 
 __all__ = ["SoftHypervisor"]
 
 
-class SoftHypervisor:
+class SoftHypervisor(Hypervisor):
     """The back end for ``--hypervisor soft``. Holds nothing of its own."""
 
     name: ClassVar[str] = "soft"
-    needs_payload = True
+    max_vcpus = 1
 
-    def __init__(self) -> None:
-        self.max_vcpus = 1
-        self.note = ""
+    def __init__(self, note: str = "") -> None:
+        self.note = note
 
     def open_vm(self) -> VmBackend:
         """:raises HypervisorError: when unicorn is not installed."""

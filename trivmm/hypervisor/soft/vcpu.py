@@ -19,7 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
-from trivmm._native import lib
+from trivmm._native import ffi, lib
 from trivmm.errors import HypervisorError
 from trivmm.hypervisor.base import (
     InternalError,
@@ -28,10 +28,12 @@ from trivmm.hypervisor.base import (
     IoOut,
     MmioRead,
     MmioWrite,
+    ThreadVcpu,
     TripleFault,
     VcpuExit,
     VcpuState,
 )
+from trivmm.hypervisor.soft import registers
 from trivmm.hypervisor.soft.delivery import Event, Shutdown, deliver, may_use_port, syscall
 from trivmm.hypervisor.soft.engine import Engine, Stop
 from trivmm.hypervisor.soft.env import (
@@ -39,12 +41,8 @@ from trivmm.hypervisor.soft.env import (
     EFER_SCE,
     ENGINE_VERSION,
     FLAG_IF,
-    HF_CS32,
     HF_CS64,
     HF_INHIBIT_IRQ,
-    HF_PE,
-    HF_SS32,
-    RBX,
 )
 from trivmm.hypervisor.soft.ioapic import IOAPIC_SIZE
 from trivmm.hypervisor.soft.lapic import LAPIC_SIZE, TIMER_HZ
@@ -67,15 +65,10 @@ SYSCALL_BYTES: Final = 2
 NMI_VECTOR: Final = 2
 INVALID_OPCODE: Final = 6
 PROTECTION: Final = 13
-FLAT_CODE: Final = 0x00CF_9B00
-FLAT_DATA: Final = 0x00CF_9300
-REAL_CODE: Final = 0x0000_9B00
-REAL_DATA: Final = 0x0000_9300
-BUSY_TSS: Final = 0x0000_8B00
 CODE_BYTES: Final = 16
 
 
-class SoftVcpu:
+class SoftVcpu(ThreadVcpu):
     def __init__(self, vm: SoftVm) -> None:
         self.index = 0
         self.inline_handler: Callable[[VcpuExit], bytes | None] | None = None
@@ -84,7 +77,9 @@ class SoftVcpu:
         self._chips = vm.chips
         self._engine = Engine(self._read_mmio, self._write_mmio, self._read_port, self._write_port, TIMER_HZ)
         self._engine.map_ram(tuple(vm.slots.values()))
-        self.gate = self._gate = self._engine.gate
+        self._gate = self._engine.gate
+        # It translates code, and what a disk is read into may be code.
+        self.write_hook = ffi.addressof(lib, "tv_soft_gate_code"), self._gate
         self._writes: deque[IoOut | MmioWrite] = deque()
         self._rung_end = 0  # where a doorbell write of this instruction ended: its second half belongs to it
         self._undo_to: tuple[int, tuple[int, ...]] | None = None  # (RIP, registers) before a forbidden port access
@@ -95,7 +90,8 @@ class SoftVcpu:
         self.kick_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._park = select.poll()
         self._park.register(self.kick_fd, select.POLLIN)
-        self._reset()
+        registers.set_reset(self._engine.reset())
+        self._engine.commit()
 
     # --- any thread ------------------------------------------------------------------------------------------
 
@@ -366,33 +362,8 @@ class SoftVcpu:
 
     # --- registers -------------------------------------------------------------------------------------------
 
-    def _reset(self) -> None:
-        env = self._engine.reset()
-        env.hflags, env.efer = 0, 0
-        env.cr[0], env.cr[2], env.cr[3], env.cr[4] = 0x6000_0010, 0, 0, 0
-        for index in range(6):
-            segment = env.segs[index]
-            segment.selector, segment.base, segment.limit, segment.flags = 0, 0, 0xFFFF, REAL_DATA
-        code = env.segs[CS]
-        code.selector, code.base, code.flags = 0xF000, 0xFFFF_0000, REAL_CODE
-        env.idt.limit = env.gdt.limit = 0xFFFF
-        env.eip, env.eflags = 0xFFF0, 2
-        self._engine.commit()
-
     def set_boot_state(self, entry_gpa: int, start_info_gpa: int) -> None:
-        env = self._engine.reset()
-        env.hflags = HF_PE | HF_CS32 | HF_SS32
-        env.efer = 0
-        env.cr[0], env.cr[2], env.cr[3], env.cr[4] = 0x11, 0, 0, 0
-        for index in range(6):
-            segment = env.segs[index]
-            segment.selector, segment.base, segment.limit = 0x10, 0, 0xFFFF_FFFF
-            segment.flags = FLAT_DATA
-        env.segs[CS].selector, env.segs[CS].flags = 0x08, FLAT_CODE
-        env.tr.base, env.tr.limit, env.tr.flags = 0, 0x67, BUSY_TSS
-        env.gdt.limit = env.idt.limit = 0
-        env.regs[RBX] = start_info_gpa
-        env.eip, env.eflags = entry_gpa, 2
+        registers.set_pvh(self._engine.reset(), entry_gpa, start_info_gpa)
         self._engine.commit()
         self._engine.flush()
         self._halted = False
@@ -429,17 +400,7 @@ class SoftVcpu:
         if self._closed:
             return "closed"
         env = self._engine.fetch()
-        names = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{n}" for n in range(8, 16)))
-        words = [f"{name} {env.regs[index]:#018x}" for index, name in enumerate(names)]
-        code = self._code_at(env.eip, CODE_BYTES)
-        return "\n".join(
-            [
-                f"rip {env.eip:#x} cs {env.segs[CS].selector:#x} rflags {self._engine.rflags():#x}"
-                f" code {code.hex(' ') or 'not mapped'}",
-                *("  ".join(words[row : row + 4]) for row in range(0, 16, 4)),
-                f"cr0 {env.cr[0]:#x} cr2 {env.cr[2]:#x} cr3 {env.cr[3]:#x} cr4 {env.cr[4]:#x} efer {env.efer:#x}",
-            ]
-        )
+        return registers.describe(env, self._engine.rflags(), self._code_at(env.eip, CODE_BYTES))
 
     def close(self) -> None:
         with self._closing:

@@ -20,7 +20,7 @@ from typing import Any, Final
 import attrs
 
 from trivmm.errors import HypervisorError, NotSupported
-from trivmm.hypervisor.base import VcpuBackend, VmmState
+from trivmm.hypervisor.base import VmBackend, VmBackendState
 from trivmm.hypervisor.soft.engine import PHYSICAL_END
 from trivmm.hypervisor.soft.env import ENGINE_VERSION
 from trivmm.hypervisor.soft.ioapic import IoApic
@@ -46,7 +46,7 @@ class Source:
 
 
 @attrs.define(eq=False)
-class SoftVm:
+class SoftVm(VmBackend):
     """``lapic``, ``chips`` and ``ioapic`` are the vCPU thread's; the tables are guarded by ``_lock``."""
 
     name: str = "soft"
@@ -88,7 +88,7 @@ class SoftVm:
 
     # --- vCPU ------------------------------------------------------------------------------------------------
 
-    def create_vcpu(self, index: int) -> VcpuBackend:
+    def create_vcpu(self, index: int) -> SoftVcpu:
         if index != 0 or self._vcpu is not None:
             raise NotSupported("cpus.boot", index + 1, "soft runs one vCPU for now", "use boot=1, or --hypervisor kvm")
         self._vcpu = SoftVcpu(self)
@@ -167,11 +167,11 @@ class SoftVm:
 
     # --- saved state -----------------------------------------------------------------------------------------
 
-    def save(self) -> VmmState:
+    def save(self) -> VmBackendState:
         chips = self.chips.save(time.monotonic_ns()) | {"ioapic": self.ioapic.save()}
-        return VmmState(STATE_KIND, {"chips": json.dumps(chips).encode()})
+        return VmBackendState(STATE_KIND, {"chips": json.dumps(chips).encode()})
 
-    def load(self, state: VmmState) -> None:
+    def load(self, state: VmBackendState) -> None:
         if state.kind != STATE_KIND:
             raise HypervisorError("soft VM state", f"saved by {state.kind!r}, this is {STATE_KIND!r}", "use the same")
         try:

@@ -19,8 +19,9 @@ import attrs
 import trio
 
 from trivmm.errors import ProtocolError
-from trivmm.migration.transports import Address, UnixAddress
-from trivmm.migration.wire import HEADER_BYTES, MessageType, parse_header
+from trivmm.migration.link.transports import Address, UnixAddress
+from trivmm.migration.wire.frame import HEADER_BYTES, MessageType, parse_header
+from trivmm.unwrapped import unwrapped_nursery
 
 __all__ = ["Box", "Fate", "Hook", "open_box"]
 
@@ -214,23 +215,15 @@ async def _listen(address: Address) -> trio.SocketListener:
 @asynccontextmanager
 async def open_box(front: Address, target: Address, hook: Hook) -> AsyncIterator[Box]:
     """A box that listens at ``front``, for the length of the block; every connection through it ends with it."""
-    failure: BaseException | None = None
     listener = await _listen(front)
     try:
-        async with trio.open_nursery() as nursery:
+        async with unwrapped_nursery() as nursery:
             box = Box(target, hook)
             await nursery.start(trio.serve_listeners, box.serve, [listener])
-            try:
-                yield box
-            except trio.Cancelled:
-                raise
-            except BaseException as error:
-                failure = error  # raised again outside the nursery, so that it isn't wrapped in a group
+            yield box
             nursery.cancel_scope.cancel()
     finally:
         listener.socket.close()  # no await: this may be the end by a cancellation
         if isinstance(front, UnixAddress):
             with contextlib.suppress(OSError):
                 os.unlink(front.path)
-    if failure is not None:
-        raise failure

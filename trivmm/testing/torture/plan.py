@@ -11,7 +11,7 @@ import attrs
 
 from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError
-from trivmm.migration.wire import MessageType
+from trivmm.migration.wire.frame import MessageType
 
 __all__ = ["KINDS", "QUICK", "Act", "Kind", "Plan", "Point", "Side", "draw", "parse_kinds", "parse_points"]
 

@@ -16,11 +16,11 @@ from trivmm.values import U64, Exactly
 from trivmm.virtio.block.counts import BlockCounts
 from trivmm.virtio.block.image import SECTOR, Image
 from trivmm.virtio.device import RING_FEATURES, DeviceDescription, WorkerDevice
-from trivmm.virtio.port import QueueConfig
 from trivmm.virtio.queue import QueueWorker
 
 __all__ = ["BlockDevice"]
 
+F_SIZE_MAX: Final = 1 << 1
 F_SEG_MAX: Final = 1 << 2
 F_RO: Final = 1 << 5
 F_BLK_SIZE: Final = 1 << 6
@@ -58,7 +58,7 @@ class BlockDevice(WorkerDevice):
             raise ConfigError("disks.queue_size", size, "not a queue size", f"give a power of two, {limits}")
         self.image = Image(config.path, readonly=config.readonly, lock=lock, raw=config.image_type == "Raw")
         self.queue_sizes = (size,) * config.num_queues
-        self.features = RING_FEATURES | F_SEG_MAX | F_BLK_SIZE | F_FLUSH
+        self.features = RING_FEATURES | F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_FLUSH
         if config.readonly:
             self.features |= F_RO
         if config.num_queues > 1:
@@ -74,7 +74,7 @@ class BlockDevice(WorkerDevice):
             serial = f"{about.st_dev:x}{about.st_rdev:x}{about.st_ino:x}"
         return serial.encode(errors="replace")[:ID_BYTES].ljust(ID_BYTES, b"\0")
 
-    def _make_worker(self, queue: QueueConfig, features: int) -> Any:
+    def _make_worker(self, features: int) -> Any:
         native = ffi.new("struct tv_block *")
         native.fd = self.image.fd
         native.readonly = self.image.readonly
@@ -85,8 +85,10 @@ class BlockDevice(WorkerDevice):
         return native
 
     def read_config(self, offset: int, size: int) -> bytes:
-        seg_max = self.queue_sizes[0] - 2
-        space = CONFIG.pack(self._sectors, 0, seg_max, 0, 0, 0, SECTOR, 0, 0, 0, 0, 0, 0, len(self.queue_sizes))
+        """``size_max`` is what a worker moves between two looks at its stop word, ``seg_max`` what a queue holds beside
+        header and status: together the longest request of a driver that keeps to them."""
+        size_max, seg_max = int(lib.TV_BLOCK_PIECE), self.queue_sizes[0] - 2
+        space = CONFIG.pack(self._sectors, size_max, seg_max, 0, 0, 0, SECTOR, 0, 0, 0, 0, 0, 0, len(self.queue_sizes))
         return space[offset : offset + size].ljust(size, b"\xff")
 
     def describe(self) -> BlockDescription:

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from trivmm.config import DiskConfig
-from trivmm.errors import ConfigError, NotSupported
+from trivmm.errors import ConfigError, NotSupported, reason_of
 
 __all__ = ["SECTOR", "Image", "check_given_once", "foreign_format"]
 
@@ -87,7 +87,7 @@ class Image:
 
     def _mistake(self, error: OSError | ValueError) -> ConfigError:
         number = getattr(error, "errno", None)
-        why = getattr(error, "strerror", None) or str(error)
+        why = reason_of(error)
         remedy = "give a raw image file"
         if number == errno.ENOENT:
             remedy = "create it (truncate -s 1G PATH), or correct the path"

@@ -7,6 +7,7 @@ Queue 0 receives what is typed, queue 1 transmits what the guest says; both end 
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Final
 
 import attrs
@@ -15,6 +16,7 @@ import trio
 from trivmm._native import ffi, lib
 from trivmm.config import ConsoleConfig
 from trivmm.memory.guest import GuestMemory
+from trivmm.platform.line import Line
 from trivmm.platform.sinks import FdSink, Sink
 from trivmm.state.platform import LineInput, LineOutput
 from trivmm.values import U16, Within
@@ -56,9 +58,9 @@ class ConsoleDevice(WorkerDevice):
         super().__init__(config.id or name, memory)
         self._size = 0, 0
         self._sized = False  # the driver has taken F_SIZE and is active
-        self._bytes = [0, 0]
+        self._received = self._transmitted = 0  # by workers that have ended
         self.line = ConsoleLine(sink)
-        self.measure()
+        self.terminal_resized()
 
     # --- size ------------------------------------------------------------------------------------------------
 
@@ -67,7 +69,11 @@ class ConsoleDevice(WorkerDevice):
         """(columns, rows) as the driver is told; zeros where there is no terminal."""
         return self._size
 
-    def measure(self) -> None:
+    @property
+    def lines(self) -> Mapping[str, Line]:
+        return {"console": self.line}
+
+    def terminal_resized(self) -> None:
         """Take the size of the terminal behind the line, if there is one; what it was otherwise stays."""
         sink = self.line.sink
         size = sink.size() if isinstance(sink, FdSink) else (0, 0)
@@ -87,9 +93,13 @@ class ConsoleDevice(WorkerDevice):
 
     # --- queues ----------------------------------------------------------------------------------------------
 
-    def _make_worker(self, queue: QueueConfig, features: int) -> Any:
+    def _shared_out(self, queues: Sequence[QueueConfig]) -> list[Sequence[QueueConfig]]:
+        """One thread is enough for what people and logs say."""
+        return [queues] if queues else []
+
+    def _make_worker(self, features: int) -> Any:
         native = ffi.new("struct tv_console_worker *")
-        lib.tv_console_worker_init(native, self.line.native, queue.index == RECEIVE)
+        lib.tv_console_worker_init(native, self.line.native)
         return native
 
     async def activate(self, activation: Activation, workers: trio.Nursery) -> None:
@@ -111,7 +121,8 @@ class ConsoleDevice(WorkerDevice):
         lib.tv_console_reset(self.line.native)
 
     def _count(self, worker: QueueWorker) -> None:
-        self._bytes[worker.index] += int(worker.native.bytes)
+        self._received += int(worker.native.received)
+        self._transmitted += int(worker.native.transmitted)
 
     # --- state -----------------------------------------------------------------------------------------------
 
@@ -124,10 +135,11 @@ class ConsoleDevice(WorkerDevice):
         self._size = state.columns, state.rows
 
     def counters(self) -> dict[str, int]:
-        moved = list(self._bytes)
-        for worker in self._workers:
-            moved[worker.index] += int(worker.native.bytes)
-        return self.line.counters() | {"received_bytes": moved[RECEIVE], "transmitted_bytes": moved[TRANSMIT]}
+        live = [worker.native for worker in self._workers]
+        return self.line.counters() | {
+            "received_bytes": self._received + sum(int(native.received) for native in live),
+            "transmitted_bytes": self._transmitted + sum(int(native.transmitted) for native in live),
+        }
 
     def close(self) -> None:
         self.line.close()

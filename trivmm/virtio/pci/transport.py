@@ -21,6 +21,7 @@ from trivmm.platform.pci.config_space import PciConfigSpace
 from trivmm.state.strict import refused
 from trivmm.state.virtio import DeviceLifeState, TransportState
 from trivmm.virtio.handles import DeviceHandles
+from trivmm.virtio.kind import OTHER_CLASS
 from trivmm.virtio.life import FEATURES_OK, SET_UP, DeviceState, check_life
 from trivmm.virtio.pci.common_config import COMMON_SIZE, DEVICE_STATUS, CommonConfig
 from trivmm.virtio.pci.msix import MsixTable
@@ -34,8 +35,6 @@ logger = logging.getLogger(__name__)
 
 VENDOR: Final = 0x1AF4
 DEVICE_BASE: Final = 0x1040
-CLASSES: Final = {1: 0x020000, 2: 0x018000}  # network: Ethernet; block: mass storage, other
-OTHER_CLASS: Final = 0xFFFF00
 
 BAR: Final = 0
 COMMON: Final = 0x0000
@@ -62,7 +61,13 @@ class VirtioPciTransport:
     the device works with."""
 
     def __init__(
-        self, device: DeviceBackend, vm: VmBackend, deadlines: Deadlines, *, use_64bit_bar: bool = True
+        self,
+        device: DeviceBackend,
+        vm: VmBackend,
+        deadlines: Deadlines,
+        *,
+        pci_class: int = OTHER_CLASS,
+        bar_is_64bit: bool = True,
     ) -> None:
         self.name = device.name
         self.device = device
@@ -77,13 +82,13 @@ class VirtioPciTransport:
         self.config = PciConfigSpace(
             vendor_id=VENDOR,
             device_id=DEVICE_BASE + device.device_type,
-            class_code=CLASSES.get(device.device_type, OTHER_CLASS),
+            class_code=pci_class,
             revision=1,
             subsystem_vendor_id=VENDOR,
             subsystem_id=DEVICE_BASE + device.device_type,
             lock_s=deadlines.lock,
         )
-        self.config.add_bar(BAR, BAR_SIZE, is_64bit=use_64bit_bar)
+        self.config.add_bar(BAR, BAR_SIZE, is_64bit=bar_is_64bit)
         self._add_capabilities()
         self.handles = DeviceHandles(len(device.queue_sizes))
         try:

@@ -8,10 +8,9 @@ from typing import Any, Final
 
 from trivmm._native import ffi, lib
 from trivmm.config import RngConfig
-from trivmm.errors import ConfigError
+from trivmm.errors import ConfigError, reason_of
 from trivmm.memory.guest import GuestMemory
 from trivmm.virtio.device import RING_FEATURES, WorkerDevice
-from trivmm.virtio.port import QueueConfig
 from trivmm.virtio.queue import QueueWorker
 
 __all__ = ["RngDevice"]
@@ -32,7 +31,9 @@ class RngDevice(WorkerDevice):
         try:
             self._fd = os.open(config.src, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
         except (OSError, ValueError) as error:
-            raise ConfigError("rng.src", config.src, f"cannot open it ({error})", "give /dev/urandom") from error
+            raise ConfigError(
+                "rng.src", config.src, f"cannot open it ({reason_of(error)})", "give /dev/urandom"
+            ) from error
         about = os.fstat(self._fd)
         empty = stat.S_ISREG(about.st_mode) and about.st_size == 0
         if empty or stat.S_ISDIR(about.st_mode):
@@ -42,7 +43,7 @@ class RngDevice(WorkerDevice):
         self._bytes = 0
         self._errors = 0
 
-    def _make_worker(self, queue: QueueConfig, features: int) -> Any:
+    def _make_worker(self, features: int) -> Any:
         native = ffi.new("struct tv_rng *")
         native.source_fd = self._fd
         lib.tv_rng_init(native)

@@ -30,9 +30,15 @@ import trio
 
 from trivmm.deadlines import Deadlines
 from trivmm.errors import CommitRefused, DeadlineError, MigrationError, MigrationInDoubt, ProtocolError, TrivmmError
-from trivmm.migration.channel import Channel, LinkLost
-from trivmm.migration.link import FAREWELL_S, Link
-from trivmm.migration.messages import (
+from trivmm.migration.link.control import FAREWELL_S, Link
+from trivmm.migration.link.halves import Channel, LinkLost
+from trivmm.migration.link.roles import greeted
+from trivmm.migration.link.transports import Listener, listen, parse_url
+from trivmm.migration.pages.land import Landing
+from trivmm.migration.port import DestinationFactory, DestinationMachine
+from trivmm.migration.progress import MigrationProgress, MigrationReport, Phase, Round, Tracker
+from trivmm.migration.wire.frame import MessageType
+from trivmm.migration.wire.messages import (
     Abort,
     Commit,
     Done,
@@ -51,17 +57,11 @@ from trivmm.migration.messages import (
     Undone,
     Verdict,
 )
-from trivmm.migration.pages import Landing
-from trivmm.migration.port import DestinationFactory, DestinationMachine
-from trivmm.migration.progress import MigrationProgress, MigrationReport, Phase, Round, Tracker
-from trivmm.migration.steps import Session, SessionState
-from trivmm.migration.transports import Listener, listen, parse_url
-from trivmm.migration.verdict import LAST_LOOK_S
-from trivmm.migration.wire import MessageType
+from trivmm.migration.wire.session import LAST_LOOK_S, Session, SessionState
 
 __all__ = ["Receiver", "open_receiver"]
 
-LOG: Final = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 MAX_STRANGERS: Final = 16  # greeted at once; the next one is closed at sight
 MAX_SETTLED: Final = 64  # sessions that nobody said DONE to: each is a source that died, or may be in doubt
 RESUME_MS: Final = 1.0  # from COMMIT to RUNNING, the way aside: locks, sinks and a kick; all else was done by READY
@@ -100,7 +100,7 @@ class Receiver:
     deadlines: Deadlines
     nursery: trio.Nursery
     answering: trio.Nursery = attrs.field(default=attrs.Factory(lambda self: self.nursery, takes_self=True))
-    _first: tuple[Link, Setup] | None = None
+    _first: tuple[Link, bytes, Setup] | None = None
     _came: trio.Event = attrs.field(factory=trio.Event)
     _turned_away: list[str] = attrs.field(factory=list)
     _greeting: int = 0
@@ -174,10 +174,10 @@ class Receiver:
         with self.deadlines.enter("accept", self._nobody):
             await self._came.wait()
         assert self._first is not None
-        link, setup = self._first
-        tracker.session, tracker.transport = setup.session.hex(), self.url.partition(":")[0]
+        link, session_id, setup = self._first
+        tracker.session, tracker.transport = session_id.hex(), self.url.partition(":")[0]
         tracker.memory_bytes = sum(size for _, size in setup.memory)
-        session = _Incoming(self, link, setup, tracker, guard)
+        session = _Incoming(self, link, session_id, setup, tracker, guard)
         try:
             with self._serving:
                 return await session.run(factory)
@@ -221,14 +221,14 @@ class Receiver:
         assert self._verdict is None
         self._verdict = verdict
         if remember:
-            _SETTLED[self._first[1].session] = verdict
+            _SETTLED[self._first[1]] = verdict
             while len(_SETTLED) > MAX_SETTLED:
                 del _SETTLED[next(iter(_SETTLED))]
 
     def _heard(self, session: bytes) -> None:
         """The source knows: nobody will ask about that session again."""
         _SETTLED.pop(session, None)
-        if self._first is not None and self._first[1].session == session:
+        if self._first is not None and self._first[1] == session:
             self._lingering.cancel()
 
     def _linger(self, link: Link, nursery: trio.Nursery, seconds: float) -> None:
@@ -267,7 +267,7 @@ class Receiver:
         except MigrationError:
             await link.close()
         else:
-            self._heard(self._first[1].session)
+            self._heard(self._first[1])
 
     # --- strangers -----------------------------------------------------------------------------------------------
 
@@ -295,18 +295,19 @@ class Receiver:
         keep = False
         try:
             with self.deadlines.enter("handshake", f"{channel.name}: connected and said nothing useful"):
+                hello = await greeted(link)
                 message = await link.receive()
             if isinstance(message, Query):
                 with self.deadlines.enter("handshake", f"{channel.name}: takes no answer"):
-                    await self._reply(link, message.session)
+                    await self._reply(link, hello.session)
             elif isinstance(message, Setup) and self._first is None and not self._lingers:
-                self._first = link, message
+                self._first = link, hello.session, message
                 keep = True
                 self._came.set()
             else:
                 raise ProtocolError("a migration is under way here already")
         except (MigrationError, DeadlineError) as error:
-            LOG.info("%s: turned away: %s", channel.name, error)
+            logger.info("%s: turned away: %s", channel.name, error)
             self._turned_away.append(str(error))
             del self._turned_away[:-MAX_STRANGERS]
             await link.abort(str(error))
@@ -328,7 +329,7 @@ class Receiver:
     def _answer(self, session: bytes) -> Verdict:
         """What was decided. Asked before COMMIT was read, this is the decision: it never counts any more (``verdict``
         says why that is safe while the source listens on)."""
-        if self._first is None or self._first[1].session != session:
+        if self._first is None or self._first[1] != session:
             return _SETTLED.get(session) or Verdict("unknown", "no such session here")
         if self._verdict is None and self._first[0].state is SessionState.READY:
             self._settle(Verdict("refused", "the source asked before COMMIT came"))
@@ -342,6 +343,7 @@ class _Incoming:
 
     owner: Receiver
     link: Link
+    session_id: bytes
     setup: Setup
     tracker: Tracker
     guard: trio.CancelScope
@@ -426,7 +428,7 @@ class _Incoming:
 
     async def _commit(self, machine: DestinationMachine, message: Commit) -> DestinationMachine:
         self.guard.shield = True  # no await since COMMIT was read: nothing can be cancelled in between
-        if message.session != self.setup.session:
+        if message.session != self.session_id:
             raise ProtocolError("COMMIT of another session")
         if self.owner._verdict is not None:  # a question was answered in this very moment: that answer stands
             raise MigrationError(f"discarded: {self.owner._verdict.reason}")

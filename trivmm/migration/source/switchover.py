@@ -14,12 +14,12 @@ import attrs
 import trio
 
 from trivmm.errors import DeadlineError, MigrationInDoubt, ProtocolError, TrivmmError
-from trivmm.migration.link import Link
-from trivmm.migration.messages import Ready, RoundAck, State, Undo, Undone
+from trivmm.migration.link.control import Link
 from trivmm.migration.port import SourceMachine
-from trivmm.migration.precopy import Rounds
 from trivmm.migration.progress import Downtime, Phase, Tracker
-from trivmm.migration.steps import SessionState
+from trivmm.migration.source.precopy import Rounds
+from trivmm.migration.wire.messages import Ready, RoundAck, State, Undo, Undone
+from trivmm.migration.wire.session import SessionState
 
 __all__ = ["Switchover"]
 
@@ -37,7 +37,6 @@ class Switchover:
     stopped: bool = False
     unlocked: bool = False
     started: float = 0.0
-    commit_sent: float = 0.0
 
     async def attempt(self, limit_s: float) -> str | None:
         """Everything up to COMMIT within ``limit_s`` (``inf``: no limit). None: COMMIT may go, now. Otherwise the
@@ -69,7 +68,7 @@ class Switchover:
             state = self.source.save()
             saved_ms = self._elapsed_ms() - parts.stop_ms
             if self.source.live_copy:
-                await self.rounds.harvest()
+                await self.rounds.harvest(stopped=True)
             else:
                 self.rounds.add_touched()
             await self.rounds.send_round(last=True)

@@ -19,20 +19,20 @@ import trio
 
 from trivmm.deadlines import Deadlines
 from trivmm.errors import CommitRefused, DeadlineError, MigrationError, MigrationInDoubt
-from trivmm.migration.link import FAREWELL_S, Link
-from trivmm.migration.messages import SESSION_BYTES, Setup, SetupFail, SetupOk
+from trivmm.migration.link.control import FAREWELL_S, Link
+from trivmm.migration.link.roles import open_control
+from trivmm.migration.link.transports import Dialer, SocketDialer, parse_url
 from trivmm.migration.options import SendOptions, TimeoutStrategy
 from trivmm.migration.port import SourceMachine
-from trivmm.migration.precopy import Estimates, Rounds
 from trivmm.migration.progress import Downtime, MigrationProgress, MigrationReport, Phase, Tracker
-from trivmm.migration.steps import Session
-from trivmm.migration.switchover import NO_LIMIT, Switchover
-from trivmm.migration.transports import Dialer, SocketDialer, parse_url
-from trivmm.migration.verdict import Heard, ask_for_verdict, say_done
+from trivmm.migration.source.precopy import Estimates, Rounds
+from trivmm.migration.source.switchover import NO_LIMIT, Switchover
+from trivmm.migration.source.verdict import Heard, ask_for_verdict, say_done
+from trivmm.migration.wire.messages import SESSION_BYTES, Setup, SetupFail, SetupOk
 
 __all__ = ["send", "socket_dialer"]
 
-LOG: Final = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 MAX_ATTEMPTS: Final = 5
 FIRST_BACK_OFF_S: Final = 0.1  # doubles with every undone switchover
 IDLE_ROUND_S: Final = 0.05  # between rounds with next to nothing to send: each costs the guest its write faults
@@ -98,7 +98,7 @@ class _Sender:
             with trio.move_on_after(limits.rollback + limits.kernel + 4 * FAREWELL_S, shield=True) as scope:
                 await self._roll_back(error)
             if scope.cancelled_caught:  # pragma: no cover - each of its waits has a smaller bound
-                LOG.error("rolling back a migration did not end in time")
+                logger.error("rolling back a migration did not end in time")
             raise
         try:
             # No await between here and the shield: a cancellation comes before COMMIT, or after the verdict.
@@ -114,11 +114,11 @@ class _Sender:
         try:
             self.source.set_throttle(0)
         except Exception:
-            LOG.exception("taking the throttle off after a migration")
+            logger.exception("taking the throttle off after a migration")
         try:
-            await self.source.stop_dirty_log()
+            await self.source.dirty_log.stop()
         except Exception:
-            LOG.exception("stopping the dirty log after a migration")
+            logger.exception("stopping the dirty log after a migration")
 
     # --- up to COMMIT --------------------------------------------------------------------------------------------
 
@@ -150,14 +150,13 @@ class _Sender:
         )
 
     async def _set_up(self) -> Link:
-        channel = await self.dialer.dial()
-        self._link = link = Link(channel, Session(source=True))
+        self._link = link = await open_control(self.dialer, self.session_id)
         memory = tuple((region.gpa, region.size) for region in self.source.memory.regions)
-        with self.source.deadlines.enter("handshake", f"{channel.name}: the receiver does not answer SETUP"):
-            await link.send(Setup(self.session_id, self.source.describe(), memory))
+        with self.source.deadlines.enter("handshake", f"{link.name}: the receiver does not answer SETUP"):
+            await link.send(Setup(self.source.describe(), memory))
             answer = await link.receive()
         if isinstance(answer, SetupFail):
-            raise MigrationError(f"{channel.name}: the destination can't build this machine: {answer.reason}")
+            raise MigrationError(f"{link.name}: the destination can't build this machine: {answer.reason}")
         assert isinstance(answer, SetupOk)  # the step table has nothing else
         self._first_resume_ms = answer.resume_ms
         self.tracker.enter(Phase.PRECOPY)
@@ -177,7 +176,7 @@ class _Sender:
         def time_is_up() -> bool:
             return ignore and trio.current_time() >= deadline
 
-        await self.source.start_dirty_log()
+        await self.source.dirty_log.start()
         rounds.add_touched()
         wait_until = 0.0
         undone = 0
@@ -195,7 +194,7 @@ class _Sender:
                 why = await switchover.attempt(limit_s)
                 if why is None:
                     return
-                self.source.log("migration.undone", reason=why, attempt=self.tracker.attempts)
+                logger.info("switchover %d was undone: %s", self.tracker.attempts, why)
                 undone += 1
                 if undone >= MAX_ATTEMPTS and (limitless or not ignore):
                     raise DeadlineError("downtime", self._limit_s, f"{undone} switchovers were undone; the last: {why}")

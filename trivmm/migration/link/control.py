@@ -1,6 +1,6 @@
-"""A session over a channel: messages in the order that the step table allows, for either side.
+"""The CONTROL role: a session over a connection, messages in the order that the session's table allows.
 
-Owned by one sender or receiver, for one connection.
+Owned by one sender or receiver, for one connection. What the state is and how it moves is ``wire.session``'s alone.
 """
 
 from __future__ import annotations
@@ -13,17 +13,14 @@ import attrs
 import trio
 
 from trivmm.errors import DeadlineError, MigrationError, ProtocolError
-from trivmm.migration.channel import Channel, LinkLost
-from trivmm.migration.messages import TYPE_OF, Abort, Done, Message, encode_message, parse_message
-from trivmm.migration.pages import DirtySet, Landing, PageCounts
-from trivmm.migration.steps import Session, SessionState
-from trivmm.migration.wire import MessageType
+from trivmm.migration.link.halves import Channel, LinkLost
+from trivmm.migration.pages.land import DirtySet, Landing, PageCounts
+from trivmm.migration.wire.messages import Abort, Message
+from trivmm.migration.wire.session import Session, SessionState
 
 __all__ = ["FAREWELL_S", "Link", "PeerAborted"]
 
 FAREWELL_S: Final = 0.5  # a reason for the peer is a courtesy: it learns of the end from the closed connection too
-
-BEFORE_COMMIT: Final = (SessionState.PRECOPY, SessionState.BARRIER, SessionState.LOADING, SessionState.UNDOING)
 
 M = TypeVar("M")
 
@@ -40,12 +37,16 @@ class Link:
     session: Session
 
     @property
+    def name(self) -> str:
+        """Which connection, for messages."""
+        return self.channel.name
+
+    @property
     def state(self) -> SessionState:
         return self.session.state
 
     async def send(self, message: Message) -> None:
-        data = encode_message(message)
-        self.session.sent(TYPE_OF[type(message)])
+        data = self.session.send(message)
         try:
             return await self.channel.send(data)
         except LinkLost as error:
@@ -53,7 +54,7 @@ class Link:
         raise await self._last_word(lost)
 
     async def send_pages(self, dirty: DirtySet, limit: int, counts: PageCounts) -> bool:
-        self.session.sent(MessageType.PAGES)
+        self.session.send_pages()
         try:
             return await self.channel.send_pages(dirty, limit, counts)
         except LinkLost as error:
@@ -62,8 +63,8 @@ class Link:
 
     async def _last_word(self, lost: LinkLost) -> LinkLost | PeerAborted:
         """What a peer that closed the connection said before, if anything: a better error than the lost link."""
-        if self.state not in BEFORE_COMMIT:
-            return lost  # after COMMIT an ABORT is a verdict, and not to be swallowed here
+        if not self.session.may_be_told_why:
+            return lost
         with trio.move_on_after(FAREWELL_S):
             try:
                 await self.receive()
@@ -79,13 +80,10 @@ class Link:
 
         :raises PeerAborted: it was ABORT (after COMMIT that is a verdict, and returned).
         """
-        pages = landing if self.state is SessionState.PRECOPY else None
-        frame = await self.channel.receive(pages, report)
-        committed = self.state is SessionState.COMMITTED
-        self.session.received(frame.type)
-        message = parse_message(frame)
-        if isinstance(message, Abort) and not committed:
-            raise PeerAborted(f"{self.channel.name}: the peer gave up: {message.reason}")
+        frame = await self.channel.receive(landing if self.session.takes_pages else None, report)
+        message = self.session.receive(frame)
+        if isinstance(message, Abort) and self.session.over:
+            raise PeerAborted(f"{self.name}: the peer gave up: {message.reason}")
         return message
 
     async def expect(self, kind: type[M]) -> M:
@@ -102,11 +100,9 @@ class Link:
 
     async def say_abort(self, reason: str) -> None:
         """:meth:`abort` without the close. A destination that said it first hears that it was heard (DONE)."""
-        farewell = Done() if self.state is SessionState.CLOSED else Abort(reason)
         # Out of order, broken or gone: then it sees the connection close.
         with trio.move_on_after(FAREWELL_S, shield=True), suppress(MigrationError, DeadlineError):
-            self.session.sent(TYPE_OF[type(farewell)])
-            await self.channel.send(encode_message(farewell))
+            await self.channel.send(self.session.farewell(reason))
 
     async def close(self) -> None:
         with trio.move_on_after(FAREWELL_S, shield=True):

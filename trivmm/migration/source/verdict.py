@@ -31,17 +31,17 @@ import trio
 
 from trivmm.deadlines import Deadlines
 from trivmm.errors import DeadlineError, MigrationError, ProtocolError
-from trivmm.migration.channel import LinkLost
-from trivmm.migration.link import FAREWELL_S, Link
-from trivmm.migration.messages import Abort, Commit, Done, Query, Refused, Running, Verdict
-from trivmm.migration.steps import Session, SessionState
-from trivmm.migration.transports import Dialer
+from trivmm.migration.link.control import FAREWELL_S, Link
+from trivmm.migration.link.halves import LinkLost
+from trivmm.migration.link.roles import open_control
+from trivmm.migration.link.transports import Dialer
+from trivmm.migration.wire.messages import Abort, Commit, Done, Query, Refused, Running, Verdict
+from trivmm.migration.wire.session import LAST_LOOK_S, SessionState
 
-__all__ = ["LAST_LOOK_S", "Heard", "ask", "ask_for_verdict", "say_done"]
+__all__ = ["Heard", "ask", "ask_for_verdict", "say_done"]
 
-LOG: Final = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 PATIENCE_S: Final = 1.0  # from COMMIT to the first question on a link that is silent: far more than any downtime limit
-LAST_LOOK_S: Final = 1.0  # after the deadline, however short that is: a question and its answer on a busy host
 ASK_AGAIN_S: Final = 0.1  # between two questions while the destination is still busy, or not reachable
 TRIES: Final = 5  # of an operator's question: a receiver that takes an address over is not there for a moment
 SETTLED: Final = {"running": True, "refused": False}
@@ -89,7 +89,7 @@ class _Questions:
             outcome = await self.once(each_s)
             if outcome is not None:
                 return outcome
-            LOG.info("no verdict yet: %s", self.heard.reason)
+            logger.info("no verdict yet: %s", self.heard.reason)
             await trio.sleep(ASK_AGAIN_S)
 
 
@@ -115,7 +115,7 @@ async def ask_for_verdict(link: Link, dialer: Dialer, session_id: bytes, deadlin
     with trio.CancelScope(shield=True):
         outcome = await wait.race(deadlines.commit, patience_s, Commit(session_id))
         if outcome is None:
-            LOG.warning("no verdict within commit: a last look")
+            logger.warning("no verdict within commit: a last look")
             outcome = await wait.race(LAST_LOOK_S, 0)
     if outcome is not None:
         return outcome
@@ -143,7 +143,7 @@ class _Wait:
             try:
                 found = await self._listen(commit)
             except (MigrationError, DeadlineError) as error:
-                LOG.warning("no answer to COMMIT (%s): asking for the verdict on a new connection", error)
+                logger.warning("no answer to COMMIT (%s): asking for the verdict on a new connection", error)
                 self.link_over.set()
             else:
                 nursery.cancel_scope.cancel()
@@ -167,7 +167,7 @@ class _Wait:
             try:
                 await self.link.send(commit)
             except LinkLost as error:
-                LOG.info("%s: what the peer said before it left still counts", error)
+                logger.info("%s: what the peer said before it left still counts", error)
         match await self.link.receive():
             case Running():
                 return Heard(True, answered=True)
@@ -193,10 +193,9 @@ async def say_done(link: Link, dialer: Dialer, session_id: bytes) -> None:
 
 
 async def _ask(dialer: Dialer, session_id: bytes) -> Verdict:
-    channel = await dialer.dial()
-    link = Link(channel, Session(source=True))
+    link = await open_control(dialer, session_id)
     try:
-        await link.send(Query(session_id))
+        await link.send(Query())
         answer = await link.expect(Verdict)
         if answer.verdict in SETTLED:
             with trio.move_on_after(FAREWELL_S), suppress(MigrationError, DeadlineError):

@@ -14,7 +14,7 @@ import trio
 
 from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError, shown
-from trivmm.migration.channel import Channel, LinkLost, SocketChannel
+from trivmm.migration.link.halves import Channel, LinkLost, SocketChannel
 from trivmm.unixsocket import UnixListener, check_path, listen_unix
 
 __all__ = ["Address", "Dialer", "Listener", "SocketDialer", "TcpAddress", "UnixAddress", "listen", "parse_url"]

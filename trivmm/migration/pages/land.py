@@ -20,7 +20,7 @@ import attrs
 from trivmm._native import ffi, lib
 from trivmm.errors import ProtocolError
 from trivmm.memory.guest import GuestMemory, MemoryRegion
-from trivmm.migration.wire import FRAME_PAGES, FRAME_RUNS, PAGE_BYTES, Frame, MessageType, crc32c, encode_frame
+from trivmm.migration.wire.frame import FRAME_PAGES, FRAME_RUNS, PAGE_BYTES, Frame, MessageType, crc32c, encode_frame
 
 __all__ = ["DirtySet", "Landing", "PageCounts", "page_frames"]
 

@@ -25,8 +25,8 @@ import trio
 from trivmm._native import ffi, lib
 from trivmm.deadlines import Deadlines
 from trivmm.errors import DeadlineError, MigrationError, ProtocolError
-from trivmm.migration.pages import DirtySet, Landing, PageCounts, bad_page, bad_page_crc, page_frames
-from trivmm.migration.wire import (
+from trivmm.migration.pages.land import DirtySet, Landing, PageCounts, bad_page, bad_page_crc, page_frames
+from trivmm.migration.wire.frame import (
     FRAME_PAGES,
     HEADER_BYTES,
     PAGE_BYTES,

@@ -13,11 +13,11 @@ import attrs
 import trio
 
 from trivmm.errors import ProtocolError
-from trivmm.migration.link import Link
-from trivmm.migration.messages import RoundAck, RoundEnd
-from trivmm.migration.pages import DirtySet, PageCounts
+from trivmm.migration.link.control import Link
+from trivmm.migration.pages.land import DirtySet, PageCounts
 from trivmm.migration.port import SourceMachine
 from trivmm.migration.progress import PAGE_BYTES, Downtime, Round, Tracker
+from trivmm.migration.wire.messages import RoundAck, RoundEnd
 
 __all__ = ["Estimates", "Rounds"]
 
@@ -72,12 +72,11 @@ class Rounds:
             each.add_touched()
         self.tracker.remaining_pages = self.remaining
 
-    async def harvest(self) -> int:
-        """Add what was written since the last harvest; gives the pages to send now."""
+    async def harvest(self, *, stopped: bool = False) -> int:
+        """Add what was written since the last harvest; gives the pages to send now. ``stopped``: no vCPU runs."""
         now, before = trio.current_time(), self.remaining
-        total = 0
-        for each in self.dirty:
-            total += await self.source.harvest_dirty(each.region.slot, each.bits)
+        await self.source.dirty_log.harvest([each.bits for each in self.dirty], stopped=stopped)
+        total = self.remaining
         if self._harvested is not None and now > self._harvested:
             self.tracker.dirty_rate = (total - before) / (now - self._harvested)
         self._harvested = now

@@ -1,16 +1,17 @@
 """What the frames say: one frozen class a message, its JSON body, and the strict way back. Pure.
 
-The sequence of messages is drawn in ``wire``, their order checked by ``steps``.
+The sequence of messages is drawn in ``frame``, their order checked by ``session``.
 """
 
 from __future__ import annotations
 
+import enum
 from typing import Any, Final, TypeAlias
 
 import attrs
 
 from trivmm.errors import ProtocolError
-from trivmm.migration.wire import PAGE_BYTES, VERSION, Frame, MessageType, encode_frame
+from trivmm.migration.wire.frame import PAGE_BYTES, VERSION, Frame, MessageType, encode_frame
 from trivmm.state.codec import state_from_json, state_to_json
 from trivmm.state.fields import Fields
 from trivmm.state.jsontext import dump_json, load_json
@@ -22,10 +23,12 @@ __all__ = [
     "Abort",
     "Commit",
     "Done",
+    "Hello",
     "Message",
     "Query",
     "Ready",
     "Refused",
+    "Role",
     "RoundAck",
     "RoundEnd",
     "Running",
@@ -46,14 +49,31 @@ MAX_REGIONS: Final = 8  # as TV_MAX_REGIONS
 MAX_ROUND: Final = 1 << 32
 MAX_PAGES: Final = 1 << 52  # as often as a page can be sent in a life
 MAX_MS: Final = 1e9
+MAX_LINKS: Final = 64  # connections for pages: far more than any host has queues
 VERDICTS: Final = ("running", "refused", "pending", "unknown")
+
+
+class Role(enum.Enum):
+    """What a connection is for."""
+
+    CONTROL = "control"  # a session's messages, or a question about one
+    PAGES = "pages"  # one of several that carry pages
+    FAULT = "fault"  # the pages that a running guest waits for
+
+
+@attrs.frozen
+class Hello:
+    """The first frame of every connection. ``session`` 16 bytes; ``index`` which of its role, from 0."""
+
+    session: bytes
+    role: Role
+    index: int = 0
 
 
 @attrs.frozen
 class Setup:
-    """``session`` 16 bytes; ``machine`` for the destination's factory; ``memory`` (gpa, size) by slot."""
+    """``machine`` for the destination's factory; ``memory`` (gpa, size) by slot."""
 
-    session: bytes
     machine: dict[str, Any]
     memory: tuple[tuple[int, int], ...]
 
@@ -132,7 +152,7 @@ class Done:
 
 @attrs.frozen
 class Query:
-    session: bytes
+    """What became of the session that HELLO named?"""
 
 
 @attrs.frozen
@@ -149,7 +169,8 @@ class Abort:
 
 
 Message: TypeAlias = (
-    Setup
+    Hello
+    | Setup
     | SetupOk
     | SetupFail
     | RoundEnd
@@ -168,6 +189,7 @@ Message: TypeAlias = (
 )
 
 TYPE_OF: Final[dict[type, MessageType]] = {
+    Hello: MessageType.HELLO,
     Setup: MessageType.SETUP,
     SetupOk: MessageType.SETUP_OK,
     SetupFail: MessageType.SETUP_FAIL,
@@ -193,9 +215,11 @@ def encode_message(message: Message, version: int = VERSION) -> bytes:
     match message:
         case State(state):
             value = state_to_json(state)
-        case Setup(session, machine, memory):
-            value = {"session": session.hex(), "machine": machine, "memory": [list(each) for each in memory]}
-        case Commit(session) | Query(session):
+        case Hello(session, role, index):
+            value = {"session": session.hex(), "role": role.value, "index": index}
+        case Setup(machine, memory):
+            value = {"machine": machine, "memory": [list(each) for each in memory]}
+        case Commit(session):
             value = {"session": session.hex()}
         case _:
             value = attrs.asdict(message)
@@ -213,6 +237,14 @@ def _session(fields: Fields) -> bytes:
     if len(session) != SESSION_BYTES:
         raise ProtocolError(f"session is {text!r}, not {SESSION_BYTES} bytes in hex")
     return session
+
+
+def _role(fields: Fields) -> Role:
+    text = fields.text("role", MAX_REASON)
+    for role in Role:
+        if role.value == text:
+            return role
+    raise ProtocolError(f"HELLO: there is no role {text!r:.80}")
 
 
 def _memory(fields: Fields) -> tuple[tuple[int, int], ...]:
@@ -239,8 +271,10 @@ def parse_message(frame: Frame) -> Message:
     fields = Fields(kind.name, value)
     message: Message
     match kind:
+        case MessageType.HELLO:
+            message = Hello(_session(fields), _role(fields), fields.integer("index", 0, MAX_LINKS - 1))
         case MessageType.SETUP:
-            message = Setup(_session(fields), fields.object("machine"), _memory(fields))
+            message = Setup(fields.object("machine"), _memory(fields))
         case MessageType.SETUP_OK:
             message = SetupOk(fields.number("resume_ms", MAX_MS))
         case MessageType.SETUP_FAIL:
@@ -264,7 +298,7 @@ def parse_message(frame: Frame) -> Message:
         case MessageType.DONE:
             message = Done()
         case MessageType.QUERY:
-            message = Query(_session(fields))
+            message = Query()
         case MessageType.VERDICT:
             message = Verdict(fields.text("verdict", MAX_REASON), fields.line("reason", MAX_REASON))
             if message.verdict not in VERDICTS:

@@ -3,7 +3,8 @@
 A migration, seen from the wire (source on the left; one connection)::
 
     source                                   destination
-    SETUP session, machine, memory  ───────▶           build the machine, nothing runs
+    HELLO session, role             ───────▶           a connection's first frame
+    SETUP machine, memory           ───────▶           build the machine, nothing runs
                                     ◀───────  SETUP_OK            (or SETUP_FAIL reason)
     PAGES, ZERO …                   ───────▶           pages land
     ROUND_END n, pages              ───────▶           are all of them here?
@@ -19,9 +20,9 @@ A migration, seen from the wire (source on the left; one connection)::
 
     UNDO, any time after a ROUND_END, STATE or READY and before COMMIT: the source runs again, ◀ UNDONE, rounds go on
     ABORT reason, from either side before RUNNING: the end; from the destination a promise that it never ran
-    QUERY session, first on a new connection: ◀ VERDICT (running, refused, pending or unknown), DONE ▶
+    HELLO, QUERY on a new connection: ◀ VERDICT (running, refused, pending or unknown), DONE ▶
 
-Which message may come when is the table in ``steps``. A frame, little-endian::
+Which message may come when is the table in ``session``. A frame, little-endian::
 
     0 magic "TVMg" · 4 version u16 · 6 type u16 · 8 length u32 · 12 body u32 · 16 sequence u64 · 24 body CRC32C ·
     28 zero, not looked at · 52 CRC32C of 0..51
@@ -36,8 +37,8 @@ would leave old memory in a running guest. ROUND_END says besides how many pages
 pages included, each time that one was sent), and the destination compares that with what landed.
 
 Magic and version stay where they are in every version, so that a peer of another one is named and not taken for
-damage. The rule is that current and previous are spoken. Version 1 had no sequence numbers, so it can be neither
-checked nor spoken any more: today :data:`SUPPORTED` is version 2 alone.
+damage. The rule is that current and previous are spoken. Version 2 had no HELLO, and nobody depended on it yet:
+today :data:`SUPPORTED` is version 3 alone.
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ __all__ = [
 ]
 
 MAGIC: Final = b"TVMg"
-VERSION: Final = 2
-SUPPORTED: Final = (2,)  # current and previous; but 1 has no sequence numbers, and is refused
+VERSION: Final = 3
+SUPPORTED: Final = (3,)  # current and previous; but 2 has no HELLO and 1 no sequence numbers either: both are refused
 HEADER: Final = struct.Struct("<4sHHIIQI24xI")  # as long as TV_FRAME_HEADER in ffi/pages.h, where the reason stands
 HEADER_BYTES: Final = HEADER.size
 SEQUENCE: Final = struct.Struct("<Q")
@@ -103,6 +104,7 @@ class MessageType(enum.IntEnum):
     PAGES = 16
     ZERO = 17
     ABORT = 18
+    HELLO = 19
 
 
 MAX_BODY: Final[dict[MessageType, int]] = {

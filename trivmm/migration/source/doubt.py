@@ -13,8 +13,8 @@ import attrs
 
 from trivmm.deadlines import Deadlines
 from trivmm.errors import MigrationInDoubt, RunsElsewhere
-from trivmm.migration.transports import Dialer
-from trivmm.migration.verdict import Heard, ask
+from trivmm.migration.link.transports import Dialer
+from trivmm.migration.source.verdict import Heard, ask
 
 __all__ = ["Doubt", "Resolution"]
 

@@ -1,0 +1,147 @@
+"""Virtqueues without a guest: chains a second through a ring, and how long a disk request takes.
+
+The mock driver offers a burst, rings the doorbell once and waits for the interrupt that tells of its last chain. Chains
+of the entropy device, whose source is /dev/zero, cost next to nothing themselves: their figure is that of the walker,
+the used ring and the interrupts. The disk's are 4 KiB reads of an image that the host has in its page cache.
+
+    python benchmarks/rings.py [--runs 5] [--json]
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import struct
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import trio
+from results import Figure, median, parser_for, show
+
+from trivmm.config import DiskConfig, RngConfig
+from trivmm.memory.guest import GuestMemory
+from trivmm.testing.driver import WRITE, Descriptor, MockDriver
+from trivmm.virtio.block import BlockDevice
+from trivmm.virtio.device import WorkerDevice
+from trivmm.virtio.port import Activation
+from trivmm.virtio.queue import F_EVENT_IDX, F_VERSION_1
+from trivmm.virtio.rng import RngDevice
+
+SIZE = 256  # of the queues
+BURSTS = 200
+DATA, HEADERS, STATUS = 0x100000, 0x200000, 0x210000
+READ = 4096
+IMAGE = 8 << 20
+WAIT_MS = 10_000
+
+
+class Burst:
+    """Bursts of chains whose descriptors are laid out once: a burst is a new available index and a doorbell."""
+
+    def __init__(self, driver: MockDriver, heads: list[int]) -> None:
+        self.driver, self.count = driver, len(heads)
+        ring = [heads[slot % len(heads)] for slot in range(driver.size)]
+        driver.memory.write(driver.avail_gpa + 4, struct.pack(f"<{driver.size}H", *ring))
+        self._poll = select.poll()
+        self._poll.register(driver.call, select.POLLIN)
+
+    def run(self, chains: int) -> float:
+        """Seconds until so many are used."""
+        driver = self.driver
+        driver.avail = (driver.avail + chains) & 0xFFFF
+        driver.set_used_event(driver.avail - 1)
+        began = time.perf_counter()
+        driver.set_avail_index(driver.avail)
+        driver.ring()
+        while driver.used_index != driver.avail:
+            if not self._poll.poll(WAIT_MS):
+                raise SystemExit("the device does not answer")
+            driver.interrupts()
+        return time.perf_counter() - began
+
+
+@asynccontextmanager
+async def active(device: WorkerDevice, driver: MockDriver) -> AsyncIterator[None]:
+    features = F_VERSION_1 | (F_EVENT_IDX if driver.event_idx else 0)
+    async with trio.open_nursery() as workers:
+        await device.activate(Activation(1, features, (driver.config(),)), workers)
+        try:
+            yield
+        finally:
+            with trio.move_on_after(10, shield=True):
+                await device.stop()
+    device.close()
+
+
+def lay_out_entropy(driver: MockDriver) -> list[int]:
+    return [driver.chain(Descriptor(DATA + 64 * head, 8, WRITE), first=head) for head in range(SIZE)]
+
+
+def lay_out_reads(driver: MockDriver) -> list[int]:
+    heads = []
+    for number in range(SIZE // 4):
+        driver.memory.write(HEADERS + 16 * number, struct.pack("<IIQ", 0, 0, 8 * number))
+        parts = (
+            Descriptor(HEADERS + 16 * number, 16),
+            Descriptor(DATA + READ * number, READ, WRITE),
+            Descriptor(STATUS + number, 1, WRITE),
+        )
+        heads.append(driver.chain(*parts, first=4 * number))
+    return heads
+
+
+async def measure(
+    make: Callable[[GuestMemory], WorkerDevice],
+    lay_out: Callable[[MockDriver], list[int]],
+    *,
+    event_idx: bool,
+    chains: int = 0,
+) -> float:
+    """Median of seconds a burst; ``chains``: in each, all that were laid out unless given."""
+    memory = GuestMemory([(0, 4 << 20)])
+    driver = MockDriver(memory, size=SIZE, event_idx=event_idx)
+    burst = Burst(driver, lay_out(driver))
+    async with active(make(memory), driver):
+        took = await trio.to_thread.run_sync(lambda: [burst.run(chains or burst.count) for _ in range(BURSTS)])
+    driver.close()
+    memory.close()
+    return median(took)
+
+
+async def run(runs: int) -> list[Figure]:
+    with tempfile.TemporaryDirectory() as folder:
+        image = Path(folder) / "disk.img"
+        image.write_bytes(os.urandom(IMAGE))
+
+        def entropy(memory: GuestMemory) -> WorkerDevice:
+            return RngDevice(RngConfig("/dev/zero"), memory)
+
+        def disk(memory: GuestMemory) -> WorkerDevice:
+            return BlockDevice(DiskConfig(str(image), queue_size=SIZE), memory, "_disk0")
+
+        figures = []
+        for event_idx in (False, True):
+            kind = "EVENT_IDX" if event_idx else "flags"
+            walks = [SIZE / await measure(entropy, lay_out_entropy, event_idx=event_idx) for _ in range(runs)]
+            reads = [SIZE // 4 / await measure(disk, lay_out_reads, event_idx=event_idx) for _ in range(runs)]
+            alone = [await measure(disk, lay_out_reads, event_idx=event_idx, chains=1) for _ in range(runs)]
+            figures += [
+                Figure(f"chains through a ring ({kind})", median(walks) / 1e6, "million/s"),
+                Figure(f"4 KiB reads, 64 at once ({kind})", median(reads) / 1e3, "thousand/s"),
+                Figure(
+                    f"4 KiB read, one at a time ({kind})", median(alone) * 1e6, "µs", note="from doorbell to interrupt"
+                ),
+            ]
+    return figures
+
+
+def main() -> None:
+    options = parser_for(__doc__, runs=5).parse_args()
+    show("rings", trio.run(run, options.runs), as_json=options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+#include "worker.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <unistd.h>
+
+#include "park.h"
+
+#define POLL_SLICE_MS 1000     /* a lost kick costs at most this */
+#define TV_TURN_CHAINS 256     /* of one descriptor, before the next one's turn */
+#define TV_TURN_NS 1000000u    /* the same in time, looked at between two chains */
+#define TV_BATCH_NS 50000u     /* so long a served chain waits for others, and for as long as the last one takes */
+
+/* Before the run: a queue, of which this takes a copy, and its doorbell. Gives its number here, which is its
+ * doorbell's; -1 when its rings make no sense (tv_queue_open) or there are too many. */
+int tv_worker_add(struct tv_worker *worker, const struct tv_queue *queue, int doorbell_fd)
+{
+    uint32_t at = worker->queue_count;
+    if (at == TV_WORKER_QUEUES)
+        return -1;
+    worker->queues[at] = *queue;
+    if (tv_queue_open(&worker->queues[at]))
+        return -1;
+    worker->watches[at] = (struct tv_watch){doorbell_fd, POLLIN};
+    worker->queue_count++;
+    return (int)at;
+}
+
+/* From now on, wait for `events` (0: none) of the device's descriptor number `own`. Before the run, or in a turn. */
+void tv_worker_watch(struct tv_worker *worker, uint32_t own, int fd, short events)
+{
+    worker->watches[TV_WORKER_QUEUES + own] = (struct tv_watch){fd, events};
+}
+
+int tv_worker_stopping(const struct tv_worker *worker)
+{
+    return __atomic_load_n(&worker->stop, __ATOMIC_SEQ_CST);
+}
+
+/* Any thread, any time, before the run and after it too. Idempotent. */
+void tv_worker_stop(struct tv_worker *worker)
+{
+    uint64_t one = 1;
+    __atomic_store_n(&worker->stop, 1, __ATOMIC_SEQ_CST);
+    ssize_t written = write(worker->kick_fd, &one, sizeof one);
+    (void)written;
+}
+
+/* In a handler, before it does something slow: no driver waits for it that has been served already. */
+void tv_worker_publish(struct tv_worker *worker)
+{
+    for (uint32_t at = 0; at < worker->queue_count; at++)
+        tv_queue_publish(&worker->queues[at]);
+}
+
+/* The default turn of a doorbell: serve what its queue holds, as long as a turn may be. Leaves the queue armed and
+ * empty, or due, or with a chain that nothing can be done with now, or broken. What was served is published. */
+void tv_worker_serve(struct tv_worker *worker, uint32_t at)
+{
+    struct tv_queue *queue = &worker->queues[at];
+    struct tv_chain *chain = &worker->chain;
+    uint64_t began = tv_now_ns(), batch = began, now = 0;
+    for (uint32_t left = TV_TURN_CHAINS; !tv_worker_stopping(worker); left--) {
+        if (!left || batch - began > TV_TURN_NS) {
+            worker->due |= 1u << at;
+            break;
+        }
+        int got = tv_queue_pop(queue, chain);
+        if (got < 0)
+            break;
+        if (!got) {
+            tv_queue_publish(queue); /* first: the driver may have nothing more before it hears of these */
+            if (!tv_queue_rearm(queue))
+                return;
+            now = 0;
+            continue;
+        }
+        tv_queue_disarm(queue);
+        worker->taken_ns = now ? now : tv_now_ns();
+        int64_t length = worker->serve(worker, queue, chain);
+        if (length < 0) {
+            tv_queue_rewind(queue, 1); /* not armed: the driver has nothing to tell that others won't */
+            if (length == TV_AGAIN)
+                worker->due |= 1u << at;
+            break;
+        }
+        tv_queue_push(queue, chain->head, (uint32_t)length);
+        if (queue->broken)
+            break;
+        now = tv_now_ns(); /* one look at the clock a chain: the next one's begin */
+        if (now - batch > TV_BATCH_NS) {
+            tv_queue_publish(queue);
+            batch = now = tv_now_ns();
+        }
+    }
+    tv_queue_publish(queue);
+}
+
+static void turn(struct tv_worker *worker, uint32_t at)
+{
+    if (worker->on_ready)
+        worker->on_ready(worker, at);
+    else if (at < worker->queue_count)
+        tv_worker_serve(worker, at);
+}
+
+/* Sleep until a descriptor is ready, or not at all while one is due; ready ones become due. */
+static void wait_ready(struct tv_worker *worker)
+{
+    struct pollfd wait[TV_WORKER_WATCHES + 1] = {{.fd = worker->kick_fd, .events = POLLIN}};
+    uint32_t which[TV_WORKER_WATCHES + 1];
+    nfds_t count = 1;
+    for (uint32_t at = 0; at < TV_WORKER_WATCHES; at++) {
+        struct tv_watch *watch = &worker->watches[at];
+        if (!watch->events)
+            continue;
+        which[count] = at;
+        wait[count++] = (struct pollfd){.fd = watch->fd, .events = watch->events};
+    }
+    if (poll(wait, count, worker->due ? 0 : POLL_SLICE_MS) <= 0)
+        return;
+    for (nfds_t i = 1; i < count; i++) {
+        if (!wait[i].revents)
+            continue;
+        worker->due |= 1u << which[i];
+        worker->wakeups++;
+        if (which[i] < TV_WORKER_QUEUES)
+            tv_eventfd_drain(wait[i].fd);
+    }
+}
+
+/* Queues that broke since the last call: their doorbells count no more. */
+static int newly_broken(struct tv_worker *worker)
+{
+    uint32_t told = worker->told;
+    for (uint32_t at = 0; at < worker->queue_count; at++) {
+        if (!worker->queues[at].broken)
+            continue;
+        worker->told |= 1u << at;
+        worker->watches[at].events = 0;
+    }
+    return worker->told != told;
+}
+
+/* The life of a worker thread. Every queue is looked at once, notified or not; then it is as the head of worker.h
+ * says. Returns 0 when asked to stop, 1 when queues broke (each is told once: call again, the others go on). Called
+ * without the GIL; every sleep ends by a kick or in POLL_SLICE_MS. A request that was taken is finished and published,
+ * or given back, before this returns. */
+int tv_worker_run(struct tv_worker *worker)
+{
+    for (uint32_t at = 0; at < worker->queue_count; at++)
+        worker->due |= 1u << at;
+    for (;;) {
+        uint32_t due = worker->due;
+        worker->due = 0; /* a turn that left something over says so again */
+        for (uint32_t at = 0; at < TV_WORKER_WATCHES; at++) {
+            if (tv_worker_stopping(worker))
+                return 0;
+            if (due & 1u << at)
+                turn(worker, at);
+        }
+        if (newly_broken(worker))
+            return 1;
+        wait_ready(worker);
+    }
+}
