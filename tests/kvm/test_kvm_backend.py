@@ -433,3 +433,23 @@ def test_routes_that_were_prepared_cost_no_upload(start: Any, monkeypatch: pytes
 
 def refuse() -> None:
     raise HypervisorError("KVM_SET_GSI_ROUTING", "refused")
+
+
+def test_a_route_that_the_kernel_does_not_give_up_is_not_free(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = start("e610 f4")
+    line = os.eventfd(0, os.EFD_NONBLOCK)
+
+    def stubborn(fd: int, name: str, *args: Any, **more: Any) -> int:
+        raise HypervisorError(name, "no memory")
+
+    try:
+        token = guest.vm.connect_msi(line, 0xFEE0_0000, 0x40)
+        with monkeypatch.context() as patch:
+            patch.setattr("trivmm.hypervisor.kvm.irq.kvm_call", stubborn)
+            with pytest.raises(HypervisorError, match="KVM_IRQFD"):
+                guest.vm.disconnect_msi(token)
+        guest.vm.disconnect_msi(token)
+        assert guest.vm.connect_msi(line, 0xFEE0_0000, 0x40) == token, "the kernel would not take it twice"
+    finally:
+        guest.vm.close()
+        os.close(line)

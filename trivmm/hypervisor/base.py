@@ -22,13 +22,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, ClassVar, Final, Literal, Protocol, TypeAlias
+from typing import Annotated, Any, ClassVar, Final, Literal, Protocol, TypeAlias
 
 import attrs
 
 from trivmm.bus.bus import Bus
 from trivmm.bus.space import GuestRequest
 from trivmm.bus.ticket import Ticket
+from trivmm.values import AtMost, Name
 
 __all__ = [
     "INTERRUPTED",
@@ -72,21 +73,24 @@ Outcome: TypeAlias = Interrupted | Ticket | GuestRequest | Crashed
 
 # --- state ---------------------------------------------------------------------------------------------------
 
+Blobs = Annotated[dict[Name, Annotated[bytes, AtMost(1 << 20)]], AtMost(64)]
+"""A KVM vCPU has about 15 parts; the largest that there is, an engine's pickled context, has some 100 KiB."""
+
 
 @attrs.frozen
 class VcpuState:
     """One vCPU, saved. ``kind`` is the back end's name with its format (``kvm/1``); ``blobs`` its raw parts."""
 
-    kind: str
-    blobs: dict[str, bytes]
+    kind: Name
+    blobs: Blobs
 
 
 @attrs.frozen
 class VmBackendState:
     """The VM-wide part of a back end (interrupt controllers, PIT, clock), saved."""
 
-    kind: str
-    blobs: dict[str, bytes]
+    kind: Name
+    blobs: Blobs
 
 
 # --- protocols -----------------------------------------------------------------------------------------------
