@@ -25,6 +25,7 @@ from trivmm.platform import sinks
 from trivmm.platform.serial import Serial
 from trivmm.platform.sinks import FdSink, NullSink, open_sink
 from trivmm.testing.driver import until
+from trivmm.testing.states import sent
 
 THR, IER, IIR, LCR, MCR, LSR, MSR, SCR = range(8)
 
@@ -154,7 +155,7 @@ def test_state_travels(serial: Serial) -> None:
     state = serial.save()
     twin = Serial()
     try:
-        twin.load(state)
+        twin.load(sent(state))
         assert pulsed(twin)
         assert reg(twin, SCR) == 7
         assert lib.tv_line_tx_used(twin.rings) == 1
@@ -167,11 +168,21 @@ def test_state_travels(serial: Serial) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"ier": 256}, {"ier": True}, {"tx": "!"}, {"tx": 4}, {"rx": "AAAA" * 1400}, {"rx": None}, {"more": 0}]
+    "change",
+    [
+        {"ier": 256},
+        {"ier": True},
+        {"overrun": 1},
+        {"tx": "!"},
+        {"tx": 4},
+        {"rx": "AAAA" * 1400},
+        {"rx": None},
+        {"more": 0},
+    ],
 )
 def test_hostile_state(serial: Serial, change: dict[str, Any]) -> None:
     with pytest.raises(ProtocolError):
-        serial.load(serial.save() | change)
+        sent(serial.save(), **change)
 
 
 @settings(deadline=None, max_examples=60)
@@ -320,7 +331,7 @@ async def test_saved_output_is_not_sent_twice_but_goes_on_after_an_undo() -> Non
             serial.thaw()
             await until(lambda: serial.tail() == b"a")
             state = serial.save()
-            assert state["tx"] == ""
+            assert state.tx == b""
             serial.write(0, b"b")  # it runs after all
             await until(lambda: serial.tail() == b"ab")
             nursery.cancel_scope.cancel()

@@ -23,27 +23,31 @@ from trivmm.hypervisor.base import VcpuState, VmBackendState
 from trivmm.migration.wire import frame as wire
 from trivmm.migration.wire import messages as m
 from trivmm.migration.wire.session import FROM_DESTINATION, FROM_SOURCE, Session, SessionState
+from trivmm.state.codec import state_to_json
 from trivmm.state.jsontext import MAX_DEPTH, load_json
-from trivmm.state.machine import MachineState, SavedVcpu
+from trivmm.state.machine import Barrier, BarrierKind, MachineState, PendingReset, SavedVcpu
 from trivmm.state.setup import config_from_setup, config_to_setup
+from trivmm.state.virtio import LifeStage
+from trivmm.testing.states import a_board, a_device
 
 ID = bytes(range(16))
 STATE = MachineState(
     vcpus=(
-        SavedVcpu(0, VcpuState("kvm/1", {"regs": b"\x00\xff" * 9, "none": b""}), ("rng", "activation")),
-        SavedVcpu(1, VcpuState("kvm/1", {})),
+        SavedVcpu(
+            0,
+            VcpuState("kvm/1", {"regs": b"\x00\xff" * 9, "none": b""}),
+            Barrier("rng", BarrierKind.ACTIVATION),
+        ),
+        SavedVcpu(1, VcpuState("kvm/1", {}), None),
     ),
     vmm=VmBackendState("kvm/1", {"clock": b"123"}),
-    devices={"rng": {"queues": [1, 2], "pending": True}},
-    board={"serial": {"lsr": 96}},
-    reset_pending="reset",
+    devices={"rng": a_device(LifeStage.ACTIVATING, status=15)},
+    board=a_board(),
+    reset_pending=PendingReset.RESET,
     run=False,
 )
-# "status" is a device's own: its shape is only looked at when it is loaded, by int(), which inf escapes from
-STATE_JSON = (
-    '{"vcpus":[],"vmm":{"kind":"kvm/1","blobs":{}},"devices":{"rng":{"status":%s}},"board":{},'
-    '"reset_pending":null,"run":true}'
-)
+# a device's own part is an object whose shape is only looked at by the device
+STATE_JSON = json.dumps(state_to_json(STATE)).replace('"own": {}', '"own": {"x": %s}')
 EVERY: list[m.Message] = [
     m.Hello(ID, m.Role.CONTROL),
     m.Hello(ID, m.Role.PAGES, 63),
@@ -353,12 +357,21 @@ def change(value: Any, path: str, new: Any) -> Any:
         ("vcpus.0.index", 8),
         ("vcpus.0.index", 1),
         ("vcpus.1.index", 5),
-        ("vcpus.0.kind", None),
-        ("vcpus.0.blobs", {"a": "*"}),
-        ("vcpus.0.blobs", {str(i): "" for i in range(65)}),
+        ("vcpus.0.state.kind", None),
+        ("vcpus.0.state.blobs", {"a": "*"}),
+        ("vcpus.0.state.blobs", {str(i): "" for i in range(65)}),
         ("vcpus.0.barrier", ["rng"]),
-        ("vcpus.0.barrier", ["rng", "sleep"]),
-        ("vcpus.0.barrier", [["rng"], "reset"]),
+        ("vcpus.0.barrier.what", "sleep"),
+        ("vcpus.0.barrier.device", ["rng"]),
+        ("devices.rng.life.stage", "asleep"),
+        ("devices.rng.life.status", 15.0),
+        ("devices.rng.life.status", "15"),
+        ("devices.rng.life.generation", True),
+        ("devices.rng.transport.registers.queues.0.size", 1 << 16),
+        ("devices.rng.transport.pci.registers", "AAAA"),
+        ("devices.rng.own", None),
+        ("board.serial.ier", 256),
+        ("board.ged", None),
         ("vcpus.0.extra", 1),
         ("vmm.kind", "x" * 300),
         ("devices", {"rng": []}),
@@ -378,7 +391,7 @@ def test_bad_state_names_the_field(path: str, new: Any) -> None:
 
 
 def test_a_state_too_large_is_refused_by_the_sender() -> None:
-    fat = MachineState((), VmBackendState("kvm/1", {"x": b"x" * (4 << 20)}), {}, {})
+    fat = attrs.evolve(STATE, vmm=VmBackendState("kvm/1", {"x": b"x" * (4 << 20)}))
     with pytest.raises(ProtocolError, match="does not fit"):
         m.encode_message(m.State(fat))
 

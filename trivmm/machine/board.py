@@ -1,6 +1,6 @@
 """The board: everything of a machine that is not a task (those are ``trivmm.nursery.tree``'s).
 
-It answers every vCPU exit (:meth:`Board.handle_exit`, on vCPU threads), and is saved, loaded and closed as a whole.
+Its devices answer what vCPUs ask on its bus, on their threads, and it is saved, loaded and closed as a whole.
 ``trivmm.machine.build`` makes it.
 """
 
@@ -13,10 +13,10 @@ from typing import Any, Final
 import attrs
 
 from trivmm.boot.pvh import check_payload, load_payload
-from trivmm.bus.space import AddressSpace, Effect
+from trivmm.bus.bus import Bus
+from trivmm.bus.space import AddressSpace
 from trivmm.config import VmConfig
-from trivmm.errors import MigrationError
-from trivmm.hypervisor.base import AnyVcpu, Hypervisor, IoIn, IoOut, MmioRead, MmioWrite, VcpuExit, VmBackend
+from trivmm.hypervisor.base import AnyVcpu, Hypervisor, VmBackend
 from trivmm.memory.guest import GuestMemory
 from trivmm.nursery.activation import ActivationActor
 from trivmm.platform.ged import GED_IRQ, POWER_BUTTON, Ged
@@ -24,12 +24,8 @@ from trivmm.platform.line import Line
 from trivmm.platform.pci import Bar, PciBus
 from trivmm.platform.serial import COM1_IRQ, Serial
 from trivmm.platform.sinks import ClientSink, LineConfig, Sink, open_sink
-from trivmm.state.codec import MAX_DEVICES
-from trivmm.state.fields import Fields
-from trivmm.state.machine import MachineState
-from trivmm.state.setup import config_to_setup
 from trivmm.virtio.device import WorkerDevice
-from trivmm.virtio.kinds import KINDS, sections
+from trivmm.virtio.kinds import KINDS
 from trivmm.virtio.pci import VirtioPciTransport
 
 __all__ = ["Board", "DeviceSlot", "line_configs"]
@@ -71,35 +67,13 @@ class Board:
     devices: list[DeviceSlot] = attrs.field(factory=list)
     stuck: list[str] = attrs.field(factory=list)
     in_use: bool = False
+    _connected: set[int] = attrs.field(factory=set)  # ISA lines
     _closed: bool = False
     _freed: bool = False
 
-    # --- exits: vCPU threads ---------------------------------------------------------------------------------
-
-    def handle_exit(self, vcpu: int, reason: VcpuExit) -> bytes | Effect:
-        match reason:
-            case MmioWrite(gpa, data):
-                return self.mmio.write(gpa, data)
-            case MmioRead(gpa, size):
-                return self.mmio.read(gpa, size)
-            case IoOut(port, size, data):
-                if len(data) == size:
-                    return self.pio.write(port, data)
-                outcome: Effect = None
-                for at in range(0, len(data), size):
-                    outcome = self.pio.write(port, data[at : at + size]) or outcome
-                return outcome
-            case IoIn(port, size, count):
-                return b"".join(self.pio.read(port, size) for _ in range(count))
-            case _:
-                return None
-
-    def inline_handler(self, index: int) -> Callable[[VcpuExit], bytes | None]:
-        def answer(reason: VcpuExit) -> bytes | None:
-            answered = self.handle_exit(index, reason)
-            return answered if isinstance(answered, bytes) else None
-
-        return answer
+    def bus(self) -> Bus:
+        """For one vCPU."""
+        return Bus(self.pio, self.mmio, self.hypervisor.clock)
 
     # --- boot ------------------------------------------------------------------------------------------------
 
@@ -163,9 +137,16 @@ class Board:
 
     # --- interrupts: these wait for the kernel -----------------------------------------------------------------
 
+    @property
+    def _lines(self) -> tuple[tuple[int, int], ...]:
+        return (self.serial.irq_fd, COM1_IRQ), (self.ged.irq_fd, GED_IRQ)
+
     def connect_interrupts(self) -> None:
-        self.vm.connect_irq(self.serial.irq_fd, COM1_IRQ)
-        self.vm.connect_irq(self.ged.irq_fd, GED_IRQ)
+        """Also after a call of either kind that failed half way: what is connected already stays so."""
+        for fd, gsi in self._lines:
+            if gsi not in self._connected:
+                self.vm.connect_irq(fd, gsi)
+                self._connected.add(gsi)
         # One wait for all routes. A guest that changes one meanwhile costs another wait, no more.
         self.vm.prepare_msi([message for slot in self.devices for message in slot.transport.messages()])
         for slot in self.devices:
@@ -173,87 +154,13 @@ class Board:
 
     def disconnect_interrupts(self) -> None:
         """After this no eventfd injects: what the kernel had queued is in the vCPUs, the rest stays in the
-        eventfds and is saved as pending bits."""
+        eventfds and is saved as pending bits. What it raises leaves some connected: see :meth:`connect_interrupts`."""
         for slot in self.devices:
             slot.transport.disconnect_interrupts()
-        self.vm.disconnect_irq(self.ged.irq_fd, GED_IRQ)
-        self.vm.disconnect_irq(self.serial.irq_fd, COM1_IRQ)
-
-    # --- state -----------------------------------------------------------------------------------------------
-
-    def describe(self) -> dict[str, Any]:
-        """What a destination needs to build the same board (the SETUP section of a migration)."""
-        return {
-            "config": config_to_setup(self.config, sections()),
-            "hypervisor": self.vm.name,
-            "ram": self._ram(),
-            "devices": {
-                slot.backend.name: {"slot": slot.pci_slot, "device": slot.backend.describe()} for slot in self.devices
-            },
-        }
-
-    def _ram(self) -> list[list[int]]:
-        return [[region.gpa, region.size] for region in self.memory.regions]
-
-    def check_setup(self, setup: dict[str, Any]) -> None:
-        """Make this board the one that the sender has. :raises TrivmmError: naming what it can't be."""
-        fields = Fields("SETUP", setup)
-        fields.object("config")  # read already: the board is made of it
-        for part, here in (("hypervisor", self.vm.name), ("ram", self._ram())):
-            there = fields.anything(part)
-            if there != here:
-                raise MigrationError(f"the sender's {part} is {there!r:.200}, here it is {here!r}")
-        devices = fields.objects("devices", MAX_DEVICES)
-        fields.end()
-        mine = {slot.backend.name: slot for slot in self.devices}
-        if set(devices) != set(mine):
-            raise MigrationError(f"the sender's devices are {sorted(devices)!r:.200}, here they are {sorted(mine)}")
-        for name, described in devices.items():
-            each = Fields(name, described)
-            pci_slot = each.anything("slot")
-            if pci_slot != mine[name].pci_slot:
-                raise MigrationError(
-                    f"{name}: the sender's PCI slot is {pci_slot!r:.80}, here it is {mine[name].pci_slot}"
-                )
-            mine[name].backend.become(each.object("device"))
-            each.end()
-
-    def save(self) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-        """(devices by name, fixed parts by name), JSON-able; after the machine stopped."""
-        devices = {
-            slot.backend.name: {
-                "lifecycle": slot.transport.state.save(),
-                "transport": slot.transport.save(),
-                "device": slot.backend.save(),
-            }
-            for slot in self.devices
-        }
-        board = {name: part.save() for name, part in self.fixed.items()}
-        return devices, board
-
-    def load(self, state: MachineState) -> None:
-        """Set everything; may be called again. :raises MigrationError: naming the part that makes no sense."""
-        if len(state.vcpus) != len(self.cpus):
-            raise MigrationError(f"state has {len(state.vcpus)} vCPUs, the machine {len(self.cpus)}")
-        if set(state.devices) != {slot.backend.name for slot in self.devices}:
-            raise MigrationError(f"state has devices {sorted(state.devices)}, the machine others")
-        part = "?"
-        try:
-            for slot in self.devices:
-                part = slot.backend.name
-                saved = state.devices[part]
-                slot.transport.load(saved["transport"])
-                slot.backend.load(saved["device"])
-                common = slot.transport.common
-                slot.transport.state.load(saved["lifecycle"], common.setup(), common.limits)
-            for name, fixed in self.fixed.items():  # the PCI bus among them places the BARs that were just loaded
-                part = name
-                fixed.load(state.board[name])
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise MigrationError(f"state of {part} makes no sense: {error!r}") from error
-        self.vm.load(state.vmm)
-        for vcpu in state.vcpus:
-            self.cpus[vcpu.index].load(vcpu.state)
+        for fd, gsi in self._lines:
+            if gsi in self._connected:
+                self.vm.disconnect_irq(fd, gsi)
+                self._connected.discard(gsi)
 
     def committed(self) -> None:
         """The machine runs here from now on, and so do its console lines: their sinks are opened now.
@@ -288,11 +195,7 @@ class Board:
         for cpu in self.cpus:
             if own := cpu.counters():
                 counted[f"__vcpu{cpu.index}"] = own
-        counted["__bus"] = {
-            f"{space.name}_unhandled_{kind}": getattr(space, f"unhandled_{kind}")
-            for space in (self.pio, self.mmio)
-            for kind in ("reads", "writes")
-        }
+        counted["__bus"] = self.pio.counters() | self.mmio.counters()
         return counted
 
     def give_locks(self) -> None:

@@ -9,8 +9,6 @@ logged and replaced by none.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import logging
 import os
 from collections.abc import Callable
@@ -19,9 +17,7 @@ from typing import Any, Final
 import trio
 
 from trivmm._native import ffi, lib
-from trivmm.errors import ProtocolError
 from trivmm.platform.sinks import ClientSink, NullSink, Sink
-from trivmm.state.fields import Fields
 
 __all__ = ["Line", "Subscription", "dump_rings", "load_rings"]
 
@@ -29,8 +25,6 @@ logger = logging.getLogger(__name__)
 
 TAIL_BYTES: Final = 1 << 20
 CHUNK: Final = 16384  # bytes a sink gets at once: small enough that a drain's deadline is looked at in between
-TX_SIZE: Final = int(lib.TV_LINE_TX_SIZE)
-RX_SIZE: Final = int(lib.TV_LINE_RX_SIZE)
 
 
 class Line:
@@ -277,22 +271,14 @@ class Subscription:
         return data
 
 
-def dump_rings(native: Any) -> dict[str, str]:
-    """The rings of a ``struct tv_line_state``, JSON-able."""
-    return {
-        name: base64.b64encode(bytes(ffi.buffer(getattr(native, name), getattr(native, f"{name}_len")))).decode()
-        for name in ("tx", "rx")
-    }
+def dump_rings(native: Any) -> tuple[bytes, bytes]:
+    """(output, input) in a ``struct tv_line_state``."""
+    tx, rx = (bytes(ffi.buffer(getattr(native, name), getattr(native, f"{name}_len"))) for name in ("tx", "rx"))
+    return tx, rx
 
 
-def load_rings(name: str, fields: Fields, native: Any) -> None:
-    """The other way. :raises ProtocolError: when they are malformed."""
-    for ring, limit in (("tx", TX_SIZE), ("rx", RX_SIZE)):
-        try:
-            data = base64.b64decode(fields.text(ring, limit * 4 // 3 + 4), validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise ProtocolError(f"{name}: {ring} is not base64") from error
-        if len(data) > limit:
-            raise ProtocolError(f"{name}: {ring} has {len(data)} bytes, more than {limit}")
-        setattr(native, f"{ring}_len", len(data))
-        ffi.memmove(getattr(native, ring), data, len(data))
+def load_rings(native: Any, tx: bytes, rx: bytes) -> None:
+    """The other way. The rings have room for ``LineOutput`` and ``LineInput`` (``trivmm.state.platform``)."""
+    for name, data in (("tx", tx), ("rx", rx)):
+        setattr(native, f"{name}_len", len(data))
+        ffi.memmove(getattr(native, name), data, len(data))

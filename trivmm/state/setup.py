@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import attrs
 
 from trivmm.config import VmConfig
 from trivmm.errors import ProtocolError, shown
+from trivmm.state.machine import MAX_DEVICES
 from trivmm.state.strict import refused, structure
+from trivmm.values import U8, U64, AtMost, Name
 
-__all__ = ["config_from_setup", "config_to_setup"]
+__all__ = ["DeviceSetup", "MachineSetup", "config_from_setup", "config_to_setup"]
+
+
+@attrs.frozen
+class DeviceSetup:
+    """``slot`` on the PCI bus; ``device`` is JSON of the device's ``description_type``."""
+
+    slot: U8
+    device: dict[str, Any]
+
+
+@attrs.frozen
+class MachineSetup:
+    """``config`` is what :func:`config_from_setup` reads; ``ram`` (gpa, size) of each region."""
+
+    config: dict[str, Any]
+    hypervisor: Name
+    ram: tuple[tuple[U64, U64], ...]
+    devices: Annotated[dict[Name, DeviceSetup], AtMost(MAX_DEVICES)]
 
 
 def config_to_setup(config: VmConfig, sections: Mapping[str, type[Any]]) -> dict[str, Any]:

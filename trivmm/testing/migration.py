@@ -21,7 +21,9 @@ from trivmm.memory.dirty_log import DirtyLog, HostWriters
 from trivmm.memory.guest import GuestMemory
 from trivmm.migration.link.halves import Connection, LinkLost
 from trivmm.migration.link.streams import stream_connection
-from trivmm.state.machine import MachineState, SavedVcpu
+from trivmm.state.machine import Barrier, BarrierKind, MachineState, SavedVcpu
+from trivmm.state.virtio import LifeStage
+from trivmm.testing.states import a_board, a_device
 
 __all__ = ["DiskLock", "FakeDestination", "FakeSource", "MemoryNet", "Tap", "TappedStream"]
 
@@ -119,8 +121,9 @@ class FakeSource(_Machine):
     def save(self) -> MachineState:
         assert not self.running
         self.memory.write(0x800, b"saving dirties memory")
-        vcpu = SavedVcpu(0, VcpuState("fake/1", {"regs": b"\1\2"}), ("rng", "activation"))
-        return MachineState((vcpu,), VmBackendState("fake/1", {}), {"rng": {"pending": True}}, {})
+        vcpu = SavedVcpu(0, VcpuState("fake/1", {"regs": b"\1\2"}), Barrier("rng", BarrierKind.ACTIVATION))
+        devices = {"rng": a_device(LifeStage.ACTIVATING, status=15)}
+        return MachineState((vcpu,), VmBackendState("fake/1", {}), devices, a_board(), reset_pending=None, run=True)
 
     async def undo(self) -> None:
         await trio.lowlevel.checkpoint()

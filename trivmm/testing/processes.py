@@ -32,10 +32,10 @@ def until(true: Callable[[], object], what: str, limit_s: float = LIMIT_S) -> No
         time.sleep(POLL_S)
 
 
-def listens(path: Path) -> str | None:
-    """The inode of the unix socket that listens there: between bind and listen the file is there and nobody answers."""
+def listens(path: Path) -> bool:
+    """A unix socket: between bind and listen the file is there and nobody answers."""
     rows = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
-    return next((row[6] for row in rows[1:] if row[3] == ACCEPTS and row[-1] == str(path)), None)
+    return any(row[3] == ACCEPTS and row[-1] == str(path) for row in rows[1:])
 
 
 def booted(fake: FakeVmm) -> FakeVmm:
@@ -68,6 +68,14 @@ def outcome(fake: FakeVmm) -> dict[str, Any]:
     return last
 
 
+def _made_at(path: Path) -> int | None:
+    """When, in its file system's time; None: it is not there."""
+    try:
+        return path.stat().st_ctime_ns
+    except FileNotFoundError:
+        return None
+
+
 @attrs.define
 class Receiving:
     """``status`` is what receive-migration answered; None while it lasts, and where its process went away first."""
@@ -79,7 +87,8 @@ class Receiving:
 @contextmanager
 def receiving(target: FakeVmm, path: Path) -> Iterator[Receiving]:
     """``target`` waits for a VM at ``path`` when the block begins; its call has ended after the block."""
-    made, earlier = Receiving(f"unix:{path}"), listens(path)  # one that only answers, and is taken over from
+    made = Receiving(f"unix:{path}")
+    before = _made_at(path)  # a receiver that takes an address over makes its socket anew
 
     def receive() -> None:
         try:
@@ -90,7 +99,7 @@ def receiving(target: FakeVmm, path: Path) -> Iterator[Receiving]:
     thread = threading.Thread(target=receive)
     thread.start()
     try:
-        until(lambda: listens(path) not in (None, earlier), f"nobody listens at {path} for a VM")
+        until(lambda: listens(path) and _made_at(path) != before, f"nobody listens at {path}")
         yield made
     finally:
         thread.join(LIMIT_S)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
+import attrs
 import trio
 
 from trivmm._native import ffi, lib
@@ -17,13 +18,14 @@ from trivmm.config import ConsoleConfig
 from trivmm.memory.guest import GuestMemory
 from trivmm.platform.line import Line
 from trivmm.platform.sinks import FdSink, Sink
-from trivmm.state.fields import Fields
+from trivmm.state.platform import LineInput, LineOutput
+from trivmm.values import U16, Within
 from trivmm.virtio.console.line import ConsoleLine
 from trivmm.virtio.device import RING_FEATURES, WorkerDevice
 from trivmm.virtio.port import Activation, QueueConfig
 from trivmm.virtio.queue import QueueWorker
 
-__all__ = ["ConsoleDevice"]
+__all__ = ["ConsoleDevice", "ConsoleState"]
 
 F_SIZE: Final = 1 << 0
 QUEUE_SIZE: Final = 256
@@ -33,12 +35,24 @@ PORTS: Final = 1
 MAX_SIZE: Final = (1 << 16) - 1
 
 
+@attrs.frozen
+class ConsoleState:
+    """``tx_taken``: bytes of the chain that the device is at which the output has already."""
+
+    columns: U16
+    rows: U16
+    tx_taken: Annotated[int, Within(0, 1 << 30)]  # TV_CHAIN_BYTES: no chain is longer
+    tx: LineOutput
+    rx: LineInput
+
+
 class ConsoleDevice(WorkerDevice):
     """``sink`` None is for a destination: it gets its own at COMMIT. Owns the sink."""
 
     device_type = 3
     features = RING_FEATURES | F_SIZE
     queue_sizes = (QUEUE_SIZE, QUEUE_SIZE)
+    state_type = ConsoleState
 
     def __init__(self, config: ConsoleConfig, memory: GuestMemory, sink: Sink | None, name: str = "__console") -> None:
         super().__init__(config.id or name, memory)
@@ -112,16 +126,13 @@ class ConsoleDevice(WorkerDevice):
 
     # --- state -----------------------------------------------------------------------------------------------
 
-    def save(self) -> dict[str, Any]:
-        return {"columns": self._size[0], "rows": self._size[1]} | self.line.save()
+    def save(self) -> ConsoleState:
+        tx_taken, tx, rx = self.line.save()
+        return ConsoleState(*self._size, tx_taken, tx, rx)
 
-    def load(self, state: dict[str, Any]) -> None:
-        """:raises ProtocolError: when the state is malformed."""
-        fields = Fields(self.name, state)
-        size = fields.integer("columns", 0, MAX_SIZE), fields.integer("rows", 0, MAX_SIZE)
-        self.line.load(fields)
-        fields.end()
-        self._size = size
+    def load(self, state: ConsoleState) -> None:
+        self.line.load(state.tx_taken, state.tx, state.rx)
+        self._size = state.columns, state.rows
 
     def counters(self) -> dict[str, int]:
         live = [worker.native for worker in self._workers]
