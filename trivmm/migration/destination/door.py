@@ -68,6 +68,7 @@ class Door:
     stays: bool = attrs.field(default=False, init=False)
     _arrived: Arrival | None = attrs.field(default=None, init=False)
     _came: trio.Event = attrs.field(factory=trio.Event, init=False)
+    _awaited: bool = attrs.field(default=False, init=False)  # somebody has it, and its link
     _strangers: list[_Stranger] = attrs.field(factory=list, init=False)  # the oldest first
     _turned_away: list[str] = attrs.field(factory=list, init=False)
     _open: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
@@ -83,6 +84,7 @@ class Door:
         with self.deadlines.enter("accept", self._nobody):
             await self._came.wait()
         assert self._arrived is not None
+        self._awaited = True
         return self._arrived
 
     def _nobody(self) -> str:
@@ -95,9 +97,13 @@ class Door:
     async def keep_open(self) -> None:
         """Until it is shut. The same door lets a source in and answers its questions: one that comes in between finds
         no gap."""
-        with self._open:
-            async with trio.open_nursery() as nursery:
-                await self._accept(nursery)
+        try:
+            with self._open:
+                async with trio.open_nursery() as nursery:
+                    await self._accept(nursery)
+        finally:
+            if self._arrived is not None and not self._awaited:  # let in when nobody waited any more
+                await self._arrived.link.abort("nobody receives here any more")  # noqa: ASYNC102 - shields itself
 
     def shut(self) -> None:
         """Let nobody in any more, unless it :meth:`stay`\\ s."""
