@@ -30,11 +30,12 @@ from trivmm.migration.wire.frame import MessageType
 from trivmm.migration.wire.messages import Done, Fate, Query, Setup, Verdict
 from trivmm.migration.wire.session import Session, SessionState
 
-__all__ = ["Arrival", "Door"]
+__all__ = ["PENDING", "Arrival", "Door"]
 
 logger = logging.getLogger(__name__)
 
 MAX_STRANGERS: Final = 16  # greeted at once
+PENDING: Final = Verdict(Fate.PENDING, "the destination has not settled it yet")
 GIVEN_UP: Final = (SessionState.NEW, SessionState.OPEN)  # who goes first when it is full: said nothing, said HELLO
 
 
@@ -53,10 +54,6 @@ class _Stranger:
     scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
 
 
-def _pending() -> Verdict:
-    return Verdict(Fate.PENDING, "the destination has not settled it yet")
-
-
 @attrs.define(eq=False)
 class Door:
     """``question`` is asked what became of the session that came in. Its task is :meth:`keep_open`."""
@@ -64,7 +61,7 @@ class Door:
     listener: Listener
     deadlines: Deadlines
     verdicts: Verdicts
-    question: Callable[[], Verdict] = attrs.field(default=_pending, init=False)
+    question: Callable[[], Verdict] = attrs.field(default=lambda: PENDING, init=False)
     stays: bool = attrs.field(default=False, init=False)
     _arrived: Arrival | None = attrs.field(default=None, init=False)
     _came: trio.Event = attrs.field(factory=trio.Event, init=False)
