@@ -23,6 +23,7 @@ from trivmm.events import EventBus
 from trivmm.hypervisor.base import Hypervisor
 from trivmm.hypervisor.select import choose_hypervisor
 from trivmm.migration.destination.receiver import Receiver, open_receiver
+from trivmm.migration.destination.verdicts import Verdicts
 from trivmm.migration.port import DestinationMachine
 from trivmm.migration.progress import MigrationProgress
 from trivmm.nursery.ownership import MIGRATION
@@ -91,7 +92,7 @@ async def open_incoming(
     hypervisor: Hypervisor | None = None,
     deadlines: Deadlines | None = None,
     events: EventBus | None = None,
-    answering: trio.Nursery | None = None,
+    verdicts: Verdicts | None = None,
     refuse: Callable[[], str | None] = lambda: None,
 ) -> AsyncIterator[Incoming]:
     """Listen at ``url`` (``unix:PATH`` or ``tcp:HOST:PORT``) for one migration. ``events`` as for ``open_vm``.
@@ -99,11 +100,12 @@ async def open_incoming(
 
     The VM that arrives lives until the end of the block, with the same promises as in ``open_vm``.
 
-    A migration that failed when it was ready to run may leave a source that asks what became of it. ``answering`` is
+    A migration that failed when it was ready to run may leave a source that asks what became of it. ``verdicts`` is
     where that is answered, for a little more than twice ``commit``; without it the block ends only then, or when it is
-    cancelled.
+    cancelled. Blocks that share one answer for each other's sessions, and a later one takes over an address at which an
+    earlier one only answers any more.
 
-    :raises ConfigError: when the address can't be bound."""
+    :raises ConfigError: when the address can't be bound, or others are answered there."""
     limits = deadlines or Deadlines()
     chosen = hypervisor if hypervisor is not None else choose_hypervisor("auto")
     empty = VmConfig(PayloadConfig(""), deadlines=limits)  # until the sender's SETUP says what it is
@@ -111,7 +113,7 @@ async def open_incoming(
         async with (
             unwrapped_nursery(patient=True) as own,
             vm_scope(empty, chosen, events) as (vm, nursery),
-            open_receiver(url, limits, nursery, answering or own) as receiver,
+            open_receiver(url, limits, nursery, verdicts or Verdicts(own)) as receiver,
         ):
             receiver.refuse = refuse
             vm.tell_of_receiving("ready")

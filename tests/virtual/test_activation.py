@@ -13,13 +13,12 @@ import trio.testing
 
 from trivmm.deadlines import Deadlines
 from trivmm.errors import DeadlineError, PauseTimeout
-from trivmm.hypervisor.base import MmioRead, MmioWrite
 from trivmm.machine.machine import Machine, open_machine
 from trivmm.nursery.vcpu import Vcpu, VcpuRunState
 from trivmm.state.virtio import LifeStage
 from trivmm.testing.doubles import OwnerScopedDevice, OwnerScopedServicer, WallBarrierVcpu
 from trivmm.testing.miniboard import DRIVER_READY, BareDevice, MiniBoard, bus_gpa, status_gpa
-from trivmm.testing.scripted import Compute, Wedge
+from trivmm.testing.scripted import Compute, MmioRead, MmioWrite, Wedge
 
 Guest = Generator[Any, bytes | None, None]
 Clock = trio.testing.MockClock

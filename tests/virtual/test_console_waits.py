@@ -13,8 +13,7 @@ import trio.testing
 
 from trivmm import MemoryConfig, PayloadConfig, Vm, VmConfig, WrongState, open_vm
 from trivmm.guest import probe_path
-from trivmm.hypervisor.base import IoOut
-from trivmm.testing.scripted import Compute, ScriptedHypervisor
+from trivmm.testing.scripted import Compute, IoOut, ScriptedHypervisor
 
 RESET = IoOut(0x600, 1, b"\x01")
 POWER_OFF = IoOut(0x600, 1, b"\x34")

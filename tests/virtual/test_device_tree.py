@@ -13,7 +13,6 @@ import trio.testing
 
 from trivmm import ConfigError, DiskConfig, MemoryConfig, PayloadConfig, RngConfig, VmConfig, VmState, open_vm
 from trivmm.guest import probe_path
-from trivmm.hypervisor.base import IoOut
 from trivmm.machine.board import Board
 from trivmm.machine.build import build_board
 from trivmm.memory import layout
@@ -46,8 +45,8 @@ def built(config: VmConfig) -> Iterator[Board]:
 
 def write_config(board: Board, slot: int, register: int, value: int) -> None:
     """As the guest does it, by CF8 and CFC."""
-    board.handle_exit(0, IoOut(0xCF8, 4, (1 << 31 | slot << 11 | register).to_bytes(4, "little")))
-    board.handle_exit(0, IoOut(0xCFC, 4, value.to_bytes(4, "little")))
+    board.pio.write(0xCF8, (1 << 31 | slot << 11 | register).to_bytes(4, "little"))
+    board.pio.write(0xCFC, value.to_bytes(4, "little"))
 
 
 def bar(kind: str, base: int) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """The board: everything of a machine that is not a task (those are ``trivmm.nursery.tree``'s).
 
-It answers every vCPU exit (:meth:`Board.handle_exit`, on vCPU threads), and is saved, loaded and closed as a whole.
+Its devices answer what vCPUs ask on its bus, on their threads, and it is saved, loaded and closed as a whole.
 ``trivmm.machine.build`` makes it.
 """
 
@@ -13,9 +13,10 @@ from typing import Any, Final
 import attrs
 
 from trivmm.boot.pvh import check_payload, load_payload
-from trivmm.bus.space import AddressSpace, Effect
+from trivmm.bus.bus import Bus
+from trivmm.bus.space import AddressSpace
 from trivmm.config import VmConfig
-from trivmm.hypervisor.base import AnyVcpu, Hypervisor, IoIn, IoOut, MmioRead, MmioWrite, VcpuExit, VmBackend
+from trivmm.hypervisor.base import AnyVcpu, Hypervisor, VmBackend
 from trivmm.memory.guest import GuestMemory
 from trivmm.nursery.activation import ActivationActor
 from trivmm.platform.ged import GED_IRQ, POWER_BUTTON, Ged
@@ -70,32 +71,9 @@ class Board:
     _closed: bool = False
     _freed: bool = False
 
-    # --- exits: vCPU threads ---------------------------------------------------------------------------------
-
-    def handle_exit(self, vcpu: int, reason: VcpuExit) -> bytes | Effect:
-        match reason:
-            case MmioWrite(gpa, data):
-                return self.mmio.write(gpa, data)
-            case MmioRead(gpa, size):
-                return self.mmio.read(gpa, size)
-            case IoOut(port, size, data):
-                if len(data) == size:
-                    return self.pio.write(port, data)
-                outcome: Effect = None
-                for at in range(0, len(data), size):
-                    outcome = self.pio.write(port, data[at : at + size]) or outcome
-                return outcome
-            case IoIn(port, size, count):
-                return b"".join(self.pio.read(port, size) for _ in range(count))
-            case _:
-                return None
-
-    def inline_handler(self, index: int) -> Callable[[VcpuExit], bytes | None]:
-        def answer(reason: VcpuExit) -> bytes | None:
-            answered = self.handle_exit(index, reason)
-            return answered if isinstance(answered, bytes) else None
-
-        return answer
+    def bus(self) -> Bus:
+        """For one vCPU."""
+        return Bus(self.pio, self.mmio, self.hypervisor.clock)
 
     # --- boot ------------------------------------------------------------------------------------------------
 
@@ -217,11 +195,7 @@ class Board:
         for cpu in self.cpus:
             if own := cpu.counters():
                 counted[f"__vcpu{cpu.index}"] = own
-        counted["__bus"] = {
-            f"{space.name}_unhandled_{kind}": getattr(space, f"unhandled_{kind}")
-            for space in (self.pio, self.mmio)
-            for kind in ("reads", "writes")
-        }
+        counted["__bus"] = self.pio.counters() | self.mmio.counters()
         return counted
 
     def give_locks(self) -> None:

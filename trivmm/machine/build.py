@@ -66,7 +66,6 @@ def build_board(
         _plug_devices(board, on_event, incoming, sinks)
         for index in range(config.cpus.boot_vcpus):
             cpu = vm.create_vcpu(index)
-            cpu.inline_handler = board.inline_handler(index)
             board.cpus.append(cpu)
             if cpu.write_hook is not None:
                 memory.before_told(*cpu.write_hook)

@@ -48,12 +48,13 @@ class Machine:
 
     board: Board
     deadlines: Deadlines
-    vcpus: VcpuSet
     kernel: KernelCalls
     on_guest_request: Callable[[], None] = lambda: None
+    vcpu_type: type[Vcpu] = Vcpu
     wanted: Stage = attrs.field(default=Stage.PAUSED, init=False)  # by its owner: RUNNING or PAUSED
     guest_request: GuestRequest | None = attrs.field(default=None, init=False)
     crash: GuestCrash | None = attrs.field(default=None, init=False)
+    vcpus: VcpuSet = attrs.field(default=attrs.Factory(lambda self: self._vcpus(), takes_self=True), init=False)
     interrupts: Interrupts = attrs.field(
         default=attrs.Factory(
             lambda self: Interrupts(self.kernel, self.board.connect_interrupts, self.board.disconnect_interrupts),
@@ -69,6 +70,9 @@ class Machine:
     )
     ladder: Ladder = attrs.field(default=attrs.Factory(lambda self: self._ladder(), takes_self=True), init=False)
     _token: trio.lowlevel.TrioToken = attrs.field(factory=trio.lowlevel.current_trio_token, init=False)
+
+    def _vcpus(self) -> VcpuSet:
+        return VcpuSet(self.board.cpus, self.board.bus, self, self.deadlines, self.vcpu_type)
 
     def _ladder(self) -> Ladder:
         async def gate(at_most_s: float) -> None:
@@ -353,22 +357,8 @@ async def open_machine(
     """Run a board: its actors, lines and parked vCPU threads, see :func:`trivmm.nursery.tree.open_tree`.
 
     Nothing runs or activates before it is walked up; ``stage`` is where it starts: UNLOCKED for a destination."""
-    vcpus = VcpuSet((), deadlines)
     calls = kernel or KernelCalls(deadlines, board.hypervisor.threads)
-    machine = Machine(board, deadlines, vcpus, calls, on_guest_request)
-    vcpus.vcpus = [
-        vcpu_type(
-            index,
-            cpu,
-            board.handle_exit,
-            vcpus.on_change,
-            machine.take_request,
-            machine.take_crash,
-            board.hypervisor.clock,
-        )
-        for index, cpu in enumerate(board.cpus)
-    ]
-    vcpus.on_failure = machine.take_failure
+    machine = Machine(board, deadlines, calls, on_guest_request, vcpu_type)
     machine.ladder.fall(stage)
     for slot in board.devices:
         slot.actor.close_gate()

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import attrs
+
 from trivmm.errors import MigrationError, shown
 from trivmm.machine.board import Board
 from trivmm.state.machine import BarrierKind, MachineState
@@ -90,8 +92,9 @@ def check_state(board: Board, state: MachineState) -> dict[str, Any]:
         where, slot = f"state.devices.{name}", mine[name]
         slot.transport.check(saved.life, saved.transport, where)
         own[name] = structure(f"{where}.own", saved.own, slot.backend.state_type)
+    parts = attrs.asdict(state.board, recurse=False)
     for name, part in board.fixed.items():
-        part.check(getattr(state.board, name), f"state.board.{name}")
+        part.check(parts[name], f"state.board.{name}")
     return own
 
 
@@ -121,5 +124,6 @@ def load_state(board: Board, state: MachineState) -> None:
         saved = state.devices[slot.backend.name]
         slot.transport.load(saved.life, saved.transport)
         slot.backend.load(own[slot.backend.name])
+    parts = attrs.asdict(state.board, recurse=False)
     for name, part in board.fixed.items():  # the PCI bus among them places the BARs that were just loaded
-        part.load(getattr(state.board, name))
+        part.load(parts[name])

@@ -19,7 +19,8 @@ from trivmm.errors import ConfigError, PauseTimeout
 from trivmm.hypervisor.base import VcpuState, VmBackendState
 from trivmm.memory.dirty_log import DirtyLog, HostWriters
 from trivmm.memory.guest import GuestMemory
-from trivmm.migration.link.halves import Channel, LinkLost, StreamChannel
+from trivmm.migration.link.halves import Connection, LinkLost
+from trivmm.migration.link.streams import stream_connection
 from trivmm.state.machine import Barrier, BarrierKind, MachineState, SavedVcpu
 from trivmm.state.virtio import LifeStage
 from trivmm.testing.states import a_board, a_device
@@ -237,11 +238,11 @@ class MemoryNet:
         await trio.sleep(len(data) / self.bytes_per_s)
         return await self.source_tap(stream, data)
 
-    async def dial(self) -> Channel:
-        return StreamChannel(await self.dial_raw(), "memory", self.deadlines)
+    async def dial(self) -> Connection:
+        return stream_connection(await self.dial_raw(), "memory", self.deadlines)
 
-    async def accept(self) -> Channel:
-        return StreamChannel(await self._receive.receive(), "memory (incoming)", self.deadlines)
+    async def accept(self) -> Connection:
+        return stream_connection(await self._receive.receive(), "memory (incoming)", self.deadlines)
 
     def close(self) -> None:
         self.closed = True

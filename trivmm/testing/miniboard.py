@@ -12,10 +12,10 @@ from typing import Any
 import attrs
 import trio
 
+from trivmm.bus.bus import Bus
 from trivmm.bus.lock import BoundedLock
-from trivmm.bus.space import Effect
+from trivmm.bus.space import AddressSpace, Effect, Range
 from trivmm.deadlines import Deadlines
-from trivmm.hypervisor.base import MmioRead, MmioWrite, VcpuExit
 from trivmm.memory.guest import GuestMemory
 from trivmm.nursery.activation import ActivationActor
 from trivmm.state.virtio import QueueState
@@ -29,10 +29,11 @@ from trivmm.virtio.status import StatusRegister
 __all__ = ["DRIVER_READY", "BareDevice", "MiniBoard", "bus_gpa", "status_gpa"]
 
 DRIVER_READY = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK
+STATUS_SPAN = 0x1000
 
 
 def status_gpa(device: int) -> int:
-    return 0xD000_0000 + 0x1000 * device
+    return 0xD000_0000 + STATUS_SPAN * device
 
 
 def bus_gpa(device: int) -> int:
@@ -110,7 +111,8 @@ class BareDevice:
 
 @attrs.frozen(eq=False)
 class Slot:
-    """``queues`` are what the driver has set up."""
+    """On the bus it is the status register, and at offset 4 whether it is a bus master. ``queues`` are what the driver
+    has set up."""
 
     queues: tuple[QueueState, ...]
     backend: BareDevice
@@ -118,6 +120,16 @@ class Slot:
     register: StatusRegister
     handles: DeviceHandles
     actor: ActivationActor
+
+    def read(self, offset: int, size: int) -> bytes:
+        with self.state.lock:
+            return self.register.read().to_bytes(size, "little")
+
+    def write(self, offset: int, data: bytes) -> Effect:
+        with self.state.lock:
+            if offset:
+                return self.register.set_bus_master(bool(data[0]))
+            return self.register.write(data[0], DriverSetup(VERSION_1, self.queues))
 
 
 class _Line:
@@ -151,8 +163,9 @@ class MiniBoard:
         self.events: list[tuple[str, str, int]] = []
         self.stuck: list[str] = []
         self.interrupts: list[str] = []
+        self.pio, self.mmio = AddressSpace("pio"), AddressSpace("mmio")
         self.devices = []
-        for device in devices:
+        for index, device in enumerate(devices):
             state = DeviceState(device.name, BoundedLock(f"the registers of {device.name}", deadlines.lock))
             state.bus_master = True
             register = StatusRegister(state, DeviceLimits(device.features, device.queue_sizes, vectors=1))
@@ -161,22 +174,12 @@ class MiniBoard:
                 device, state, handles, deadlines, lambda: None, lambda *event: self.events.append(event)
             )
             queues = tuple(attrs.evolve(QueueState.unused(size), enabled=True) for size in device.queue_sizes)
-            self.devices.append(Slot(queues, device, state, register, handles, actor))
+            slot = Slot(queues, device, state, register, handles, actor)
+            self.devices.append(slot)
+            self.mmio.insert(Range(status_gpa(index), STATUS_SPAN, slot, device.name))
 
-    def handle_exit(self, vcpu: int, reason: VcpuExit) -> bytes | Effect:
-        match reason:
-            case MmioWrite(gpa, data):
-                slot = self.devices[(gpa - status_gpa(0)) // 0x1000]
-                with slot.state.lock:
-                    if gpa % 0x1000:
-                        return slot.register.set_bus_master(bool(data[0]))
-                    return slot.register.write(data[0], DriverSetup(VERSION_1, slot.queues))
-            case MmioRead(gpa, size):
-                slot = self.devices[(gpa - status_gpa(0)) // 0x1000]
-                with slot.state.lock:
-                    return slot.register.read().to_bytes(size, "little")
-            case _:
-                return None
+    def bus(self) -> Bus:
+        return Bus(self.pio, self.mmio, self.hypervisor.clock)
 
     def connect_interrupts(self) -> None:
         self.interrupts.append("connect")

@@ -12,8 +12,7 @@ from typing import Any, Final
 
 import attrs
 
-from trivmm.hypervisor.base import IoIn, IoOut, MmioRead, MmioWrite
-from trivmm.testing.scripted import Compute, Store
+from trivmm.testing.scripted import Compute, IoIn, IoOut, MmioRead, MmioWrite, Store
 from trivmm.virtio.life import ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK
 from trivmm.virtio.setup import VERSION_1
 

@@ -127,7 +127,8 @@ class Box:
             await trio.aclose_forcefully(far)
 
     async def _pump(self, pair: _Pair, here: trio.SocketStream, there: trio.SocketStream, first: bool) -> None:
-        """One direction, until it ends or breaks; its end goes on, too."""
+        """One direction, until it ends or breaks; its end goes on, too. What the one who left said before it did comes
+        the other way, and is passed on."""
         try:
             if first:
                 await self._pump_frames(pair, here, there)
@@ -139,7 +140,8 @@ class Box:
             await there.send_eof()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             if not pair.silent:
-                await pair.close()
+                with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                    await there.send_eof()
 
     async def _pump_frames(self, pair: _Pair, here: trio.SocketStream, there: trio.SocketStream) -> None:
         late: list[tuple[int, bytes]] = []  # (after how many frames, frame)
