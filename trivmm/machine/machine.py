@@ -141,7 +141,7 @@ class Machine:
         try:
             await self.ladder.down(Stage.PAUSED, lambda: math.inf)
         except BaseException:
-            await self.ladder.up(self.wanted)
+            await self.ladder.up(self.wanted)  # noqa: ASYNC102 - lets vCPUs go, and waits for nothing
             raise
         self.wanted = Stage.PAUSED
 
