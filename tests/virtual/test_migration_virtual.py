@@ -237,7 +237,7 @@ async def test_a_late_switchover_is_undone_and_the_next_succeeds(autojump_clock:
     await world.run()
     assert isinstance(world.sent, MigrationReport)
     assert world.sent.attempts == 2
-    assert world.source.events == ["log on", "stop", "undo", "stop"]
+    assert world.source.events == ["log on", "flush", "stop", "undo", "flush", "stop"]
     world.close()
 
 
@@ -251,7 +251,24 @@ async def test_the_guest_runs_again_before_its_dirty_log_goes_off(autojump_clock
     world.net.source_tap = cut
     await world.run()
     assert isinstance(world.sent, MigrationError)
-    assert world.source.events == ["log on", "stop", "undo", "log off"]
+    assert world.source.events == ["log on", "flush", "stop", "undo", "log off"]
+    world.close()
+
+
+async def test_the_guest_runs_while_most_of_its_disks_is_flushed(autojump_clock: trio.testing.MockClock) -> None:
+    """Minutes of unwritten data: rounds go on meanwhile, so that the destination sees that its source is there, and the
+    guest stops only after a flush that was short."""
+    world = World.make()
+    world.source.flushes_s = [3 * LIMITS.stall, 0.5]
+    world.options = SendOptions(timeout_s=1000)
+    flushed: list[float] = []
+    world.source.on_stopped = lambda: flushed.append(trio.current_time() - world.began)
+    await world.run()
+    assert isinstance(world.sent, MigrationReport)
+    assert world.source.events == ["log on", "flush", "flush", "flush", "stop"]
+    assert flushed[0] > 3 * LIMITS.stall
+    assert world.sent.downtime.total_ms < 100
+    assert len(world.sent.timeline) > 10
     world.close()
 
 
@@ -419,8 +436,8 @@ async def test_a_cancellation_in_the_last_moment_before_commit_is_heard(autojump
     world = World.make()
     release = world.source.release_locks
 
-    async def released_and_cancelled() -> None:
-        await release()
+    async def released_and_cancelled(at_most_s: float) -> None:
+        await release(at_most_s)
         scope.cancel()
 
     world.source.release_locks = released_and_cancelled  # type: ignore[method-assign]

@@ -42,6 +42,7 @@ from trivmm.virtio.block import BlockDevice, check_given_once
 from trivmm.virtio.console import ConsoleDevice
 from trivmm.virtio.device import WorkerDevice
 from trivmm.virtio.pci import VirtioPciTransport
+from trivmm.virtio.port import Storage
 from trivmm.virtio.rng import RngDevice
 
 __all__ = ["Board", "DeviceSlot", "build_board", "check_board", "close_sinks", "open_sinks"]
@@ -310,10 +311,15 @@ class Board:
         }
         return counted
 
+    @property
+    def storages(self) -> list[Storage]:
+        """Of the devices that have one."""
+        return [slot.backend.storage for slot in self.devices if slot.backend.storage is not None]
+
     def give_locks(self) -> None:
         """Sockets of console lines are locks too: the side that runs the VM has the path."""
-        for slot in self.devices:
-            slot.backend.release_locks()
+        for storage in self.storages:
+            storage.release_lock()
         for line in self.lines.values():
             line.release()
 

@@ -20,7 +20,7 @@ from trivmm.nursery.activation import ActivationActor
 from trivmm.testing.scripted import Script, ScriptedHypervisor
 from trivmm.virtio.handles import DeviceHandles
 from trivmm.virtio.life import ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, DeviceState
-from trivmm.virtio.port import Activation
+from trivmm.virtio.port import Activation, Storage
 from trivmm.virtio.setup import VERSION_1, DeviceLimits, DriverSetup
 from trivmm.virtio.status import StatusRegister
 
@@ -45,7 +45,7 @@ class BareDevice:
     queue_sizes: tuple[int, ...] = ()
     log: list[str] = attrs.field(factory=list)
     active: int | None = None
-    locked: bool = True
+    storage: Storage | None = None
 
     def read_config(self, offset: int, size: int) -> bytes:
         return b"\xff" * size
@@ -83,12 +83,6 @@ class BareDevice:
 
     def become(self, described: dict[str, Any]) -> None:
         return None
-
-    def release_locks(self) -> None:
-        self.locked = False
-
-    def take_locks(self) -> None:
-        self.locked = True
 
     def counters(self) -> dict[str, int]:
         return {}
@@ -166,9 +160,12 @@ class MiniBoard:
     def disconnect_interrupts(self) -> None:
         self.interrupts.append("disconnect")
 
+    @property
+    def storages(self) -> list[Storage]:
+        return []
+
     def give_locks(self) -> None:
-        for slot in self.devices:
-            slot.backend.release_locks()
+        return None
 
     def thaw(self) -> None:
         return None

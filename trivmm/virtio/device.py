@@ -10,7 +10,7 @@ import trio
 from trivmm.errors import MigrationError
 from trivmm.memory.guest import GuestMemory
 from trivmm.state.fields import Fields
-from trivmm.virtio.port import Activation, QueueConfig
+from trivmm.virtio.port import Activation, QueueConfig, Storage
 from trivmm.virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, QueueWorker
 
 __all__ = ["RING_FEATURES", "WorkerDevice"]
@@ -27,6 +27,7 @@ class WorkerDevice:
     device_type: int
     features: int
     queue_sizes: tuple[int, ...]
+    storage: Storage | None = None
 
     def __init__(self, name: str, memory: GuestMemory) -> None:
         self.name = name
@@ -106,12 +107,6 @@ class WorkerDevice:
 
     def _become(self, fields: Fields) -> None:
         """A subclass's share of :meth:`become`."""
-
-    def release_locks(self) -> None:
-        return None
-
-    def take_locks(self) -> None:
-        return None
 
     def counters(self) -> dict[str, int]:
         return {}

@@ -12,7 +12,7 @@ import attrs
 if TYPE_CHECKING:
     import trio
 
-__all__ = ["Activation", "DeviceBackend", "QueueConfig"]
+__all__ = ["Activation", "DeviceBackend", "QueueConfig", "Storage"]
 
 
 @attrs.frozen
@@ -43,6 +43,28 @@ class Activation:
     queues: tuple[QueueConfig, ...]
 
 
+class Storage(Protocol):
+    """What a device keeps on storage that other hosts may have too, and that one at a time may use: a disk's image.
+
+    Every call may wait for the storage: they are made in a thread, one at a time."""
+
+    def flush(self) -> None:
+        """With the lock held: what the driver wrote is on the storage when this returns, and nothing cached here.
+
+        :raises MigrationError: it may be lost; said again at every later call."""
+
+    def take_lock(self) -> None:
+        """Idempotent. :raises ConfigError: when another process has it."""
+
+    def release_lock(self) -> None:
+        """Idempotent."""
+
+    def refresh(self) -> None:
+        """What was cached here before the lock was taken is read anew.
+
+        :raises ConfigError: there is less of it than the driver was told."""
+
+
 class DeviceBackend(Protocol):
     """A device as its actor and transport see it. All ``async`` methods run in the device nursery's actor."""
 
@@ -50,6 +72,7 @@ class DeviceBackend(Protocol):
     device_type: int  # virtio 1.2 section 5: 2 block, 4 entropy
     features: int  # offered bits, VERSION_1 included
     queue_sizes: tuple[int, ...]  # maximum size of each queue
+    storage: Storage | None  # None: nothing that another host could have
 
     def read_config(self, offset: int, size: int) -> bytes:
         """Device configuration space. Any thread, never blocks. Past the end: all-ones."""
@@ -75,12 +98,6 @@ class DeviceBackend(Protocol):
         """After ``stop``: what is the device's own and not in queues or transport; JSON-able."""
 
     def load(self, state: dict[str, Any]) -> None: ...
-
-    def release_locks(self) -> None:
-        """Give up host-side exclusivity (image locks), for a migration's COMMIT."""
-
-    def take_locks(self) -> None:
-        """:raises ConfigError: when another process has them."""
 
     def describe(self) -> dict[str, Any]:
         """What the driver was told of the device and may count on wherever it moves to; JSON-able."""

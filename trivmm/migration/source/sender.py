@@ -25,6 +25,7 @@ from trivmm.migration.link.transports import Dialer, SocketDialer, parse_url
 from trivmm.migration.options import SendOptions, TimeoutStrategy
 from trivmm.migration.port import SourceMachine
 from trivmm.migration.progress import Downtime, MigrationProgress, MigrationReport, Phase, Tracker
+from trivmm.migration.source.disks import DiskFlushes
 from trivmm.migration.source.precopy import Estimates, Rounds
 from trivmm.migration.source.switchover import NO_LIMIT, Switchover
 from trivmm.migration.source.verdict import Heard, ask_for_verdict, say_done
@@ -133,7 +134,7 @@ class _Sender:
             if self.source.live_copy:
                 await self._precopy(switchover, rounds, deadline)
             else:
-                await self._stop_and_copy(switchover)
+                await self._stop_and_copy(switchover, rounds)
             # Who cancelled before COMMIT was told that it can be: no last await has swallowed that.
             await trio.lowlevel.checkpoint_if_cancelled()
             return switchover
@@ -162,9 +163,12 @@ class _Sender:
         self.tracker.enter(Phase.PRECOPY)
         return link
 
-    async def _stop_and_copy(self, switchover: Switchover) -> None:
+    async def _stop_and_copy(self, switchover: Switchover, rounds: Rounds) -> None:
         """Without a dirty log: stop first, then copy all of it. The downtime is as long as that takes."""
         self.tracker.limit_ms = math.inf
+        disks = DiskFlushes(self.source)
+        while not await disks.ready():
+            await rounds.send_round(last=False)
         why = await switchover.attempt(NO_LIMIT)
         if why is not None:
             raise MigrationError(f"the machine can't be stopped: {why}")
@@ -176,6 +180,7 @@ class _Sender:
         def time_is_up() -> bool:
             return ignore and trio.current_time() >= deadline
 
+        disks = DiskFlushes(self.source)
         await self.source.dirty_log.start()
         rounds.add_touched()
         wait_until = 0.0
@@ -190,7 +195,7 @@ class _Sender:
             # What was measured in an attempt may have been an outlier: after one, only the pages decide on the next.
             fits = expected.total_ms <= limit_s * 1000 or (undone and expected.pages_ms <= limit_s * 500)
             ripe = fits and trio.current_time() >= wait_until
-            if ripe or limitless:
+            if (ripe or limitless) and await disks.ready():
                 why = await switchover.attempt(limit_s)
                 if why is None:
                     return
