@@ -1,22 +1,22 @@
-/* Guest pages on a socket: page frames are built, sent, received and checked here, with the GIL released.
+/* Guest pages on a socket: page frames are built, sent, received and landed here, with the GIL released.
+ *
+ *   pages_dirty.c    bitmaps of dirty pages
+ *   pages_send.c     dirty pages into frames, frames onto the socket
+ *   pages_receive.c  frames off the socket
+ *   pages_land.c     frames into RAM
+ *   pages_io.c       the waits they share
  *
  * The frame format is that of trivmm/migration/wire/frame.py, which is its definition. In short, little-endian:
- *   header  magic u32, version u16, type u16, length u32, body u32, sequence u64, body_crc u32, 24 bytes of zero,
- *           header_crc u32 (56 bytes)
- *   PAGES   slot u32, count u32, count x (page u32, crc u32), then count x 4096 bytes
+ *   header  magic u32, version u16, type u16, length u32, body u32, sequence u64, body_crc u32, pages_crc u32,
+ *           20 bytes of zero, header_crc u32 (56 bytes)
+ *   PAGES   slot u32, count u32, count x page u32, then count x 4096 bytes
  *   ZERO    slot u32, count u32, count x (first u32, pages u32)
- * `length` counts all bytes after the header; the first `body` of them are covered by `body_crc`. Pages carry a
- * CRC32C each, in the body: the guest goes on writing while its pages are sent, so a page is copied once into a
- * staging buffer that stays in the L2 cache, and both the CRC and the socket read that copy.
+ * `length` counts all bytes after the header; the first `body` of them are covered by `body_crc`, the pages by
+ * `pages_crc`, both by the header's.
  *
  * Invariants
  *  - A job belongs to one thread for the length of a call; its buffers and file descriptors outlive the call.
- *  - `fd` is a non-blocking stream socket, `kick_fd` a non-blocking eventfd. Both waits are one poll() with a
- *    timeout; a kick is level-triggered (this code never reads it), so it is never lost.
- *  - Sending: the caller has cleared the dirty logs that the bits in `dirty` came from *before* the call, so that
- *    a write that comes during the copy is seen by the next harvest. A bit is cleared when its page is in a frame
- *    that is whole on the socket, and not before.
- *  - Receiving: the machine does not run and nobody else touches its RAM.
+ *  - `fd` is a non-blocking stream socket, `kick_fd` a non-blocking eventfd.
  *  - `sequence` is the number of the connection's next frame in this direction, in and out: it goes up with each
  *    whole frame and with nothing else. A page frame that is not that number is not taken: its header goes to the
  *    caller, as any frame's that is not ours, who counts on from the same number and names what is wrong.
@@ -30,14 +30,16 @@
 #include "memory.h"
 
 #define TV_FRAME_MAGIC 0x674d5654u /* "TVMg" */
-/* Header and page list of a full frame are 17 x 64 bytes: where they end off a multiple of 32, the kernel copies the
+/* Header and page list of a full frame are 9 x 64 bytes: where they end off a multiple of 32, the kernel copies the
  * pages behind them a tenth slower, in and out. */
 #define TV_FRAME_HEADER 56u
 #define TV_FRAME_SEQUENCE 16u /* its place in the header */
 #define TV_FRAME_BODY_CRC 24u
+#define TV_FRAME_PAGES_CRC 28u
 #define TV_FRAME_CRC 52u /* of all header bytes before it */
 #define TV_FRAME_PAGES 128u /* pages a frame: 512 KiB; fewer, and its wake-ups show; more, and a slow link is held long */
 #define TV_FRAME_RUNS 512u /* zero runs a frame: 4 KiB of body */
+#define TV_BODY_MAX (8u + TV_FRAME_RUNS * 8u) /* of either type */
 #define TV_TYPE_PAGES 16u
 #define TV_TYPE_ZERO 17u
 
@@ -57,7 +59,7 @@ enum tv_pages_problem {
     TV_BAD_BODY_CRC = 2,
     TV_BAD_SLOT = 3,
     TV_BAD_PAGE = 4, /* outside the region, twice, or not ascending */
-    TV_BAD_PAGE_CRC = 5,
+    TV_BAD_PAGES_CRC = 5,
 };
 
 struct tv_page_send {
@@ -82,22 +84,30 @@ struct tv_page_send {
     int broken; /* a frame was cut short: the stream is good for nothing any more */
 };
 
+/* A destination's RAM while pages land in it: of one migration, from its first page to its last. Nothing runs on it,
+ * and nobody else touches it. */
+struct tv_landing {
+    struct tv_memory *memory;
+    int memfd[TV_MAX_REGIONS];        /* of each region */
+    uint64_t *landed[TV_MAX_REGIONS]; /* a bit a page: its frame is (or may be) not all zero */
+    uint64_t bytes;                   /* that came, of page frames and of the headers between them */
+    uint64_t sent_pages;              /* that landed, each time that one did */
+    uint64_t zero_pages;
+};
+
+struct tv_inbox; /* frames on their way from the socket into RAM; of one connection */
+
 struct tv_page_intake {
     int fd;
     int kick_fd;
     uint32_t stall_ms;
     uint16_t version;
-    struct tv_memory *memory;
-    int memfd[TV_MAX_REGIONS]; /* of each region */
-    uint8_t *staging;          /* TV_FRAME_PAGES pages, 8-byte aligned */
-    uint64_t *landed[TV_MAX_REGIONS]; /* a bit a page: its frame is (or may be) not all zero */
+    struct tv_landing *landing;
+    struct tv_inbox *inbox;
     uint64_t max_pages;
     uint64_t sequence;               /* in and out */
     uint64_t until_ms;               /* when the frame at hand must be whole; 0: none has begun */
-    uint8_t header[TV_FRAME_HEADER]; /* out */
-    uint64_t bytes;
-    uint64_t sent_pages;
-    uint64_t zero_pages;
+    uint8_t header[TV_FRAME_HEADER]; /* out, like all below */
     int reason;
     int error;
     int problem;
@@ -105,8 +115,8 @@ struct tv_page_intake {
     uint64_t bad_page;
 };
 
-uint32_t tv_crc32c(uint32_t crc, const uint8_t *data, uint64_t length);
-uint32_t tv_crc32c_portable(uint32_t crc, const uint8_t *data, uint64_t length);
+struct tv_inbox *tv_inbox_new(void);
+void tv_inbox_free(struct tv_inbox *inbox);
 int tv_pages_send(struct tv_page_send *job);
 int tv_pages_receive(struct tv_page_intake *job);
 int tv_pages_mark_data(int memfd, uint64_t size, uint64_t *dirty);

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from trivmm.events import Event, EventBus, Subscription
     from trivmm.hypervisor.select import choose_hypervisor
     from trivmm.incoming import Incoming, open_incoming
+    from trivmm.migration.destination.verdicts import Verdicts
     from trivmm.migration.progress import MigrationProgress, MigrationReport
     from trivmm.vm import ExitReason, Vm, VmState, open_vm
 
@@ -62,6 +63,7 @@ _HOME = {
     "trivmm.events": "Event EventBus Subscription",
     "trivmm.hypervisor.select": "choose_hypervisor",
     "trivmm.incoming": "Incoming open_incoming",
+    "trivmm.migration.destination.verdicts": "Verdicts",
     "trivmm.migration.progress": "MigrationProgress MigrationReport",
     "trivmm.vm": "ExitReason Vm VmState open_vm",
 }
@@ -96,6 +98,7 @@ __all__ = [
     "SerialConfig",
     "Subscription",
     "TrivmmError",
+    "Verdicts",
     "Vm",
     "VmConfig",
     "VmMigrating",

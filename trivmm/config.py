@@ -30,6 +30,8 @@ __all__ = [
     "RngConfig",
     "SerialConfig",
     "VmConfig",
+    "check_id",
+    "typed",
 ]
 
 MAX_VCPUS: Final = 8  # the probe guest's and the state format's limit; KVM itself allows more
@@ -42,17 +44,6 @@ FOREIGN_IMAGES: Final = ("Qcow2", "Vhdx", "FixedVhd", "FlatVmdk")  # Cloud Hyper
 ALIGNMENT: Final = 2 << 20  # RAM sizes: one x86 large page, so that a region never splits one
 
 
-# Each class's place in a VM's configuration, as a mistake's field spells it.
-PLACES: Final[Mapping[str, str]] = {
-    "VmConfig": "",
-    "PayloadConfig": "payload.",
-    "CpusConfig": "cpus.",
-    "MemoryConfig": "memory.",
-    "DiskConfig": "disks.",
-    "RngConfig": "rng.",
-    "SerialConfig": "serial.",
-    "ConsoleConfig": "console.",
-}
 CHECKS: Final[Mapping[str, Callable[[object], str | None]]] = {
     "bool": not_boolean,
     "int": not_integer,
@@ -60,14 +51,20 @@ CHECKS: Final[Mapping[str, Callable[[object], str | None]]] = {
     "int | None": lambda value: None if value is None else not_integer(value),
     "str | None": lambda value: None if value is None else not_text(value),
     "tuple[DiskConfig, ...]": lambda value: None,  # the field's converter has looked at each
+    "tuple[Any, ...]": lambda value: None if isinstance(value, tuple) else "a list",  # the board looks at each
 }
 
 PathText = str | os.PathLike[str]
 
 
-def _typed(cls: type, fields: list[attrs.Attribute[Any]]) -> list[attrs.Attribute[Any]]:
-    """A field transformer: every field refuses what its annotation does not name, in words."""
-    return [field.evolve(validator=_type_validator(PLACES[cls.__name__] + field.name, field)) for field in fields]
+def typed(place: str) -> Callable[[type, list[attrs.Attribute[Any]]], list[attrs.Attribute[Any]]]:
+    """A field transformer: every field refuses what its annotation does not name, in words. ``place`` is where the
+    class stands in a VM's configuration, as a mistake spells it (``disks.``)."""
+
+    def transform(cls: type, fields: list[attrs.Attribute[Any]]) -> list[attrs.Attribute[Any]]:
+        return [field.evolve(validator=_type_validator(place + field.name, field)) for field in fields]
+
+    return transform
 
 
 def _type_validator(where: str, field: attrs.Attribute[Any]) -> Callable[[Any, Any, Any], None]:
@@ -122,7 +119,12 @@ def _as_disks(value: Iterable[DiskConfig | PathText]) -> tuple[DiskConfig, ...]:
     return tuple(made)
 
 
-def _check_id(field: str, value: str | None) -> None:
+def _as_tuple(value: Iterable[Any]) -> Any:
+    return tuple(value) if isinstance(value, list | tuple) else value  # anything else is refused as it is
+
+
+def check_id(field: str, value: str | None) -> None:
+    """Of a device, where it has one. :raises ConfigError: naming ``field``."""
     if value is not None and (len(value) > MAX_ID or not value.isprintable()):
         raise ConfigError(field, value, "not a name", f"give at most {MAX_ID} printable characters, or leave it out")
     if value is not None and value.startswith(OUR_IDS):
@@ -145,7 +147,7 @@ def _check_mode(field: str, mode: str, file: str | None, socket: str | None) -> 
             raise ConfigError(f"{field}.{name}", value, f"missing, and the mode is {mode}", "give a path")
 
 
-@attrs.frozen(field_transformer=_typed)
+@attrs.frozen(field_transformer=typed("cpus."))
 class CpusConfig:
     boot_vcpus: int = 1
     max_vcpus: int = attrs.field(default=attrs.Factory(lambda self: self.boot_vcpus, takes_self=True))
@@ -162,7 +164,7 @@ class CpusConfig:
             )
 
 
-@attrs.frozen(field_transformer=_typed)
+@attrs.frozen(field_transformer=typed("memory."))
 class MemoryConfig:
     """``size`` in bytes, or given as text such as ``512M``. ``shared`` is accepted for compatibility: RAM is always a
     shared memfd mapping."""
@@ -182,7 +184,7 @@ class MemoryConfig:
             )
 
 
-@attrs.frozen(field_transformer=_typed)
+@attrs.frozen(field_transformer=typed("payload."))
 class PayloadConfig:
     """``kernel`` is a PVH ELF, or a bzImage with one in it, needed at boot and not before; ``initramfs`` a file handed
     to it untouched."""
@@ -192,7 +194,7 @@ class PayloadConfig:
     initramfs: str | None = attrs.field(default=None, converter=_as_path_or_none)
 
 
-@attrs.frozen(field_transformer=_typed)
+@attrs.frozen(field_transformer=typed("disks."))
 class DiskConfig:
     """``image_type``: ``Raw`` is obeyed, whatever the bytes look like. ``Unknown`` looks at them once, at the first
     boot, refuses the formats that are not there yet, and then says ``Raw`` (see ``trivmm.virtio.block.image``)."""
@@ -207,21 +209,21 @@ class DiskConfig:
     image_type: str = "Unknown"
 
     def __attrs_post_init__(self) -> None:
-        _check_id("disks.id", self.id)
+        check_id("disks.id", self.id)
         _check_image_type(self.image_type)
 
 
-@attrs.frozen(field_transformer=_typed)
+@attrs.frozen(field_transformer=typed("rng."))
 class RngConfig:
     src: str = attrs.field(default="/dev/urandom", converter=_as_path)
     id: str | None = None
     pci_device_id: int | None = None
 
     def __attrs_post_init__(self) -> None:
-        _check_id("rng.id", self.id)
+        check_id("rng.id", self.id)
 
 
-@attrs.frozen(field_transformer=_typed)
+@attrs.frozen(field_transformer=typed("serial."))
 class SerialConfig:
     """``mode`` is one of :data:`CONSOLE_MODES`; ``File`` needs ``file``, ``Socket`` needs ``socket``."""
 
@@ -233,7 +235,7 @@ class SerialConfig:
         _check_mode("serial", self.mode, self.file, self.socket)
 
 
-@attrs.frozen(field_transformer=_typed)
+@attrs.frozen(field_transformer=typed("console."))
 class ConsoleConfig:
     """virtio-console, as :class:`SerialConfig`; ``Off``: there is no such device."""
 
@@ -245,11 +247,14 @@ class ConsoleConfig:
 
     def __attrs_post_init__(self) -> None:
         _check_mode("console", self.mode, self.file, self.socket)
-        _check_id("console.id", self.id)
+        check_id("console.id", self.id)
 
 
-@attrs.frozen(field_transformer=_typed)
+@attrs.frozen(field_transformer=typed(""))
 class VmConfig:
+    """``virtio`` are the devices that have no field of their own, each the configuration class of its kind
+    (``trivmm.virtio.kinds``)."""
+
     payload: PayloadConfig = attrs.field(factory=PayloadConfig)
     cpus: CpusConfig = attrs.field(factory=CpusConfig)
     memory: MemoryConfig = attrs.field(factory=MemoryConfig)
@@ -257,8 +262,11 @@ class VmConfig:
     rng: RngConfig = attrs.field(factory=RngConfig)
     serial: SerialConfig = attrs.field(factory=SerialConfig)
     console: ConsoleConfig = attrs.field(factory=ConsoleConfig)
+    virtio: tuple[Any, ...] = attrs.field(default=(), converter=_as_tuple)
     deadlines: Deadlines = attrs.field(factory=Deadlines)
 
     def __attrs_post_init__(self) -> None:
+        if len(self.virtio) > MAX_DISKS:
+            raise ConfigError("virtio", len(self.virtio), "too many devices", f"give at most {MAX_DISKS}")
         if len(self.disks) > MAX_DISKS:
             raise ConfigError("disks", len(self.disks), "too many disks", f"give at most {MAX_DISKS}")

@@ -26,7 +26,8 @@ import trio
 
 __all__ = ["Event", "EventBus", "Subscription"]
 
-LOG: Final = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
+
 CAPACITY: Final = 1024  # events that a slow listener may be behind: some seconds of a guest that cycles its devices
 
 
@@ -67,12 +68,12 @@ class EventBus:
         if self.closed:
             return
         told = Event(source, event, properties or None, time.monotonic() - self._start)
-        LOG.info("event: %s %s %s", source, event, properties or "")
+        logger.info("event: %s %s %s", source, event, properties or "")
         for listener in tuple(self._listeners):
             try:
                 listener(told)
             except Exception:  # it would end whoever tells: a device's actor, the control loop, a migration's verdict
-                LOG.exception("a listener failed at %s %s; the VM goes on", source, event)
+                logger.exception("a listener failed at %s %s; the VM goes on", source, event)
         for subscription in tuple(self._subscriptions):
             subscription.put(told)
 

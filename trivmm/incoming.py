@@ -23,10 +23,13 @@ from trivmm.events import EventBus
 from trivmm.hypervisor.base import Hypervisor
 from trivmm.hypervisor.select import choose_hypervisor
 from trivmm.migration.destination.receiver import Receiver, open_receiver
+from trivmm.migration.destination.verdicts import Verdicts
 from trivmm.migration.port import DestinationMachine
 from trivmm.migration.progress import MigrationProgress
 from trivmm.nursery.ownership import MIGRATION
 from trivmm.state.setup import config_from_setup
+from trivmm.unwrapped import unwrapped_nursery
+from trivmm.virtio.kinds import sections
 from trivmm.vm import Vm, vm_scope
 
 __all__ = ["Incoming", "open_incoming"]
@@ -78,7 +81,7 @@ class Incoming:
                 f"this side runs {self.hypervisor.name}",
                 "start both sides with the same --hypervisor",
             )
-        config = attrs.evolve(config_from_setup(setup.get("config")), deadlines=self.deadlines)
+        config = attrs.evolve(config_from_setup(setup.get("config"), sections()), deadlines=self.deadlines)
         return await self.vm.build_for_migration(config, setup)
 
 
@@ -89,7 +92,7 @@ async def open_incoming(
     hypervisor: Hypervisor | None = None,
     deadlines: Deadlines | None = None,
     events: EventBus | None = None,
-    answering: trio.Nursery | None = None,
+    verdicts: Verdicts | None = None,
     refuse: Callable[[], str | None] = lambda: None,
 ) -> AsyncIterator[Incoming]:
     """Listen at ``url`` (``unix:PATH`` or ``tcp:HOST:PORT``) for one migration. ``events`` as for ``open_vm``.
@@ -97,33 +100,24 @@ async def open_incoming(
 
     The VM that arrives lives until the end of the block, with the same promises as in ``open_vm``.
 
-    A migration that failed when it was ready to run may leave a source that asks what became of it. ``answering`` is
+    A migration that failed when it was ready to run may leave a source that asks what became of it. ``verdicts`` is
     where that is answered, for a little more than twice ``commit``; without it the block ends only then, or when it is
-    cancelled.
+    cancelled. Blocks that share one answer for each other's sessions, and a later one takes over an address at which an
+    earlier one only answers any more.
 
-    :raises ConfigError: when the address can't be bound."""
+    :raises ConfigError: when the address can't be bound, or others are answered there."""
     limits = deadlines or Deadlines()
     chosen = hypervisor if hypervisor is not None else choose_hypervisor("auto")
     empty = VmConfig(PayloadConfig(""), deadlines=limits)  # until the sender's SETUP says what it is
-    failure: BaseException | None = None
     try:
-        async with trio.open_nursery() as own:
-            try:
-                async with (
-                    vm_scope(empty, chosen, events) as (vm, nursery),
-                    open_receiver(url, limits, nursery, answering or own) as receiver,
-                ):
-                    receiver.refuse = refuse
-                    vm.tell_of_receiving("ready")
-                    yield Incoming(chosen, limits, vm, receiver)
-            except trio.Cancelled:
-                raise
-            except BaseException as error:
-                failure = error  # raised again outside the nursery, so that it isn't wrapped in a group
-                if not isinstance(error, Exception):
-                    own.cancel_scope.cancel()
+        async with (
+            unwrapped_nursery(patient=True) as own,
+            vm_scope(empty, chosen, events) as (vm, nursery),
+            open_receiver(url, limits, nursery, verdicts or Verdicts(own)) as receiver,
+        ):
+            receiver.refuse = refuse
+            vm.tell_of_receiving("ready")
+            yield Incoming(chosen, limits, vm, receiver)
     finally:
         if hypervisor is None:
             chosen.close()
-    if failure is not None:
-        raise failure

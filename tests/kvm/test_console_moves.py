@@ -13,7 +13,7 @@ import trio
 from trivmm import ConsoleConfig, Deadlines, DiskConfig, MemoryConfig, PayloadConfig, SerialConfig, Vm, VmConfig
 from trivmm.guest import ProbeReport, parse_report, probe_cmdline, probe_path
 from trivmm.testing.driver import until
-from trivmm.testing.road import open_road
+from trivmm.testing.road import console_of, open_road
 from trivmm.vm import open_vm
 
 pytestmark = pytest.mark.kvm
@@ -152,8 +152,7 @@ async def test_a_console_in_full_flow_moves(tmp_path: Path) -> None:
             first = await trio.open_unix_socket(tmp_path / "console.sock")
             machine = road.vm.host.machine
             assert machine is not None
-            assert machine.board.console is not None
-            line = machine.board.console.line
+            line = machine.board.lines["console"]
 
             async def type_on() -> None:
                 with pytest.raises(trio.BrokenResourceError):  # its VMM goes away in the middle
@@ -201,9 +200,8 @@ async def test_the_guest_sees_a_new_size(tmp_path: Path) -> None:
             await vm.boot()
             machine = vm.host.machine
             assert machine is not None
-            assert machine.board.console is not None
             await vm.wait_for_console("PROBE t=")
-            machine.board.console.resize(132, 43)
+            console_of(machine.board).resize(132, 43)
             while (report := report_of(tmp_path)).cols != 132:
                 await vm.console_output()
             assert (report.rows, report.problems) == (43, ())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import threading
@@ -12,17 +13,9 @@ import attrs
 import pytest
 
 from trivmm._native import ffi, lib
+from trivmm.bus.space import GuestRequest
 from trivmm.errors import HypervisorError
-from trivmm.hypervisor.base import (
-    Interrupted,
-    IoIn,
-    IoOut,
-    MmioRead,
-    MmioWrite,
-    TripleFault,
-    VcpuExit,
-    VcpuState,
-)
+from trivmm.hypervisor.base import INTERRUPTED, Crashed, Outcome, VcpuState
 from trivmm.hypervisor.kvm import state as state_module
 from trivmm.hypervisor.kvm import vm as vm_module
 from trivmm.hypervisor.kvm.calls import kvm_call
@@ -32,6 +25,8 @@ from trivmm.hypervisor.kvm.vcpu import KvmVcpu
 from trivmm.hypervisor.kvm.vm import KvmVm
 from trivmm.hypervisor.select import choose_hypervisor
 from trivmm.memory.guest import GuestMemory
+from trivmm.testing.recording import NOTED, RecordingBus
+from trivmm.testing.scripted import IoIn, IoOut, MmioRead, MmioWrite
 
 pytestmark = pytest.mark.kvm
 
@@ -45,11 +40,13 @@ class Guest:
     memory: GuestMemory
     vm: KvmVm
     cpu: KvmVcpu
+    bus: RecordingBus = attrs.field(factory=RecordingBus)
 
-    def next(self) -> VcpuExit:
-        while isinstance(reason := self.cpu.run(), Interrupted):
+    def next(self) -> IoOut | MmioWrite | Outcome:
+        """The next write, or what else ended the run; kicks aside."""
+        while (outcome := self.cpu.run(self.bus)) is INTERRUPTED:
             pass
-        return reason
+        return self.bus.writes[-1] if outcome is NOTED else outcome
 
     def close(self) -> None:
         self.vm.close()
@@ -87,10 +84,10 @@ def test_port_output_input_and_pvh_entry(start: Any) -> None:
     # mov eax, ebx; out 0x10, eax; in al, 0x11; out 0x12, al; hlt
     guest = start("89d8 e710 e411 e612 f4")
     guest.cpu.attach_thread()
+    guest.bus.answer = lambda read: b"\x5a"
     assert guest.next() == IoOut(0x10, 4, (0x6000).to_bytes(4, "little"))
-    assert guest.next() == IoIn(0x11, 1, 1)
-    guest.cpu.complete_read(b"\x5a")
     assert guest.next() == IoOut(0x12, 1, b"\x5a")
+    assert guest.bus.reads == [IoIn(0x11, 1, 1)]
     guest.cpu.detach_thread()
     assert guest.cpu.counters()["python_exits"] == 3
 
@@ -98,10 +95,10 @@ def test_port_output_input_and_pvh_entry(start: Any) -> None:
 def test_mmio_write_and_read(start: Any) -> None:
     # mov dword [0xd0000000], 0x12345678; mov eax, [0xd0000004]; out 0x10, eax
     guest = start("c705000000d078563412 a1040000d0 e710 f4")
+    guest.bus.answer = lambda read: b"abcd"
     assert guest.next() == MmioWrite(0xD000_0000, bytes.fromhex("78563412"))
-    assert guest.next() == MmioRead(0xD000_0004, 4)
-    guest.cpu.complete_read(b"abcd")
     assert guest.next() == IoOut(0x10, 4, b"abcd")
+    assert guest.bus.reads == [MmioRead(0xD000_0004, 4)]
 
 
 def test_string_output_and_the_diagnostic_port(start: Any) -> None:
@@ -137,11 +134,59 @@ def test_a_port_served_in_c(start: Any) -> None:
 
 def test_triple_fault_and_describe(start: Any) -> None:
     guest = start("0f0b")  # ud2 without an IDT
-    assert guest.next() == TripleFault()
-    text = guest.cpu.describe()
+    crash = guest.next()
+    assert isinstance(crash, Crashed)
+    assert crash.reason == "triple fault"
+    text = crash.details
+    assert text == guest.cpu.describe()
     assert "rip=" in text
     assert "cr0=" in text
     assert "gdt base=" in text
+
+
+@pytest.mark.parametrize(
+    ("reason", "union", "outcome"),
+    [
+        ("KVM_EXIT_SYSTEM_EVENT", struct.pack("<I", lib.KVM_SYSTEM_EVENT_SHUTDOWN), "poweroff"),
+        ("KVM_EXIT_SYSTEM_EVENT", struct.pack("<I", lib.KVM_SYSTEM_EVENT_RESET), "reset"),
+        ("KVM_EXIT_SYSTEM_EVENT", struct.pack("<I", lib.KVM_SYSTEM_EVENT_CRASH), "crash"),
+        ("KVM_EXIT_HLT", b"", "halted for ever: no interrupt can wake it"),
+        ("KVM_EXIT_FAIL_ENTRY", struct.pack("<Q", 0x80000021), "the hardware refused the guest state (0x80000021)"),
+        (
+            "KVM_EXIT_INTERNAL_ERROR",
+            struct.pack("<IIQQ", 1, 2, 0xF, 0xCC),
+            "hypervisor internal error 1 (instruction emulation) [0xf 0xcc]",
+        ),
+        ("KVM_EXIT_INTERNAL_ERROR", struct.pack("<II", 3, 0), "hypervisor internal error 3"),
+        (
+            "KVM_EXIT_INTERNAL_ERROR",
+            struct.pack("<II", 3, 1 << 31),
+            "hypervisor internal error 3 [" + "0x0 " * 15 + "0x0]",
+        ),
+    ],
+)
+def test_what_kvm_says_at_the_end(start: Any, reason: str, union: bytes, outcome: str) -> None:
+    """As the kernel leaves it in kvm_run; the guest here can't be brought to most of them."""
+    guest = start("f4")
+    guest.cpu._shared[32:200] = union.ljust(168, b"\0")
+    ended = guest.cpu._ended(getattr(lib, reason))
+    if reason == "KVM_EXIT_SYSTEM_EVENT":
+        assert ended == GuestRequest(outcome, "system event")
+    else:
+        assert ended == Crashed(outcome, guest.cpu.describe())
+
+
+def test_a_run_that_fails_and_an_exit_of_another_kernel_are_named(start: Any) -> None:
+    guest = start("f4")
+    assert guest.cpu._ended(-errno.EIO).reason == "KVM_RUN failed: Input/output error"
+    assert guest.cpu._ended(199).reason == "KVM_RUN gave exit 199, which nothing here asks for"
+
+
+def test_a_closed_vcpu_runs_nothing(start: Any) -> None:
+    guest = start("ebfe")
+    guest.cpu.close()
+    assert guest.cpu.run(guest.bus) is INTERRUPTED
+    assert guest.cpu.finish(guest.bus) is INTERRUPTED
 
 
 def test_describe_shows_the_instruction_bytes(start: Any) -> None:
@@ -149,20 +194,20 @@ def test_describe_shows_the_instruction_bytes(start: Any) -> None:
     assert f"rip={CODE:#x} linear={CODE:#x} code: 0f 0b 90 90" in guest.cpu.describe()
 
 
-def in_thread(guest: Guest, reasons: list[VcpuExit], passed: threading.Semaphore, stop: threading.Event) -> None:
+def in_thread(guest: Guest, outcomes: list[Outcome], passed: threading.Semaphore, stop: threading.Event) -> None:
     guest.cpu.attach_thread()
     while not stop.is_set():
-        reasons.append(guest.cpu.run())
+        outcomes.append(guest.cpu.run(guest.bus))
         passed.release()
     guest.cpu.detach_thread()
 
 
 def test_a_spinner_is_kicked_many_times(start: Any) -> None:
     guest = start("ebfe")
-    reasons: list[VcpuExit] = []
+    outcomes: list[Outcome] = []
     passed, stop = threading.Semaphore(0), threading.Event()
     guest.cpu.kick()  # before the start: seen at once
-    thread = threading.Thread(target=in_thread, args=(guest, reasons, passed, stop))
+    thread = threading.Thread(target=in_thread, args=(guest, outcomes, passed, stop))
     thread.start()
     try:
         assert passed.acquire(timeout=WAIT_S)
@@ -174,7 +219,7 @@ def test_a_spinner_is_kicked_many_times(start: Any) -> None:
         guest.cpu.kick()
         thread.join(WAIT_S)
     assert not thread.is_alive()
-    assert set(map(type, reasons)) == {Interrupted}
+    assert set(outcomes) == {INTERRUPTED}
     guest.cpu.kick()  # after the end
     guest.cpu.close()
     guest.cpu.kick()  # after the close
@@ -208,7 +253,7 @@ def test_kicks_and_reused_threads(start: Any) -> None:
     try:
         for _ in range(300):
             guest.cpu.attach_thread()
-            assert guest.cpu.run() == Interrupted()
+            assert guest.cpu.run(guest.bus) is INTERRUPTED
             guest.cpu.detach_thread()
     finally:
         stop.set()
@@ -241,7 +286,7 @@ def test_state_moves_into_a_fresh_vm(start: Any) -> None:
     source, target = start(code), start(code)
     for count in range(1, 4):
         assert source.next() == IoOut(0x10, 4, count.to_bytes(4, "little"))
-    assert source.cpu.run_immediate() == Interrupted()
+    assert source.cpu.finish(source.bus) is INTERRUPTED
     board, state = source.vm.save(), source.cpu.save()
     for _ in range(2):  # a second load, as after an undo
         target.vm.load(board)
@@ -308,15 +353,16 @@ def test_an_irqfd_wakes_a_halted_guest(start: Any) -> None:
     struct.pack_into("<I", sregs_lapic, 0xF0, 0x1FF)  # the APIC's software enable bit
     kvm_call(guest.cpu._fd, "KVM_SET_LAPIC", bytes(sregs_lapic))
     line = os.eventfd(0, os.EFD_NONBLOCK)
-    reasons: list[VcpuExit] = []
+    outcomes: list[Outcome] = []
     passed, stop = threading.Semaphore(0), threading.Event()
-    thread = threading.Thread(target=in_thread, args=(guest, reasons, passed, stop))
+    thread = threading.Thread(target=in_thread, args=(guest, outcomes, passed, stop))
     thread.start()
     try:
         guest.vm.connect_msi(line, 0xFEE0_0000, 0x40)
         os.eventfd_write(line, 1)
         assert passed.acquire(timeout=WAIT_S)
-        assert reasons[0] == IoOut(0x11, 1, b"\0")
+        assert outcomes[0] is NOTED
+        assert guest.bus.writes[0] == IoOut(0x11, 1, b"\0")
     finally:
         stop.set()
         guest.cpu.kick()
@@ -387,3 +433,23 @@ def test_routes_that_were_prepared_cost_no_upload(start: Any, monkeypatch: pytes
 
 def refuse() -> None:
     raise HypervisorError("KVM_SET_GSI_ROUTING", "refused")
+
+
+def test_a_route_that_the_kernel_does_not_give_up_is_not_free(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = start("e610 f4")
+    line = os.eventfd(0, os.EFD_NONBLOCK)
+
+    def stubborn(fd: int, name: str, *args: Any, **more: Any) -> int:
+        raise HypervisorError(name, "no memory")
+
+    try:
+        token = guest.vm.connect_msi(line, 0xFEE0_0000, 0x40)
+        with monkeypatch.context() as patch:
+            patch.setattr("trivmm.hypervisor.kvm.irq.kvm_call", stubborn)
+            with pytest.raises(HypervisorError, match="KVM_IRQFD"):
+                guest.vm.disconnect_msi(token)
+        guest.vm.disconnect_msi(token)
+        assert guest.vm.connect_msi(line, 0xFEE0_0000, 0x40) == token, "the kernel would not take it twice"
+    finally:
+        guest.vm.close()
+        os.close(line)

@@ -27,6 +27,7 @@ from typing import Any, Final
 import pytest
 
 from trivmm.guest import probe_cmdline, probe_path
+from trivmm.testing.processes import until
 
 pytestmark = pytest.mark.kvm
 
@@ -153,14 +154,6 @@ def threads_of(pid: int) -> dict[str, int]:
         except OSError:  # it ended
             continue
     return found
-
-
-def until(what: Callable[[], object], told: str) -> None:
-    """For what has no event: threads in /proc. Bounded."""
-    deadline = time.monotonic() + LIMIT_S
-    while not what():
-        assert time.monotonic() < deadline, told
-        time.sleep(0.02)
 
 
 def read_terminal(fd: int, text: bytes) -> None:

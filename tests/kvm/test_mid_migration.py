@@ -27,7 +27,7 @@ from trivmm.errors import MigrationError
 from trivmm.guest import ProbeReport, parse_report, probe_cmdline, probe_path
 from trivmm.testing.road import Road, open_road
 from trivmm.virtio.port import Activation
-from trivmm.virtio.rng import RngDevice
+from trivmm.virtio.rng.device import RngDevice
 
 pytestmark = pytest.mark.kvm
 

@@ -24,6 +24,7 @@ from trivmm import (
     open_incoming,
     open_vm,
 )
+from trivmm.testing.road import console_of
 
 pytest.importorskip("unicorn", reason="the soft extra is not installed")
 pytestmark = [pytest.mark.slow, pytest.mark.soft]
@@ -54,8 +55,7 @@ async def test_linux_boots_uses_its_devices_and_moves(linux: Any, tmp_path: Path
             for number, at in enumerate(MOVES_AT):
                 await vm.wait_for_console(f"GUEST round {at} ")
                 assert vm.host.machine is not None
-                assert vm.host.machine.board.console is not None
-                vm.host.machine.board.console.resize(100 + number, 30)
+                console_of(vm.host.machine.board).resize(100 + number, 30)
                 await vm.feed_console(b"word %d" % number, "console")
                 listening = open_incoming(f"unix:{tmp_path}/{number}.sock", hypervisor=SoftHypervisor())
                 incoming = await stack.enter_async_context(listening)

@@ -10,7 +10,7 @@ import socket
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import trio
@@ -169,7 +169,7 @@ async def test_errors_speak_json(stage_of: StageOf) -> None:
 
 async def test_a_vm_without_a_payload_is_created_and_does_not_boot(tmp_path: Path) -> None:
     """As Cloud Hypervisor does: the configuration is looked at as a whole by the boot."""
-    path, hypervisor = str(tmp_path / "api.sock"), cast("Any", FakeHypervisor())
+    path, hypervisor = str(tmp_path / "api.sock"), FakeHypervisor()
     async with open_vmm(hypervisor) as vmm, open_server(path, Router(vmm), Deadlines()), Client(path) as client:
         await client.call("PUT", "vm.create", {})
         info = await client.info()

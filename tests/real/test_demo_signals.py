@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,16 +14,9 @@ from pathlib import Path
 import pytest
 
 from trivmm.testing.control import command_environment
+from trivmm.testing.processes import until
 
 LIMIT_S = 30
-
-
-def until(true: Callable[[], object], what: str) -> None:
-    """Poll what only another process can tell."""
-    end = time.monotonic() + LIMIT_S
-    while not true():
-        assert time.monotonic() < end, what
-        time.sleep(0.01)
 
 
 def children_of(pid: int) -> list[int]:

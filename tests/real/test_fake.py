@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,43 +15,18 @@ from trivmm.errors import ConfigError
 from trivmm.testing.fake import VERBS
 from trivmm.testing.faults import parse_fault
 from trivmm.testing.plugin import FakeVmm
+from trivmm.testing.processes import FAKE_VM, booted, outcome, phase, receiving, state, until
 
 LIMIT_S = 30
-VM = {"payload": {"kernel": "none is looked for"}, "memory": {"size": 32 << 20}}
 Start = Callable[..., FakeVmm]
 
 
-def booted(fake: FakeVmm) -> FakeVmm:
-    assert fake.call("PUT", "vm.create", VM) == (204, None)
-    assert fake.call("PUT", "vm.boot") == (204, None)
-    return fake
-
-
-def outcome(fake: FakeVmm) -> dict[str, Any]:
-    """The progress at the migration's end."""
-    until = time.monotonic() + LIMIT_S
-    while time.monotonic() < until:
-        _, progress = fake.call("GET", "vm.migration-progress")
-        if progress is not None and "Ongoing" not in progress["state"]:
-            return dict(progress)
-        time.sleep(0.02)
-    raise AssertionError(f"no verdict: {progress}")
-
-
-def moved(source: FakeVmm, target: FakeVmm, url: str) -> tuple[dict[str, Any], int]:
+def moved(source: FakeVmm, target: FakeVmm, path: Path) -> tuple[dict[str, Any], int | None]:
     """A migration from one to the other: the source's last progress, and what receive-migration answered."""
-    answers: list[int] = []
-    receiving = threading.Thread(
-        target=lambda: answers.append(target.call("PUT", "vm.receive-migration", {"receiver_url": url})[0])
-    )
-    receiving.start()
-    until = time.monotonic() + LIMIT_S
-    while not Path(url.removeprefix("unix:")).exists() and time.monotonic() < until:
-        time.sleep(0.02)
-    assert source.call("PUT", "vm.send-migration", {"destination_url": url, "downtime_ms": 2000}) == (204, None)
-    progress = outcome(source)
-    receiving.join(LIMIT_S)
-    return progress, answers[0]
+    with receiving(target, path) as there:
+        assert source.call("PUT", "vm.send-migration", {"destination_url": there.url, "downtime_ms": 2000})[0] == 204
+        progress = outcome(source)
+    return progress, there.status
 
 
 def test_a_life_without_faults(fake_vmm: Start, tmp_path: Path) -> None:
@@ -62,7 +35,7 @@ def test_a_life_without_faults(fake_vmm: Start, tmp_path: Path) -> None:
     booted(source)
     assert source.call("PUT", "vm.pause") == (204, None)
     assert source.call("PUT", "vm.resume") == (204, None)
-    progress, received = moved(source, target, f"unix:{tmp_path}/m.sock")
+    progress, received = moved(source, target, tmp_path / "m.sock")
     assert (list(progress["state"]), received) == (["Finished"], 204)
     assert target.call("GET", "vm.info")[1]["state"] == "Running"
     assert source.process.wait(LIMIT_S) == 0  # as a VMM does whose VM has gone
@@ -83,36 +56,29 @@ def test_a_migration_fails_in_the_phase_that_was_asked_for(
     fake_vmm: Start, tmp_path: Path, fault: str, reason: str, state: str
 ) -> None:
     source = booted(fake_vmm(f"send-migration={fault},times=1", options=["--deadlines", "commit=1"]))
-    progress, received = moved(source, fake_vmm(), f"unix:{tmp_path}/m.sock")
+    progress, received = moved(source, fake_vmm(), tmp_path / "m.sock")
     assert reason in progress["state"]["Failed"]["error_msg"]
     assert received == (204 if "in-doubt" in fault else 500)
     assert source.call("GET", "vm.info")[1]["state"] == state
     if state == "Running":  # once was asked for: the next one arrives
-        progress, received = moved(source, fake_vmm(), f"unix:{tmp_path}/n.sock")
+        progress, received = moved(source, fake_vmm(), tmp_path / "n.sock")
         assert (list(progress["state"]), received) == (["Finished"], 204)
 
 
 def test_a_stalled_migration_stands_still_and_can_be_cancelled(fake_vmm: Start, tmp_path: Path) -> None:
-    source, url = booted(fake_vmm("send-migration=stall:60s")), f"unix:{tmp_path}/m.sock"
-    target = fake_vmm()
-    receiving = threading.Thread(target=target.call, args=("PUT", "vm.receive-migration", {"receiver_url": url}))
-    receiving.start()
-    until = time.monotonic() + LIMIT_S
-    while not (tmp_path / "m.sock").exists() and time.monotonic() < until:
-        time.sleep(0.02)
-    assert source.call("PUT", "vm.send-migration", {"destination_url": url}) == (204, None)
-    while source.call("GET", "vm.migration-progress")[1]["phase"] != "PRECOPY" and time.monotonic() < until:
-        time.sleep(0.02)
-    assert source.call("PUT", "vm.pause")[0] == 500  # the migration owns it
-    assert source.call("PUT", "vm.cancel-migration") == (204, None)
-    assert list(outcome(source)["state"]) == ["Cancelled"]
-    receiving.join(LIMIT_S)
-    assert source.call("GET", "vm.info")[1]["state"] == "Running"
+    source = booted(fake_vmm("send-migration=stall:60s"))
+    with receiving(fake_vmm(), tmp_path / "m.sock") as there:
+        assert source.call("PUT", "vm.send-migration", {"destination_url": there.url}) == (204, None)
+        until(lambda: phase(source) == "PRECOPY", "it does not begin")
+        assert source.call("PUT", "vm.pause")[0] == 500  # the migration owns it
+        assert source.call("PUT", "vm.cancel-migration") == (204, None)
+        assert list(outcome(source)["state"]) == ["Cancelled"]
+    assert state(source) == "Running"
 
 
 def test_verbs_fail_on_cue_and_the_list_can_change(fake_vmm: Start) -> None:
     fake = fake_vmm("boot=error:no such disk,times=1", "info=delay:10ms", "pause=timeout")
-    assert fake.call("PUT", "vm.create", VM) == (204, None)
+    assert fake.call("PUT", "vm.create", FAKE_VM) == (204, None)
     status, said = fake.call("PUT", "vm.boot")
     assert (status, said) == (500, ["Error from API", "The VM could not boot", "no such disk"])
     assert fake.call("PUT", "vm.boot") == (204, None)

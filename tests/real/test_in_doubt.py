@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -30,6 +29,7 @@ from trivmm import (
     PayloadConfig,
     RunsElsewhere,
     TrivmmError,
+    Verdicts,
     Vm,
     VmConfig,
     VmState,
@@ -44,6 +44,7 @@ from trivmm.migration.wire.frame import MessageType
 from trivmm.testing.control import command_environment
 from trivmm.testing.middlebox import MiddleBox, Strike, middle_box
 from trivmm.testing.plugin import FakeVmm
+from trivmm.testing.processes import booted, outcome, receiving, state
 from trivmm.testing.scripted import ScriptedHypervisor
 from trivmm.virtio.block.image import Image
 
@@ -84,7 +85,7 @@ async def in_doubt(config: VmConfig, folder: Path, at: MessageType) -> AsyncIter
 
             async def host(*, task_status: trio.TaskStatus[Vm]) -> None:
                 async with open_incoming(
-                    f"unix:{folder}/there.sock", hypervisor=hypervisor, deadlines=PATIENT, answering=nursery
+                    f"unix:{folder}/there.sock", hypervisor=hypervisor, deadlines=PATIENT, verdicts=Verdicts(nursery)
                 ) as incoming:
                     task_status.started(incoming.vm)
                     with suppress(TrivmmError):
@@ -202,11 +203,10 @@ async def test_a_destination_that_is_gone_wants_force(config: VmConfig, tmp_path
 async def test_another_receiver_at_that_address_does_not_know_and_that_proves_nothing(
     config: VmConfig, tmp_path: Path
 ) -> None:
-    with trio.fail_after(LIMIT_S), pytest.MonkeyPatch.context() as patch:
+    with trio.fail_after(LIMIT_S):
         async with in_doubt(config, tmp_path, MessageType.RUNNING) as doubt:
             doubt.leave.set()
             await doubt.gone.wait()
-            patch.setattr("trivmm.migration.destination.receiver._SETTLED", {})  # as in another process
             doubt.box.down = False
             async with (
                 open_incoming(
@@ -265,37 +265,16 @@ async def test_locks_that_went_to_a_third_party_are_no_question_for_the_destinat
 
 # --- over the API, between processes -------------------------------------------------------------------------------
 
-VM = {"payload": {"kernel": "none is looked for"}, "memory": {"size": 32 << 20}}
 OPTIONS = ["--deadlines", "commit=1,resolve=1"]
 
 
-def booted(fake: FakeVmm) -> FakeVmm:
-    assert fake.call("PUT", "vm.create", VM) == (204, None)
-    assert fake.call("PUT", "vm.boot") == (204, None)
-    return fake
-
-
-def state(fake: FakeVmm) -> str:
-    return str(fake.call("GET", "vm.info")[1]["state"])
-
-
-def move(source: FakeVmm, target: FakeVmm, box: MiddleBox, limit_s: float = LIMIT_S) -> tuple[dict[str, Any], int]:
+def move(source: FakeVmm, target: FakeVmm, box: MiddleBox) -> tuple[dict[str, Any], int | None]:
     """The source's last progress, and what receive-migration answered."""
-    answers: list[int] = []
-    url = {"receiver_url": f"unix:{box.target}"}
-    receiving = threading.Thread(target=lambda: answers.append(target.call("PUT", "vm.receive-migration", url)[0]))
-    receiving.start()
-    until = time.monotonic() + limit_s
-    while not Path(box.target).exists() and time.monotonic() < until:
-        time.sleep(0.02)
-    request = {"destination_url": box.url, "downtime_ms": 5000}
-    assert source.call("PUT", "vm.send-migration", request) == (204, None)
-    progress: dict[str, Any] = {"state": {"Ongoing": {}}}
-    while "Ongoing" in progress["state"] and time.monotonic() < until:
-        time.sleep(0.02)
-        progress = source.call("GET", "vm.migration-progress")[1]
-    receiving.join(limit_s)
-    return progress, answers[0]
+    with receiving(target, Path(box.target)) as there:
+        request = {"destination_url": box.url, "downtime_ms": 5000}
+        assert source.call("PUT", "vm.send-migration", request) == (204, None)
+        progress = outcome(source)
+    return progress, there.status
 
 
 @pytest.fixture

@@ -10,20 +10,20 @@ import trio
 import trio.testing
 
 from trivmm import DiskConfig, MemoryConfig, PayloadConfig, Vm, VmConfig
-from trivmm._native import ffi
 from trivmm.guest import probe_path
 from trivmm.machine.board import Board
 from trivmm.machine.machine import Machine
 from trivmm.memory.guest import GuestMemory
 from trivmm.migration.destination.receiver import Receiver
-from trivmm.migration.link.halves import SocketChannel
+from trivmm.migration.link.halves import Connection
+from trivmm.migration.link.sockets import PageThread
 from trivmm.platform.serial import Serial
 from trivmm.testing.road import Road, open_road
 from trivmm.testing.scripted import ScriptedHypervisor
 from trivmm.virtio.pci import VirtioPciTransport
 
 LIMIT_S = 60
-KINDS = (Vm, Machine, Board, GuestMemory, Serial, VirtioPciTransport, SocketChannel, Receiver)
+KINDS = (Vm, Machine, Board, GuestMemory, Serial, VirtioPciTransport, Connection, Receiver)
 
 
 def alive() -> Counter[type]:
@@ -50,11 +50,11 @@ async def test_moves_leave_no_objects_and_no_buffers(tmp_path: Path) -> None:
                     await trio.testing.wait_all_tasks_blocked(0.01)  # the sides that they left are gone
                     counts.append(alive() - before)
                 assert counts[0] == counts[1] == counts[2]
-                for kind in (Vm, Machine, Board, GuestMemory, Serial, SocketChannel, Receiver):
+                for kind in (Vm, Machine, Board, GuestMemory, Serial, Connection, Receiver):
                     assert counts[2][kind] == 2, kind
-                channels = [each for each in gc.get_objects() if type(each) is SocketChannel]
-                assert all(each._staging == ffi.NULL for each in channels), "half a MiB each"
-                del channels
+                threads = [each for each in gc.get_objects() if type(each) is PageThread]
+                assert all(each.buffer is None for each in threads), "half a MiB each"
+                del threads
         del a, b
     assert alive() - before == Counter()
 

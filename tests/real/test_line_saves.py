@@ -3,7 +3,6 @@ either the sink's or in the saved state, and each byte that was typed reaches on
 
 from __future__ import annotations
 
-import base64
 import fcntl
 import os
 from collections.abc import Callable, Iterator
@@ -21,10 +20,9 @@ from trivmm.platform import sinks
 from trivmm.platform.line import Line
 from trivmm.platform.serial import Serial
 from trivmm.platform.sinks import FdSink, NullSink, PtySink, Sink
-from trivmm.state.fields import Fields
 from trivmm.testing.cancel_walk import Walk, cancel_walk
 from trivmm.testing.driver import until
-from trivmm.virtio.console import ConsoleLine
+from trivmm.virtio.console.line import ConsoleLine
 
 LIMIT_S = 240
 OUTPUT: Final = b"".join(b"%07d\n" % number for number in range(6000))  # three pieces
@@ -45,20 +43,22 @@ def a_line(kind: str, sink: Sink, output: bytes = b"") -> Line:
 
 
 def load(line: Line, output: bytes, typed: bytes) -> None:
-    rings = {"tx": base64.b64encode(output).decode(), "rx": base64.b64encode(typed).decode()}
     if isinstance(line, Serial):
-        line.load(line.save() | rings)
+        line.load(attrs.evolve(line.save(), tx=output, rx=typed))
     else:
         assert isinstance(line, ConsoleLine)
-        line.load(Fields("console", {"tx_taken": 0} | rings))
+        line.load(0, output, typed)
     line.thaw()
 
 
 def save(line: Line) -> tuple[bytes, bytes]:
     """The output and the input that travel."""
-    assert isinstance(line, Serial | ConsoleLine)
-    state = line.save()
-    return base64.b64decode(state["tx"]), base64.b64decode(state["rx"])
+    if isinstance(line, Serial):
+        state = line.save()
+        return state.tx, state.rx
+    assert isinstance(line, ConsoleLine)
+    _, tx, rx = line.save()
+    return tx, rx
 
 
 # --- the sinks, and what they got ----------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from trivmm._native import ffi, lib
 from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError, DeadlineError, MigrationError, TrivmmError
 from trivmm.migration.destination.receiver import open_receiver
+from trivmm.migration.destination.verdicts import Verdicts
 from trivmm.migration.link.halves import LinkLost
 from trivmm.migration.link.roles import open_control
 from trivmm.migration.link.transports import SocketDialer, TcpAddress, UnixAddress, listen, parse_url
@@ -344,7 +345,8 @@ async def test_a_new_receiver_takes_over_from_one_that_only_answers_questions(tm
     source, destination = FakeSource(first, long), FakeDestination(first, long)
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
-            async with open_receiver(url, long, nursery) as receiver:
+            verdicts = Verdicts(nursery)
+            async with open_receiver(url, long, nursery, verdicts) as receiver:
                 session = bytes(range(16))
                 link = await open_control(dialer, session)
 
@@ -361,13 +363,13 @@ async def test_a_new_receiver_takes_over_from_one_that_only_answers_questions(tm
 
                 nursery.start_soon(source_without_an_end)
                 await receiver.receive(destination.factory)
-            async with open_receiver(url, long, nursery) as again:
+            async with open_receiver(url, long, nursery, verdicts) as again:
                 other = DiskLock()
                 next_source, next_destination = FakeSource(other, long), FakeDestination(other, long)
                 nursery.start_soon(again.receive, next_destination.factory)
                 asking = await open_control(dialer, session)
                 await asking.send(m.Query())
-                assert (await asking.expect(m.Verdict)).verdict == "running"
+                assert (await asking.expect(m.Verdict)).fate is m.Fate.RUNNING
                 await asking.close()
                 await send(next_source, socket_dialer(again.url, next_source.deadlines), PATIENT)
     assert destination.running

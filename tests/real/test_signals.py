@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -24,47 +23,21 @@ from trivmm.config import MemoryConfig, PayloadConfig, VmConfig
 from trivmm.deadlines import Deadlines
 from trivmm.errors import CommitRefused, PastCommit
 from trivmm.machine.machine import Machine
-from trivmm.migration.link.halves import Channel
+from trivmm.migration.link.halves import Connection, FrameSender
 from trivmm.migration.link.transports import Dialer
 from trivmm.migration.source.sender import socket_dialer
 from trivmm.migration.wire.frame import HEADER_BYTES, MessageType, parse_header
 from trivmm.testing.control import command_environment
 from trivmm.testing.fake import fake_hypervisor
 from trivmm.testing.plugin import FakeVmm
+from trivmm.testing.processes import Receiving, booted, listens, phase, receiving, until
 from trivmm.vm import VmState, open_vm
 from trivmm.vmm import open_vmm
 
 LIMIT_S = 30
-VM = {"payload": {"kernel": "none is looked for"}, "memory": {"size": 32 << 20}}
 PIPE_BYTES = 1 << 16
-ACCEPTS = "00010000"  # __SO_ACCEPTCON as /proc/net/unix spells it
 WHAT = ("COMMIT has come", "COMMIT was sent")
 Start = Callable[..., FakeVmm]
-
-
-def until(true: Callable[[], object], what: str) -> None:
-    """Poll what only another process can tell."""
-    end = time.monotonic() + LIMIT_S
-    while not true():
-        assert time.monotonic() < end, what
-        time.sleep(0.01)
-
-
-def listens(path: Path) -> bool:
-    """Between bind and listen the file is there and nobody answers."""
-    rows = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
-    return any(row[3] == ACCEPTS and row[-1] == str(path) for row in rows[1:])
-
-
-def booted(fake: FakeVmm) -> FakeVmm:
-    assert fake.call("PUT", "vm.create", VM) == (204, None)
-    assert fake.call("PUT", "vm.boot") == (204, None)
-    return fake
-
-
-def phase(fake: FakeVmm) -> str:
-    progress = fake.call("GET", "vm.migration-progress")[1]
-    return "" if progress is None else str(progress["phase"])
 
 
 def log_of(fake: FakeVmm) -> str:
@@ -79,7 +52,7 @@ class Move:
     target: FakeVmm
     events: Path
     watcher: subprocess.Popen[str]
-    received: list[int] = attrs.field(factory=list)
+    there: Receiving
 
     def go_on(self) -> None:
         self.source.fail()
@@ -102,33 +75,26 @@ class Move:
 @contextmanager
 def committing(start: Start, folder: Path, *options: str, refused: bool = False) -> Iterator[Move]:
     """The block begins in phase COMMIT, which lasts until ``go_on``; ``refused``: the answer will be REFUSED."""
-    events, path = folder / "events", folder / "m.sock"
+    events = folder / "events"
     limits = ["--deadlines", "commit=20,verdict_read=20", *options]
     faults = ["send-migration=commit:deaf:60s", *["send-migration=commit:refused"] * refused]
     source = booted(start(*faults, options=[*limits, "-v", "--event-monitor", f"path={events}"]))
     target = start(options=["--deadlines", "commit=20"])
-    received: list[int] = []
-    receiving = threading.Thread(
-        target=lambda: received.append(target.call("PUT", "vm.receive-migration", {"receiver_url": f"unix:{path}"})[0])
-    )
-    receiving.start()
-    until(lambda: listens(path), "the receiver does not listen")
-    command = [sys.executable, "-m", "trivmm", "remote", "--api-socket", str(source.socket), "send-migration"]
-    watcher = subprocess.Popen(
-        [*command, f"destination_url=unix:{path},downtime_ms=5000"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=command_environment(),
-    )
-    try:
-        until(lambda: phase(source) == "COMMIT", "no COMMIT")
-        yield Move(source, target, events, watcher, received)
-        receiving.join(LIMIT_S)
-        assert not receiving.is_alive()
-    finally:
-        watcher.kill()
-        watcher.communicate()
+    with receiving(target, folder / "m.sock") as there:
+        command = [sys.executable, "-m", "trivmm", "remote", "--api-socket", str(source.socket), "send-migration"]
+        watcher = subprocess.Popen(
+            [*command, f"destination_url={there.url},downtime_ms=5000"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=command_environment(),
+        )
+        try:
+            until(lambda: phase(source) == "COMMIT", "no COMMIT")
+            yield Move(source, target, events, watcher, there)
+        finally:
+            watcher.kill()
+            watcher.communicate()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -144,7 +110,7 @@ def test_a_source_told_to_end_after_commit_ends_with_the_verdict(
         assert (code, last["state"], said) == (0, {"Finished": {}}, "")
         assert move.source.process.wait(LIMIT_S) == 0
         assert [event["event"] for event in move.told() if "migration-f" in event["event"]] == ["migration-finished"]
-    assert move.received == [204]
+    assert move.there.status == 204
     assert move.target.call("GET", "vm.info")[1]["state"] == "Running"
 
 
@@ -159,7 +125,7 @@ def test_a_source_told_to_end_whose_commit_is_refused_ends_by_the_signal(fake_vm
         assert move.source.process.wait(LIMIT_S) == 130
         failed = next(event for event in move.told() if event["event"] == "migration-failed")
         assert failed["properties"]["outcome"] == "failed"
-    assert move.received == [500]
+    assert move.there.status == 500
 
 
 def test_waiting_for_a_verdict_is_no_hanging_end_and_doubt_is_exit_code_1(fake_vmm: Start, tmp_path: Path) -> None:
@@ -172,7 +138,7 @@ def test_waiting_for_a_verdict_is_no_hanging_end_and_doubt_is_exit_code_1(fake_v
         errors = [line for line in log_of(move.source).splitlines() if line.startswith("error: ")]
         assert len(errors) == 1
         assert errors[0].startswith(f"error: the migration {last['session']} is in doubt, and the VM here ends: ")
-    assert move.received == [204]
+    assert move.there.status == 204
 
 
 def test_the_watchdog_names_the_migration_that_has_no_verdict(tmp_path: Path) -> None:
@@ -203,7 +169,7 @@ def test_after_commit_nothing_can_be_cancelled_and_the_answer_says_so(fake_vmm: 
         move.go_on()
         assert move.outcome()[:2][1]["state"] == {"Finished": {}}
         assert move.source.process.wait(LIMIT_S) == 0
-    assert move.received == [204]
+    assert move.there.status == 204
 
 
 # --- a destination that is told to end in the moment of COMMIT ---------------------------------------------------
@@ -222,32 +188,28 @@ def test_a_vmm_shutdown_waits_for_the_verdict_too(fake_vmm: Start, tmp_path: Pat
         move.go_on()
         assert move.outcome()[1]["state"] == {"Finished": {}}
         assert move.source.process.wait(LIMIT_S) == 0
-    assert move.received == [204]
+    assert move.there.status == 204
 
 
 @attrs.define(eq=False)
 class BothAtOnce:
-    """A connection that lets the peer's process see COMMIT and a signal in the same moment."""
+    """What goes out on a connection lets the peer's process see COMMIT and a signal in the same moment."""
 
-    _channel: Channel
+    _sender: FrameSender
     _peer: subprocess.Popen[bytes]
     _number: signal.Signals
 
-    @property
-    def name(self) -> str:
-        return self._channel.name
-
     async def send(self, data: bytes) -> None:
         if parse_header(data[:HEADER_BYTES]).type is not MessageType.COMMIT:
-            return await self._channel.send(data)
+            return await self._sender.send(data)
         self._peer.send_signal(signal.SIGSTOP)
         until(lambda: stopped(self._peer), "it was not stopped")
-        await self._channel.send(data)
+        await self._sender.send(data)
         self._peer.send_signal(self._number)
         self._peer.send_signal(signal.SIGCONT)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._channel, name)
+        return getattr(self._sender, name)
 
 
 @attrs.frozen
@@ -257,10 +219,10 @@ class BothAtOnceDialer:
     _number: signal.Signals
     transport: str = "unix"
 
-    async def dial(self) -> Channel:
-        channel: Any = BothAtOnce(await self._dialer.dial(), self._peer, self._number)
-        made: Channel = channel
-        return made
+    async def dial(self) -> Connection:
+        real = await self._dialer.dial()
+        sender: Any = BothAtOnce(real.sender, self._peer, self._number)
+        return attrs.evolve(real, sender=sender)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])

@@ -16,22 +16,16 @@ import attrs
 import pytest
 
 from trivmm._native import lib
+from trivmm.bus.bus import Bus
+from trivmm.bus.space import AddressSpace, Range
 from trivmm.bus.ticket import Ticket
 from trivmm.errors import HypervisorError, NotSupported
-from trivmm.hypervisor.base import (
-    Interrupted,
-    IoIn,
-    IoOut,
-    MmioRead,
-    MmioWrite,
-    TripleFault,
-    VcpuExit,
-    VcpuState,
-    VmBackendState,
-)
+from trivmm.hypervisor.base import INTERRUPTED, Crashed, Outcome, VcpuState, VmBackendState
 from trivmm.memory.guest import GuestMemory
 from trivmm.nursery.vcpu import Vcpu, drive_thread
 from trivmm.testing.driver import MockDriver
+from trivmm.testing.recording import NOTED, RecordingBus
+from trivmm.testing.scripted import IoIn, IoOut, MmioRead, MmioWrite
 
 pytest.importorskip("unicorn", reason="the soft extra is not installed")
 pytestmark = [
@@ -166,30 +160,36 @@ class Guest:
     memory: GuestMemory
     vm: SoftVm
     cpu: SoftVcpu
-    log: list[VcpuExit] = attrs.field(factory=list)
-    reads: list[VcpuExit] = attrs.field(factory=list)
+    bus: RecordingBus
 
-    def until(self, wanted: Callable[[VcpuExit], bool]) -> VcpuExit:
-        """Run, noting every exit, until one is wanted."""
+    def run(self) -> IoOut | MmioWrite | Outcome:
+        """Until the next write, or what else ends a run."""
+        outcome = self.cpu.run(self.bus)
+        return self.bus.writes[-1] if outcome is NOTED else outcome
+
+    def until(self, wanted: Callable[[IoOut | MmioWrite | Outcome], bool]) -> IoOut | MmioWrite | Outcome:
         end = time.monotonic() + BOUND_S
         bell = threading.Timer(BOUND_S, self.cpu.kick)
         bell.start()
         try:
             while time.monotonic() < end:
-                reason = self.cpu.run()
-                self.log.append(reason)
-                if wanted(reason):
-                    return reason
-                if isinstance(reason, TripleFault):
+                seen = self.run()
+                if wanted(seen):
+                    return seen
+                if isinstance(seen, Crashed):
                     break
         finally:
             bell.cancel()
-        raise AssertionError(f"not seen; last exits {self.log[-5:]}\n{self.cpu.describe()}")
+        raise AssertionError(f"not seen; last writes {self.bus.writes[-5:]}\n{self.cpu.describe()}")
 
     def until_port(self, port: int) -> bytes:
-        found = self.until(lambda reason: isinstance(reason, IoOut) and reason.port == port)
+        found = self.until(lambda seen: isinstance(seen, IoOut) and seen.port == port)
         assert isinstance(found, IoOut)
         return found.data
+
+    def outs(self) -> list[IoOut]:
+        """Every port write so far."""
+        return [write for write in self.bus.writes if isinstance(write, IoOut)]
 
     def close(self) -> None:
         self.cpu.close()
@@ -198,6 +198,15 @@ class Guest:
 
 
 Build = Callable[..., Guest]
+
+
+def answer(read: IoIn | MmioRead) -> bytes:
+    """The low byte of the address, in each byte."""
+    match read:
+        case IoIn(port, size, count):
+            return (port & 0xFF).to_bytes(1, "little") * size * count
+        case MmioRead(gpa, size):
+            return (gpa & 0xFF).to_bytes(1, "little") * size
 
 
 @pytest.fixture
@@ -215,19 +224,7 @@ def build(tmp_path: Path) -> Iterator[Build]:
         memory.write(ENTRY, code)
         cpu = vm.create_vcpu(0)
         assert isinstance(cpu, SoftVcpu)
-        guest = Guest(memory, vm, cpu)
-
-        def answer(reason: VcpuExit) -> bytes | None:
-            guest.reads.append(reason)
-            match reason:
-                case IoIn(port, size, count):
-                    return (port & 0xFF).to_bytes(1, "little") * size * count
-                case MmioRead(gpa, size):
-                    return (gpa & 0xFF).to_bytes(1, "little") * size
-                case _:
-                    return None
-
-        cpu.inline_handler = answer
+        guest = Guest(memory, vm, cpu, RecordingBus(answer))
         cpu.set_boot_state(ENTRY, 0x6000)
         guests.append(guest)
         return guest
@@ -252,9 +249,9 @@ def test_boot_registers_and_plain_port_exits(build: Build) -> None:
         prelude=False,
     )
     assert guest.until_port(0xE0) == (0x6000).to_bytes(4, "little")
-    assert guest.cpu.run() == IoOut(0x1234, 2, b"\x78\x56")
-    assert guest.cpu.run() == IoOut(0x80, 1, b"\x70")
-    assert guest.reads == [IoIn(0x70, 1, 1)]
+    assert guest.run() == IoOut(0x1234, 2, b"\x78\x56")
+    assert guest.run() == IoOut(0x80, 1, b"\x70")
+    assert guest.bus.reads == [IoIn(0x70, 1, 1)]
 
 
 def test_a_write_leaves_before_the_next_instruction(build: Build) -> None:
@@ -301,10 +298,10 @@ def test_wide_and_unaligned_mmio_is_one_write(build: Build) -> None:
           hlt
         """
     )
-    assert guest.cpu.run() == MmioWrite(BAR, bytes.fromhex("8877665544332211"))
-    assert guest.cpu.run() == MmioWrite(BAR + 1, bytes.fromhex("88776655"))
-    assert guest.cpu.run() == MmioWrite(BAR + 0x10, bytes.fromhex("88776655"))
-    assert guest.cpu.run() == IoOut(0x80, 4, b"\x10" * 4)
+    assert guest.run() == MmioWrite(BAR, bytes.fromhex("8877665544332211"))
+    assert guest.run() == MmioWrite(BAR + 1, bytes.fromhex("88776655"))
+    assert guest.run() == MmioWrite(BAR + 0x10, bytes.fromhex("88776655"))
+    assert guest.run() == IoOut(0x80, 4, b"\x10" * 4)
     assert guest.memory.read(0x5000, 8) == b"\x08" * 4 + b"\x0c" * 4
 
 
@@ -330,10 +327,8 @@ def test_string_instructions_leave_one_element_at_a_time(build: Build) -> None:
         """
     )
     guest.until_port(0x80)
-    assert [each.data for each in guest.log if isinstance(each, IoOut) and each.port == 0x402] == [
-        bytes([each]) for each in b"hello"
-    ]
-    moved = [each for each in guest.log if isinstance(each, MmioWrite)]
+    assert [each.data for each in guest.outs() if each.port == 0x402] == [bytes([each]) for each in b"hello"]
+    moved = [each for each in guest.bus.writes if isinstance(each, MmioWrite)]
     assert moved == [MmioWrite(BAR + index, bytes([each])) for index, each in enumerate(b"hello")]
     assert guest.memory.read(0x5000, 6) == b"\x71" * 6
 
@@ -423,7 +418,7 @@ def test_ring_3_ports_need_iopl_or_the_bitmap(build: Build, flags: int, bitmap: 
     else:
         assert guest.until_port(0x82) == b"\x55"
         assert guest.until_port(0x83) == b"\x05"  # the IN
-        assert guest.reads == []
+        assert guest.bus.reads == []
 
 
 def test_syscall_and_sysret(build: Build) -> None:
@@ -598,7 +593,7 @@ def test_faults_that_follow_each_other_are_no_double_fault(build: Build) -> None
         """
     )
     guest.until_port(0x81)
-    told = [reason.data[0] for reason in guest.log if isinstance(reason, IoOut) and reason.port == 0x80]
+    told = [each.data[0] for each in guest.outs() if each.port == 0x80]
     assert told == [14, 14, 13, 13, 14, 0, 0, 13, 0, 14]
 
 
@@ -621,11 +616,7 @@ def test_cpuid_tells_the_clocks(build: Build) -> None:
         """
     )
     crystal = int.from_bytes(guest.until_port(0x81), "little")
-    highest, below, above = (
-        int.from_bytes(reason.data, "little")
-        for reason in guest.log
-        if isinstance(reason, IoOut) and reason.port == 0x80
-    )
+    highest, below, above = (int.from_bytes(each.data, "little") for each in guest.outs() if each.port == 0x80)
     assert highest >= 0x15
     assert crystal == TIMER_HZ
     assert (crystal // 1000) * above < 1 << 32  # Linux computes in 32 bits
@@ -657,9 +648,11 @@ def test_undefined_instruction_and_division(build: Build) -> None:
 
 def test_triple_fault_is_an_exit_with_a_report(build: Build) -> None:
     guest = build("main: lidt nothing\n int3\nnothing: .quad 0, 0\n")
-    assert isinstance(guest.until(lambda reason: isinstance(reason, TripleFault)), TripleFault)
-    assert "rip" in guest.cpu.describe()
-    assert "code" in guest.cpu.describe()
+    crash = guest.until(lambda seen: isinstance(seen, Crashed))
+    assert isinstance(crash, Crashed)
+    assert crash.reason == "triple fault"
+    assert "rip" in crash.details
+    assert "code" in crash.details
 
 
 HALT_AND_MSI = """
@@ -702,7 +695,7 @@ def test_halt_wakes_on_msi_and_none_is_lost(build: Build) -> None:
         guest.vm.disconnect_msi(token)
         os.eventfd_write(fd, 1)
         threading.Timer(0.05, guest.cpu.kick).start()
-        assert guest.cpu.run() == Interrupted()
+        assert guest.run() is INTERRUPTED
         assert os.eventfd_read(fd) == 1
     finally:
         os.close(fd)
@@ -763,7 +756,7 @@ def test_self_ipi_priority_and_task_priority(build: Build) -> None:
         """
     )
     guest.until_port(0x82)
-    assert [each.port for each in guest.log if isinstance(each, IoOut)] == [0x80, 0x91, 0x81, 0x90, 0x82]
+    assert [each.port for each in guest.outs()] == [0x80, 0x91, 0x81, 0x90, 0x82]
 
 
 def test_lapic_timer_once_and_again(build: Build) -> None:
@@ -918,9 +911,9 @@ def test_doorbell_rings_without_an_exit(build: Build) -> None:
     fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
     try:
         guest.vm.add_doorbell(fd, BAR)
-        assert isinstance(guest.cpu.run(), IoOut)
+        assert isinstance(guest.run(), IoOut)
         assert os.eventfd_read(fd) == 3
-        assert guest.cpu.run() == MmioWrite(BAR + 4, b"\x01\0")
+        assert guest.run() == MmioWrite(BAR + 4, b"\x01\0")
     finally:
         os.close(fd)
 
@@ -959,18 +952,22 @@ def test_the_vcpu_program_pauses_it_and_parks_it_at_a_barrier(build: Build) -> N
     written = threading.Semaphore(0)
     changed = threading.Event()
 
-    def handle(_vcpu: int, reason: VcpuExit) -> bytes | Ticket | None:
-        if not isinstance(reason, MmioWrite):
-            return None
-        tickets.append(Ticket("__rng", len(tickets), "activation"))
-        written.release()
-        return tickets[-1]
+    class Device:
+        def read(self, offset: int, size: int) -> bytes:
+            raise AssertionError("the guest only writes")
+
+        def write(self, offset: int, data: bytes) -> Ticket:
+            tickets.append(Ticket("__rng", len(tickets), "activation"))
+            written.release()
+            return tickets[-1]
 
     def no(*_arguments: object) -> None:
         raise AssertionError("the guest neither asks nor crashes")
 
-    vcpu = Vcpu(0, guest.cpu, handle, changed.set, no, no)
-    thread = threading.Thread(target=drive_thread, args=(guest.cpu, vcpu.program()))
+    bus = Bus(AddressSpace("pio"), AddressSpace("mmio"))
+    bus.mmio.insert(Range(BAR, 0x1000, Device(), "__rng"))
+    vcpu = Vcpu(guest.cpu, bus, changed.set, no, no)
+    thread = threading.Thread(target=drive_thread, args=(guest.cpu, vcpu.program(), bus))
     thread.start()
     try:
         vcpu.release_pause()
@@ -1003,7 +1000,7 @@ def test_200_kicks_stop_a_spinner_between_two_instructions(build: Build) -> None
     for _ in range(200):
         timer = threading.Timer(randomness.random() * 0.003, guest.cpu.kick)
         timer.start()
-        assert guest.cpu.run() == Interrupted()
+        assert guest.run() is INTERRUPTED
         timer.join()
         registers, plain, locked = _counts(guest)
         # A stop inside a read-modify-write would run it twice: the words would be ahead of the register.
@@ -1016,7 +1013,7 @@ def test_a_kick_before_run_and_park_is_not_lost(build: Build) -> None:
     guest.until_port(0x80)
     guest.cpu.kick()
     guest.cpu.kick()
-    assert guest.cpu.run() == Interrupted()
+    assert guest.run() is INTERRUPTED
     guest.cpu.kick()
     began = time.monotonic()
     guest.cpu.park(BOUND_S)
@@ -1032,7 +1029,7 @@ def test_a_kick_ends_a_halt(build: Build) -> None:
     for _ in range(20):
         timer = threading.Timer(0.002, guest.cpu.kick)
         timer.start()
-        assert guest.cpu.run() == Interrupted()
+        assert guest.run() is INTERRUPTED
         timer.join()
 
 
@@ -1051,14 +1048,14 @@ def test_saved_in_a_loop_it_goes_on_in_a_fresh_vm(build: Build) -> None:
     guest.until_port(0x80)
     for _ in range(5):
         threading.Timer(0.005, guest.cpu.kick).start()
-        assert guest.cpu.run() == Interrupted()
+        assert guest.run() is INTERRUPTED
         before = _counts(guest)
         guest = _moved(build, guest)
         assert _counts(guest) == before
         after = before
         while after[0] == before[0]:
             threading.Timer(0.005, guest.cpu.kick).start()
-            assert guest.cpu.run() == Interrupted()
+            assert guest.run() is INTERRUPTED
             after = _counts(guest)
         assert 0 <= after[0] - after[1] <= 1
 
@@ -1070,7 +1067,7 @@ def test_saved_in_halt_and_in_ring_3_it_goes_on(build: Build) -> None:
     try:
         for number in range(1, 6):
             threading.Timer(0.01, guest.cpu.kick).start()
-            assert guest.until(lambda reason: isinstance(reason, Interrupted))
+            assert guest.until(lambda seen: seen is INTERRUPTED)
             guest = _moved(build, guest)
             guest.vm.connect_msi(fd, 0xFEE0_0000, 0x41)
             os.eventfd_write(fd, 1)
@@ -1140,7 +1137,7 @@ def test_hostile_registers_hurt_only_the_guest(build: Build) -> None:
             continue
         timer = threading.Timer(0.005, guest.cpu.kick)
         timer.start()
-        guest.cpu.run()
+        guest.run()
         timer.join()
 
 

@@ -23,29 +23,29 @@ from trivmm.testing.torture.trial import run_trial
 
 LIMIT_S = 120
 COMMAND = [sys.executable, "-P", "-m", "trivmm.testing.torture", "--hypervisor", "scripted"]
-BEFORE_COMMIT = (
-    "kill-source,kill-destination,stop-source,stop-destination,term-destination,cancel-source,cancel-destination,"
-    "close,reset"
-)
-AROUND_COMMIT = "kill-destination,stop-source,stop-destination,term-source,silent,close,drop,resume"
+KINDS_TRIED = (
+    "kill-destination", "stop-source", "stop-destination", "term-source", "term-destination", "cancel-destination",
+    "silent", "close", "drop", "resume",
+)  # fmt: skip
+POINTS = "SETUP,PAGES,ROUND_END,STATE,READY,COMMIT,RUNNING"
 
 
-@pytest.mark.parametrize(
-    ("kinds", "points", "trials", "seed"),
-    [(BEFORE_COMMIT, "SETUP,PAGES,ROUND_END,STATE", 5, 2), (AROUND_COMMIT, "READY,COMMIT,RUNNING", 8, 4)],
-)
-def test_a_short_torture_breaks_no_promise(kinds: str, points: str, trials: int, seed: int) -> None:
-    words = ["--trials", str(trials), "--seed", str(seed), "--kinds", kinds, "--points", points, "--json"]
-    words += ["--deadlines", "commit=2"]
+def test_a_short_torture_breaks_no_promise() -> None:
+    """Each kind once; the seed is one that has as many before COMMIT as about it, and a guest that need not be booted
+    anew for each."""
+    trials = len(KINDS_TRIED)
+    words = ["--trials", str(trials), "--seed", "3430", "--kinds", ",".join(KINDS_TRIED), "--points", POINTS, "--json"]
+    words += ["--deadlines", "commit=1.5"]
     done = subprocess.run(
         [*COMMAND, *words], capture_output=True, text=True, timeout=LIMIT_S, env=command_environment(), check=False
     )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["kinds"]["all"]["trials"] == trials
-    assert told["kinds"]["all"]["harmed"] >= trials - 2  # a third round that did not come
+    assert told["kinds"]["all"]["harmed"] >= trials - 1  # what comes after RUNNING may come after the verdict
     assert told["kinds"]["all"]["two copies"] == 0
     assert [trial["trial"] for trial in told["trials"]] == list(range(trials))
+    assert {trial["kind"] for trial in told["trials"]} == set(KINDS_TRIED)
 
 
 def plan(kind: str, message: MessageType, *, before: bool = True) -> Plan:
@@ -54,14 +54,14 @@ def plan(kind: str, message: MessageType, *, before: bool = True) -> Plan:
 
 async def test_what_was_really_seen_is_judged_by_what_was_really_done(tmp_path: Path) -> None:
     """A guest that goes with its killed source breaks no promise; one that goes when nobody was killed does."""
-    killed = plan("kill-source", MessageType.STATE)
+    killed = plan("kill-source", MessageType.PAGES)
     with trio.fail_after(LIMIT_S):
         async with open_stage(tmp_path, "scripted", QUICK) as stage:
             seen = await run_trial(stage, killed)
     assert (seen.harmed, seen.committed, seen.sent) == (True, False, Sent.UNKNOWN)
     assert judge(killed, seen, QUICK).verdict is Verdict.LOST
     assert judge(killed, seen, QUICK).ok
-    nobody_killed = judge(plan("close", MessageType.STATE), seen, QUICK)
+    nobody_killed = judge(plan("close", MessageType.PAGES), seen, QUICK)
     assert [each.partition(" (")[0] for each in nobody_killed.broken] == ["lost"]
 
 

@@ -14,11 +14,13 @@ import trio
 from trivmm.deadlines import Deadlines
 from trivmm.errors import CommitRefused, ConfigError, MigrationInDoubt
 from trivmm.migration.destination.receiver import open_receiver
+from trivmm.migration.destination.verdicts import Verdicts
 from trivmm.migration.options import SendOptions
 from trivmm.migration.progress import MigrationReport
 from trivmm.migration.source.sender import send, socket_dialer
-from trivmm.migration.source.verdict import Heard, ask
+from trivmm.migration.source.verdict import Finding, ask
 from trivmm.migration.wire.frame import MessageType
+from trivmm.migration.wire.messages import Fate
 from trivmm.testing.middlebox import MiddleBox, Strike, middle_box
 from trivmm.testing.migration import DiskLock, FakeDestination, FakeSource
 
@@ -36,6 +38,7 @@ class Road:
     destination: FakeDestination
     box: MiddleBox
     limits: Deadlines = LIMITS
+    verdicts: Verdicts | None = None
     sent: MigrationReport | Exception | None = None
     taken: MigrationReport | Exception | None = None
 
@@ -44,7 +47,7 @@ class Road:
         return f"unix:{self.folder}/there.sock"
 
     async def receive(self, nursery: trio.Nursery) -> None:
-        async with open_receiver(self.url, self.limits, nursery) as receiver:
+        async with open_receiver(self.url, self.limits, nursery, self.verdicts) as receiver:
             try:
                 _, self.taken = await receiver.receive(self.destination.factory)
             except Exception as error:
@@ -62,7 +65,7 @@ class Road:
         while not Path(self.url.removeprefix("unix:")).exists():  # noqa: ASYNC110 - made by another task
             await trio.sleep(0.01)
 
-    async def ask(self) -> Heard:
+    async def ask(self) -> Finding:
         assert isinstance(self.sent, MigrationInDoubt)
         assert self.sent.session is not None
         return await ask(socket_dialer(self.box.url, self.limits), self.sent.session, self.limits)
@@ -136,11 +139,10 @@ async def test_a_destination_answers_as_long_as_its_machine_is_there(road: Road)
             await road.listening()
             await road.send()
             assert isinstance(road.sent, MigrationInDoubt)
-            outcome = await road.ask()
-            assert (outcome.running, outcome.answered) == (None, False)
+            assert (await road.ask()).fate is None
             await trio.sleep(2 * road.limits.commit)
             road.box.down = False
-            assert (await road.ask()).running is True
+            assert (await road.ask()).fate is Fate.RUNNING
         # That was DONE: it has left the address by itself.
     assert not Path(road.url.removeprefix("unix:")).exists()
 
@@ -160,10 +162,10 @@ async def test_the_end_of_the_machine_ends_the_answers_and_removes_the_socket(ro
             machine.cancel_scope.cancel()
         assert not Path(road.url.removeprefix("unix:")).exists()
         road.box.down = False
-        assert (await road.ask()).running is None
+        assert (await road.ask()).fate is None
 
 
-async def test_a_later_receiver_of_the_process_answers_for_a_refusal_that_nobody_heard(road: Road) -> None:
+async def test_a_later_receiver_of_the_same_owner_answers_for_a_refusal_that_nobody_heard(road: Road) -> None:
     def cut() -> None:
         road.box.down = True
 
@@ -171,22 +173,24 @@ async def test_a_later_receiver_of_the_process_answers_for_a_refusal_that_nobody
     road.destination.start_error = ConfigError("x", 1, "no", "none")
     road.box.strike = Strike(MessageType.REFUSED, "close", first=cut)
     with trio.fail_after(LIMIT_S):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(road.receive, nursery)
+        async with trio.open_nursery() as owner:
+            road.verdicts = Verdicts(owner)
+            owner.start_soon(road.receive, owner)
             await road.listening()
             await road.send()
-        assert not Path(road.url.removeprefix("unix:")).exists()  # after commit: nothing runs here
-        road.box.down = False
-        assert (await road.ask()).running is None
-        async with trio.open_nursery() as nursery, open_receiver(road.url, LIMITS, nursery) as later:
-            nursery.start_soon(later.receive, road.destination.factory)
-            outcome = await road.ask()
-            assert outcome.running is False
-            assert "x = 1: no" in outcome.reason
-            while outcome.running is False:  # DONE was said, and is on its way: then it is forgotten
-                outcome = await road.ask()
-            assert (outcome.running, outcome.answered) == (None, True)
-            nursery.cancel_scope.cancel()
+            while Path(road.url.removeprefix("unix:")).exists():  # noqa: ASYNC110 - after commit: nothing runs here
+                await trio.sleep(0.01)
+            road.box.down = False
+            assert (await road.ask()).fate is None
+            async with open_receiver(road.url, LIMITS, owner, road.verdicts) as later:
+                owner.start_soon(later.receive, road.destination.factory)
+                found = await road.ask()
+                assert found.fate is Fate.REFUSED
+                assert "x = 1: no" in found.reason
+                while found.fate is Fate.REFUSED:  # DONE was said, and is on its way: then it is forgotten
+                    found = await road.ask()
+                assert found.fate is Fate.UNKNOWN
+                owner.cancel_scope.cancel()
 
 
 async def test_a_migration_that_is_given_up_when_it_was_ready_leaves_the_address_at_once(road: Road) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import struct
 import termios
@@ -17,11 +16,12 @@ import trio
 
 from trivmm._native import ffi, lib
 from trivmm.config import ConsoleConfig
-from trivmm.errors import MigrationError, TrivmmError
+from trivmm.errors import MigrationError, ProtocolError
 from trivmm.memory.guest import GuestMemory
 from trivmm.platform.sinks import FdSink, GuestOutput, NullSink, PtySink, Sink
 from trivmm.testing.driver import WRITE, Descriptor, MockDriver, until
-from trivmm.virtio.console import ConsoleDevice
+from trivmm.testing.states import sent
+from trivmm.virtio.console.device import ConsoleDevice
 from trivmm.virtio.port import Activation
 
 LIMIT_S = 30
@@ -137,7 +137,7 @@ async def test_both_ways(guest: Guest) -> None:
     async with active(device, guest):
         guest.say(b"hello, host", pieces=3)
         assert await guest.used(guest.transmit) == (0, 0)
-        assert await device.line.wait_for("hello, host") == 11
+        await until(lambda: device.line.tail() == b"hello, host")
         guest.listen(64)
         assert device.line.push_input(b"hello, guest") == 12
         assert await guest.heard() == b"hello, guest"
@@ -236,9 +236,9 @@ async def test_what_is_under_way_travels(guest: Guest) -> None:
         await until(lambda: lib.tv_line_tx_used(device.line.rings) == TX_SIZE)
         device.line.push_input(b"typed before")
     device.resize(100, 30)
-    state, positions = json.loads(json.dumps(device.save())), device.positions()
+    state, positions = sent(device.save()), device.positions()
     assert positions[1] == (1, 0, 0)
-    assert state["tx_taken"] == TX_SIZE
+    assert state.tx_taken == TX_SIZE
     assert not lib.tv_line_peek_tx(device.line.rings, ffi.new("uint8_t[]", 1), 1), "it is not said here as well"
     assert device.line.push_input(b"x") == 0
 
@@ -360,7 +360,7 @@ async def test_the_size_is_the_terminals(guest: Guest) -> None:
         assert device.size == (90, 30)
         async with active(device, guest):
             fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("<HHHH", 31, 91, 0, 0))
-            device.measure()
+            device.terminal_resized()
             assert changes == [(90, 30), (91, 31)]
         device.close()
     finally:
@@ -385,32 +385,32 @@ async def test_the_size_is_the_terminals(guest: Guest) -> None:
 )
 def test_hostile_state(guest: Guest, change: dict[str, Any]) -> None:
     device = device_of(guest, None)
-    with pytest.raises(TrivmmError):
-        device.load(device.save() | change)
+    with pytest.raises(ProtocolError):
+        sent(device.save(), **change)
     device.close()
 
 
 async def test_a_half_taken_chain_that_is_shorter_now_is_done(guest: Guest) -> None:
     """A hostile source, or a guest that changed it meanwhile."""
     device = device_of(guest, NullSink())
-    device.load(device.save() | {"tx_taken": 1 << 30})
+    device.load(sent(device.save(), tx_taken=1 << 30))
     device.line.thaw()
     async with active(device, guest):
         guest.say(b"short")
         assert await guest.used(guest.transmit) == (0, 0)
         guest.say(b"next", first=1)
         assert await guest.used(guest.transmit) == (1, 0)
-        assert await device.line.wait_for("next") == 4
+        await until(lambda: device.line.tail() == b"next")
     device.close()
 
 
 def test_a_description_that_differs_is_refused(guest: Guest) -> None:
     device = device_of(guest, None)
     described = device.describe()
-    assert (described["type"], described["queue_sizes"]) == (3, [256, 256])
-    device.become(described)
+    assert (described.type, described.queue_sizes) == (3, (256, 256))
+    device.become(sent(described))
     with pytest.raises(MigrationError, match=r"__console: the sender's features is 0"):
-        device.become(described | {"features": 0})
+        device.become(sent(described, features=0))
     device.close()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import struct
 import threading
@@ -23,12 +22,14 @@ from trivmm._native import ffi
 from trivmm.config import DiskConfig, RngConfig
 from trivmm.errors import ConfigError, TrivmmError
 from trivmm.memory.guest import GuestMemory
+from trivmm.state.strict import structure, unstructure
 from trivmm.testing.driver import WRITE, Descriptor, MockDriver
-from trivmm.virtio.block import BlockDevice
+from trivmm.testing.states import sent
+from trivmm.virtio.block.device import BlockDevice
 from trivmm.virtio.device import WorkerDevice
 from trivmm.virtio.port import Activation
 from trivmm.virtio.queue import QueueWorker
-from trivmm.virtio.rng import RngDevice
+from trivmm.virtio.rng.device import RngDevice
 
 VERSION_1 = 1 << 32
 FLUSH = 1 << 9
@@ -506,7 +507,7 @@ def test_a_serial_that_is_no_text_leaks_nothing(memory: GuestMemory, image: Path
 
 async def test_a_destinations_disk_is_the_senders(memory: GuestMemory, driver: MockDriver, image: Path) -> None:
     source = BlockDevice(DiskConfig(str(image)), memory, "_disk0")
-    described = json.loads(json.dumps(source.describe()))
+    described = sent(source.describe())
     copy = image.with_name("copy.img")
     copy.write_bytes(image.read_bytes() + bytes(512))
     device = BlockDevice(DiskConfig(str(copy)), memory, "_disk0")
@@ -529,14 +530,18 @@ async def test_a_destinations_disk_is_the_senders(memory: GuestMemory, driver: M
 def test_a_description_that_makes_no_sense_is_refused(memory: GuestMemory, image: Path) -> None:
     device = BlockDevice(DiskConfig(str(image)), memory, "_disk0")
     described = device.describe()
-    for name in described:
+    for field in attrs.fields(type(described)):
         for bad in (None, -1, "x", "_" * 40, [None], 1 << 70):
-            with pytest.raises(TrivmmError, match=rf"_disk0: .*{name} is "):
-                device.become(described | {name: bad})
-        with pytest.raises(TrivmmError, match=f"{name}' is missing"):
-            device.become({key: value for key, value in described.items() if key != name})
-    with pytest.raises(TrivmmError, match="unknown field 'colour'"):
-        device.become(described | {"colour": "red"})
+            with pytest.raises(TrivmmError, match=rf"part\.{field.name}.* is "):
+                device.become(sent(described, **{field.name: bad}))
+        given = {key: value for key, value in unstructure(described).items() if key != field.name}
+        with pytest.raises(TrivmmError, match=rf"part\.{field.name} is missing"):
+            structure("part", given, device.description_type)
+    with pytest.raises(TrivmmError, match='unknown field "colour"'):
+        sent(described, colour="red")
+    for name in ("type", "features"):
+        with pytest.raises(TrivmmError, match=rf"_disk0: the sender's {name} is 77, here it is "):
+            device.become(sent(described, **{name: 77}))
     assert device.describe() == described
     device.close()
 

@@ -41,13 +41,13 @@ from trivmm.errors import (
     WrongState,
 )
 from trivmm.guest import probe_path
-from trivmm.hypervisor.base import IoOut, TripleFault, VcpuExit
 from trivmm.machine.host import MachineHost
 from trivmm.machine.machine import Machine
 from trivmm.memory.dirty_log import DirtyLog
 from trivmm.migration.progress import MigrationProgress, Phase
 from trivmm.platform.sinks import GuestOutput
-from trivmm.testing.scripted import Compute, ScriptedHypervisor
+from trivmm.testing.scripted import Compute, Crash, IoOut, ScriptedHypervisor, Step
+from trivmm.unwrapped import unwrapped_nursery
 from trivmm.virtio.block.image import Image
 from trivmm.virtio.pci.common_config import DEVICE_STATUS
 
@@ -81,9 +81,9 @@ def lock_is_free(config: VmConfig) -> bool:
 class Guest:
     """A vCPU that computes until it is asked, then does one thing, once in all its lives."""
 
-    def __init__(self, then: VcpuExit) -> None:
+    def __init__(self, then: Step) -> None:
         self.asked = False
-        self.then: VcpuExit | None = then
+        self.then: Step | None = then
 
     def __call__(self, cpu: Any) -> Generator[Any, bytes | None, None]:
         while not self.asked:
@@ -111,16 +111,9 @@ async def two_sides(config: VmConfig, folder: Path, *scripts: Any) -> AsyncItera
                 return
 
         async def move(**options: Any) -> None:
-            failure: Exception | None = None
-            async with trio.open_nursery() as nursery:
+            async with unwrapped_nursery() as nursery:
                 nursery.start_soon(receive)
-                try:
-                    await source.migrate_to(url, **options)
-                except Exception as error:  # raised below, outside the nursery: not in a group
-                    failure = error
-                    nursery.cancel_scope.cancel()
-            if failure is not None:
-                raise failure
+                await source.migrate_to(url, **options)
 
         yield source, incoming.vm, move
 
@@ -347,7 +340,7 @@ async def test_an_observer_that_raises_harms_nobody_else(config: VmConfig, caplo
 async def test_a_guest_that_crashes_in_mid_migration_fails_it_and_is_reported_here(
     config: VmConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    guest = Guest(TripleFault())
+    guest = Guest(Crash())
     begin = DirtyLog.start
 
     async def began(self: DirtyLog) -> None:

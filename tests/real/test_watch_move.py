@@ -8,41 +8,16 @@ import pty
 import signal
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-
-import pytest
 
 from trivmm.testing.control import command_environment
 from trivmm.testing.plugin import FakeVmm
+from trivmm.testing.processes import booted, phase, receiving, state, until
 
 LIMIT_S = 30
 EXAMPLE = Path(__file__).parents[2] / "examples" / "watch_move.py"
-VM = {"payload": {"kernel": "none is looked for"}, "memory": {"size": 32 << 20}}
 Start = Callable[..., FakeVmm]
-
-
-def booted(fake: FakeVmm) -> FakeVmm:
-    assert fake.call("PUT", "vm.create", VM) == (204, None)
-    assert fake.call("PUT", "vm.boot") == (204, None)
-    return fake
-
-
-@contextmanager
-def receiving(target: FakeVmm, path: Path) -> Iterator[str]:
-    """A receiver that waits at the URL; its call has ended after the block."""
-    url = f"unix:{path}"
-    thread = threading.Thread(target=target.call, args=("PUT", "vm.receive-migration", {"receiver_url": url}))
-    thread.start()
-    until = time.monotonic() + LIMIT_S
-    while not path.exists() and time.monotonic() < until:
-        time.sleep(0.02)
-    yield url
-    thread.join(LIMIT_S)
-    assert not thread.is_alive()
 
 
 def send(source: FakeVmm, *arguments: str) -> list[str]:
@@ -57,8 +32,8 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 def test_off_a_terminal_it_is_lines_of_json(fake_vmm: Start, tmp_path: Path) -> None:
     source = booted(fake_vmm("send-migration=precopy:stall:300ms"))
-    with receiving(fake_vmm(), tmp_path / "m.sock") as url:
-        done = run(send(source, f"destination_url={url},downtime_ms=2000"))
+    with receiving(fake_vmm(), tmp_path / "m.sock") as there:
+        done = run(send(source, f"destination_url={there.url},downtime_ms=2000"))
     assert (done.returncode, done.stderr) == (0, "")
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert lines[-1]["state"] == {"Finished": {}}
@@ -67,12 +42,12 @@ def test_off_a_terminal_it_is_lines_of_json(fake_vmm: Start, tmp_path: Path) -> 
 
 def test_a_failure_is_exit_code_1_with_its_reason_and_the_source_runs(fake_vmm: Start, tmp_path: Path) -> None:
     source = booted(fake_vmm("send-migration=switchover:lost"))
-    with receiving(fake_vmm(), tmp_path / "m.sock") as url:
-        done = run(send(source, url))
+    with receiving(fake_vmm(), tmp_path / "m.sock") as there:
+        done = run(send(source, there.url))
     assert done.returncode == 1
     assert done.stderr.startswith("error: the migration failed: ")
     assert "as --fail asked" in done.stderr
-    assert source.call("GET", "vm.info")[1]["state"] == "Running"
+    assert state(source) == "Running"
 
 
 def test_what_is_not_accepted_is_told_at_once(fake_vmm: Start) -> None:
@@ -83,9 +58,13 @@ def test_what_is_not_accepted_is_told_at_once(fake_vmm: Start) -> None:
 
 def test_ctrl_c_cancels_and_the_source_runs(fake_vmm: Start, tmp_path: Path) -> None:
     source = booted(fake_vmm("send-migration=precopy:stall:60s"))
-    with receiving(fake_vmm(), tmp_path / "m.sock") as url:
+    with receiving(fake_vmm(), tmp_path / "m.sock") as there:
         process = subprocess.Popen(
-            send(source, url), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=command_environment()
+            send(source, there.url),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=command_environment(),
         )
         assert process.stdout is not None
         for line in process.stdout:
@@ -95,13 +74,13 @@ def test_ctrl_c_cancels_and_the_source_runs(fake_vmm: Start, tmp_path: Path) -> 
         _, said = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 130
     assert said.startswith("error: the migration cancelled")
-    assert source.call("GET", "vm.info")[1]["state"] == "Running"
+    assert state(source) == "Running"
 
 
 def test_detached_it_returns_at_once(fake_vmm: Start, tmp_path: Path) -> None:
     source = booted(fake_vmm("send-migration=precopy:stall:60s"))
-    with receiving(fake_vmm(), tmp_path / "m.sock") as url:
-        done = run(send(source, "--detach", url))
+    with receiving(fake_vmm(), tmp_path / "m.sock") as there:
+        done = run(send(source, "--detach", there.url))
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
         assert "Ongoing" in source.call("GET", "vm.migration-progress")[1]["state"]
         assert source.call("PUT", "vm.cancel-migration")[0] == 204
@@ -111,9 +90,9 @@ def test_on_a_terminal_a_line_is_drawn(fake_vmm: Start, tmp_path: Path) -> None:
     source = booted(fake_vmm("send-migration=precopy:stall:500ms"))
     ours, theirs = pty.openpty()
     try:
-        with receiving(fake_vmm(), tmp_path / "m.sock") as url:
+        with receiving(fake_vmm(), tmp_path / "m.sock") as there:
             process = subprocess.Popen(
-                send(source, f"destination_url={url},downtime_ms=2000"),
+                send(source, f"destination_url={there.url},downtime_ms=2000"),
                 stdin=subprocess.DEVNULL,
                 stdout=theirs,
                 stderr=theirs,
@@ -132,8 +111,8 @@ def test_on_a_terminal_a_line_is_drawn(fake_vmm: Start, tmp_path: Path) -> None:
 
 def test_the_example_prints_a_line_a_round(fake_vmm: Start, tmp_path: Path) -> None:
     source = booted(fake_vmm())
-    with receiving(fake_vmm(), tmp_path / "m.sock") as url:
-        done = run([sys.executable, "-I", "-S", str(EXAMPLE), str(source.socket), url])
+    with receiving(fake_vmm(), tmp_path / "m.sock") as there:
+        done = run([sys.executable, "-I", "-S", str(EXAMPLE), str(source.socket), there.url])
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("round 1: ")
     assert done.stdout.splitlines()[-1].startswith("moved in ")
@@ -141,25 +120,13 @@ def test_the_example_prints_a_line_a_round(fake_vmm: Start, tmp_path: Path) -> N
 
 def test_the_example_tells_of_a_peer_that_dies(fake_vmm: Start, tmp_path: Path) -> None:
     source, target = booted(fake_vmm("send-migration=precopy:stall:5s")), fake_vmm()
-    url = f"unix:{tmp_path}/m.sock"
-
-    def receive() -> None:
-        with pytest.raises(OSError):  # noqa: PT011 - whatever the end of its server looks like
-            target.call("PUT", "vm.receive-migration", {"receiver_url": url})
-
-    thread = threading.Thread(target=receive)
-    thread.start()
-    until = time.monotonic() + LIMIT_S
-    while not (tmp_path / "m.sock").exists() and time.monotonic() < until:
-        time.sleep(0.02)
-    command = [sys.executable, "-I", "-S", str(EXAMPLE), str(source.socket), url]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    progress = None
-    while (progress is None or progress["phase"] != "PRECOPY") and time.monotonic() < until:
-        progress = source.call("GET", "vm.migration-progress")[1]
-    target.process.kill()
-    said, _ = process.communicate(timeout=90)
-    thread.join(LIMIT_S)
+    with receiving(target, tmp_path / "m.sock") as there:
+        command = [sys.executable, "-I", "-S", str(EXAMPLE), str(source.socket), there.url]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        until(lambda: phase(source) == "PRECOPY", "it does not begin")
+        target.process.kill()
+        said, _ = process.communicate(timeout=90)
+    assert there.status is None
     assert process.returncode == 1
     assert said.splitlines()[-1].startswith("failed: ")
-    assert source.call("GET", "vm.info")[1]["state"] == "Running"
+    assert state(source) == "Running"

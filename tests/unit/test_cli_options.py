@@ -9,20 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trivmm.cli.options import (
-    parse_console,
-    parse_deadlines,
-    parse_pairs,
-    parse_receive,
-    parse_send,
-    parse_socket,
-    parse_socket_path,
-    parse_vm,
-    split_commas,
-)
+from trivmm.cli.options import parse_deadlines, parse_receive, parse_send, parse_socket, parse_socket_path, parse_vm
 from trivmm.config import ConsoleConfig
 from trivmm.control.schema import load_config, load_receive, load_send
 from trivmm.errors import ConfigError, NotSupported
+from trivmm.syntax import parse_console, parse_pairs, split_commas
 from trivmm.unixsocket import SocketFd
 from trivmm.values import parse_size
 

@@ -19,13 +19,14 @@ from trivmm.cli.run import parse_run
 from trivmm.cli.table import table
 from trivmm.config import ConsoleConfig, DiskConfig, MemoryConfig, PayloadConfig, RngConfig, SerialConfig
 from trivmm.console import bytes_pattern
-from trivmm.control.contract import NOT_YET_KEYS, Within
+from trivmm.control.contract import NOT_YET_KEYS
 from trivmm.control.http import Request
 from trivmm.control.routes import Router
 from trivmm.control.schema import CLASSES, NESTED, load_config, load_receive, load_send
 from trivmm.errors import MAX_LINE, ConfigError, GuestCrash, TrivmmError, one_line, reason_of
 from trivmm.migration.link.transports import parse_url
 from trivmm.migration.options import SendOptions, TimeoutStrategy
+from trivmm.notyet import NotYetObject
 from trivmm.platform.debug_ports import DebugConsole
 
 LONG: Final = "x" * 100_000
@@ -78,7 +79,7 @@ def _string_keys() -> Iterator[tuple[str, str]]:
                 if field.type in TEXTS:
                     yield schema, field.name
         for key, default in NOT_YET_KEYS.get(schema, {}).items():
-            if not isinstance(default, Within):
+            if not isinstance(default, NotYetObject):
                 yield schema, key
 
 

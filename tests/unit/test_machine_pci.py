@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import threading
 from typing import Any
 
@@ -15,6 +16,7 @@ from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError, ProtocolError
 from trivmm.memory import layout
 from trivmm.platform.pci import PciBus, PciConfigSpace
+from trivmm.testing.states import sent
 
 
 def space() -> PciConfigSpace:
@@ -275,8 +277,10 @@ def test_save_and_load(board: tuple[AddressSpace, PciBus, Guest, Function]) -> N
     other.config.add_bar(2, 0x1000, is_64bit=False)
     twin = PciBus(AddressSpace("mmio"), Deadlines())
     twin.add(other)
-    other.config.load(saved)
-    twin.load(saved_bus)
+    other.config.check(saved, "pci")
+    other.config.load(sent(saved))
+    twin.check(saved_bus, "bus")
+    twin.load(sent(saved_bus))
     assert other.config.save() == saved
     assert twin.save() == saved_bus
     assert other.config.bars[2].mapped == layout.BAR32_START + 0x10000
@@ -285,22 +289,29 @@ def test_save_and_load(board: tuple[AddressSpace, PciBus, Guest, Function]) -> N
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "says"),
     [
-        {"registers": "zz"},
-        {"registers": "00" * 256},
-        {"registers": 5},
-        {"sizing": [3]},
-        {"sizing": ["x"]},
-        {"sizing": [True]},
-        {"sizing": [16] * 7},
-        {"was_enabled": 1},
-        {"more": 1},
+        ({"registers": "zz"}, "registers"),
+        ({"registers": base64.b64encode(bytes(256)).decode()}, r"registers\[0x0\] is .0x0., not 0xf4"),
+        ({"registers": 5}, "registers"),
+        ({"sizing": [3]}, "sizing"),
+        ({"sizing": ["x"]}, "sizing"),
+        ({"sizing": [True]}, "sizing"),
+        ({"sizing": [16, 16]}, "sizing"),
+        ({"sizing": [16] * 7}, "sizing"),
+        ({"was_enabled": 1}, "was_enabled"),
+        ({"was_enabled": False}, "was_enabled is false, not true where memory is enabled"),
+        ({"more": 1}, "more"),
     ],
 )
-def test_hostile_state(change: dict[str, Any]) -> None:
-    with pytest.raises(ProtocolError):
-        space().load(space().save() | change)
+def test_hostile_state(change: dict[str, Any], says: str) -> None:
+    config = space()
+    config.write(4, b"\x02\0")
+    before = config.save()
+    config.check(sent(before), "part")
+    with pytest.raises(ProtocolError, match=f"^part.*{says}"):
+        config.check(sent(before, **change), "part")
+    assert config.save() == before
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.binary(min_size=1, max_size=8)), max_size=60))

@@ -12,13 +12,12 @@ import trio.testing
 
 from trivmm.deadlines import Deadlines
 from trivmm.errors import DeadlineError, PauseTimeout
-from trivmm.hypervisor.base import MmioRead, MmioWrite
 from trivmm.machine.machine import Machine, open_machine
 from trivmm.nursery.vcpu import Vcpu, VcpuRunState
 from trivmm.state.virtio import LifeStage
 from trivmm.testing.doubles import OwnerScopedDevice, OwnerScopedServicer, WallBarrierVcpu
-from trivmm.testing.miniboard import DRIVER_READY, BareDevice, MiniBoard, status_gpa
-from trivmm.testing.scripted import Compute, Wedge
+from trivmm.testing.miniboard import DRIVER_READY, BareDevice, MiniBoard, bus_gpa, status_gpa
+from trivmm.testing.scripted import Compute, MmioRead, MmioWrite, Wedge
 
 Guest = Generator[Any, bytes | None, None]
 Clock = trio.testing.MockClock
@@ -289,7 +288,7 @@ async def test_the_gate_puts_an_activation_off_and_undo_serves_it(autojump_clock
         await machine.stop(1.0)
         state = board.devices[0].state
         assert state.stage is LifeStage.ACTIVATING
-        assert state.save()["state"] == "activating"
+        assert state.save().stage is LifeStage.ACTIVATING
         assert board.devices[0].backend.active is None
         await trio.sleep(100)
         assert "active 1" not in board.devices[0].backend.log
@@ -374,3 +373,102 @@ async def test_a_vcpu_that_never_stops_is_named(autojump_clock: Clock) -> None:
         await trio.sleep(1)
     assert "vcpu_stop" in board.stuck[0]
     assert "vcpu0" in board.stuck[0]
+
+
+# --- bus mastering ---------------------------------------------------------------------------------------------
+
+
+def master(on: bool) -> MmioWrite:
+    return MmioWrite(bus_gpa(0), bytes([on]))
+
+
+async def test_whoever_clears_bus_mastering_waits_until_nothing_works_and_a_pause_reaches_it(
+    autojump_clock: Clock,
+) -> None:
+    def guest(cpu: Any) -> Guest:
+        yield activate()
+        yield Compute(1)
+        yield master(False)
+        cpu.registers["at"] = trio.current_time()
+        cpu.registers["active"] = device.active
+        yield master(True)
+        yield from beat(cpu)
+
+    deadlines = Deadlines()
+    device = BareDevice(on_stop=nap(1.5))
+    board = MiniBoard([device], guest, deadlines=deadlines)
+    async with running(board, deadlines) as machine:
+        began = trio.current_time()
+        await trio.sleep(2)
+        assert machine.vcpus.vcpus[0].state is VcpuRunState.AT_BARRIER
+        await machine.pause()
+        assert trio.current_time() - began < 2.1
+        await machine.resume()
+        await trio.sleep(3)
+        assert board.cpus[0].registers["at"] - began == pytest.approx(2.5, abs=0.01)
+        assert board.cpus[0].registers["active"] is None
+        assert device.active is not None, "the bit is set again: it works again"
+        assert board.devices[0].state.stage is LifeStage.ACTIVE
+        assert board.devices[0].actor.activations == 1, "which is no activation of the driver's"
+
+
+async def test_bus_mastering_that_is_cleared_in_mid_activation_settles_it_without_queues(autojump_clock: Clock) -> None:
+    def clearing(cpu: Any) -> Guest:
+        yield Compute(2)
+        yield master(False)
+        cpu.registers["cleared_at"] = trio.current_time()
+        yield Compute(10)
+        yield master(True)
+
+    deadlines = Deadlines()
+    board = MiniBoard([slow(4)], activating_guest, clearing, deadlines=deadlines)
+    device, state = board.devices[0].backend, board.devices[0].state
+    async with running(board, deadlines):
+        began = trio.current_time()
+        await trio.sleep(3)
+        assert board.cpus[1].registers["cleared_at"] - began == pytest.approx(2, abs=0.01)
+        assert board.cpus[0].registers["status"] == DRIVER_READY
+        assert board.cpus[0].registers["seen_at"] - began == pytest.approx(2, abs=0.01)
+        assert (state.stage, device.active) == (LifeStage.ACTIVE, None)
+        await trio.sleep(20)
+        assert device.active is not None
+
+
+async def test_setting_the_bit_again_lets_go_whoever_waits_for_its_end(autojump_clock: Clock) -> None:
+    def clearing(cpu: Any) -> Guest:
+        yield activate()
+        yield Compute(1)
+        yield master(False)
+        cpu.registers["went_on"] = trio.current_time()
+
+    def setting(cpu: Any) -> Guest:
+        yield Compute(2)
+        yield master(True)
+
+    deadlines = Deadlines(device_stop=100)
+    board = MiniBoard([BareDevice(on_stop=nap(10))], clearing, setting, deadlines=deadlines)
+    async with running(board, deadlines):
+        began = trio.current_time()
+        await trio.sleep(3)
+        assert board.cpus[0].registers["went_on"] - began == pytest.approx(2, abs=0.01)
+        await trio.sleep(20)
+        assert board.devices[0].backend.active is not None
+
+
+async def test_a_switchover_in_mid_end_of_bus_mastering_ends_it(autojump_clock: Clock) -> None:
+    def guest(cpu: Any) -> Guest:
+        yield activate()
+        yield master(False)
+        cpu.registers["went_on"] = True
+
+    deadlines = Deadlines()
+    board = MiniBoard([BareDevice(on_stop=nap(1))], guest, deadlines=deadlines)
+    async with running(board, deadlines) as machine:
+        await trio.sleep(0.5)
+        assert machine.vcpus.vcpus[0].state is VcpuRunState.AT_BARRIER
+        await machine.stop(2)
+        assert machine._barrier_of(machine.vcpus.vcpus[0]) is None, "the gate is closed: nothing works"
+        assert board.devices[0].backend.active is None
+        await machine.undo()
+        await trio.sleep(0.1)
+        assert board.cpus[0].registers == {"went_on": True}

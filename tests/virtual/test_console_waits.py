@@ -13,10 +13,7 @@ import trio.testing
 
 from trivmm import MemoryConfig, PayloadConfig, Vm, VmConfig, WrongState, open_vm
 from trivmm.guest import probe_path
-from trivmm.hypervisor.base import IoOut
-from trivmm.testing.scripted import Compute, ScriptedHypervisor
-
-pytestmark = pytest.mark.usefixtures("autojump_clock")
+from trivmm.testing.scripted import Compute, IoOut, ScriptedHypervisor
 
 RESET = IoOut(0x600, 1, b"\x01")
 POWER_OFF = IoOut(0x600, 1, b"\x34")
@@ -50,7 +47,7 @@ async def running(*steps: Any) -> AsyncIterator[tuple[Vm, Guest]]:
             yield vm, guest
 
 
-async def test_a_second_wait_waits_for_a_second_text() -> None:
+async def test_a_second_wait_waits_for_a_second_text(autojump_clock: trio.testing.MockClock) -> None:
     async with running(b"boot ready\n") as (vm, guest):
         first = await vm.wait_for_console("ready")
         assert first.text == b"boot ready"
@@ -62,7 +59,7 @@ async def test_a_second_wait_waits_for_a_second_text() -> None:
         assert (await vm.wait_for_console(re.compile(r"n=(\d+);"))).match[1] == b"5"
 
 
-async def test_rewind_reads_the_console_from_its_start() -> None:
+async def test_rewind_reads_the_console_from_its_start(autojump_clock: trio.testing.MockClock) -> None:
     async with running(b"a 1, a 2.") as (vm, guest):
         await vm.wait_for_console(".")
         number = re.compile(rb"a (\d)")
@@ -72,7 +69,7 @@ async def test_rewind_reads_the_console_from_its_start() -> None:
         assert (await vm.wait_for_console(number)).match[1] == b"3"
 
 
-async def test_a_wait_loses_nothing_to_another_that_ends_first() -> None:
+async def test_a_wait_loses_nothing_to_another_that_ends_first(autojump_clock: trio.testing.MockClock) -> None:
     seen: dict[str, bytes] = {}
     async with running() as (vm, guest):
 
@@ -90,7 +87,7 @@ async def test_a_wait_loses_nothing_to_another_that_ends_first() -> None:
         assert scope.cancelled_caught, "the cursor is behind the furthest match"
 
 
-async def test_a_guests_own_reboot_is_read_through() -> None:
+async def test_a_guests_own_reboot_is_read_through(autojump_clock: trio.testing.MockClock) -> None:
     """What it said before the reboot is not lost to a wait that began, or is called, only afterwards."""
     rebooted = trio.Event()
     async with running(b"ready ") as (vm, guest):
@@ -103,7 +100,7 @@ async def test_a_guests_own_reboot_is_read_through() -> None:
 
 
 @pytest.mark.parametrize("again", ["reboot", "shutdown and boot"])
-async def test_a_boot_that_you_ask_for_begins_a_new_console(again: str) -> None:
+async def test_a_boot_that_you_ask_for_begins_a_new_console(autojump_clock: trio.testing.MockClock, again: str) -> None:
     async with running(b"ready, and ready once more.") as (vm, guest):
         await vm.wait_for_console("ready")
         await vm.wait_for_console(".", rewind=True)
@@ -117,7 +114,7 @@ async def test_a_boot_that_you_ask_for_begins_a_new_console(again: str) -> None:
         assert (await vm.wait_for_console("ready")).text == b"now ready"
 
 
-async def test_a_wait_begun_before_the_boot_hears_the_first_word() -> None:
+async def test_a_wait_begun_before_the_boot_hears_the_first_word(autojump_clock: trio.testing.MockClock) -> None:
     heard: list[bytes] = []
     config = VmConfig(PayloadConfig(str(probe_path())), memory=MemoryConfig(4 << 20))
     with trio.fail_after(60):
@@ -135,7 +132,7 @@ async def test_a_wait_begun_before_the_boot_hears_the_first_word() -> None:
     assert heard == [b"hello"]
 
 
-async def test_the_last_words_are_found_and_then_the_end_is_said() -> None:
+async def test_the_last_words_are_found_and_then_the_end_is_said(autojump_clock: trio.testing.MockClock) -> None:
     async with running(b"going down", POWER_OFF) as (vm, _):
         await vm.wait()
         assert (await vm.wait_for_console("down")).text == b"going down"

@@ -13,8 +13,8 @@ import trio.testing
 
 from trivmm import ConfigError, DiskConfig, MemoryConfig, PayloadConfig, RngConfig, VmConfig, VmState, open_vm
 from trivmm.guest import probe_path
-from trivmm.hypervisor.base import IoOut
-from trivmm.machine.board import Board, build_board
+from trivmm.machine.board import Board
+from trivmm.machine.build import build_board
 from trivmm.memory import layout
 from trivmm.testing.scripted import ScriptedHypervisor
 
@@ -45,8 +45,8 @@ def built(config: VmConfig) -> Iterator[Board]:
 
 def write_config(board: Board, slot: int, register: int, value: int) -> None:
     """As the guest does it, by CF8 and CFC."""
-    board.handle_exit(0, IoOut(0xCF8, 4, (1 << 31 | slot << 11 | register).to_bytes(4, "little")))
-    board.handle_exit(0, IoOut(0xCFC, 4, value.to_bytes(4, "little")))
+    board.pio.write(0xCF8, (1 << 31 | slot << 11 | register).to_bytes(4, "little"))
+    board.pio.write(0xCFC, value.to_bytes(4, "little"))
 
 
 def bar(kind: str, base: int) -> list[dict[str, Any]]:
@@ -117,7 +117,7 @@ def test_a_device_has_the_id_that_it_is_given(
         tree = board.device_tree()
         assert [tree[f"_virtio-pci-{name}"]["children"] for name in names] == [[name] for name in names]
         assert tree["entropy"]["parent"] == "_virtio-pci-entropy"
-        assert [disk.id for disk in board.config_as_built().disks] == names
+        assert [disk.id for disk in board.config.disks] == names
 
 
 def test_the_machines_own_ids_are_not_to_be_had() -> None:

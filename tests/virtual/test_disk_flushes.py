@@ -11,7 +11,7 @@ from trivmm.testing.migration import DiskLock, FakeSource
 LONG = 2 * SHORT_S
 
 
-async def asked(*flushes_s: float) -> tuple[list[bool], FakeSource]:
+async def asked(*flushes_s: float) -> list[bool]:
     """The answers until it is ready."""
     source = FakeSource(DiskLock())
     source.flushes_s = list(flushes_s)
@@ -19,7 +19,7 @@ async def asked(*flushes_s: float) -> tuple[list[bool], FakeSource]:
     while not any(answers):
         answers.append(await disks.ready())
     source.close()
-    return answers, source
+    return answers
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ async def asked(*flushes_s: float) -> tuple[list[bool], FakeSource]:
 async def test_after_a_short_flush_or_enough_of_them(
     flushes_s: list[float], answers: list[bool], autojump_clock: trio.testing.MockClock
 ) -> None:
-    assert (await asked(*flushes_s))[0] == answers
+    assert await asked(*flushes_s) == answers
 
 
 async def test_each_switchover_begins_anew(autojump_clock: trio.testing.MockClock) -> None:

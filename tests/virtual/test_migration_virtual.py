@@ -1038,12 +1038,12 @@ async def test_an_operator_is_answered_at_once_or_within_resolve(autojump_clock:
         assert isinstance(world.sent, MigrationInDoubt)
         session = world.sent.session
         assert session is not None
-        outcome = await ask(world.net, session, LIMITS)
-        assert (outcome.running, outcome.answered) == (None, False)
+        assert (await ask(world.net, session, LIMITS)).fate is None
         world.net.down = False
         world.net.destination_tap = silent_from(MessageType.VERDICT)
         before = trio.current_time()
-        assert (await ask(world.net, session, LIMITS)).running is True  # the first question was lost, the second not
+        found = await ask(world.net, session, LIMITS)  # the first question was lost, the second not
+        assert found.fate is m.Fate.RUNNING
         assert trio.current_time() - before <= LIMITS.resolve
     world.check()
     world.close()
@@ -1119,7 +1119,7 @@ async def test_strangers_disturb_nothing(autojump_clock: trio.testing.MockClock)
         assert frame is None or frame.type is MessageType.ABORT
         asker = await open_control(world.net, bytes(16))
         await asker.send(m.Query())
-        assert (await asker.expect(m.Verdict)).verdict == "unknown"
+        assert (await asker.expect(m.Verdict)).fate is m.Fate.UNKNOWN
         await world.send()
         await silent.aclose()
     world.check()
@@ -1144,8 +1144,8 @@ async def test_what_is_no_control_connection_is_refused_by_name(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(world.receive, nursery)
         stranger = await world.net.dial()
-        await stranger.send(m.encode_message(message))
-        answer = m.parse_message(await stranger.receive(None))
+        await stranger.sender.send(m.encode_message(message))
+        answer = m.parse_message(await stranger.receiver.receive())
         assert answer == m.Abort(says)
         await stranger.aclose()
         await world.send()

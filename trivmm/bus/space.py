@@ -99,6 +99,12 @@ class AddressSpace:
             return None
         return found.device.write(address - found.start, data)
 
+    def counters(self) -> dict[str, int]:
+        return {
+            f"{self.name}_unhandled_reads": self.unhandled_reads,
+            f"{self.name}_unhandled_writes": self.unhandled_writes,
+        }
+
     @property
     def ranges(self) -> tuple[Range, ...]:
         return self._table[1]

@@ -30,6 +30,7 @@ from trivmm.control.client import Client
 from trivmm.errors import TrivmmError
 from trivmm.guest import parse_report, probe_cmdline, probe_path
 from trivmm.signals import Told
+from trivmm.unwrapped import unwrapped_nursery
 
 if TYPE_CHECKING:
     from trivmm.guest import ProbeReport
@@ -234,24 +235,22 @@ async def run_demo(options: DemoOptions, told: Told) -> int:
     """Gives the exit code: 0 when every move completed and the guest found no page lost, 128 and its number after a
     signal (130 after Ctrl-C, 143 after SIGTERM)."""
     code: int | None = None
-    failure: Exception | None = None
-    async with trio.open_nursery() as nursery:
+    try:
+        async with unwrapped_nursery() as nursery:
 
-        async def on_signal() -> None:
-            await told.wait()
-            nursery.cancel_scope.cancel()
+            async def on_signal() -> None:
+                await told.wait()
+                nursery.cancel_scope.cancel()
 
-        nursery.start_soon(on_signal, name="signals")
-        try:
+            nursery.start_soon(on_signal, name="signals")
             code = await _run(options)
-        except (TrivmmError, OSError) as error:
-            failure = error
-        nursery.cancel_scope.cancel()
-    if code is None and told.number is not None:
+            nursery.cancel_scope.cancel()
+    except (TrivmmError, OSError):
+        if told.number is None:
+            raise
+    if code is None:
+        assert told.number is not None
         return SIGNALLED + told.number  # whatever failed comes of that
-    if failure is not None:
-        raise failure
-    assert code is not None
     return code
 
 

@@ -13,7 +13,6 @@ import os
 import stat
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Final
 
 import attrs
 import trio
@@ -23,10 +22,11 @@ from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError, reason_of
 from trivmm.events import EventBus, Subscription
 from trivmm.platform.sinks import FdSink
+from trivmm.unwrapped import unwrapped_nursery
 
 __all__ = ["open_event_monitor"]
 
-LOG: Final = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @asynccontextmanager
@@ -38,24 +38,17 @@ async def open_event_monitor(option: str | None, bus: EventBus, deadlines: Deadl
         yield
         return
     sink = FdSink(_opened(option))
-    failure: BaseException | None = None
     writing = trio.CancelScope(shield=True)  # what ends the VMM must not cut off what is told of its end
     try:
-        async with trio.open_nursery() as nursery:
+        async with unwrapped_nursery() as nursery:
             nursery.start_soon(_write_all, sink, bus.subscribe(), writing, name="event monitor")
             try:
                 yield
-            except trio.Cancelled:
-                raise
-            except BaseException as error:
-                failure = error  # raised again outside the nursery, so that it isn't wrapped in a group
             finally:
                 bus.close()
                 writing.deadline = trio.current_time() + deadlines.drain
     finally:
         sink.close()
-    if failure is not None:
-        raise failure
 
 
 @attrs.define(eq=False)
@@ -82,7 +75,9 @@ async def _write_all(sink: FdSink, events: Subscription, writing: trio.CancelSco
                 while text.left:
                     await sink.take(text)
             except OSError as error:
-                LOG.warning("--event-monitor: cannot write any more (%s); the VMM goes on without it", reason_of(error))
+                logger.warning(
+                    "--event-monitor: cannot write any more (%s); the VMM goes on without it", reason_of(error)
+                )
                 return
 
 

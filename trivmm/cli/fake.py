@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from trivmm.cli.options import parse_deadlines, parse_integer, parse_socket
+from trivmm.cli.options import parse_deadlines, parse_socket
 from trivmm.cli.parser import Parser, UsageError
 from trivmm.cli.run import RunOptions, serve
+from trivmm.syntax import parse_integer
 
 __all__ = ["fake"]
 

@@ -10,11 +10,12 @@ import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 import trivmm
 from trivmm.control.contract import CONTRACT_VERSION
 from trivmm.errors import one_line
+from trivmm.virtio.kinds import KINDS
 
 __all__ = ["REFUSED", "USAGE", "Parser", "UsageError", "run_parser"]
 
@@ -119,17 +120,12 @@ def run_parser() -> Parser:
     vm.add_argument("--initramfs", metavar="FILE")
     vm.add_argument("--cpus", metavar="boot=N[,max=N]", help="vCPUs (1)")
     vm.add_argument("--memory", metavar="size=SIZE[,shared=on]", help="RAM, with K, M, G or T (512M)")
-    vm.add_argument(
-        "--disk",
-        metavar="path=FILE[,readonly=on,id=…,serial=…]",
-        nargs="+",
-        action="extend",
-        help="raw images; several values, or the option again",
-    )
-    vm.add_argument("--rng", metavar="src=FILE", help="entropy (/dev/urandom)")
     modes = "off|null|tty|pty|file=FILE|socket=PATH"
     vm.add_argument("--serial", metavar=modes, help="the serial port (tty where stdout is a terminal, else null)")
-    vm.add_argument("--console", metavar=f"{modes}[,id=…]", help="virtio-console (off)")
+    for kind in KINDS:
+        option = kind.option
+        several: dict[str, Any] = {"nargs": "+", "action": "extend"} if kind.contract.many else {}
+        vm.add_argument(f"--{option.name}", metavar=option.metavar, help=option.help, **several)
     vmm = parser.add_argument_group("the VMM")
     vmm.add_argument(
         "--api-socket", metavar="path=FILE|fd=N", help="serve the HTTP API on this unix socket, or on one passed in"

@@ -37,6 +37,7 @@ from trivmm.migration.progress import MigrationProgress, Phase
 from trivmm.migration.wire.session import LAST_LOOK_S
 from trivmm.signals import Told
 from trivmm.unixsocket import SocketFd
+from trivmm.virtio.kinds import KINDS
 
 if TYPE_CHECKING:
     from trivmm.hypervisor.base import Hypervisor
@@ -45,9 +46,10 @@ if TYPE_CHECKING:
 
 __all__ = ["RunOptions", "parse_run", "run", "serve"]
 
-LOG: Final = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
+
 SWITCH_INTERVAL_S: Final = 1e-4  # the GIL's: with the default 5 ms two busy vCPU threads starve each other
-VM_OPTIONS: Final = ("cmdline", "initramfs", "cpus", "memory", "disk", "rng", "serial", "console")
+VM_OPTIONS: Final = ("cmdline", "initramfs", "cpus", "memory", "serial", *(kind.option.name for kind in KINDS))
 
 
 @attrs.frozen
@@ -189,7 +191,7 @@ class _Life:
 
     async def on_signal(self) -> None:
         number = await self.told.wait()
-        LOG.info("%s: ending", number.name)
+        logger.info("%s: ending", number.name)
         self.watchdog.start()
         if self.ends:
             return
@@ -204,7 +206,7 @@ class _Life:
         migration = self.vmm.committing
         if migration is None:
             return await self.vmm.settle(why)
-        LOG.warning("%s: waiting for the verdict of %s", why, migration)
+        logger.warning("%s: waiting for the verdict of %s", why, migration)
         with self.watchdog.waiting_for(migration):
             return await self.vmm.settle(why)
 
@@ -246,7 +248,7 @@ class _Life:
         if self.hypervisor is None:
             self.hypervisor = choose_hypervisor(options.hypervisor)
         if self.hypervisor.note:
-            LOG.warning("%s", self.hypervisor.note)
+            logger.warning("%s", self.hypervisor.note)
         behaviour = VmmOptions(options.stay_after_migration, options.stay_after_shutdown)
         events, gate = EventBus(), Gate(options.deadlines)
         end: VmmEnd | None = None

@@ -24,7 +24,8 @@ from trivmm.errors import DeadlineError, TrivmmError
 
 __all__ = ["Escape", "follow_size", "is_terminal", "is_typed_on", "raw_terminal", "restore_terminal", "type_into"]
 
-LOG: Final = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
+
 TYPED_BYTES: Final = 256
 CTRL_A: Final = 0x01
 LEAVE: Final = (ord("x"), ord("X"))
@@ -96,7 +97,7 @@ async def _typed(vm: Any, line: str, keys: bytes, deadlines: Deadlines) -> bool:
         with deadlines.enter("typing", "the guest takes no input"):
             await vm.feed_console(keys, line)
     except DeadlineError as error:
-        LOG.warning("%s; what is typed is dropped until it does", error)
+        logger.warning("%s; what is typed is dropped until it does", error)
         return False
     return True
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-import attrs
+from trivmm.notyet import NotYet, NotYetObject
+from trivmm.virtio.kinds import KINDS
 
 __all__ = [
     "API_ROOT",
@@ -19,8 +20,6 @@ __all__ = [
     "NOT_YET_KEYS",
     "NOT_YET_ROUTES",
     "REQUIRED_KEYS",
-    "NotYet",
-    "Within",
     "markdown_not_yet",
 ]
 
@@ -30,38 +29,12 @@ CONTRACT_VERSION: Final = "54.0.0"  # of Cloud Hypervisor, whose API this is
 REQUIRED_KEYS: Final[Mapping[str, tuple[str, ...]]] = {
     "CpusConfig": ("boot_vcpus", "max_vcpus"),
     "MemoryConfig": ("size",),
-    "DiskConfig": ("path",),
-    "RngConfig": ("src",),
     "SerialConfig": ("mode",),
-    "ConsoleConfig": ("mode",),
+    **{kind.contract.schema: kind.contract.required for kind in KINDS},
     "SendMigrationData": ("destination_url",),
     "ReceiveMigrationData": ("receiver_url",),
 }
 
-
-@attrs.frozen
-class NotYet:
-    """A key that does not exist here, when its default alone doesn't say it all.
-
-    :ivar default: what it means when it is left out.
-    :ivar also: other values that ask for nothing more, or for a hint that may be ignored.
-    :ivar said: whether vm.info says the default, as Cloud Hypervisor's does."""
-
-    default: object
-    also: tuple[object, ...] = ()
-    said: bool = True
-
-
-@attrs.frozen
-class Within:
-    """An object that does not exist here, with keys of its own in a table of their own: accepted while each of them
-    holds its default. ``said`` as in :class:`NotYet`."""
-
-    schema: str
-    said: bool = True
-
-
-_BUS: Final[dict[str, object]] = {"pci_segment": 0, "iommu": NotYet(False, said=False)}
 
 NOT_YET_KEYS: Final[Mapping[str, Mapping[str, object]]] = {
     "VmConfig": {
@@ -71,7 +44,7 @@ NOT_YET_KEYS: Final[Mapping[str, Mapping[str, object]]] = {
         "fs": None,
         "generic_vhost_user": None,
         "pmem": None,
-        "debug_console": Within("DebugConsoleConfig"),
+        "debug_console": NotYetObject("DebugConsoleConfig"),
         "devices": None,
         "user_devices": None,
         "vdpa": None,
@@ -84,7 +57,7 @@ NOT_YET_KEYS: Final[Mapping[str, Mapping[str, object]]] = {
         "pvpanic": False,
         "gdb": NotYet(False, said=False),  # only in builds for debugging
         "pci_segments": None,
-        "platform": Within("PlatformConfig", said=False),
+        "platform": NotYetObject("PlatformConfig", said=False),
         "tpm": None,
         "preserved_fds": None,
         "landlock_enable": False,
@@ -98,7 +71,7 @@ NOT_YET_KEYS: Final[Mapping[str, Mapping[str, object]]] = {
         "max_phys_bits": 46,
         "nested": True,
         "affinity": None,
-        "features": Within("CpuFeatures"),
+        "features": NotYetObject("CpuFeatures"),
         "core_scheduling": "Vm",
         "profile": "Host",
     },
@@ -115,22 +88,7 @@ NOT_YET_KEYS: Final[Mapping[str, Mapping[str, object]]] = {
         "thp": True,
         "zones": None,
     },
-    "DiskConfig": {
-        **_BUS,
-        "direct": False,
-        "vhost_user": False,
-        "vhost_socket": None,
-        "rate_limiter_config": None,
-        "rate_limit_group": None,
-        "queue_affinity": None,
-        "disable_io_uring": NotYet(False, also=(True,)),  # neither is used here
-        "disable_aio": NotYet(False, also=(True,)),
-        "backing_files": False,
-        "sparse": True,
-        "lock_granularity": "ByteRange",
-    },
-    "RngConfig": _BUS,
-    "ConsoleConfig": _BUS,
+    **{kind.contract.schema: kind.contract.not_yet for kind in KINDS},
     "DebugConsoleConfig": {"mode": "Off", "file": None, "iobase": 233},
     "PlatformConfig": {
         "num_pci_segments": 1,
@@ -170,7 +128,7 @@ NOT_YET_KEYS: Final[Mapping[str, Mapping[str, object]]] = {
     },
 }
 """By the contract's schema: keys that do not exist here yet, with what is accepted: a default, or more (``NotYet``,
-``Within``). Null and an empty list always are."""
+``NotYetObject``). Null and an empty list always are."""
 
 NOT_YET_ROUTES: Final = frozenset(
     {

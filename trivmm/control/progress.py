@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from trivmm.migration.progress import PAGE_BYTES, Downtime, MigrationProgress, Phase, Round
+from trivmm.memory.guest import PAGE_SIZE
+from trivmm.migration.progress import Downtime, MigrationProgress, Phase, Round
 
 __all__ = ["progress_body"]
 
@@ -47,7 +48,7 @@ def progress_body(progress: MigrationProgress) -> dict[str, Any]:
             "memory_transmission_bps": int(progress.rate),
             "memory_bytes_total": progress.memory_bytes,
             "memory_bytes_transmitted": progress.bytes_sent,
-            "memory_bytes_remaining_iteration": progress.remaining_pages * PAGE_BYTES,
+            "memory_bytes_remaining_iteration": progress.remaining_pages * PAGE_SIZE,
             "memory_pages_4k_transmitted": progress.pages + progress.zero_pages,
             "memory_pages_4k_remaining_iteration": progress.remaining_pages,
             "memory_pages_constant_count": progress.zero_pages,

@@ -16,23 +16,22 @@ import attrs
 from cattrs.errors import BaseValidationError
 
 from trivmm.config import (
-    ConsoleConfig,
     CpusConfig,
-    DiskConfig,
     MemoryConfig,
     PayloadConfig,
-    RngConfig,
     SerialConfig,
     VmConfig,
 )
-from trivmm.control.contract import NOT_YET_KEYS, REQUIRED_KEYS, NotYet, Within
+from trivmm.control.contract import NOT_YET_KEYS, REQUIRED_KEYS
 from trivmm.control.unknown import Unknown, UnknownKeys
 from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError, NotSupported, shown
 from trivmm.migration.options import SendOptions, TimeoutStrategy
+from trivmm.notyet import NotYet, NotYetObject
 from trivmm.state.jsontext import MAX_DEPTH, is_too_deep
 from trivmm.state.strict import Unfit, first_fault, make_converter
 from trivmm.values import not_integer, not_text
+from trivmm.virtio.kinds import KINDS, sections
 
 __all__ = [
     "ReceiveMigrationData",
@@ -86,32 +85,35 @@ class _Destination:
 
 
 # Whose fields are the keys of a schema of the contract.
+NOT_IN_JSON: Final = ("deadlines", "virtio")
 CLASSES: Final[Mapping[str, tuple[type, ...]]] = {
     "VmConfig": (VmConfig,),
     "PayloadConfig": (PayloadConfig,),
     "CpusConfig": (CpusConfig,),
     "MemoryConfig": (MemoryConfig,),
-    "DiskConfig": (DiskConfig,),
-    "RngConfig": (RngConfig,),
     "SerialConfig": (SerialConfig,),
-    "ConsoleConfig": (ConsoleConfig,),
+    **{kind.contract.schema: (kind.config,) for kind in KINDS},
     "SendMigrationData": (_Destination, SendOptions),
     "ReceiveMigrationData": (ReceiveMigrationData,),
     "VmResize": (ResizeData,),
 }
 OURS: Final[Mapping[str, tuple[type, ...]]] = {"ResolveMigrationData": (ResolveMigrationData,)}
 # The fields of Cloud Hypervisor's structs that are options there, but not None in our classes.
-NULL_IS_LEFT_OUT: Final = frozenset(
-    {("VmConfig", "payload"), ("VmConfig", "disks"), ("PayloadConfig", "kernel"), ("PayloadConfig", "cmdline")}
-)
+NULL_IS_LEFT_OUT: Final = {
+    ("VmConfig", "payload"),
+    ("PayloadConfig", "kernel"),
+    ("PayloadConfig", "cmdline"),
+    *(("VmConfig", kind.contract.section) for kind in KINDS if kind.contract.many),
+}
 NESTED: Final[Mapping[str, str]] = {
     "payload": "PayloadConfig",
     "cpus": "CpusConfig",
     "memory": "MemoryConfig",
-    "rng": "RngConfig",
     "serial": "SerialConfig",
-    "console": "ConsoleConfig",
+    **{kind.contract.section: kind.contract.schema for kind in KINDS if not kind.contract.many},
 }
+LISTED: Final[Mapping[str, str]] = {kind.contract.section: kind.contract.schema for kind in KINDS if kind.contract.many}
+BEYOND: Final = sections()  # of devices that have no field in VmConfig
 
 
 def parse_json(body: bytes) -> object:
@@ -136,7 +138,11 @@ def load_config(value: object, unknown: Unknown | None = None, *, deadlines: Dea
     ``unknown`` is told each key that the contract does not have; without it they are logged.
 
     :raises ConfigError: naming the JSON path, the value and the remedy (``NotSupported``: what isn't there yet)."""
-    config = _load("VmConfig", VmConfig, value, unknown)
+    given = _checked("VmConfig", value, "", UnknownKeys() if unknown is None else unknown)
+    devices = [
+        _structured(each, cls, section) for section, cls in BEYOND.items() for each in _listed(given.pop(section, []))
+    ]
+    config = attrs.evolve(_structured(given, VmConfig), virtio=devices)
     return config if deadlines is None else attrs.evolve(config, deadlines=deadlines)
 
 
@@ -145,6 +151,10 @@ def load_send(value: object, unknown: Unknown | None = None) -> SendMigrationDat
     given = _checked("SendMigrationData", value, "", UnknownKeys() if unknown is None else unknown)
     where = _structured({"destination_url": given.pop("destination_url")}, _Destination)
     return SendMigrationData(where.destination_url, _structured(given, SendOptions))
+
+
+def _listed(item: Any) -> list[Any]:
+    return item if isinstance(item, list) else [item]
 
 
 def load_receive(value: object, unknown: Unknown | None = None) -> ReceiveMigrationData:
@@ -167,10 +177,16 @@ def dump_config(config: VmConfig) -> dict[str, Any]:
     most of its structs' fields can't be. It accepts this as vm.create's body; so do we: it loads to an equal one."""
     made = _said("VmConfig")
     for key, schema in NESTED.items():
-        made[key] = _dumped(schema, getattr(config, key))
+        if key not in BEYOND:
+            made[key] = _dumped(schema, getattr(config, key))
     made["payload"] = {key: item for key, item in made["payload"].items() if item != ""}
-    made["disks"] = [_dumped("DiskConfig", disk) for disk in config.disks]
-    return {key: item for key, item in made.items() if item or key not in ("disks", "payload")}
+    for kind in KINDS:
+        contract, found = kind.contract, kind.of(config)
+        if contract.many and found:
+            made[contract.section] = [_dumped(contract.schema, each) for each in found]
+        elif contract.section in BEYOND and found:
+            made[contract.section] = _dumped(contract.schema, found[0])
+    return {key: item for key, item in made.items() if item or key != "payload"}
 
 
 def _dumped(schema: str, config: Any) -> dict[str, Any]:
@@ -181,7 +197,7 @@ def _said(schema: str) -> dict[str, Any]:
     """What vm.info says of the keys that do not exist here."""
     made: dict[str, Any] = {}
     for key, accepted in NOT_YET_KEYS.get(schema, {}).items():
-        if isinstance(accepted, Within):
+        if isinstance(accepted, NotYetObject):
             if accepted.said:
                 made[key] = _said(accepted.schema)
             continue
@@ -203,7 +219,8 @@ def _checked(schema: str, value: object, path: str, unknown: Unknown) -> dict[st
     if not isinstance(value, dict):
         raise ConfigError(path or "body", value, "not an object", "give a JSON object")
     classes = (CLASSES if schema in CLASSES else OURS)[schema]
-    known = [field.name for cls in classes for field in attrs.fields(cls) if field.name != "deadlines"]
+    known = [field.name for cls in classes for field in attrs.fields(cls) if field.name not in NOT_IN_JSON]
+    known += BEYOND if schema == "VmConfig" else ()
     not_yet = NOT_YET_KEYS.get(schema, {})
     made: dict[str, Any] = {}
     for key, item in value.items():
@@ -226,10 +243,10 @@ _LEFT_OUT: Final = object()
 def _nested(schema: str, key: str, item: object, where: str, unknown: Unknown) -> object:
     if item is None and (schema, key) in NULL_IS_LEFT_OUT:
         return _LEFT_OUT
-    if schema == "VmConfig" and key == "disks":
+    if schema == "VmConfig" and key in LISTED:
         if not isinstance(item, list):
-            raise ConfigError(where, item, "not a list", "give a list of disks")
-        return [_checked("DiskConfig", disk, f"{where}[{index}]", unknown) for index, disk in enumerate(item)]
+            raise ConfigError(where, item, "not a list", f"give a list of {key}")
+        return [_checked(LISTED[key], each, f"{where}[{index}]", unknown) for index, each in enumerate(item)]
     if schema == "VmConfig" and key in NESTED:
         return _checked(NESTED[key], item, where, unknown)
     return item
@@ -238,7 +255,7 @@ def _nested(schema: str, key: str, item: object, where: str, unknown: Unknown) -
 def _refuse_unless_default(where: str, item: object, accepted: object, unknown: Unknown) -> None:
     if item is None or item == []:
         return
-    if isinstance(accepted, Within) and isinstance(item, dict):
+    if isinstance(accepted, NotYetObject) and isinstance(item, dict):
         keys = NOT_YET_KEYS[accepted.schema]
         for key, inner in item.items():
             if key in keys:
@@ -246,7 +263,7 @@ def _refuse_unless_default(where: str, item: object, accepted: object, unknown: 
             else:
                 unknown(accepted.schema, key, keys)
         return
-    if isinstance(accepted, Within):
+    if isinstance(accepted, NotYetObject):
         raise NotSupported(where, item, "not supported yet", "leave it out")
     row = accepted if isinstance(accepted, NotYet) else NotYet(accepted)
     if any(item == value and type(item) is type(value) for value in (row.default, *row.also)):
@@ -280,11 +297,11 @@ CONVERTER: Final = make_converter(_not_unicode, not_integer)  # the contract's n
 CONVERTER.register_structure_hook(TimeoutStrategy, _structure_strategy)
 
 
-def _structured(fields: dict[str, Any], cls: type[T]) -> T:
+def _structured(fields: dict[str, Any], cls: type[T], path: str = "") -> T:
     try:
         return CONVERTER.structure(fields, cls)
     except BaseValidationError as group:
-        path, fault = first_fault(group)
+        path, fault = first_fault(group, path)
     if not isinstance(fault, ConfigError):
         if isinstance(fault, Unfit):
             fault = ConfigError(path, fault.value, "wrong type", f"give {fault.wanted}")

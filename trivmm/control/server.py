@@ -42,10 +42,12 @@ from trivmm.control.http import Bad, HttpConnection, OpenStream, Request, Respon
 from trivmm.deadlines import Deadlines
 from trivmm.errors import DeadlineError
 from trivmm.unixsocket import SocketFd, adopt_listener, listen_unix
+from trivmm.unwrapped import unwrapped_nursery
 
 __all__ = ["Handler", "open_server"]
 
-LOG: Final = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
+
 MAX_CONNECTIONS: Final = 256  # each costs a task, a descriptor and up to 80 KiB of an unfinished request
 MIN_CONNECTIONS: Final = 8  # in a process that may have next to no descriptors
 SHARE_OF_DESCRIPTORS: Final = 4  # one in so many is for clients, the rest is for the VM
@@ -72,19 +74,11 @@ async def open_server(where: str | SocketFd, handler: Handler, deadlines: Deadli
     :raises ConfigError: when the socket can't be had, or another process serves there."""
     with _listening(where) as listener:
         server = _Server(handler, deadlines)
-        failure: BaseException | None = None
-        async with trio.open_nursery() as nursery:
+        async with unwrapped_nursery() as nursery:
             nursery.start_soon(server.hurry_at_the_end, name="API end")
             nursery.start_soon(server.accept, listener, name="API listener")
-            try:
-                yield
-            except trio.Cancelled:
-                raise
-            except BaseException as error:
-                failure = error  # raised again outside the nursery, so that it isn't wrapped in a group
+            yield
             nursery.cancel_scope.cancel()
-        if failure is not None:
-            raise failure
 
 
 @contextmanager
@@ -173,7 +167,7 @@ class _Server:
                     if error.errno in (errno.EMFILE, errno.ENFILE) and self._make_room(ROOM):
                         continue
                     if not failing:
-                        LOG.warning("accept: %s", error)
+                        logger.warning("accept: %s", error)
                     failing = True
                     await trio.sleep(ACCEPT_PAUSE_S)
                     continue
@@ -190,7 +184,7 @@ class _Server:
         """Give up so many connections, or as many as can be. False: none."""
         if not self._was_full:
             self._was_full = True
-            LOG.warning("too many API connections: from now on the oldest ones on which nothing happens are closed")
+            logger.warning("too many API connections: from now on the oldest ones on which nothing happens are closed")
         made = False
         for _ in range(count):
             victim = self._table.oldest(_Connection.has_input)
@@ -203,7 +197,7 @@ class _Server:
     def _give_up(self, connection: _Connection) -> None:
         """At once, its descriptor included; its task wakes up to a closed socket and ends."""
         doing = self._table.remove(connection)
-        LOG.info("an API connection that was %s is given up for others", doing.value if doing else "closing")
+        logger.info("an API connection that was %s is given up for others", doing.value if doing else "closing")
         if connection.http.state is State.READING:
             _tell_too_many(connection, "too many connections, and this request did not come to its end")
         connection.sock.close()
@@ -222,9 +216,9 @@ class _Server:
                         event = None  # its body is not kept while a slow client takes the answer
                         await self._answer(connection, response)
             except DeadlineError as error:
-                LOG.info("API connection closed: %s", error)
+                logger.info("API connection closed: %s", error)
             except (OSError, trio.ClosedResourceError) as error:
-                LOG.info("API connection lost: %s", error)
+                logger.info("API connection lost: %s", error)
             finally:
                 self._table.remove(connection)
 
@@ -265,7 +259,7 @@ class _Server:
                 await self._send(connection, connection.http.answer(response, close=True))
             raise
         except Exception as error:  # a bug of ours: the client gets an answer, the log the traceback
-            LOG.exception("API handler failed")
+            logger.exception("API handler failed")
             problem = f"internal error: {type(error).__name__}: {error}"
             response = error_response(500, f"{request.name} failed", problem)
         if response.stream is not None and self._streaming >= self._max_streams:
@@ -298,7 +292,7 @@ class _Server:
                 finally:
                     self._streams.discard(stream)
         except Exception:
-            LOG.exception("an API stream failed")
+            logger.exception("an API stream failed")
 
     async def _send_stream(self, connection: _Connection, stream: Stream) -> None:
         """Runs inside the guard: the server's end does not cancel it, it asks the stream to finish."""
@@ -309,7 +303,7 @@ class _Server:
                 async with one_at_a_time:
                     await self._send(connection, chunk)
             except (DeadlineError, OSError, trio.ClosedResourceError) as error:
-                LOG.info("API stream ends: %s", error)
+                logger.info("API stream ends: %s", error)
                 nursery.cancel_scope.cancel()
 
         async def keep_alive() -> None:
@@ -343,7 +337,7 @@ class _Server:
                 fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
                 for fd in fds:
                     os.close(fd)
-                LOG.info("closed %d descriptors that came with an API request: nothing uses them yet", len(fds))
+                logger.info("closed %d descriptors that came with an API request: nothing uses them yet", len(fds))
         if connection not in self._table:
             raise trio.ClosedResourceError("given up for others")
         return data
@@ -368,7 +362,7 @@ def _finish(stream: Stream) -> None:
     try:
         stream.finish()
     except Exception:
-        LOG.exception("an API stream did not finish")
+        logger.exception("an API stream did not finish")
 
 
 def _tell_too_many(connection: _Connection, why: str) -> None:

@@ -17,7 +17,8 @@ from trivmm.errors import shown
 
 __all__ = ["Unknown", "UnknownKeys"]
 
-LOG: Final = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
+
 MAX_KINDS: Final = 64  # remembered and logged; a client that makes keys up would fill memory and log
 MAX_KEY: Final = 64  # characters of a key that are looked at; the contract's longest has under 30
 
@@ -39,13 +40,13 @@ class UnknownKeys:
             return
         if len(self._counts) >= MAX_KINDS:
             if not self._others:
-                LOG.warning("more than %d kinds of unknown keys came; further ones are only counted", MAX_KINDS)
+                logger.warning("more than %d kinds of unknown keys came; further ones are only counted", MAX_KINDS)
             self._others += 1
             return
         self._counts[kind] = 1
         near = difflib.get_close_matches(key[:MAX_KEY], list(known), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        LOG.warning("unknown key %s in a request: ignored%s (further ones are counted in vmm.ping)", kind, hint)
+        logger.warning("unknown key %s in a request: ignored%s (further ones are counted in vmm.ping)", kind, hint)
 
     @property
     def counts(self) -> dict[str, int]:

@@ -8,6 +8,7 @@ over PCI), and reports in lines on COM1. Its words on the command line:
 ``mem=MiB``     memory to test; all of the low RAM above 16 MiB when left out
 ``rate=N``      pages a second to dirty
 ``cycle=a,b``   devices to reset, activate, use and verify without rest: ``rng``, ``blk``
+``rng_id=N``    the PCI device id of what it takes for its rng
 ``window=1``    every other cycle through the PCI config-access capability
 ``race=1``      CPU 0 resets the rng while CPU 1 activates it, every 20 ms; ``race=2``: without a pause
 ``event_idx=1`` ``indirect=1``   negotiate these ring features

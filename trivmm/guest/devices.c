@@ -45,7 +45,7 @@ static int blk_writing;
 
 void devices_find(void)
 {
-    if (options.cycle_rng && !vdev_find(&rng, 0x1044)) {
+    if (options.cycle_rng && !vdev_find(&rng, (uint16_t)(options.rng_id ? options.rng_id : 0x1044))) {
         options.cycle_rng = 0;
         put("PROBE absent dev=rng\n");
     }
@@ -215,8 +215,8 @@ void devices_step(void)
         echo_step();
 }
 
-/* CPU 0, with race=1: reset the rng while CPU 1 is somewhere in activating it; race=2: without a pause. Through the BAR only: CF8 has one
- * owner. */
+/* CPU 0, with race=1: reset the rng while CPU 1 is somewhere in activating it; race=2: without a pause.
+ * Through the BAR only: CF8 has one owner. */
 void devices_race(uint64_t now)
 {
     static uint64_t last;

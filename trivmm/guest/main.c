@@ -97,7 +97,7 @@ static void parse_word(const char *word)
     } known[] = {
         {"cpus=", &options.cpus},       {"rate=", &options.rate},       {"mem=", &options.mem_mib},
         {"beat=", &options.beat_ms},    {"report=", &options.report_ms}, {"sectors=", &options.sectors},
-        {"once=", &options.once},       {"window=", &options.window},   {"race=", &options.race},
+        {"rng_id=", &options.rng_id},   {"once=", &options.once},       {"window=", &options.window},   {"race=", &options.race},
         {"corrupt=", &options.corrupt}, {"reboot=", &options.reboot},   {"event_idx=", &options.event_idx},
         {"indirect=", &options.indirect}, {"echo=", &options.echo},
     };

@@ -12,7 +12,7 @@
 
 struct options {
     uint32_t cpus, rate, mem_mib, beat_ms, report_ms, sectors, once, reboot;
-    uint32_t cycle_rng, cycle_blk, window, race, corrupt, event_idx, indirect, echo;
+    uint32_t cycle_rng, cycle_blk, window, race, rng_id, corrupt, event_idx, indirect, echo;
     uint64_t tsc_khz;
 };
 

@@ -1,18 +1,19 @@
 """The hypervisor protocol: what the VMM asks of anything that can run guest code.
 
 A *back end* opens VMs; a VM back end owns memory slots, interrupt routes, doorbells and the dirty log; a vCPU
-back end runs guest code until an exit that Python must handle. Three implementations: ``kvm``, ``soft`` (unicorn)
-and ``scripted`` (``trivmm.testing``). Exits are frozen classes, to be used with ``match``.
+back end runs guest code. Three implementations: ``kvm``, ``soft`` (unicorn) and ``scripted`` (``trivmm.testing``).
+
+How a CPU tells of its guest's accesses is its back end's own affair: it serves them against the :class:`Bus` that it is
+given, on the vCPU's own thread, and comes back only with an :data:`Outcome`: what its owner must know.
 
 Most back ends run guest code in a blocking call, and so each vCPU has a thread (:class:`ThreadVcpu`); one whose time
 is virtual has trio tasks instead (:class:`TaskVcpu`).
 
-Threads: ``run``, ``run_immediate``, ``complete_read`` and ``park`` belong to the vCPU's own thread;
-``kick`` may be called by any thread at any time, before the start and after the end too; ``save``, ``load``,
-``inject_nmi`` and ``describe`` only while the vCPU is parked or not started. ``VmBackend`` calls come from one thread
-at a time, not always the same (``trivmm.nursery.kernel``), except ``connect_msi``/``disconnect_msi``/``add_doorbell``/
-``remove_doorbell``, which vCPU threads make too (a guest that unmasks a vector or moves a BAR): implementations lock
-them.
+Threads: ``run``, ``finish`` and ``park`` belong to the vCPU's own thread; ``kick`` may be called by any thread at any
+time, before the start and after the end too; ``save``, ``load``, ``inject_nmi`` and ``describe`` only while the vCPU is
+parked or not started. ``VmBackend`` calls come from one thread at a time, not always the same
+(``trivmm.nursery.kernel``), except ``connect_msi``/``disconnect_msi``/``add_doorbell``/``remove_doorbell``, which vCPU
+threads make too (a guest that unmasks a vector or moves a BAR): implementations lock them.
 
 Implementations derive from the protocols. What a back end need not have, has a default here: nothing is probed for.
 """
@@ -20,68 +21,33 @@ Implementations derive from the protocols. What a back end need not have, has a 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, Protocol, TypeAlias
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Final, Literal, Protocol, TypeAlias
 
 import attrs
 
+from trivmm.bus.bus import Bus
+from trivmm.bus.space import GuestRequest
+from trivmm.bus.ticket import Ticket
+from trivmm.values import AtMost, Name
+
 __all__ = [
+    "INTERRUPTED",
     "AnyVcpu",
-    "Cpuid",
-    "FailEntry",
-    "Halted",
+    "Crashed",
     "Hypervisor",
-    "InternalError",
     "Interrupted",
-    "IoIn",
-    "IoOut",
-    "MmioRead",
-    "MmioWrite",
-    "SystemEvent",
+    "Outcome",
     "TaskVcpu",
     "ThreadVcpu",
-    "TripleFault",
     "VcpuBackend",
-    "VcpuExit",
     "VcpuState",
     "VmBackend",
     "VmBackendState",
 ]
 
 
-# --- exits ---------------------------------------------------------------------------------------------------
-
-
-@attrs.frozen
-class IoOut:
-    """Port output. ``data`` holds ``count`` elements of ``size`` (1, 2, 4) bytes: a string instruction has many."""
-
-    port: int
-    size: int
-    data: bytes
-
-
-@attrs.frozen
-class IoIn:
-    """Port input of ``count`` elements of ``size`` bytes; answer with ``complete_read(size * count bytes)``."""
-
-    port: int
-    size: int
-    count: int
-
-
-@attrs.frozen
-class MmioWrite:
-    gpa: int
-    data: bytes
-
-
-@attrs.frozen
-class MmioRead:
-    """Answer with ``complete_read(size bytes)``."""
-
-    gpa: int
-    size: int
+# --- outcomes ------------------------------------------------------------------------------------------------
 
 
 @attrs.frozen
@@ -89,91 +55,54 @@ class Interrupted:
     """A kick: look at the request word."""
 
 
-@attrs.frozen
-class Halted:
-    """HLT without an interrupt controller that waits by itself; ``soft`` waits inside and never returns this."""
+INTERRUPTED: Final = Interrupted()
 
 
 @attrs.frozen
-class TripleFault:
-    """The CPU shut down. On hardware the board resets; here it is a crash with a diagnosis."""
+class Crashed:
+    """The vCPU can't go on: a triple fault, or its hypervisor gave up. ``reason`` in a few words, ``details`` as
+    :meth:`VcpuBackend.describe` told it in that moment."""
+
+    reason: str
+    details: str
 
 
-@attrs.frozen
-class SystemEvent:
-    """``kind``: ``reset``, ``shutdown`` or ``crash`` (KVM_SYSTEM_EVENT_*)."""
-
-    kind: str
-
-
-@attrs.frozen
-class InternalError:
-    """The hypervisor gave up. ``suberror`` 1 is an emulation failure; ``data`` are its raw words."""
-
-    suberror: int
-    data: tuple[int, ...]
-
-
-@attrs.frozen
-class FailEntry:
-    """Hardware refused the guest state."""
-
-    reason: int
-
-
-VcpuExit: TypeAlias = (
-    IoOut | IoIn | MmioWrite | MmioRead | Interrupted | Halted | TripleFault | SystemEvent | InternalError | FailEntry
-)
+Outcome: TypeAlias = Interrupted | Ticket | GuestRequest | Crashed
+"""Why a vCPU came back: a kick, what a write asked of it (to park, to leave for the board's sake), or its end."""
 
 
 # --- state ---------------------------------------------------------------------------------------------------
+
+Blobs = Annotated[dict[Name, Annotated[bytes, AtMost(1 << 20)]], AtMost(64)]
+"""A KVM vCPU has about 15 parts; the largest that there is, an engine's pickled context, has some 100 KiB."""
 
 
 @attrs.frozen
 class VcpuState:
     """One vCPU, saved. ``kind`` is the back end's name with its format (``kvm/1``); ``blobs`` its raw parts."""
 
-    kind: str
-    blobs: dict[str, bytes]
+    kind: Name
+    blobs: Blobs
 
 
 @attrs.frozen
 class VmBackendState:
     """The VM-wide part of a back end (interrupt controllers, PIT, clock), saved."""
 
-    kind: str
-    blobs: dict[str, bytes]
-
-
-@attrs.frozen
-class Cpuid:
-    """One CPUID leaf as given to the guest."""
-
-    function: int
-    index: int
-    eax: int
-    ebx: int
-    ecx: int
-    edx: int
+    kind: Name
+    blobs: Blobs
 
 
 # --- protocols -----------------------------------------------------------------------------------------------
 
 
 class VcpuBackend(Protocol):
-    """What may be asked of any vCPU. Created parked, with the registers of a reset CPU.
-
-    ``inline_handler`` is set by the board before the start: a back end whose reads cannot leave the guest and come
-    back (``soft``) answers :class:`IoIn` and :class:`MmioRead` through it, on the vCPU's own thread."""
+    """What may be asked of any vCPU. Created parked, with the registers of a reset CPU."""
 
     index: int
-    inline_handler: Callable[[VcpuExit], bytes | None] | None
     write_hook: tuple[Any, Any] | None = None
     """What guest memory calls before the guest hears of a device's write (the arguments of
     ``GuestMemory.before_told``); None where the CPU sees such a write by itself."""
-
-    def complete_read(self, data: bytes) -> None:
-        """Answer the last :class:`IoIn` or :class:`MmioRead`; consumed by the next run."""
 
     def kick(self) -> None:
         """Make ``run`` or ``park`` return soon. Idempotent, any thread, any time; repeated by callers until seen."""
@@ -214,11 +143,13 @@ class ThreadVcpu(VcpuBackend, Protocol):
     def detach_thread(self) -> None:
         """Called last by that thread: withdraws the id, so that no signal can hit a reused thread."""
 
-    def run(self) -> VcpuExit:
-        """Run guest code until an exit that Python must handle. A kick gives :class:`Interrupted`."""
+    def run(self, bus: Bus) -> Outcome:
+        """Run guest code, its accesses served against ``bus``, until there is an outcome. A kick gives
+        :class:`Interrupted`, before the next instruction or access."""
 
-    def run_immediate(self) -> VcpuExit:
-        """Finish a started instruction without running another: repeat until :class:`Interrupted`."""
+    def finish(self, bus: Bus) -> Outcome:
+        """Finish a started instruction without running another, so that the registers lie between two of them:
+        repeat until :class:`Interrupted`."""
 
     def park(self, timeout_s: float) -> None:
         """Wait until kicked, at most ``timeout_s`` seconds. A kick that came before makes it return at once."""
@@ -229,9 +160,9 @@ class TaskVcpu(VcpuBackend, Protocol):
 
     threads: Literal[False] = False
 
-    async def run(self) -> VcpuExit: ...
+    async def run(self, bus: Bus) -> Outcome: ...
 
-    async def run_immediate(self) -> VcpuExit: ...
+    async def finish(self, bus: Bus) -> Outcome: ...
 
     async def park(self, timeout_s: float) -> None: ...
 

@@ -16,7 +16,8 @@ from trivmm.config import VmConfig
 from trivmm.deadlines import Deadlines
 from trivmm.errors import WrongState
 from trivmm.hypervisor.base import Hypervisor
-from trivmm.machine.board import Board, build_board, check_board, close_sinks, open_sinks
+from trivmm.machine.board import Board
+from trivmm.machine.build import build_board, check_board, close_sinks, open_sinks
 from trivmm.machine.disks import Disks
 from trivmm.machine.machine import Machine, open_machine
 from trivmm.nursery.kernel import KernelCalls

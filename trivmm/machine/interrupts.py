@@ -17,19 +17,19 @@ __all__ = ["Interrupts"]
 
 @attrs.define(eq=False)
 class Interrupts:
-    """``wanted`` is said in the trio thread. ``on`` and ``off`` wait for the kernel; what they raise leaves the fact as
-    it was."""
+    """``wanted`` is said in the trio thread. ``on`` and ``off`` wait for the kernel; one that raises half way is made
+    again, or the other is, and takes it from there."""
 
     calls: KernelCalls
     on: Callable[[], None]
     off: Callable[[], None]
     wanted: bool = False
-    _connected: bool = attrs.field(default=False, init=False)  # the thread's
+    _connected: bool | None = attrs.field(default=False, init=False)  # the thread's; None: half way
 
     def agree(self) -> None:
         """In the kernel calls' thread."""
         while self._connected is not self.wanted:
-            wanted = self.wanted
+            wanted, self._connected = self.wanted, None
             (self.on if wanted else self.off)()
             self._connected = wanted
 

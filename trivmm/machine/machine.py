@@ -21,6 +21,7 @@ from trivmm.errors import GuestCrash, HypervisorError, MigrationError, TrivmmErr
 from trivmm.machine.board import Board
 from trivmm.machine.disks import Disks
 from trivmm.machine.interrupts import Interrupts
+from trivmm.machine.saved import describe, load_state, save_board
 from trivmm.memory.dirty_log import DirtyLog, HostWriters
 from trivmm.memory.guest import GuestMemory
 from trivmm.nursery.activation import ActivationActor
@@ -29,7 +30,7 @@ from trivmm.nursery.tree import open_tree
 from trivmm.nursery.vcpu import Vcpu
 from trivmm.nursery.vcpus import VcpuSet
 from trivmm.platform.line import Line
-from trivmm.state.machine import MachineState, SavedVcpu
+from trivmm.state.machine import Barrier, BarrierKind, MachineState, PendingReset, SavedVcpu
 from trivmm.state.stage import Ladder, Rung, Stage
 
 __all__ = ["Machine", "open_machine"]
@@ -48,13 +49,14 @@ class Machine:
 
     board: Board
     deadlines: Deadlines
-    vcpus: VcpuSet
     kernel: KernelCalls
     storage: KernelCalls
     on_guest_request: Callable[[], None] = lambda: None
+    vcpu_type: type[Vcpu] = Vcpu
     wanted: Stage = attrs.field(default=Stage.PAUSED, init=False)  # by its owner: RUNNING or PAUSED
     guest_request: GuestRequest | None = attrs.field(default=None, init=False)
     crash: GuestCrash | None = attrs.field(default=None, init=False)
+    vcpus: VcpuSet = attrs.field(default=attrs.Factory(lambda self: self._vcpus(), takes_self=True), init=False)
     interrupts: Interrupts = attrs.field(
         default=attrs.Factory(
             lambda self: Interrupts(self.kernel, self.board.connect_interrupts, self.board.disconnect_interrupts),
@@ -73,6 +75,9 @@ class Machine:
     )
     ladder: Ladder = attrs.field(default=attrs.Factory(lambda self: self._ladder(), takes_self=True), init=False)
     _token: trio.lowlevel.TrioToken = attrs.field(factory=trio.lowlevel.current_trio_token, init=False)
+
+    def _vcpus(self) -> VcpuSet:
+        return VcpuSet(self.board.cpus, self.board.bus, self, self.deadlines, self.vcpu_type)
 
     def _ladder(self) -> Ladder:
         async def gate(at_most_s: float) -> None:
@@ -145,7 +150,7 @@ class Machine:
         try:
             await self.ladder.down(Stage.PAUSED, lambda: math.inf)
         except BaseException:
-            await self.ladder.up(self.wanted)
+            await self.ladder.up(self.wanted)  # noqa: ASYNC102 - lets vCPUs go, and waits for nothing
             raise
         self.wanted = Stage.PAUSED
 
@@ -214,9 +219,9 @@ class Machine:
 
     @property
     def _patience_s(self) -> float:
-        """How long a call to the storage may take while the other side of a migration waits: its patience is
-        ``commit``."""
-        return min(self.deadlines.storage, self.deadlines.commit / 2)
+        """How long a call to the storage may take while the other side of a migration waits, whose patience is
+        ``commit``: two of them come between COMMIT and the verdict."""
+        return min(self.deadlines.storage, self.deadlines.commit / 4)
 
     async def _flush_disks(self, at_most_s: float) -> None:
         """:raises HypervisorError: while a device thread is stuck in the kernel: it could still write."""
@@ -252,7 +257,7 @@ class Machine:
         return self.board.vm.live_copy
 
     def describe(self) -> dict[str, Any]:
-        return self.board.describe()
+        return describe(self.board)
 
     def set_throttle(self, percent: int) -> None:
         self.vcpus.set_throttle(percent)
@@ -277,20 +282,23 @@ class Machine:
         if request is not None and request.kind == "crash":
             raise MigrationError(f"the guest crashed: {request.why}")
         vcpus = tuple(SavedVcpu(vcpu.index, vcpu.cpu.save(), self._barrier_of(vcpu)) for vcpu in self.vcpus.vcpus)
-        devices, board = self.board.save()
+        devices, board = save_board(self.board)
         return MachineState(
             vcpus=vcpus,
             vmm=self.board.vm.save(),
             devices=devices,
             board=board,
-            reset_pending=None if request is None else request.kind,
+            reset_pending=None if request is None else PendingReset(request.kind),
             run=self.wanted is Stage.RUNNING,
         )
 
     @staticmethod
-    def _barrier_of(vcpu: Vcpu) -> tuple[str, str] | None:
+    def _barrier_of(vcpu: Vcpu) -> Barrier | None:
+        """Whatever else a vCPU may wait for is over with the gate closed."""
         ticket = vcpu.barrier
-        return None if ticket is None or ticket.settled else (ticket.device, ticket.what)
+        if ticket is None or ticket.settled or ticket.what not in [kind.value for kind in BarrierKind]:
+            return None
+        return Barrier(ticket.device, BarrierKind(ticket.what))
 
     async def undo(self) -> None:
         """Back up to where its owner wants it, with its locks held. The guest first, its interrupts after it; safe when
@@ -304,6 +312,7 @@ class Machine:
             logger.critical("the guest runs before its interrupts are connected: %s", error)
 
     async def flush_disks(self, at_most_s: float) -> bool:
+        """See the port. The guest may run."""
         return await self.disks.try_flush(at_most_s)
 
     async def release_locks(self, at_most_s: float) -> None:
@@ -328,7 +337,7 @@ class Machine:
         def work() -> None:
             self.interrupts.wanted = False
             self.interrupts.agree()
-            self.board.load(state)
+            load_state(self.board, state)
             self.interrupts.wanted = True
             self.interrupts.agree()
 
@@ -336,12 +345,13 @@ class Machine:
         states = {slot.actor.name: slot.actor.state for slot in self.board.devices}
         for vcpu, saved in zip(self.vcpus.vcpus, state.vcpus, strict=True):
             vcpu.barrier = None
-            if saved.barrier is not None and saved.barrier[0] in states:
-                ticket = states[saved.barrier[0]].barrier
-                if ticket is not None:
-                    vcpu.park_at(ticket)
+            ticket = None if saved.barrier is None else states[saved.barrier.device].barrier
+            if ticket is not None:
+                vcpu.park_at(ticket)
         self.wanted = Stage.RUNNING if state.run else Stage.PAUSED
-        self.guest_request = GuestRequest(state.reset_pending, "before migration") if state.reset_pending else None
+        self.guest_request = None
+        if state.reset_pending is not None:
+            self.guest_request = GuestRequest(state.reset_pending.value, "before migration")
 
     async def start(self) -> None:
         """On COMMIT, with the locks taken: the machine runs, or stays paused as its state says.
@@ -374,23 +384,9 @@ async def open_machine(
     """Run a board: its actors, lines and parked vCPU threads, see :func:`trivmm.nursery.tree.open_tree`.
 
     Nothing runs or activates before it is walked up; ``stage`` is where it starts: UNLOCKED for a destination."""
-    vcpus = VcpuSet((), deadlines)
     threads = board.hypervisor.threads
     calls = kernel or KernelCalls(deadlines, threads), storage or KernelCalls(deadlines, threads, "storage")
-    machine = Machine(board, deadlines, vcpus, *calls, on_guest_request)
-    vcpus.vcpus = [
-        vcpu_type(
-            index,
-            cpu,
-            board.handle_exit,
-            vcpus.on_change,
-            machine.take_request,
-            machine.take_crash,
-            board.hypervisor.clock,
-        )
-        for index, cpu in enumerate(board.cpus)
-    ]
-    vcpus.on_failure = machine.take_failure
+    machine = Machine(board, deadlines, *calls, on_guest_request, vcpu_type)
     machine.ladder.fall(stage)
     for slot in board.devices:
         slot.actor.close_gate()

@@ -16,7 +16,6 @@ ACPI_START: Final = EBDA_START  # the RSDP and all it leads to; RAM that the mem
 HIGH_RAM_START: Final = 0x100000
 
 MMIO_HOLE_START: Final = 0xC000_0000  # 3 GiB
-MMIO_HOLE_END: Final = 0x1_0000_0000
 BAR32_START: Final = 0xC000_0000
 BAR32_SIZE: Final = 640 << 20
 PCI_MMCONFIG_START: Final = 0xE800_0000

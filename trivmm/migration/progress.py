@@ -24,7 +24,6 @@ __all__ = ["Downtime", "MigrationProgress", "MigrationReport", "Phase", "Round",
 logger = logging.getLogger(__name__)
 PUSH_INTERVAL_S: Final = 0.05
 MAX_ROUNDS_KEPT: Final = 256  # of a migration that never converges, the latest
-PAGE_BYTES: Final = 4096
 
 
 class Phase(enum.Enum):

@@ -11,7 +11,8 @@ activation, cancels a running one, and opens its barrier. Actors of different de
 
 The *device gate* is a second input: while it is closed (switchover) nothing activates and no queue takes a chain.
 An activation that is pending or running then stays the target, is saved as pending, and is served when a gate opens
-again, here or on the destination.
+again, here or on the destination. A function that is no *bus master* has its queues stopped in the same way; but its
+activation is settled, since a driver may set the bit after DRIVER_OK.
 """
 
 from __future__ import annotations
@@ -105,18 +106,25 @@ class ActivationActor:
         with self.state.lock:
             stage, generation = self.state.stage, self.state.generation
             setup, problem = self.state.setup, self.state.problem
+            bus_master, bus_ticket = self.state.bus_master, self.state.bus_ticket
         if stage is LifeStage.RESETTING:
             await self._reset(generation)
             return True
         if problem is not None:
             self._needs_reset(generation, problem)
             return True
-        if self._live and (not self._gate_open or stage is not LifeStage.ACTIVE):
+        if self._live and not (stage is LifeStage.ACTIVE and self._gate_open and bus_master):
             await self._stop_device()
             return True
+        if bus_ticket is not None and not bus_ticket.settled and not self._live:
+            bus_ticket.settle()
         if self._gate_open and setup is not None and not self._live:
-            await self._activate(generation, setup, workers)
-            return True
+            if bus_master:
+                await self._activate(generation, setup, workers)
+                return True
+            if stage is LifeStage.ACTIVATING:
+                self._activated(generation)
+                return True
         return False
 
     async def _reset(self, generation: int) -> None:
@@ -133,7 +141,7 @@ class ActivationActor:
         self.on_event("reset", self.name, generation)
 
     async def _activate(self, generation: int, setup: DriverSetup, workers: trio.Nursery) -> None:
-        """Activate, bounded; what comes too late, after a reset or with the gate closed, is stopped again."""
+        """Activate, bounded; what comes too late (a reset, a closed gate, no bus master any more) is stopped again."""
         problem: str | None = None
         self._live = True  # from here on, stop() is owed
         with trio.CancelScope() as scope:
@@ -169,7 +177,7 @@ class ActivationActor:
             self.on_event("activated", self.name, generation)
 
     def _outdated(self, generation: int) -> bool:
-        return self.state.generation != generation or not self._gate_open
+        return self.state.generation != generation or not self._gate_open or not self.state.bus_master
 
     async def _stop_device(self) -> None:
         """Stop the workers. Past ``device_stop`` it is said aloud, and the device counts as stuck until it is over."""

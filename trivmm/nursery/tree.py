@@ -23,6 +23,7 @@ from trivmm.deadlines import Deadlines
 from trivmm.errors import DeadlineError
 from trivmm.nursery.kernel import KernelCalls
 from trivmm.nursery.vcpus import VcpuSet
+from trivmm.unwrapped import unwrapped_nursery
 
 __all__ = ["Actor", "LineTask", "Tenant", "open_tree"]
 
@@ -80,22 +81,17 @@ async def open_tree(tenant: Tenant) -> AsyncIterator[None]:
             scopes.append(scope)
             await run(*args)
 
-    failure: BaseException | None = None
-    async with trio.open_nursery() as device_nursery:
+    async with unwrapped_nursery() as device_nursery:
         try:
             # start_soon, not start: a cancelled start() would wait for tasks that shield themselves.
             for actor in tenant.actors:
                 device_nursery.start_soon(shielded, actor.run, device_nursery, name=actor.name)
             for name, line in tenant.lines.items():
                 device_nursery.start_soon(shielded, line.run, name=name)
-            async with trio.open_nursery() as vcpu_nursery:
+            async with unwrapped_nursery() as vcpu_nursery:
                 try:
                     await vcpus.start(vcpu_nursery)
                     yield
-                except trio.Cancelled:
-                    raise
-                except BaseException as error:
-                    failure = error  # raised again outside the nurseries, so that it isn't wrapped in groups
                 finally:
                     with trio.CancelScope(shield=True):  # bounded: vcpu_stop
                         try:
@@ -121,5 +117,3 @@ async def open_tree(tenant: Tenant) -> AsyncIterator[None]:
                             flushing.start_soon(line.flush)
             for scope in scopes:
                 scope.cancel()
-    if failure is not None:
-        raise failure

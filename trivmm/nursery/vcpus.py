@@ -10,16 +10,19 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, Protocol
 
 import attrs
 import trio
 
+from trivmm.bus.bus import Bus
+from trivmm.bus.space import GuestRequest
 from trivmm.deadlines import Deadlines
-from trivmm.errors import DeadlineError
+from trivmm.errors import DeadlineError, GuestCrash
+from trivmm.hypervisor.base import AnyVcpu
 from trivmm.nursery.vcpu import Vcpu, VcpuRunState, drive_task, drive_thread
 
-__all__ = ["VcpuSet"]
+__all__ = ["VcpuOwner", "VcpuSet"]
 
 logger = logging.getLogger(__name__)
 
@@ -27,30 +30,50 @@ KICK_BACKOFF_FIRST_S: Final = 0.005  # a kick can be lost to a starved thread: i
 KICK_BACKOFF_MAX_S: Final = 0.2
 
 
+class VcpuOwner(Protocol):
+    """Who hears of what the vCPUs come up against. ``take_request`` and ``take_crash`` are called from their threads:
+    thread-safe and quick; ``take_failure`` in the trio thread."""
+
+    def take_request(self, vcpu: int, request: GuestRequest) -> None:
+        """The guest asks the board for something; that vCPU waits, parked."""
+
+    def take_crash(self, error: GuestCrash) -> None:
+        """A vCPU can't go on; its request comes next."""
+
+    def take_failure(self, vcpu: Vcpu, error: Exception) -> None:
+        """A vCPU's program ended with an error of ours."""
+
+
 async def _drive(vcpu: Vcpu) -> str:
     cpu, program = vcpu.cpu, vcpu.program()
     if not cpu.threads:
-        return await drive_task(cpu, program)
+        return await drive_task(cpu, program, vcpu.bus)
     mine = trio.CapacityLimiter(1)  # a vCPU holds its token for life
     return await trio.to_thread.run_sync(
-        drive_thread, cpu, program, limiter=mine, thread_name=vcpu.name, abandon_on_cancel=False
+        drive_thread, cpu, program, vcpu.bus, limiter=mine, thread_name=vcpu.name, abandon_on_cancel=False
     )
-
-
-def _raise_failure(vcpu: Vcpu, error: Exception) -> None:
-    raise error
 
 
 @attrs.define(eq=False)
 class VcpuSet:
-    vcpus: Sequence[Vcpu]
+    """``cpus`` with a bus each, of ``make_bus``. ``vcpu_type`` is for faulty designs (``trivmm.testing.doubles``)."""
+
+    cpus: Sequence[AnyVcpu]
+    make_bus: Callable[[], Bus]
+    owner: VcpuOwner
     deadlines: Deadlines
-    on_failure: Callable[[Vcpu, Exception], None] = attrs.field(default=_raise_failure, init=False)
-    """Called in the trio thread when a vCPU's program raises; set by the machine."""
+    vcpu_type: type[Vcpu] = Vcpu
+    vcpus: Sequence[Vcpu] = attrs.field(init=False)
     _changed: trio.Event = attrs.field(factory=trio.Event, init=False)
     _token: trio.lowlevel.TrioToken | None = attrs.field(default=None, init=False)
     _scopes: list[trio.CancelScope] = attrs.field(factory=list, init=False)
     _left: int = attrs.field(default=0, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        take_request, take_crash = self.owner.take_request, self.owner.take_crash
+        self.vcpus = [
+            self.vcpu_type(cpu, self.make_bus(), self.on_change, take_request, take_crash) for cpu in self.cpus
+        ]
 
     # --- life ------------------------------------------------------------------------------------------------
 
@@ -75,9 +98,9 @@ class VcpuSet:
                     vcpu.request_stop()  # only stop() cancels this scope, after its deadline
                     raise
                 except Exception as error:
-                    self.on_failure(vcpu, error)
+                    self.owner.take_failure(vcpu, error)
         finally:
-            vcpu.state = VcpuRunState.STOPPED  # the thread is gone, whatever it last said
+            vcpu.gone()
             self._left -= 1
             self._note_change()
 

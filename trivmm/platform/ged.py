@@ -11,10 +11,10 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from typing import Any, Final
+from typing import Final
 
 from trivmm.bus.space import Effect
-from trivmm.state.fields import Fields
+from trivmm.state.platform import GedState
 
 __all__ = ["GED_IRQ", "GED_SIZE", "POWER_BUTTON", "Ged"]
 
@@ -50,16 +50,15 @@ class Ged:
     def write(self, offset: int, data: bytes) -> Effect:
         return None
 
-    def save(self) -> dict[str, Any]:
-        return {"events": self._events}
+    def save(self) -> GedState:
+        return GedState(self._events)
 
-    def load(self, state: dict[str, Any]) -> None:
-        """:raises ProtocolError: when the state is malformed."""
-        fields = Fields("ged", state)
-        events = fields.integer("events", 0, 255)
-        fields.end()
-        self._events = events
-        if events:
+    def check(self, state: GedState, where: str) -> None:
+        """Any bits will do: a guest ignores those that it does not know."""
+
+    def load(self, state: GedState) -> None:
+        self._events = state.events
+        if state.events:
             self._interrupt()
 
     def close(self) -> None:

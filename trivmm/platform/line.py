@@ -4,13 +4,11 @@ The serial port and the virtio console are lines. Owned by the board; :meth:`Lin
 
 Nothing is lost on the way to the sink, and nothing goes there twice: a byte leaves the ring in the step in which the
 sink has taken it, and a slow sink fills the ring until the guest waits. A sink that fails (disk full, reader gone) is
-logged, named in ``sink_error`` and replaced by none.
+logged and replaced by none.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import logging
 import os
 from collections.abc import Callable
@@ -19,9 +17,7 @@ from typing import Any, Final
 import trio
 
 from trivmm._native import ffi, lib
-from trivmm.errors import ProtocolError
 from trivmm.platform.sinks import ClientSink, NullSink, Sink
-from trivmm.state.fields import Fields
 
 __all__ = ["Line", "Subscription", "dump_rings", "load_rings"]
 
@@ -29,8 +25,6 @@ logger = logging.getLogger(__name__)
 
 TAIL_BYTES: Final = 1 << 20
 CHUNK: Final = 16384  # bytes a sink gets at once: small enough that a drain's deadline is looked at in between
-TX_SIZE: Final = int(lib.TV_LINE_TX_SIZE)
-RX_SIZE: Final = int(lib.TV_LINE_RX_SIZE)
 
 
 class Line:
@@ -48,7 +42,6 @@ class Line:
         """``make`` gets the ready descriptor. The C object is freed with the last reference to it, which a thread that
         is stuck keeps. :raises MemoryError:"""
         self.name = name
-        self.sink_error: OSError | None = None
         self.keeps_sink = False
         """Set where the sink goes on to another machine: neither flushed nor closed with this one."""
         self._ready_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -164,7 +157,6 @@ class Line:
                 return
             if not isinstance(error, OSError):
                 raise
-            self.sink_error = error
             logger.warning("%s: cannot write the output any more (%s); the guest goes on without it", self.name, error)
             self.attach_sink(NullSink())
 
@@ -219,18 +211,6 @@ class Line:
     def subscribe(self, since: int | None = None) -> Subscription:
         """Watch the output from a position on; from here when None."""
         return Subscription(self, self._total if since is None else since)
-
-    async def wait_for(self, text: str | bytes, since: int = 0) -> int:
-        """Wait until ``text`` is in the output at or after ``since``; gives the position after it. The caller
-        bounds the wait. Sees the last MiB only."""
-        wanted = text.encode() if isinstance(text, str) else text
-        await trio.lowlevel.checkpoint()
-        while True:
-            news, found = self._news, self.tail(since).find(wanted)
-            if found >= 0:
-                return max(since, self._total - len(self._tail)) + found + len(wanted)
-            since = max(since, self._total - len(wanted) + 1)
-            await news.wait()
 
     # --- a migration ---------------------------------------------------------------------------------------
 
@@ -291,22 +271,14 @@ class Subscription:
         return data
 
 
-def dump_rings(native: Any) -> dict[str, str]:
-    """The rings of a ``struct tv_line_state``, JSON-able."""
-    return {
-        name: base64.b64encode(bytes(ffi.buffer(getattr(native, name), getattr(native, f"{name}_len")))).decode()
-        for name in ("tx", "rx")
-    }
+def dump_rings(native: Any) -> tuple[bytes, bytes]:
+    """(output, input) in a ``struct tv_line_state``."""
+    tx, rx = (bytes(ffi.buffer(getattr(native, name), getattr(native, f"{name}_len"))) for name in ("tx", "rx"))
+    return tx, rx
 
 
-def load_rings(name: str, fields: Fields, native: Any) -> None:
-    """The other way. :raises ProtocolError: when they are malformed."""
-    for ring, limit in (("tx", TX_SIZE), ("rx", RX_SIZE)):
-        try:
-            data = base64.b64decode(fields.text(ring, limit * 4 // 3 + 4), validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise ProtocolError(f"{name}: {ring} is not base64") from error
-        if len(data) > limit:
-            raise ProtocolError(f"{name}: {ring} has {len(data)} bytes, more than {limit}")
-        setattr(native, f"{ring}_len", len(data))
-        ffi.memmove(getattr(native, ring), data, len(data))
+def load_rings(native: Any, tx: bytes, rx: bytes) -> None:
+    """The other way. The rings have room for ``LineOutput`` and ``LineInput`` (``trivmm.state.platform``)."""
+    for name, data in (("tx", tx), ("rx", rx)):
+        setattr(native, f"{name}_len", len(data))
+        ffi.memmove(getattr(native, name), data, len(data))

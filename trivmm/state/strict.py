@@ -38,6 +38,7 @@ __all__ = [
     "Unfit",
     "first_fault",
     "make_converter",
+    "prepare",
     "refused",
     "structure",
     "unstructure",
@@ -253,6 +254,13 @@ def _cut(key: str) -> str:
 
 
 CONVERTER: Final = make_converter()
+
+
+def prepare(cls: type) -> None:
+    """Build what a class and those in it are structured and unstructured with, a few ms each that the first use would
+    take: before somebody's clock runs."""
+    CONVERTER.get_structure_hook(cls)
+    CONVERTER.get_unstructure_hook(cls)
 
 
 def structure(where: str, value: object, cls: type[T]) -> T:

@@ -7,13 +7,23 @@ over (``trivmm.virtio.setup``, ``trivmm.virtio.life``, the transport).
 from __future__ import annotations
 
 import enum
-from typing import Final
+from typing import Annotated, Any, Final
 
 import attrs
 
-from trivmm.values import U16, U64
+from trivmm.state.platform import PciConfigState
+from trivmm.values import U8, U16, U32, U64, AtMost, Within
 
-__all__ = ["NO_VECTOR", "LifeStage", "QueueState"]
+__all__ = [
+    "NO_VECTOR",
+    "DeviceLifeState",
+    "LifeStage",
+    "MsixState",
+    "QueueState",
+    "RegistersState",
+    "SavedDevice",
+    "TransportState",
+]
 
 NO_VECTOR: Final = 0xFFFF  # VIRTIO_MSI_NO_VECTOR, virtio 1.2 section 4.1.4.3
 
@@ -49,3 +59,52 @@ class QueueState:
     def unused(cls, size: int) -> QueueState:
         """As a reset leaves it."""
         return cls(size, NO_VECTOR, False, 0, 0, 0, 0, 0)
+
+
+@attrs.frozen
+class DeviceLifeState:
+    """``status`` as the guest reads it; a pending activation is a stage of its own (ACTIVATING)."""
+
+    stage: LifeStage
+    status: U8
+    generation: Annotated[int, Within(0, 1 << 62)]  # counts on for as long as a guest may live
+
+
+@attrs.frozen
+class RegistersState:
+    """The common configuration structure (virtio 1.2 section 4.1.4.3) but for device_status. ``features`` are what the
+    driver has acknowledged, ``generation`` the configuration's."""
+
+    device_feature_select: U32
+    driver_feature_select: U32
+    features: U64
+    config_vector: U16
+    queue_select: U16
+    generation: U8
+    queues: tuple[QueueState, ...]
+
+
+@attrs.frozen
+class MsixState:
+    """``table`` as the guest reads it, 16 bytes a vector; ``pending`` vectors. The message control is in configuration
+    space."""
+
+    table: Annotated[bytes, AtMost(2048 * 16)]  # PCI 3.0 section 6.8.2: at most 2048 vectors
+    pending: tuple[U16, ...]
+
+
+@attrs.frozen
+class TransportState:
+    pci: PciConfigState
+    registers: RegistersState
+    msix: MsixState
+    isr: U8
+
+
+@attrs.frozen
+class SavedDevice:
+    """``own`` is the device's, JSON of its ``state_type``."""
+
+    life: DeviceLifeState
+    transport: TransportState
+    own: dict[str, Any]

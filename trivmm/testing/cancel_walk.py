@@ -71,7 +71,7 @@ class Walk(trio.abc.Instrument, Generic[T]):
                 self.fired = True
                 try:
                     self._strike()
-                except BaseException as error:  # trio would only log it
+                except BaseException as error:  # noqa: ASYNC103 - raised by run(); trio would only log it
                     self._error = error
 
 

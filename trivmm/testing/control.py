@@ -7,7 +7,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 import trio
@@ -17,17 +17,23 @@ from trivmm.config import VmConfig
 from trivmm.control.routes import Router
 from trivmm.control.server import open_server
 from trivmm.deadlines import Deadlines
-from trivmm.errors import ConfigError, GuestCrash, MigrationCancelled, WrongState
+from trivmm.errors import ConfigError, GuestCrash, HypervisorError, MigrationCancelled, WrongState
+from trivmm.hypervisor.base import Hypervisor, VmBackend
 from trivmm.migration.source.doubt import Resolution
 from trivmm.vm import ExitReason, VmState
 from trivmm.vmm import Vmm, VmmOptions, open_vmm
 
 
-class FakeHypervisor:
-    name = "fake"
-    note = ""
+class FakeHypervisor(Hypervisor):
+    """Has every limit of a hypervisor and no VM."""
+
+    name: ClassVar[str] = "fake"
     max_vcpus = 8
     needs_payload = False
+    threads = False
+
+    def open_vm(self) -> VmBackend:
+        raise HypervisorError("fake", "there is nothing to run a VM with")
 
     def close(self) -> None:
         pass
@@ -201,7 +207,7 @@ async def open_stage(
     monkeypatch.setattr("trivmm.vmm.moves.open_incoming", fake_open_incoming)
     path = str(folder / "api.sock")
     deadlines = Deadlines(**limits)
-    hypervisor: Any = FakeHypervisor()
+    hypervisor = FakeHypervisor()
     async with (
         open_vmm(hypervisor, deadlines=deadlines, options=options) as vmm,
         open_server(path, Router(vmm), deadlines),

@@ -12,8 +12,8 @@ from collections.abc import Generator
 import trio
 
 from trivmm.bus.ticket import Ticket
-from trivmm.hypervisor.base import VcpuExit
-from trivmm.nursery.vcpu import PARK_SLICE_S, Operation, Vcpu
+from trivmm.hypervisor.base import Outcome
+from trivmm.nursery.vcpu import PARK_SLICE_S, Operation, Vcpu, VcpuRunState
 from trivmm.testing.miniboard import BareDevice
 from trivmm.virtio.port import Activation
 
@@ -68,7 +68,7 @@ class OwnerScopedDevice(BareDevice):
 class WallBarrierVcpu(Vcpu):
     """Waits at the barrier like a wall: neither pause nor stop gets through until the device is settled."""
 
-    def _wait_at_barrier(self, barrier: Ticket) -> Generator[Operation, VcpuExit | None, None]:
-        self._enter_barrier()
+    def _wait_at_barrier(self, barrier: Ticket) -> Generator[Operation, Outcome | None, None]:
+        self._enter(VcpuRunState.AT_BARRIER)
         while not barrier.settled:
             yield PARK_SLICE_S

@@ -17,10 +17,9 @@ from trivmm.control.http import Request, Response, error_response
 from trivmm.control.routes import ROUTES, Router
 from trivmm.control.schema import parse_json
 from trivmm.errors import ConfigError, PauseTimeout, TrivmmError
-from trivmm.hypervisor.base import IoOut
 from trivmm.platform.serial import COM1
 from trivmm.testing.faults import Fault, Faults, parse_fault
-from trivmm.testing.scripted import Compute, Script, ScriptedHypervisor, ScriptedVcpu, Step, Store
+from trivmm.testing.scripted import Compute, IoOut, Script, ScriptedHypervisor, ScriptedVcpu, Step, Store
 from trivmm.vmm import Vmm
 
 __all__ = ["FAKE_ROUTE", "VERBS", "FakeRouter", "busy_guest", "fake_hypervisor"]

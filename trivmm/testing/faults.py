@@ -25,9 +25,10 @@ import trio
 
 from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError
-from trivmm.migration.link.halves import Channel, LinkLost
+from trivmm.migration.link.halves import Connection, FrameReceiver, FrameSender, LinkLost
 from trivmm.migration.link.transports import Dialer, SocketDialer, parse_url
-from trivmm.migration.pages.land import DirtySet, Landing, PageCounts
+from trivmm.migration.pages.land import PageSink
+from trivmm.migration.pages.send import DirtySet, PageCounts
 from trivmm.migration.wire.frame import HEADER_BYTES, Frame, FrameReader, MessageType, parse_header
 from trivmm.migration.wire.messages import Refused, SetupFail, encode_message
 
@@ -167,23 +168,46 @@ class _FaultyDialer:
     def transport(self) -> str:
         return self._dialer.transport
 
-    async def dial(self) -> Channel:
+    async def dial(self) -> Connection:
         if self._dead:
             await trio.lowlevel.checkpoint()
             raise LinkLost("nobody can be reached any more: as --fail asked")
         await self._hear()
-        return _FaultyChannel(await self._dialer.dial(), self._faults, self)
+        real = await self._dialer.dial()
+        receiver = _FaultyReceiver(real.receiver, self)
+        return attrs.evolve(real, sender=_FaultySender(real, receiver, self._faults, self), receiver=receiver)
 
 
 @attrs.define(eq=False)
-class _FaultyChannel:
-    """A connection that looks at what is sent, to know the phase."""
+class _FaultyReceiver:
+    """``answer`` is what the destination is made to say."""
 
-    _channel: Channel
+    _real: FrameReceiver
+    _dialer: _FaultyDialer
+    answer: bytes | None = attrs.field(default=None, init=False)
+
+    async def receive(self, sink: PageSink | None = None) -> Frame:
+        await self._dialer._hear()
+        if self.answer is not None:
+            reader = FrameReader()
+            reader.feed(self.answer)
+            self.answer = None
+            frame = reader.next_frame()
+            assert frame is not None
+            await trio.lowlevel.checkpoint()
+            return frame
+        return await self._real.receive(sink)
+
+
+@attrs.define(eq=False)
+class _FaultySender:
+    """Looks at what is sent, to know the phase."""
+
+    _real: Connection
+    _receiver: _FaultyReceiver
     _faults: Faults
     _dialer: _FaultyDialer
-    name: str = attrs.field(default=attrs.Factory(lambda self: self._channel.name, takes_self=True))
-    _answer: bytes | None = None  # what the destination is made to say
+    _sender: FrameSender = attrs.field(default=attrs.Factory(lambda self: self._real.sender, takes_self=True))
     _had: set[str] = attrs.field(factory=set)  # phases whose fault has happened: precopy has many rounds
 
     async def send(self, data: bytes) -> None:
@@ -199,34 +223,19 @@ class _FaultyChannel:
             fault = self._faults.take(MOVE, phase, but=fault)
         match fault:
             case Fault(kind="lost" | "in-doubt" as kind_of_loss):
-                await self._channel.send(data)
+                await self._sender.send(data)
                 self._dialer._dead = kind_of_loss == "in-doubt"
-                await self._channel.aclose()
-                raise LinkLost(f"{self.name}: the connection is lost, as --fail asked")
+                await self._real.aclose()
+                raise LinkLost(f"{self._real.name}: the connection is lost, as --fail asked")
             case Fault(kind="refused", phase="setup"):
-                await self._channel.send(data)
-                await self._channel.receive(None)  # what it says is not passed on
-                self._answer = encode_message(SetupFail("refused, as --fail asked"))
+                await self._sender.send(data)
+                await self._real.receiver.receive()  # what it says is not passed on
+                self._receiver.answer = encode_message(SetupFail("refused, as --fail asked"))
                 return
             case Fault(kind="refused"):
-                self._answer = encode_message(Refused("refused, as --fail asked"))
+                self._receiver.answer = encode_message(Refused("refused, as --fail asked"))
                 return
-        await self._channel.send(data)
+        await self._sender.send(data)
 
     async def send_pages(self, dirty: DirtySet, limit: int, counts: PageCounts) -> bool:
-        return await self._channel.send_pages(dirty, limit, counts)
-
-    async def receive(self, landing: Landing | None, report: Callable[[], None] | None = None) -> Frame:
-        await self._dialer._hear()
-        if self._answer is not None:
-            reader = FrameReader()
-            reader.feed(self._answer)
-            self._answer = None
-            frame = reader.next_frame()
-            assert frame is not None
-            await trio.lowlevel.checkpoint()
-            return frame
-        return await self._channel.receive(landing, report)
-
-    async def aclose(self) -> None:
-        await self._channel.aclose()
+        return await self._sender.send_pages(dirty, limit, counts)

@@ -19,8 +19,11 @@ from trivmm.errors import ConfigError, PauseTimeout
 from trivmm.hypervisor.base import VcpuState, VmBackendState
 from trivmm.memory.dirty_log import DirtyLog, HostWriters
 from trivmm.memory.guest import GuestMemory
-from trivmm.migration.link.halves import Channel, LinkLost, StreamChannel
-from trivmm.state.machine import MachineState, SavedVcpu
+from trivmm.migration.link.halves import Connection, LinkLost
+from trivmm.migration.link.streams import stream_connection
+from trivmm.state.machine import Barrier, BarrierKind, MachineState, SavedVcpu
+from trivmm.state.virtio import LifeStage
+from trivmm.testing.states import a_board, a_device
 
 __all__ = ["DiskLock", "FakeDestination", "FakeSource", "MemoryNet", "Tap", "TappedStream"]
 
@@ -121,8 +124,9 @@ class FakeSource(_Machine):
     def save(self) -> MachineState:
         assert not self.running
         self.memory.write(0x800, b"saving dirties memory")
-        vcpu = SavedVcpu(0, VcpuState("fake/1", {"regs": b"\1\2"}), ("rng", "activation"))
-        return MachineState((vcpu,), VmBackendState("fake/1", {}), {"rng": {"pending": True}}, {})
+        vcpu = SavedVcpu(0, VcpuState("fake/1", {"regs": b"\1\2"}), Barrier("rng", BarrierKind.ACTIVATION))
+        devices = {"rng": a_device(LifeStage.ACTIVATING, status=15)}
+        return MachineState((vcpu,), VmBackendState("fake/1", {}), devices, a_board(), reset_pending=None, run=True)
 
     async def undo(self) -> None:
         await trio.lowlevel.checkpoint()
@@ -248,11 +252,11 @@ class MemoryNet:
         await trio.sleep(len(data) / self.bytes_per_s)
         return await self.source_tap(stream, data)
 
-    async def dial(self) -> Channel:
-        return StreamChannel(await self.dial_raw(), "memory", self.deadlines)
+    async def dial(self) -> Connection:
+        return stream_connection(await self.dial_raw(), "memory", self.deadlines)
 
-    async def accept(self) -> Channel:
-        return StreamChannel(await self._receive.receive(), "memory (incoming)", self.deadlines)
+    async def accept(self) -> Connection:
+        return stream_connection(await self._receive.receive(), "memory (incoming)", self.deadlines)
 
     def close(self) -> None:
         self.closed = True

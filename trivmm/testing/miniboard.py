@@ -1,4 +1,5 @@
-"""The smallest board: scripted vCPUs and devices whose only register is device_status, at ``status_gpa(i)``.
+"""The smallest board: scripted vCPUs and devices whose only registers are device_status, at ``status_gpa(i)``, and the
+bus-master bit, set at first, at ``bus_gpa(i)``.
 
 For tests of lifetimes, pauses and activation where PCI and rings would only be in the way.
 """
@@ -11,26 +12,32 @@ from typing import Any
 import attrs
 import trio
 
+from trivmm.bus.bus import Bus
 from trivmm.bus.lock import BoundedLock
-from trivmm.bus.space import Effect
+from trivmm.bus.space import AddressSpace, Effect, Range
 from trivmm.deadlines import Deadlines
-from trivmm.hypervisor.base import MmioRead, MmioWrite, VcpuExit
 from trivmm.memory.guest import GuestMemory
 from trivmm.nursery.activation import ActivationActor
 from trivmm.testing.scripted import Script, ScriptedHypervisor
+from trivmm.virtio.device import DeviceDescription, NoState
 from trivmm.virtio.handles import DeviceHandles
 from trivmm.virtio.life import ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, DeviceState
 from trivmm.virtio.port import Activation, Storage
 from trivmm.virtio.setup import VERSION_1, DeviceLimits, DriverSetup
 from trivmm.virtio.status import StatusRegister
 
-__all__ = ["DRIVER_READY", "BareDevice", "MiniBoard", "status_gpa"]
+__all__ = ["DRIVER_READY", "BareDevice", "MiniBoard", "bus_gpa", "status_gpa"]
 
 DRIVER_READY = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK
+STATUS_SPAN = 0x1000
 
 
 def status_gpa(device: int) -> int:
-    return 0xD000_0000 + 0x1000 * device
+    return 0xD000_0000 + STATUS_SPAN * device
+
+
+def bus_gpa(device: int) -> int:
+    return status_gpa(device) + 4
 
 
 @attrs.define(eq=False)
@@ -43,6 +50,8 @@ class BareDevice:
     device_type: int = 4
     features: int = VERSION_1
     queue_sizes: tuple[int, ...] = ()
+    state_type: type = NoState
+    description_type: type = DeviceDescription
     log: list[str] = attrs.field(factory=list)
     active: int | None = None
     storage: Storage | None = None
@@ -72,16 +81,16 @@ class BareDevice:
     def reset(self) -> None:
         self.log.append("reset")
 
-    def save(self) -> dict[str, Any]:
-        return {}
+    def save(self) -> Any:
+        return NoState()
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: Any) -> None:
         return None
 
-    def describe(self) -> dict[str, Any]:
-        return {}
+    def describe(self) -> Any:
+        return DeviceDescription(self.device_type, self.features, self.queue_sizes)
 
-    def become(self, described: dict[str, Any]) -> None:
+    def become(self, described: Any) -> None:
         return None
 
     def counters(self) -> dict[str, int]:
@@ -93,11 +102,23 @@ class BareDevice:
 
 @attrs.frozen(eq=False)
 class Slot:
+    """On the bus it is the status register, and at offset 4 whether it is a bus master."""
+
     backend: BareDevice
     state: DeviceState
     register: StatusRegister
     handles: DeviceHandles
     actor: ActivationActor
+
+    def read(self, offset: int, size: int) -> bytes:
+        with self.state.lock:
+            return self.register.read().to_bytes(size, "little")
+
+    def write(self, offset: int, data: bytes) -> Effect:
+        with self.state.lock:
+            if offset:
+                return self.register.set_bus_master(bool(data[0]))
+            return self.register.write(data[0], DriverSetup(VERSION_1, ()))
 
 
 class _Line:
@@ -131,28 +152,22 @@ class MiniBoard:
         self.events: list[tuple[str, str, int]] = []
         self.stuck: list[str] = []
         self.interrupts: list[str] = []
+        self.pio, self.mmio = AddressSpace("pio"), AddressSpace("mmio")
         self.devices = []
-        for device in devices:
+        for index, device in enumerate(devices):
             state = DeviceState(device.name, BoundedLock(f"the registers of {device.name}", deadlines.lock))
+            state.bus_master = True
             register = StatusRegister(state, DeviceLimits(device.features, device.queue_sizes, vectors=1))
             handles = DeviceHandles(0)
             actor = ActivationActor(
                 device, state, handles, deadlines, lambda: None, lambda *event: self.events.append(event)
             )
-            self.devices.append(Slot(device, state, register, handles, actor))
+            slot = Slot(device, state, register, handles, actor)
+            self.devices.append(slot)
+            self.mmio.insert(Range(status_gpa(index), STATUS_SPAN, slot, device.name))
 
-    def handle_exit(self, vcpu: int, reason: VcpuExit) -> bytes | Effect:
-        match reason:
-            case MmioWrite(gpa, data):
-                slot = self.devices[(gpa - status_gpa(0)) // 0x1000]
-                with slot.state.lock:
-                    return slot.register.write(data[0], DriverSetup(VERSION_1, ()))
-            case MmioRead(gpa, size):
-                slot = self.devices[(gpa - status_gpa(0)) // 0x1000]
-                with slot.state.lock:
-                    return slot.register.read().to_bytes(size, "little")
-            case _:
-                return None
+    def bus(self) -> Bus:
+        return Bus(self.pio, self.mmio, self.hypervisor.clock)
 
     def connect_interrupts(self) -> None:
         self.interrupts.append("connect")

@@ -16,10 +16,13 @@ import trio
 from trivmm.config import VmConfig
 from trivmm.hypervisor.base import Hypervisor
 from trivmm.incoming import Incoming, open_incoming
+from trivmm.machine.board import Board
 from trivmm.migration.progress import MigrationReport
+from trivmm.unwrapped import unwrapped_nursery
+from trivmm.virtio.console.device import ConsoleDevice
 from trivmm.vm import Vm, open_vm
 
-__all__ = ["Road", "open_road"]
+__all__ = ["Road", "console_of", "open_road"]
 
 
 @attrs.define(eq=False)
@@ -77,8 +80,7 @@ class Road:
 @asynccontextmanager
 async def open_road(config: VmConfig, *, hypervisor: Hypervisor | None = None) -> AsyncIterator[Road]:
     """A booted VM that can be moved within the block."""
-    failure: BaseException | None = None
-    async with trio.open_nursery() as nursery:
+    async with unwrapped_nursery() as nursery:
         leave = trio.Event()
 
         async def first(*, task_status: trio.TaskStatus[Vm]) -> None:
@@ -90,13 +92,10 @@ async def open_road(config: VmConfig, *, hypervisor: Hypervisor | None = None) -
         road = Road(nursery, await nursery.start(first), hypervisor, leave)
         try:
             yield road
-        except trio.Cancelled:
-            raise
-        except BaseException as error:
-            failure = error
         finally:
             road._leave.set()
-        if failure is not None:
-            nursery.cancel_scope.cancel()
-    if failure is not None:
-        raise failure
+
+
+def console_of(board: Board) -> ConsoleDevice:
+    """The virtio console of a board that has one."""
+    return next(slot.backend for slot in board.devices if isinstance(slot.backend, ConsoleDevice))

@@ -1,11 +1,13 @@
-"""The scripted hypervisor: vCPUs are trio tasks that play a script of exits, so that virtual time works.
+"""The scripted hypervisor: vCPUs are trio tasks that play a script of steps, so that virtual time works.
 
 A script is a generator function of one argument, its :class:`ScriptedVcpu`. It yields what the guest does:
 
-- an exit of ``trivmm.hypervisor.base`` (``MmioWrite(gpa, data)``, ``value = yield MmioRead(gpa, 4)``, …);
-- a tuple of exits: one instruction with several (a page-crossing store), finished before a pause;
+- an access: :class:`MmioWrite` ``(gpa, data)``, ``value = yield MmioRead(gpa, 4)``, :class:`IoOut` ``(port, size,
+  data)``, ``value = yield IoIn(port, 1)``;
+- a tuple of accesses: one instruction with several (a page-crossing store), finished before a pause;
 - :class:`Compute` ``(seconds)``: runs guest code, reachable by a kick; :class:`Wedge` ``(seconds)``: does not react to
   kicks for so long; :class:`Store` ``(gpa, data)``: writes RAM, seen by the dirty log;
+- :class:`Crash` ``(reason)``: a triple fault, or what else there is no way back from;
 - and when it returns, the vCPU computes for ever.
 
 ``cpu.registers`` is a dict that travels with a migration: the destination's script is called anew and reads it.
@@ -23,11 +25,28 @@ import attrs
 import trio
 
 from trivmm._native import ffi
+from trivmm.bus.bus import Bus
+from trivmm.bus.space import Effect
 from trivmm.errors import HypervisorError
-from trivmm.hypervisor.base import Hypervisor, Interrupted, TaskVcpu, VcpuExit, VcpuState, VmBackend, VmBackendState
+from trivmm.hypervisor.base import (
+    INTERRUPTED,
+    Crashed,
+    Hypervisor,
+    Outcome,
+    TaskVcpu,
+    VcpuState,
+    VmBackend,
+    VmBackendState,
+)
 
 __all__ = [
+    "Access",
     "Compute",
+    "Crash",
+    "IoIn",
+    "IoOut",
+    "MmioRead",
+    "MmioWrite",
     "Script",
     "ScriptedHypervisor",
     "ScriptedVcpu",
@@ -36,6 +55,38 @@ __all__ = [
     "Store",
     "Wedge",
 ]
+
+
+@attrs.frozen
+class IoOut:
+    """Port output. ``data`` holds one element of ``size`` (1, 2, 4) bytes, or several: a string instruction."""
+
+    port: int
+    size: int
+    data: bytes
+
+
+@attrs.frozen
+class IoIn:
+    """Port input of ``count`` elements of ``size`` bytes, which the script is sent."""
+
+    port: int
+    size: int
+    count: int = 1
+
+
+@attrs.frozen
+class MmioWrite:
+    gpa: int
+    data: bytes
+
+
+@attrs.frozen
+class MmioRead:
+    """The script is sent ``size`` bytes."""
+
+    gpa: int
+    size: int
 
 
 @attrs.frozen
@@ -54,7 +105,13 @@ class Store:
     data: bytes
 
 
-Step: TypeAlias = "VcpuExit | tuple[VcpuExit, ...] | Compute | Wedge | Store"
+@attrs.frozen
+class Crash:
+    reason: str = "triple fault"
+
+
+Access: TypeAlias = IoOut | IoIn | MmioWrite | MmioRead
+Step: TypeAlias = "Access | tuple[Access, ...] | Compute | Wedge | Store | Crash"
 Script: TypeAlias = "Callable[[ScriptedVcpu], Generator[Step, bytes | None, None]]"
 
 
@@ -71,18 +128,14 @@ class ScriptedVcpu(TaskVcpu):
         self.vm = vm
         self.registers: dict[str, Any] = {}
         self.calls: list[str] = []
-        self.inline_handler: Callable[[VcpuExit], bytes | None] | None = None
         self._script = script
         self._steps: Generator[Step, bytes | None, None] | None = None
-        self._pending: list[VcpuExit] = []
+        self._pending: list[Access] = []
         self._left: Compute | None = None
         self._answer: bytes | None = None
         self._kicked = trio.Event()
 
     # --- the protocol ----------------------------------------------------------------------------------------
-
-    def complete_read(self, data: bytes) -> None:
-        self._answer = data
 
     def kick(self) -> None:
         self._kicked.set()
@@ -124,16 +177,16 @@ class ScriptedVcpu(TaskVcpu):
         except StopIteration:
             return Compute(1e9)
 
-    async def run(self) -> VcpuExit:
+    async def run(self, bus: Bus) -> Outcome:
         while True:
             await trio.lowlevel.checkpoint()
             if self._kicked.is_set():
                 self._kicked = trio.Event()
-                return Interrupted()
+                return INTERRUPTED
             if self._pending:
-                return self._pending.pop(0)
-            step = self._left or self._next()
-            self._left = None
+                step: Step = self._pending.pop(0)
+            else:
+                step, self._left = self._left or self._next(), None
             match step:
                 case Compute(seconds):
                     began = trio.current_time()
@@ -145,14 +198,34 @@ class ScriptedVcpu(TaskVcpu):
                     await trio.sleep(seconds)
                 case Store(gpa, data):
                     self.vm.store(gpa, data)
+                case Crash(reason):
+                    return Crashed(reason, self.describe())
                 case tuple():
                     self._pending = list(step)
                 case _:
-                    return step
+                    effect = self._access(bus, step)
+                    if effect is not None:
+                        return effect
 
-    async def run_immediate(self) -> VcpuExit:
+    async def finish(self, bus: Bus) -> Outcome:
         await trio.lowlevel.checkpoint()
-        return self._pending.pop(0) if self._pending else Interrupted()
+        while self._pending:
+            effect = self._access(bus, self._pending.pop(0))
+            if effect is not None:
+                return effect
+        return INTERRUPTED
+
+    def _access(self, bus: Bus, access: Access) -> Effect:
+        match access:
+            case IoOut(port, size, data):
+                return bus.write_port(port, size, data)
+            case MmioWrite(gpa, data):
+                return bus.write_mmio(gpa, data)
+            case IoIn(port, size, count):
+                self._answer = bus.read_port(port, size, count)
+            case MmioRead(gpa, size):
+                self._answer = bus.read_mmio(gpa, size)
+        return None
 
     async def park(self, timeout_s: float) -> None:
         with trio.move_on_after(timeout_s):

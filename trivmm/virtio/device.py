@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
+import attrs
 import trio
 
-from trivmm.errors import MigrationError
+from trivmm.errors import MigrationError, shown
 from trivmm.memory.guest import GuestMemory
-from trivmm.state.fields import Fields
+from trivmm.platform.line import Line
+from trivmm.values import U16, U64
 from trivmm.virtio.port import Activation, QueueConfig, Storage
 from trivmm.virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, QueueWorker
 
-__all__ = ["RING_FEATURES", "WorkerDevice"]
+__all__ = ["RING_FEATURES", "DeviceDescription", "NoState", "WorkerDevice"]
 
 RING_FEATURES: Final = F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX
+
+
+@attrs.frozen
+class NoState:
+    """Of a device that has nothing of its own to save."""
+
+
+@attrs.frozen
+class DeviceDescription:
+    """What a driver was told: the device's type, the features offered, the largest size of each queue."""
+
+    type: U16
+    features: U64
+    queue_sizes: tuple[U16, ...]
 
 
 class WorkerDevice:
@@ -28,6 +44,8 @@ class WorkerDevice:
     features: int
     queue_sizes: tuple[int, ...]
     storage: Storage | None = None
+    state_type: type = NoState
+    description_type: type = DeviceDescription
 
     def __init__(self, name: str, memory: GuestMemory) -> None:
         self.name = name
@@ -86,27 +104,31 @@ class WorkerDevice:
     def write_config(self, offset: int, data: bytes) -> None:
         return None
 
-    def save(self) -> dict[str, Any]:
+    def save(self) -> Any:
+        return NoState()
+
+    def load(self, state: Any) -> None:
+        return None
+
+    def describe(self) -> DeviceDescription:
+        return DeviceDescription(self.device_type, self.features, self.queue_sizes)
+
+    def become(self, described: Any) -> None:
+        mine = WorkerDevice.describe(self)
+        for field in attrs.fields(DeviceDescription):
+            theirs, here = getattr(described, field.name), getattr(mine, field.name)
+            if theirs != here:
+                raise MigrationError(
+                    f"{self.name}: the sender's {field.name} is {shown(theirs)}, here it is {shown(here)}"
+                )
+
+    @property
+    def lines(self) -> Mapping[str, Line]:
+        """Its console lines, by name."""
         return {}
 
-    def load(self, state: dict[str, Any]) -> None:
-        if state:
-            raise ValueError(f"{self.name}: unknown state {sorted(state)}")
-
-    def describe(self) -> dict[str, Any]:
-        return {"type": self.device_type, "features": self.features, "queue_sizes": list(self.queue_sizes)}
-
-    def become(self, described: dict[str, Any]) -> None:
-        fields = Fields(self.name, described)
-        for key, mine in WorkerDevice.describe(self).items():
-            theirs = fields.anything(key)
-            if theirs != mine:
-                raise MigrationError(f"{self.name}: the sender's {key} is {theirs!r:.80}, here it is {mine}")
-        self._become(fields)
-        fields.end()
-
-    def _become(self, fields: Fields) -> None:
-        """A subclass's share of :meth:`become`."""
+    def terminal_resized(self) -> None:
+        """The terminal behind a line of it, if there is one, may have another size now."""
 
     def counters(self) -> dict[str, int]:
         return {}

@@ -20,17 +20,30 @@ anywhere through ``RESETTING`` (the old generation may still touch guest memory;
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 import attrs
 
 from trivmm.bus.lock import BoundedLock
 from trivmm.bus.ticket import Ticket
 from trivmm.errors import IllegalTransition
-from trivmm.state.virtio import LifeStage
-from trivmm.virtio.setup import DeviceLimits, DriverSetup, setup_fault
+from trivmm.state.strict import refused
+from trivmm.state.virtio import DeviceLifeState, LifeStage
+from trivmm.virtio.setup import DriverSetup
 
-__all__ = ["ACKNOWLEDGE", "DRIVER", "DRIVER_OK", "FAILED", "FEATURES_OK", "NEEDS_RESET", "TRANSITIONS", "DeviceState"]
+__all__ = [
+    "ACKNOWLEDGE",
+    "DRIVER",
+    "DRIVER_OK",
+    "FAILED",
+    "FEATURES_OK",
+    "NEEDS_RESET",
+    "SET_UP",
+    "STATUS_OF",
+    "TRANSITIONS",
+    "DeviceState",
+    "check_life",
+]
 
 # Device status bits, virtio 1.2 section 2.1.
 ACKNOWLEDGE: Final = 1
@@ -50,6 +63,17 @@ TRANSITIONS: Final[dict[LifeStage, frozenset[LifeStage]]] = {
     _S.NEEDS_RESET: frozenset({_S.RESETTING}),
     _S.RESETTING: frozenset({_S.RESET}),
 }
+WAY: Final = (_S.DRIVER, _S.FEATURES_OK, _S.ACTIVATING, _S.ACTIVE, _S.NEEDS_RESET)  # from RESET, each after the other
+SET_UP: Final = frozenset({_S.ACTIVATING, _S.ACTIVE})  # the device has a DriverSetup
+STATUS_OF: Final[dict[LifeStage, tuple[int, int]]] = {  # status bits that a stage has, and bits that it can't have
+    _S.RESET: (0, DRIVER | FEATURES_OK | DRIVER_OK | NEEDS_RESET),
+    _S.DRIVER: (DRIVER, FEATURES_OK | DRIVER_OK | NEEDS_RESET),
+    _S.FEATURES_OK: (FEATURES_OK, DRIVER_OK | NEEDS_RESET),
+    _S.ACTIVATING: (FEATURES_OK | DRIVER_OK, NEEDS_RESET),
+    _S.ACTIVE: (FEATURES_OK | DRIVER_OK, NEEDS_RESET),
+    _S.NEEDS_RESET: (FEATURES_OK | DRIVER_OK | NEEDS_RESET, 0),
+    _S.RESETTING: (0, 0),  # the guest still sees its old status
+}
 
 
 @attrs.define(eq=False)
@@ -58,7 +82,8 @@ class DeviceState:
 
     ``setup`` is what the driver handed over at DRIVER_OK, with the positions of its queues, while ACTIVATING and
     ACTIVE; ``problem`` why the device needs a reset, until the actor has seen to it; ``ticket`` where a vCPU waits for
-    an activation or a reset."""
+    an activation or a reset. While its function is not ``bus_master``, no queue is served; ``bus_ticket`` is where a
+    vCPU waits for that."""
 
     name: str
     lock: BoundedLock
@@ -67,6 +92,8 @@ class DeviceState:
     setup: DriverSetup | None = attrs.field(default=None, init=False)
     problem: str | None = attrs.field(default=None, init=False)
     ticket: Ticket | None = attrs.field(default=None, init=False)
+    bus_master: bool = attrs.field(default=False, init=False)
+    bus_ticket: Ticket | None = attrs.field(default=None, init=False)
     ignored_writes: int = attrs.field(default=0, init=False)
     wake: Callable[[], None] = attrs.field(default=lambda: None, init=False)
     """Tells the actor that something else may be wanted now. Any thread, never blocks; set by the actor."""
@@ -90,40 +117,32 @@ class DeviceState:
 
     # --- saved state -----------------------------------------------------------------------------------------
 
-    def save(self) -> dict[str, Any]:
+    def save(self) -> DeviceLifeState:
         """With the actor quiesced."""
-        with self.lock:
-            queues = () if self.setup is None else self.setup.queues
-            return {
-                "state": self.stage.value,
-                "status": self.status,
-                "generation": self.generation,
-                "positions": [[index, each.next_avail, each.next_used] for index, each in enumerate(queues)],
-            }
+        return DeviceLifeState(self._stage, self.status, self.generation)
 
-    def load(self, saved: dict[str, Any], registers: DriverSetup, limits: DeviceLimits) -> None:
-        """Take over a saved state, with the gate closed and the transport's registers already loaded.
+    def load(self, saved: DeviceLifeState, setup: DriverSetup, *, bus_master: bool) -> None:
+        """Take over what :func:`check_life` has passed, with the actor quiesced; ``setup`` is what the registers hold.
 
-        :raises ValueError: when the state makes no sense."""
-        stage = LifeStage(saved["state"])
-        status, generation = int(saved["status"]), int(saved["generation"])
-        if not 0 <= status <= 0xFF or not 0 <= generation < 1 << 64:
-            raise ValueError(f"device {self.name}: status {status:#x}, generation {generation}")
-        setup: DriverSetup | None = None
-        if stage in (LifeStage.ACTIVATING, LifeStage.ACTIVE):
-            where = {int(index): (int(avail), int(used)) for index, avail, used in saved["positions"]}
-            if not all(0 <= each < 1 << 16 for pair in where.values() for each in pair):
-                raise ValueError(f"device {self.name}: queue positions {where}")
-            queues = [
-                attrs.evolve(queue, next_avail=where[index][0], next_used=where[index][1]) if index in where else queue
-                for index, queue in enumerate(registers.queues)
-            ]
-            setup = attrs.evolve(registers, queues=tuple(queues))
-            fault = setup_fault(setup, limits)
-            if fault is not None:
-                raise ValueError(f"device {self.name}: {fault}")
-        pending = {LifeStage.ACTIVATING: "activation", LifeStage.RESETTING: "reset"}.get(stage)
-        with self.lock:
-            self._stage, self.status, self.generation = stage, status, generation
-            self.setup, self.problem = setup, None
-            self.ticket = Ticket(self.name, generation, pending) if pending else None
+        The stage is walked to by the steps that led there, so there is no other way into it."""
+        for stage in (LifeStage.RESETTING, LifeStage.RESET, *_way_to(saved.stage)):
+            self.enter(stage)
+        self.status, self.generation = saved.status, saved.generation
+        self.setup, self.problem = setup if saved.stage in SET_UP else None, None
+        pending = {LifeStage.ACTIVATING: "activation", LifeStage.RESETTING: "reset"}.get(saved.stage)
+        self.ticket = None if pending is None else Ticket(self.name, self.generation, pending)
+        self.bus_master, self.bus_ticket = bus_master, None
+
+
+def _way_to(stage: LifeStage) -> tuple[LifeStage, ...]:
+    if stage is _S.RESETTING:
+        return (stage,)
+    return WAY[: WAY.index(stage) + 1] if stage in WAY else ()
+
+
+def check_life(life: DeviceLifeState, where: str) -> None:
+    """Whether stage and status say the same. :raises ProtocolError: naming the field."""
+    holds, lacks = STATUS_OF[life.stage]
+    if life.status & holds != holds or life.status & lacks:
+        wanted = f"with bits {holds:#x} and without {lacks:#x}, as {life.stage.value} wants"
+        raise refused(f"{where}.status", life.status, wanted)

@@ -94,15 +94,19 @@ class DeviceBackend(Protocol):
     def reset(self) -> None:
         """After ``stop``: forget the driver (positions, negotiated features)."""
 
-    def save(self) -> dict[str, Any]:
-        """After ``stop``: what is the device's own and not in queues or transport; JSON-able."""
+    state_type: type  # of what ``save`` gives: a frozen class, see ``trivmm.state.strict``
+    description_type: type  # of what ``describe`` gives
 
-    def load(self, state: dict[str, Any]) -> None: ...
+    def save(self) -> Any:
+        """After ``stop``: what is the device's own and not in queues or transport."""
 
-    def describe(self) -> dict[str, Any]:
-        """What the driver was told of the device and may count on wherever it moves to; JSON-able."""
+    def load(self, state: Any) -> None:
+        """Take over a ``state_type`` that a peer sent: its fields are as wide as they say, and no more is known."""
 
-    def become(self, described: dict[str, Any]) -> None:
+    def describe(self) -> Any:
+        """What the driver was told of the device and may count on wherever it moves to."""
+
+    def become(self, described: Any) -> None:
         """Before its first activation: be the device that a sender described.
 
         :raises TrivmmError: where it can't, naming what differs."""

@@ -15,7 +15,16 @@ import attrs
 
 from trivmm.state.virtio import NO_VECTOR, QueueState
 
-__all__ = ["VERSION_1", "DeviceLimits", "DriverSetup", "Fault", "features_fit", "queue_fault", "setup_fault"]
+__all__ = [
+    "VERSION_1",
+    "DeviceLimits",
+    "DriverSetup",
+    "Fault",
+    "features_fit",
+    "positions_fault",
+    "queue_fault",
+    "setup_fault",
+]
 
 VERSION_1: Final = 1 << 32
 ALIGNMENT: Final = (("desc_gpa", 16), ("avail_gpa", 2), ("used_gpa", 4))  # virtio 1.2 section 2.7
@@ -84,11 +93,24 @@ def setup_fault(setup: DriverSetup, limits: DeviceLimits) -> Fault | None:
 
 def _ring_fault(index: int, queue: QueueState) -> Fault | None:
     if not queue.enabled:
-        return None
+        return _position_fault(index, queue)
     for field, alignment in ALIGNMENT:
         gpa = getattr(queue, field)
         if gpa % alignment:
             return Fault(f"queues[{index}].{field}", gpa, f"a multiple of {alignment} (virtio 1.2 section 2.7)")
     if (queue.next_avail - queue.next_used) & 0xFFFF > queue.size:
         return Fault(f"queues[{index}].next_avail", queue.next_avail, f"at most {queue.size} after next_used")
+    return None
+
+
+def positions_fault(setup: DriverSetup) -> Fault | None:
+    """Of a device that does not work: none of its queues has come anywhere."""
+    faults = (_position_fault(index, queue) for index, queue in enumerate(setup.queues))
+    return next((fault for fault in faults if fault is not None), None)
+
+
+def _position_fault(index: int, queue: QueueState) -> Fault | None:
+    for field in ("next_avail", "next_used"):
+        if getattr(queue, field):
+            return Fault(f"queues[{index}].{field}", getattr(queue, field), "0: no device works on this queue")
     return None

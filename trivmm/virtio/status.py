@@ -1,6 +1,9 @@
-"""The guest's side of a device's life: device_status (virtio 1.2 section 2.1). On vCPU threads, and never blocks."""
+"""The guest's side of a device's life: device_status (virtio 1.2 section 2.1), and the bus-master bit of its function.
+On vCPU threads, and never blocks."""
 
 from __future__ import annotations
+
+from typing import Final
 
 import attrs
 
@@ -11,7 +14,10 @@ from trivmm.virtio.setup import DeviceLimits, DriverSetup, features_fit, setup_f
 
 __all__ = ["StatusRegister"]
 
-WRITABLE = 0xBF  # all but NEEDS_RESET, which is the device's to set
+WRITABLE: Final = 0xBF  # all but NEEDS_RESET, which is the device's to set
+MAY_SERVE: Final = frozenset(
+    {LifeStage.ACTIVATING, LifeStage.ACTIVE, LifeStage.NEEDS_RESET, LifeStage.RESETTING}
+)  # until its actor has stopped it, in the last two
 
 
 @attrs.frozen(eq=False)
@@ -72,3 +78,16 @@ class StatusRegister:
             void.settle()
         state.wake()
         return state.ticket
+
+    def set_bus_master(self, on: bool) -> Ticket | None:
+        """What the bit says now. The ticket is where a vCPU that cleared it must park: until no queue is served."""
+        state = self.state
+        if on is not state.bus_master:
+            state.bus_master = on
+            void, state.bus_ticket = state.bus_ticket, None
+            if void is not None:
+                void.settle()
+            if not on and state.stage in MAY_SERVE:
+                state.bus_ticket = Ticket(state.name, state.generation, "end of bus mastering")
+            state.wake()
+        return state.bus_ticket

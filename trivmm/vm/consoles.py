@@ -106,5 +106,5 @@ class Consoles(VmCore):
 
     def terminal_resized(self) -> None:
         """The terminal that a virtio console is shown on may have another size now: the guest is told."""
-        if self.host.machine is not None and self.host.machine.board.console is not None:
-            self.host.machine.board.console.measure()
+        if self.host.machine is not None:
+            self.host.machine.board.terminal_resized()

@@ -13,6 +13,7 @@ from trivmm.deadlines import Deadlines
 from trivmm.errors import MigrationCancelled, MigrationInDoubt, PastCommit, WrongState
 from trivmm.machine.board import Board
 from trivmm.machine.machine import Machine
+from trivmm.machine.saved import check_setup
 from trivmm.migration.link.transports import Dialer
 from trivmm.migration.options import SendOptions, TimeoutStrategy
 from trivmm.migration.progress import MigrationProgress, MigrationReport, Phase
@@ -144,8 +145,8 @@ class Moves(VmCore):
         :raises ConfigError: when this host can't, naming the field."""
 
         def become(board: Board) -> None:
-            self.config = board.config_as_built()
-            board.check_setup(setup)
+            self.config = board.config
+            check_setup(board, setup)
 
         self.config = config
         return await self.host.build_incoming(config, become)

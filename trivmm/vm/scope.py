@@ -11,6 +11,7 @@ from trivmm.config import VmConfig
 from trivmm.events import EventBus
 from trivmm.hypervisor.base import Hypervisor
 from trivmm.hypervisor.select import choose_hypervisor
+from trivmm.unwrapped import unwrapped_nursery
 from trivmm.vm.vm import Vm
 
 __all__ = ["open_vm", "vm_scope"]
@@ -24,24 +25,17 @@ async def vm_scope(
 
     ``events`` None makes a bus that ends with the VM; one that is given is its owner's to close."""
     bus = EventBus() if events is None else events
-    failure: BaseException | None = None
-    async with trio.open_nursery() as nursery:
+    async with unwrapped_nursery() as nursery:
         vm = Vm(config, hypervisor, nursery, bus)
         nursery.start_soon(vm._control, name="control loop")
         try:
             yield vm, nursery
-        except trio.Cancelled:
-            raise
-        except BaseException as error:
-            failure = error  # raised again outside the nursery, so that it isn't wrapped in a group
         finally:
             with trio.CancelScope(shield=True):  # bounded inside, see _close
                 await vm._close()
             if events is None:
                 bus.close()
             nursery.cancel_scope.cancel()
-    if failure is not None:
-        raise failure
 
 
 @asynccontextmanager

@@ -10,7 +10,7 @@ import trio
 
 from trivmm.config import CpusConfig
 from trivmm.errors import GuestCrash, NotSupported, WrongState
-from trivmm.machine.board import close_sinks
+from trivmm.machine.build import close_sinks
 from trivmm.machine.machine import Machine
 from trivmm.platform.sinks import Sink
 from trivmm.vm.consoles import Consoles
@@ -54,7 +54,7 @@ class Vm(Consoles, Moves):
 
     async def _boot(self, sinks: Mapping[str, Sink] | None = None) -> None:
         machine = await self.host.boot(self.config, sinks)
-        self.config = machine.board.config_as_built()
+        self.config = machine.board.config
         try:
             await machine.resume()
         except BaseException:

@@ -14,6 +14,7 @@ from trivmm.deadlines import Deadlines
 from trivmm.errors import MigrationCancelled, TrivmmError, VmMigrating, VmNotCreated, WrongState
 from trivmm.events import EventBus
 from trivmm.hypervisor.base import Hypervisor
+from trivmm.migration.destination.verdicts import Verdicts
 from trivmm.migration.progress import MigrationProgress
 from trivmm.migration.source.sender import socket_dialer
 from trivmm.vm import Dial, ExitReason, Vm
@@ -54,6 +55,9 @@ class VmmCore:
     _nursery: trio.Nursery
     _dial: Dial = socket_dialer
     _told_to_end: Callable[[], str | None] = lambda: None
+    _verdicts: Verdicts = attrs.field(
+        default=attrs.Factory(lambda self: Verdicts(self._nursery), takes_self=True), init=False
+    )
     _slot: Slot | None = attrs.field(default=None, init=False)
     _sending: Result[None] | None = attrs.field(default=None, init=False)
     _last_progress: MigrationProgress | None = attrs.field(default=None, init=False)

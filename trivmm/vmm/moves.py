@@ -114,7 +114,7 @@ class VmmMoves(VmmCore):
             hypervisor=self.hypervisor,
             deadlines=self.deadlines,
             events=self.events,
-            answering=self._nursery,
+            verdicts=self._verdicts,
             refuse=partial(self._refuse_commit, slot),
         )
         received = partial(_received, slot)

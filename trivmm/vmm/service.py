@@ -12,6 +12,7 @@ from trivmm.deadlines import Deadlines
 from trivmm.events import EventBus
 from trivmm.hypervisor.base import Hypervisor
 from trivmm.migration.source.sender import socket_dialer
+from trivmm.unwrapped import unwrapped_nursery
 from trivmm.vm import Dial, Vm, open_vm
 from trivmm.vmm.core import VmmEnd, VmmOptions
 from trivmm.vmm.moves import VmmMoves
@@ -103,21 +104,12 @@ async def open_vmm(
 
     ``events`` is closed at the end, after its last event. ``hypervisor`` stays the caller's: it
     closes it. What the block raises leaves it unwrapped."""
-    failure: BaseException | None = None
     bus = events or EventBus()
     bus.emit("vmm", "starting")
     try:
-        async with trio.open_nursery() as nursery:
-            vmm = Vmm(hypervisor, deadlines or Deadlines(), options or VmmOptions(), bus, nursery, dial, told_to_end)
-            try:
-                yield vmm
-            except trio.Cancelled:
-                raise
-            except BaseException as error:
-                failure = error  # raised again outside the nursery, so that it isn't wrapped in a group
+        async with unwrapped_nursery() as nursery:
+            yield Vmm(hypervisor, deadlines or Deadlines(), options or VmmOptions(), bus, nursery, dial, told_to_end)
             nursery.cancel_scope.cancel()
     finally:
         bus.emit("vmm", "shutdown")
         bus.close()
-    if failure is not None:
-        raise failure

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from typing import Final
 
-from trivmm.hypervisor.base import Cpuid
+import attrs
 
 __all__ = ["ENTRY", "for_vcpu", "pack", "unpack"]
 
@@ -14,6 +14,19 @@ INDEXED: Final = 1  # KVM_CPUID_FLAG_SIGNIFCANT_INDEX
 HYPERVISOR: Final = 1 << 31
 TSC_DEADLINE: Final = 1 << 24
 SMT, CORE = 1, 2  # level types of leaf 0xB
+
+
+@attrs.frozen
+class Cpuid:
+    """One CPUID leaf as given to the guest."""
+
+    function: int
+    index: int
+    eax: int
+    ebx: int
+    ecx: int
+    edx: int
+
 
 Row = tuple[Cpuid, int]
 """A leaf and its KVM flags."""

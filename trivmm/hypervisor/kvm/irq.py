@@ -121,9 +121,10 @@ class Routes:
     def disconnect_msi(self, token: int) -> None:
         """The deassign waits for injections that the kernel has queued."""
         with self._lock:
-            fd = self._eventfds.pop(token, None)
+            fd = self._eventfds.get(token)
             if fd is not None:
                 self._irqfd(fd, token, lib.KVM_IRQFD_FLAG_DEASSIGN)
+                del self._eventfds[token]  # not before: a GSI whose eventfd the kernel still has is not free
 
     def connect_irq(self, fd: int, gsi: int) -> None:
         with self._lock:

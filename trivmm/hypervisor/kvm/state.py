@@ -20,7 +20,7 @@ from trivmm.hypervisor.kvm.report import extension
 
 __all__ = ["KIND", "check_parts", "load_vcpu", "msr_indices", "save_vcpu", "set_msrs"]
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 KIND: Final = "kvm/1"
 MSR_TSC: Final = 0x10
@@ -175,7 +175,7 @@ def load_vcpu(fd: int, kvm_fd: int, vm_fd: int, kind: str, blobs: dict[str, byte
     else:
         here = kvm_call(fd, "KVM_GET_TSC_KHZ", allow=(errno.EIO, errno.EINVAL))
         if khz and here > 0 and abs(here - khz) > khz // 1000:
-            log.warning("TSC runs at %d kHz here, %d kHz at the source: the guest's clock may drift", here, khz)
+            logger.warning("TSC runs at %d kHz here, %d kHz at the source: the guest's clock may drift", here, khz)
     for name, call, _ in FIXED:
         if name == "msrs":
             set_msrs(fd, _timed(values, khz, stamp))

@@ -1,4 +1,4 @@
-"""One KVM vCPU: its boot state, its run loop's exits as Python objects, its kicks, its diagnosis.
+"""One KVM vCPU: its boot state, its run loop with the exits that C leaves to Python, its kicks, its diagnosis.
 
 Created parked by :class:`KvmVm`; run by one thread between ``attach_thread`` and ``detach_thread``; closed by the VM
 or its owner after that thread has ended. Kicks are allowed at any time, after the close too.
@@ -9,26 +9,13 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from trivmm._native import ffi, lib
+from trivmm.bus.bus import Bus
+from trivmm.bus.space import GuestRequest
 from trivmm.errors import HypervisorError
-from trivmm.hypervisor.base import (
-    FailEntry,
-    Halted,
-    InternalError,
-    Interrupted,
-    IoIn,
-    IoOut,
-    MmioRead,
-    MmioWrite,
-    SystemEvent,
-    ThreadVcpu,
-    TripleFault,
-    VcpuExit,
-    VcpuState,
-)
+from trivmm.hypervisor.base import INTERRUPTED, Crashed, Outcome, ThreadVcpu, VcpuState
 from trivmm.hypervisor.kvm import boot, cpuid
 from trivmm.hypervisor.kvm.calls import kvm_call
 from trivmm.hypervisor.kvm.report import extension
@@ -47,25 +34,21 @@ MMIO_DATA: Final = UNION + 8
 IO_OUT: Final = 1
 MAX_WORDS: Final = 16  # the kernel's internal.data holds so many
 
-RUN_FAILED: Final = 0xFFFF_0000
-"""Suberror of :class:`InternalError` when KVM_RUN itself failed (data: errno) or the exit is one that we know
-nothing of (data: its KVM_EXIT_ number)."""
-
 EXIT_IO: Final = int(lib.KVM_EXIT_IO)
 EXIT_MMIO: Final = int(lib.KVM_EXIT_MMIO)
 RUN_INTERRUPTED: Final = int(lib.TV_RUN_INTERRUPTED)
-INTERRUPTED: Final = Interrupted()
+SYSTEM_EVENTS: Final = {
+    int(lib.KVM_SYSTEM_EVENT_SHUTDOWN): "poweroff",
+    int(lib.KVM_SYSTEM_EVENT_RESET): "reset",
+}
 MP_STATE: Final = struct.Struct("<I")  # struct kvm_mp_state
 WAITS_FOR_START: Final = (int(lib.KVM_MP_STATE_UNINITIALIZED), int(lib.KVM_MP_STATE_INIT_RECEIVED))
 MAX_CPUID: Final = 256  # KVM's own limit (KVM_MAX_CPUID_ENTRIES)
 
 
 class KvmVcpu(ThreadVcpu):
-    """``inline_handler`` is not used: reads leave the guest and come back."""
-
     def __init__(self, vm: KvmVm, kvm_fd: int, vm_fd: int, index: int, run_size: int) -> None:
         self.index = index
-        self.inline_handler: Callable[[VcpuExit], bytes | None] | None = None
         self._vm = vm
         self._kvm_fd = kvm_fd
         self._vm_fd = vm_fd
@@ -77,8 +60,7 @@ class KvmVcpu(ThreadVcpu):
         self._fd = int(native.fd)
         self._kicker = ffi.addressof(native, "kicker")
         # One buffer over kvm_run for the vCPU's life: an exit then costs one unpack and no allocation by cffi.
-        self._run = memoryview(ffi.buffer(native.run, run_size)).cast("B")
-        self._answer = (0, 0)  # where complete_read writes: offset, bytes
+        self._shared = memoryview(ffi.buffer(native.run, run_size)).cast("B")
         try:
             self._set_cpuid(index + 1)
             set_msrs(self._fd, boot.MSRS)
@@ -121,52 +103,63 @@ class KvmVcpu(ThreadVcpu):
         if self._fd < 0:
             raise HypervisorError("KVM_RUN", f"vCPU {self.index} is closed")
 
-    def run(self) -> VcpuExit:
-        return self._decode(lib.tv_vcpu_run(self._native, 0)) if self._fd >= 0 else INTERRUPTED
+    def run(self, bus: Bus) -> Outcome:
+        return self._run(bus, 0)
 
-    def run_immediate(self) -> VcpuExit:
-        return self._decode(lib.tv_vcpu_run(self._native, 1)) if self._fd >= 0 else INTERRUPTED
+    def finish(self, bus: Bus) -> Outcome:
+        return self._run(bus, 1)
 
-    def _decode(self, reason: int) -> VcpuExit:
-        if reason == EXIT_IO:
-            direction, size, port, count, offset = IO.unpack_from(self._run, UNION)
-            if direction == IO_OUT:
-                return IoOut(port, size, bytes(self._run[offset : offset + size * count]))
-            self._answer = (offset, size * count)
-            return IoIn(port, size, count)
-        if reason == EXIT_MMIO:
-            gpa, data, length, is_write = MMIO.unpack_from(self._run, UNION)
-            if is_write:
-                return MmioWrite(gpa, data[:length])
-            self._answer = (MMIO_DATA, length)
-            return MmioRead(gpa, length)
-        if reason == RUN_INTERRUPTED:
-            return INTERRUPTED
-        return self._decode_rare(reason)
+    def _run(self, bus: Bus, finish_only: int) -> Outcome:
+        """Hot: an exit costs one unpack and the access itself. The answer to a read lies in kvm_run until the next
+        KVM_RUN takes it, finishing or not."""
+        native, shared, run = self._native, self._shared, lib.tv_vcpu_run
+        while self._fd >= 0:
+            reason = run(native, finish_only)
+            if reason == EXIT_MMIO:
+                gpa, data, length, is_write = MMIO.unpack_from(shared, UNION)
+                if is_write:
+                    effect = bus.write_mmio(gpa, data[:length])
+                    if effect is not None:
+                        return effect
+                else:
+                    shared[MMIO_DATA : MMIO_DATA + length] = bus.read_mmio(gpa, length)
+            elif reason == EXIT_IO:
+                direction, size, port, count, offset = IO.unpack_from(shared, UNION)
+                end = offset + size * count
+                if direction == IO_OUT:
+                    effect = bus.write_port(port, size, bytes(shared[offset:end]))
+                    if effect is not None:
+                        return effect
+                else:
+                    shared[offset:end] = bus.read_port(port, size, count)
+            elif reason == RUN_INTERRUPTED:
+                return INTERRUPTED
+            else:
+                return self._ended(reason)
+        return INTERRUPTED
 
-    def _decode_rare(self, reason: int) -> VcpuExit:
-        if reason < 0:
-            return InternalError(RUN_FAILED, (-reason,))
-        if reason == lib.KVM_EXIT_SHUTDOWN:
-            return TripleFault()
-        if reason == lib.KVM_EXIT_HLT:
-            return Halted()
-        if reason == lib.KVM_EXIT_FAIL_ENTRY:
-            return FailEntry(struct.unpack_from("<Q", self._run, UNION)[0])
+    def _ended(self, reason: int) -> Outcome:
+        """``reason`` is an exit that is no access, or -errno of KVM_RUN."""
         if reason == lib.KVM_EXIT_SYSTEM_EVENT:
-            (kind,) = struct.unpack_from("<I", self._run, UNION)
-            names = {lib.KVM_SYSTEM_EVENT_SHUTDOWN: "shutdown", lib.KVM_SYSTEM_EVENT_RESET: "reset"}
-            return SystemEvent(names.get(kind, "crash"))
-        if reason == lib.KVM_EXIT_INTERNAL_ERROR:
-            suberror, count = struct.unpack_from("<II", self._run, UNION)
-            return InternalError(suberror, struct.unpack_from(f"<{min(count, MAX_WORDS)}Q", self._run, UNION + 8))
-        return InternalError(RUN_FAILED, (reason,))
-
-    def complete_read(self, data: bytes) -> None:
-        offset, length = self._answer
-        if len(data) != length:
-            data = data[:length].ljust(length, b"\xff")
-        self._run[offset : offset + length] = data
+            (event,) = struct.unpack_from("<I", self._shared, UNION)
+            return GuestRequest(SYSTEM_EVENTS.get(event, "crash"), "system event")
+        if reason < 0:
+            what = f"KVM_RUN failed: {os.strerror(-reason)}"
+        elif reason == lib.KVM_EXIT_SHUTDOWN:
+            what = "triple fault"
+        elif reason == lib.KVM_EXIT_HLT:  # the in-kernel LAPIC waits by itself
+            what = "halted for ever: no interrupt can wake it"
+        elif reason == lib.KVM_EXIT_FAIL_ENTRY:
+            (code,) = struct.unpack_from("<Q", self._shared, UNION)
+            what = f"the hardware refused the guest state ({code:#x})"
+        elif reason == lib.KVM_EXIT_INTERNAL_ERROR:
+            suberror, count = struct.unpack_from("<II", self._shared, UNION)
+            words = struct.unpack_from(f"<{min(count, MAX_WORDS)}Q", self._shared, UNION + 8)
+            what = f"hypervisor internal error {suberror}{' (instruction emulation)' if suberror == 1 else ''}"
+            what += f" [{' '.join(f'{word:#x}' for word in words)}]" if words else ""
+        else:
+            what = f"KVM_RUN gave exit {reason}, which nothing here asks for"
+        return Crashed(what, self.describe())
 
     def park(self, timeout_s: float) -> None:
         lib.tv_kicker_park(self._kicker, max(0, min(int(timeout_s * 1000 + 0.999), 60_000)))
@@ -228,5 +221,5 @@ class KvmVcpu(ThreadVcpu):
 
     def close(self) -> None:
         self._fd = -1
-        self._run.release()
+        self._shared.release()
         lib.tv_vcpu_close(self._native)

@@ -40,8 +40,9 @@ def _reset_lvts() -> dict[int, int]:
 
 @attrs.define(eq=False)
 class Lapic:
-    """``now`` arguments are nanoseconds of one monotonic clock."""
+    """``now`` arguments are nanoseconds of one monotonic clock. ``on_eoi(vector)`` is told of the EOI broadcast."""
 
+    on_eoi: Callable[[int], None]
     apic_id: int = 0
     tpr: int = 0
     ldr: int = 0
@@ -57,7 +58,6 @@ class Lapic:
     armed_at: int = 0
     expires: int | None = None
     nmi: bool = False
-    on_eoi: Callable[[int], None] | None = None  # the broadcast, with the vector
 
     # --- the guest's side ------------------------------------------------------------------------------------
 
@@ -192,8 +192,7 @@ class Lapic:
             return
         vector = self.isr.bit_length() - 1
         self.isr &= ~(1 << vector)
-        if self.on_eoi is not None:
-            self.on_eoi(vector)
+        self.on_eoi(vector)
 
     # --- timer -----------------------------------------------------------------------------------------------
 

@@ -52,18 +52,15 @@ class SoftVm(VmBackend):
     name: str = "soft"
     live_copy: bool = False
     physical: Physical = attrs.field(factory=Physical)
-    lapic: Lapic = attrs.field(factory=Lapic)
     chips: LegacyChips = attrs.field(factory=LegacyChips)
     ioapic: IoApic = attrs.field(factory=IoApic)
+    lapic: Lapic = attrs.field(default=attrs.Factory(lambda self: Lapic(self.ioapic.end_of_interrupt), takes_self=True))
     doorbells: dict[int, int] = attrs.field(factory=dict)
     slots: dict[int, tuple[int, int, int]] = attrs.field(factory=dict)
     _sources: dict[int, Source] = attrs.field(factory=dict, init=False)
     _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False)
     _epoll: select.epoll = attrs.field(factory=select.epoll, init=False)
     _vcpu: SoftVcpu | None = attrs.field(default=None, init=False)
-
-    def __attrs_post_init__(self) -> None:
-        self.lapic.on_eoi = self.ioapic.end_of_interrupt
 
     # --- memory ----------------------------------------------------------------------------------------------
 
@@ -158,6 +155,11 @@ class SoftVm(VmBackend):
         message = self.ioapic.pulse(pin)
         if message is not None:
             self.lapic.message(*message)
+
+    def interrupt_waits(self) -> bool:
+        """Whether there is one that the CPU would take, its flag aside. The vCPU's thread only."""
+        lapic = self.lapic
+        return lapic.nmi or lapic.pending() is not None or (self.chips.pending() and lapic.takes_extint())
 
     def next_pit_interrupt(self) -> int | None:
         """When the PIT next raises IRQ 0, in monotonic nanoseconds; None when it won't, or nobody would notice."""

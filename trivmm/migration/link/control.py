@@ -5,7 +5,6 @@ Owned by one sender or receiver, for one connection. What the state is and how i
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, TypeVar
 
@@ -13,8 +12,9 @@ import attrs
 import trio
 
 from trivmm.errors import DeadlineError, MigrationError, ProtocolError
-from trivmm.migration.link.halves import Channel, LinkLost
-from trivmm.migration.pages.land import DirtySet, Landing, PageCounts
+from trivmm.migration.link.halves import Connection, LinkLost
+from trivmm.migration.pages.land import PageSink
+from trivmm.migration.pages.send import DirtySet, PageCounts
 from trivmm.migration.wire.messages import Abort, Message
 from trivmm.migration.wire.session import Session, SessionState
 
@@ -31,15 +31,15 @@ class PeerAborted(MigrationError):
 
 @attrs.define(eq=False)
 class Link:
-    """``session`` is this side's view of the protocol's state."""
+    """``session`` is this side's view of the conversation."""
 
-    channel: Channel
+    connection: Connection
     session: Session
 
     @property
     def name(self) -> str:
         """Which connection, for messages."""
-        return self.channel.name
+        return self.connection.name
 
     @property
     def state(self) -> SessionState:
@@ -48,7 +48,7 @@ class Link:
     async def send(self, message: Message) -> None:
         data = self.session.send(message)
         try:
-            return await self.channel.send(data)
+            return await self.connection.sender.send(data)
         except LinkLost as error:
             lost = error
         raise await self._last_word(lost)
@@ -56,7 +56,7 @@ class Link:
     async def send_pages(self, dirty: DirtySet, limit: int, counts: PageCounts) -> bool:
         self.session.send_pages()
         try:
-            return await self.channel.send_pages(dirty, limit, counts)
+            return await self.connection.sender.send_pages(dirty, limit, counts)
         except LinkLost as error:
             lost = error
         raise await self._last_word(lost)
@@ -75,12 +75,12 @@ class Link:
                 pass
         return lost
 
-    async def receive(self, landing: Landing | None = None, report: Callable[[], None] | None = None) -> Message:
-        """The peer's next message. Pages land in ``landing`` where the session allows any.
+    async def receive(self, sink: PageSink | None = None) -> Message:
+        """The peer's next message. Pages go into ``sink`` where the session allows any.
 
         :raises PeerAborted: it was ABORT (after COMMIT that is a verdict, and returned).
         """
-        frame = await self.channel.receive(landing if self.session.takes_pages else None, report)
+        frame = await self.connection.receiver.receive(sink if self.session.takes_pages else None)
         message = self.session.receive(frame)
         if isinstance(message, Abort) and self.session.over:
             raise PeerAborted(f"{self.name}: the peer gave up: {message.reason}")
@@ -102,8 +102,8 @@ class Link:
         """:meth:`abort` without the close. A destination that said it first hears that it was heard (DONE)."""
         # Out of order, broken or gone: then it sees the connection close.
         with trio.move_on_after(FAREWELL_S, shield=True), suppress(MigrationError, DeadlineError):
-            await self.channel.send(self.session.farewell(reason))
+            await self.connection.sender.send(self.session.farewell(reason))
 
     async def close(self) -> None:
         with trio.move_on_after(FAREWELL_S, shield=True):
-            await self.channel.aclose()
+            await self.connection.aclose()

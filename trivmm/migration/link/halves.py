@@ -1,61 +1,49 @@
-"""One connection of a migration, as sender and receiver see it: frames and guest pages, in order.
+"""One connection of a migration in its two halves: what goes out, and what comes in. Frames and guest pages, in order.
 
-:class:`SocketChannel` moves pages in C, on a thread, with the GIL released (``ffi/pages.c``); :class:`StreamChannel`
-moves them in Python over any trio stream, which is what virtual time and tests use. Both bound every wait for the
-peer by the ``stall`` deadline: that long until a frame begins, and that long again until it is whole. A peer that lets
-a byte trickle now and then gains nothing, and a link that takes longer for half a megabyte is no good for migrations.
+A half belongs to one task at a time; the two are independent, but for the connection that they share. Both bound every
+wait for the peer by the ``stall`` deadline: that long until a frame begins, and that long again until it is whole. A
+peer that lets a byte trickle now and then gains nothing, and a link that takes longer for half a megabyte is no good
+for migrations.
 
-A channel belongs to one task at a time. A *control* frame may be waited for again after a cancelled wait (nothing is
-lost); a frame that was cut short on its way out, or pages cut short on their way in, break the channel for good. Each
-channel numbers what it sends from 0, a frame when it is whole on its way, and checks the numbers of what comes; the C
-side is given the number at hand and gives it back.
+A *control* frame may be waited for again after a cancelled wait (nothing is lost); a frame that was cut short on its
+way out, or pages cut short on their way in, break their half for good. The sender numbers its frames from 0, one when
+it is whole on its way, and the receiver checks the numbers of what comes.
+
+``sockets`` and ``streams`` have one kind each.
 """
 
 from __future__ import annotations
 
-import errno
-import mmap
-import os
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import attrs
 import trio
 
-from trivmm._native import ffi, lib
 from trivmm.deadlines import Deadlines
-from trivmm.errors import DeadlineError, MigrationError, ProtocolError
-from trivmm.migration.pages.land import DirtySet, Landing, PageCounts, bad_page, bad_page_crc, page_frames
-from trivmm.migration.wire.frame import (
-    FRAME_PAGES,
-    HEADER_BYTES,
-    PAGE_BYTES,
-    VERSION,
-    Frame,
-    FrameReader,
-    MessageType,
-    numbered,
-)
+from trivmm.errors import MigrationError
+from trivmm.migration.pages.land import PageSink
+from trivmm.migration.pages.send import DirtySet, PageCounts
+from trivmm.migration.wire.frame import Frame, FrameReader, numbered
 
-__all__ = ["Channel", "LinkLost", "SocketChannel", "StreamChannel"]
+__all__ = ["Connection", "FrameReceiver", "FrameSender", "LinkLost", "ReceivingHalf", "SendingHalf", "lost"]
 
-INTAKE_PAGES: Final = 32768  # pages between two progress reports of a receiver: some tenth of a second
 GRACE_MS: Final = 200  # how long a cancelled sender may take to end its frame, so that the stream stays usable
-RECEIVE_CHUNK: Final = 65536
 SILENT: Final = "the peer is silent"
 TRICKLES: Final = "the peer's frame does not end"
-DONE, BUDGET, KICKED, STALLED, ERRNO, EOF, BAD = range(7)  # enum tv_pages_reason
-BAD_LENGTH, BAD_BODY_CRC, BAD_SLOT, BAD_PAGE, BAD_PAGE_CRC = range(1, 6)  # enum tv_pages_problem
+TAKES_NOTHING: Final = "the peer takes no data"
 
 
 class LinkLost(MigrationError):
     """The connection ended or broke: the peer closed it, died, or the network did. Which of them, nobody can tell."""
 
 
-class Channel(Protocol):
-    """``name`` says which connection, for messages."""
+def lost(name: str, why: object) -> LinkLost:
+    return LinkLost(f"{name}: the connection is lost ({why})")
 
-    name: str
+
+class FrameSender(Protocol):
+    """What goes out."""
 
     async def send(self, data: bytes) -> None:
         """Send a whole frame, which gets its number here. :raises LinkLost: / :raises DeadlineError: (stall)."""
@@ -65,33 +53,84 @@ class Channel(Protocol):
 
         A cancelled call stops between two frames and leaves the rest in ``dirty``."""
 
-    async def receive(self, landing: Landing | None, report: Callable[[], None] | None = None) -> Frame:
-        """The next frame. With ``landing``, page frames are applied to it instead, and ``report`` is called
-        now and then. :raises ProtocolError: / :raises LinkLost: / :raises DeadlineError: (stall)."""
 
-    async def aclose(self) -> None:
-        """Idempotent, quick, also when cancelled."""
+class FrameReceiver(Protocol):
+    """What comes in."""
 
+    async def receive(self, sink: PageSink | None = None) -> Frame:
+        """The next frame. With ``sink``, page frames go there instead.
 
-def _lost(name: str, why: object) -> LinkLost:
-    return LinkLost(f"{name}: the connection is lost ({why})")
+        :raises ProtocolError: / :raises LinkLost: / :raises DeadlineError: (stall)."""
 
 
-def _closed(name: str, reader: FrameReader) -> LinkLost:
-    return _lost(name, "closed by the peer" + (" in the middle of a frame" if reader.pending else ""))
+@attrs.frozen(eq=False)
+class Connection:
+    """``name`` says which, for messages. ``aclose``: idempotent, quick, also when cancelled."""
+
+    name: str
+    sender: FrameSender
+    receiver: FrameReceiver
+    aclose: Callable[[], Awaitable[None]]
 
 
-async def _whole_frame(
-    reader: FrameReader, more: Callable[[], Awaitable[bytes]], name: str, deadlines: Deadlines
-) -> Frame:
-    """The next frame: ``stall`` until it begins, and ``stall`` until it is whole. What came stays in the reader."""
-    if not reader.pending:
-        with deadlines.enter("stall", f"{name}: {SILENT}"):
-            reader.feed(await more())
-    with deadlines.enter("stall", f"{name}: {TRICKLES}"):
-        while (frame := reader.next_frame()) is None:
-            reader.feed(await more())
-    return frame
+@attrs.define(eq=False)
+class SendingHalf:
+    """What both kinds of sender share. ``broken``: a frame was cut short."""
+
+    name: str
+    deadlines: Deadlines
+    sequence: int = attrs.field(default=0, init=False)  # of the next frame to be sent
+    broken: bool = attrs.field(default=False, init=False)
+
+    async def send(self, data: bytes) -> None:
+        self.check_whole()
+        frame = numbered(data, self.sequence)
+        await _with_grace(lambda: self._send_frame(frame))
+
+    def check_whole(self) -> None:
+        if self.broken:
+            raise lost(self.name, "a frame was cut short")
+
+    async def _send_frame(self, data: bytes) -> None:
+        self.broken = True
+        with self.deadlines.enter("stall", f"{self.name}: {TAKES_NOTHING}"):
+            await self.write(data)
+        self.broken = False
+        self.sequence += 1
+
+    async def write(self, data: bytes) -> None:
+        """All of it. :raises LinkLost: in a kind's own words."""
+        raise NotImplementedError
+
+
+@attrs.define(eq=False)
+class ReceivingHalf:
+    """What both kinds of receiver share."""
+
+    name: str
+    deadlines: Deadlines
+    reader: FrameReader = attrs.field(factory=FrameReader, init=False)
+
+    async def whole_frame(self) -> Frame:
+        """The next frame: ``stall`` until it begins, and ``stall`` until it is whole. What came stays in the reader."""
+        if not self.reader.pending:
+            with self.deadlines.enter("stall", f"{self.name}: {SILENT}"):
+                self.reader.feed(await self._more())
+        with self.deadlines.enter("stall", f"{self.name}: {TRICKLES}"):
+            while (frame := self.reader.next_frame()) is None:
+                self.reader.feed(await self._more())
+        return frame
+
+    async def _more(self) -> bytes:
+        data = await self.read()
+        if not data:
+            where = " in the middle of a frame" if self.reader.pending else ""
+            raise lost(self.name, f"closed by the peer{where}")
+        return data
+
+    async def read(self) -> bytes:
+        """Some bytes; none at the end. :raises LinkLost: in a kind's own words."""
+        raise NotImplementedError
 
 
 async def _with_grace(work: Callable[[], Awaitable[None]]) -> None:
@@ -116,226 +155,3 @@ async def _with_grace(work: Callable[[], Awaitable[None]]) -> None:
         nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure
-
-
-@attrs.define(eq=False)
-class StreamChannel:
-    """Over any trio stream; pages go through Python."""
-
-    stream: trio.abc.Stream
-    name: str
-    deadlines: Deadlines
-    _reader: FrameReader = attrs.field(factory=FrameReader)
-    _broken: bool = False
-    _sequence: int = 0  # of the next frame to be sent
-
-    async def send(self, data: bytes) -> None:
-        if self._broken:
-            raise _lost(self.name, "a frame was cut short")
-        frame = numbered(data, self._sequence)
-        await _with_grace(lambda: self._send_frame(frame))
-
-    async def _send_frame(self, data: bytes) -> None:
-        self._broken = True
-        try:
-            with self.deadlines.enter("stall", f"{self.name}: the peer takes no data"):
-                await self.stream.send_all(data)
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise _lost(self.name, error.__cause__ or "closed by the peer") from error
-        self._broken = False
-        self._sequence += 1
-
-    async def send_pages(self, dirty: DirtySet, limit: int, counts: PageCounts) -> bool:
-        for frame, pages, zero in page_frames(dirty, limit):
-            before = self._sequence
-            try:
-                await self.send(frame)
-            finally:
-                if self._sequence > before:  # whole on its way, also when the call was cancelled meanwhile
-                    for page in pages:
-                        dirty.discard(page)
-                    counts.bytes += len(frame)
-                    counts.pages += len(pages) - zero
-                    counts.zero_pages += zero
-        return dirty.count == 0
-
-    async def receive(self, landing: Landing | None, report: Callable[[], None] | None = None) -> Frame:
-        while True:
-            frame = await _whole_frame(self._reader, self._receive_some, self.name, self.deadlines)
-            if landing is None or frame.type not in (MessageType.PAGES, MessageType.ZERO):
-                return frame
-            landing.take(frame)
-            if report:
-                report()
-
-    async def _receive_some(self) -> bytes:
-        try:
-            data = bytes(await self.stream.receive_some(RECEIVE_CHUNK))
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise _lost(self.name, error.__cause__ or "closed by the peer") from error
-        if not data:
-            raise _closed(self.name, self._reader)
-        return data
-
-    async def aclose(self) -> None:
-        await trio.aclose_forcefully(self.stream)
-
-
-def _staging() -> Any:
-    """FRAME_PAGES pages, a mapping of their own: the host has them back with the channel. From the heap half a MiB a
-    channel would stay with the process, in pieces."""
-    return ffi.from_buffer("uint8_t[]", mmap.mmap(-1, FRAME_PAGES * PAGE_BYTES))
-
-
-class SocketChannel:
-    """Over a connected stream socket; pages go through C on one thread of this channel's own."""
-
-    def __init__(self, sock: trio.socket.SocketType, name: str, deadlines: Deadlines) -> None:
-        self.name = name
-        self.deadlines = deadlines
-        self._sock = sock
-        self._reader = FrameReader()
-        self._sequence = 0  # of the next frame to be sent
-        self._broken = False
-        self._closed = False
-        self._limiter = trio.CapacityLimiter(1)
-        self._staging: Any = _staging()
-        self._kick = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-
-    async def send(self, data: bytes) -> None:
-        if self._broken:
-            raise _lost(self.name, "a frame was cut short")
-        frame = numbered(data, self._sequence)
-        await _with_grace(lambda: self._send_frame(frame))
-
-    async def _send_frame(self, data: bytes) -> None:
-        self._broken = True
-        rest = memoryview(data)
-        with self.deadlines.enter("stall", f"{self.name}: the peer takes no data"):
-            while rest:
-                try:
-                    rest = rest[await self._sock.send(rest) :]
-                except (OSError, trio.ClosedResourceError) as error:
-                    raise _lost(self.name, error) from error
-        self._broken = False
-        self._sequence += 1
-
-    async def send_pages(self, dirty: DirtySet, limit: int, counts: PageCounts) -> bool:
-        if self._broken:
-            raise _lost(self.name, "a frame was cut short")
-        region = dirty.region
-        job, staging = ffi.new("struct tv_page_send *"), self._staging  # held until the thread is done with it
-        job.fd, job.kick_fd = self._sock.fileno(), self._kick
-        job.stall_ms, job.grace_ms = self._stall_ms, GRACE_MS
-        job.version, job.slot, job.pages = VERSION, region.slot, region.pages
-        job.hva, job.dirty, job.staging = ffi.cast("uint8_t *", region.hva), dirty.bits, staging
-        job.max_pages, job.sequence = limit, self._sequence
-        try:
-            await self._in_thread(lib.tv_pages_send, job)
-        finally:
-            self._sequence = job.sequence
-            self._broken = bool(job.broken)
-            counts.bytes += job.bytes
-            counts.pages += job.sent_pages
-            counts.zero_pages += job.zero_pages
-        self._check(job, "the peer takes no data")
-        return bool(job.reason == DONE)
-
-    async def receive(self, landing: Landing | None, report: Callable[[], None] | None = None) -> Frame:
-        if landing is not None and not self._reader.pending:
-            await self._receive_pages(landing, report)
-        frame = await _whole_frame(self._reader, self._receive_some, self.name, self.deadlines)
-        if landing is not None and frame.type in (MessageType.PAGES, MessageType.ZERO):
-            raise ProtocolError(f"{frame.type.name} in pieces")  # pragma: no cover - the C side takes all of these
-        return frame
-
-    async def _receive_some(self) -> bytes:
-        # Never more than the frame at hand: what follows may be pages, which the C side reads from the socket.
-        try:
-            data = await self._sock.recv(min(self._reader.wanted, RECEIVE_CHUNK))
-        except (OSError, trio.ClosedResourceError) as error:
-            raise _lost(self.name, error) from error
-        if not data:
-            raise _closed(self.name, self._reader)
-        return data
-
-    async def _receive_pages(self, landing: Landing, report: Callable[[], None] | None) -> None:
-        """Take page frames until another one comes, whose header then is in the reader."""
-        if self._broken:
-            raise _lost(self.name, "pages were cut short")
-        staging = self._staging  # held until the thread is done with it
-        while True:
-            job = ffi.new("struct tv_page_intake *")
-            job.fd, job.kick_fd, job.stall_ms, job.version = self._sock.fileno(), self._kick, self._stall_ms, VERSION
-            job.memory, job.max_pages = landing.memory.native, INTAKE_PAGES
-            job.staging, job.sequence = staging, self._reader.due
-            for slot, bits in enumerate(landing.landed):
-                job.landed[slot], job.memfd[slot] = bits, landing.memory.regions[slot].memfd
-            self._broken = True
-            try:
-                await self._in_thread(lib.tv_pages_receive, job)
-            finally:
-                self._reader.due = job.sequence
-                landing.counts.bytes += job.bytes
-                landing.counts.pages += job.sent_pages
-                landing.counts.zero_pages += job.zero_pages
-            if job.reason == BAD:
-                raise self._nonsense(job)
-            self._check(job, TRICKLES if job.until_ms else SILENT)
-            self._broken = False
-            if report:
-                report()
-            if job.reason == DONE:
-                self._reader.feed(bytes(ffi.buffer(job.header, HEADER_BYTES)))
-                return
-
-    @property
-    def _stall_ms(self) -> int:
-        return max(1, min(int(self.deadlines.stall * 1000), 0xFFFF_FFFF))
-
-    async def _in_thread(self, call: Callable[[Any], int], job: Any) -> None:
-        """Run a page job on a thread; a cancellation kicks it and waits for its end, which is GRACE_MS away."""
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._kick_on_cancel)
-                try:
-                    await trio.to_thread.run_sync(call, job, limiter=self._limiter)
-                finally:
-                    nursery.cancel_scope.cancel()
-        finally:
-            os.eventfd_read(self._kick)  # the kicker writes once at its end, whatever ended it
-
-    async def _kick_on_cancel(self) -> None:
-        try:
-            await trio.sleep_forever()
-        finally:
-            os.eventfd_write(self._kick, 1)
-
-    def _check(self, job: Any, silence: str) -> None:
-        if job.reason == STALLED:
-            raise DeadlineError("stall", self.deadlines.stall, f"{self.name}: {silence}")
-        if job.reason == EOF:
-            raise _lost(self.name, os.strerror(job.error) if job.error else "closed by the peer")
-        if job.reason not in (DONE, BUDGET):
-            raise _lost(self.name, os.strerror(job.error or errno.ECANCELED))
-
-    def _nonsense(self, job: Any) -> ProtocolError:
-        match job.problem:
-            case n if n == BAD_BODY_CRC:
-                return ProtocolError("bad CRC of a page list: the stream is damaged")
-            case n if n == BAD_SLOT:
-                return ProtocolError(f"there is no memory slot {job.bad_slot}")
-            case n if n == BAD_PAGE:
-                return bad_page(job.bad_slot, job.bad_page)
-            case n if n == BAD_PAGE_CRC:
-                return bad_page_crc(job.bad_slot, job.bad_page)
-            case _:
-                return ProtocolError("bad length of a page frame")
-
-    async def aclose(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self._sock.close()
-            os.close(self._kick)
-            self._staging = ffi.NULL  # a channel may be kept as long as the machine that came through it
-        await trio.lowlevel.checkpoint()

@@ -1,6 +1,6 @@
 """Where a migration goes and comes in: ``unix:/path`` and ``tcp:host:port`` URLs, dialling, listening.
 
-A :class:`Dialer` makes channels to the destination (more than one over a life: a verdict is asked for on a new
+A :class:`Dialer` makes connections to the destination (more than one over a life: a verdict is asked for on a new
 one); a :class:`Listener` accepts them. Unix ones are :mod:`trivmm.unixsocket`'s.
 """
 
@@ -14,7 +14,8 @@ import trio
 
 from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError, shown
-from trivmm.migration.link.halves import Channel, LinkLost, SocketChannel
+from trivmm.migration.link.halves import Connection, LinkLost
+from trivmm.migration.link.sockets import socket_connection
 from trivmm.unixsocket import UnixListener, check_path, listen_unix
 
 __all__ = ["Address", "Dialer", "Listener", "SocketDialer", "TcpAddress", "UnixAddress", "listen", "parse_url"]
@@ -70,14 +71,14 @@ class Dialer(Protocol):
     def transport(self) -> str:
         """What carries the stream: ``unix``, ``tcp``, ``memory``."""
 
-    async def dial(self) -> Channel:
+    async def dial(self) -> Connection:
         """:raises LinkLost: nobody listens there. :raises DeadlineError: (connect)."""
 
 
 class Listener(Protocol):
     url: str
 
-    async def accept(self) -> Channel: ...
+    async def accept(self) -> Connection: ...
 
     def close(self) -> None:
         """Idempotent; never blocks; removes what :func:`listen` left in the file system."""
@@ -92,7 +93,7 @@ class SocketDialer:
     def transport(self) -> str:
         return "unix" if isinstance(self.address, UnixAddress) else "tcp"
 
-    async def dial(self) -> Channel:
+    async def dial(self) -> Connection:
         try:
             with self.deadlines.enter("connect", f"{self.address}: no answer"):
                 if isinstance(self.address, UnixAddress):
@@ -102,15 +103,15 @@ class SocketDialer:
         except (OSError, ValueError) as error:  # ValueError: a host name that can't be one (IDNA, NUL)
             why = getattr(error, "strerror", None) or str(error)
             raise LinkLost(f"{self.address}: cannot connect ({why}); is a receiver waiting there?") from error
-        return _channel(stream.socket, str(self.address), self.deadlines)
+        return _connection(stream.socket, str(self.address), self.deadlines)
 
 
-def _channel(sock: trio.socket.SocketType, name: str, deadlines: Deadlines) -> SocketChannel:
+def _connection(sock: trio.socket.SocketType, name: str, deadlines: Deadlines) -> Connection:
     if sock.family == socket.AF_UNIX:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
     else:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # its buffers tune themselves
-    return SocketChannel(sock, name, deadlines)
+    return socket_connection(sock, name, deadlines)
 
 
 class SocketListener:
@@ -125,7 +126,7 @@ class SocketListener:
         self._deadlines = d
         self._closed = False
 
-    async def accept(self) -> Channel:
+    async def accept(self) -> Connection:
         while True:
             try:
                 sock, _ = await self._sock.accept()
@@ -134,7 +135,7 @@ class SocketListener:
                     raise trio.ClosedResourceError from error
                 await trio.sleep(0.1)  # a connection that is gone already, or no descriptors left just now
                 continue
-            return _channel(sock, f"{self.url} (incoming)", self._deadlines)
+            return _connection(sock, f"{self.url} (incoming)", self._deadlines)
 
     def close(self) -> None:
         if self._closed:

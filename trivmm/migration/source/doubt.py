@@ -14,7 +14,8 @@ import attrs
 from trivmm.deadlines import Deadlines
 from trivmm.errors import MigrationInDoubt, RunsElsewhere
 from trivmm.migration.link.transports import Dialer
-from trivmm.migration.source.verdict import Heard, ask
+from trivmm.migration.source.verdict import Finding, ask
+from trivmm.migration.wire.messages import Fate
 
 __all__ = ["Doubt", "Resolution"]
 
@@ -41,7 +42,7 @@ class Doubt:
     session: bytes | None
     reason: str
     dialer: Dialer
-    found: Heard | None = None
+    found: Finding | None = None
 
     def told(self) -> dict[str, Any]:
         """For vm.info."""
@@ -53,15 +54,15 @@ class Doubt:
         """As in :class:`Resolution`; None: nobody has asked since."""
         if self.found is None:
             return None
-        if self.found.running is None:
-            return "unknown" if self.found.answered else "unreachable"
-        return "running" if self.found.running else "refused"
+        if self.found.fate is None:
+            return "unreachable"
+        return self.found.fate.value if self.found.settled else Fate.UNKNOWN.value
 
     async def look(self, deadlines: Deadlines) -> Doubt:
         """Ask, within ``resolve``, unless the answer is known."""
         if self.session is None:
-            return attrs.evolve(self, found=Heard(False, self.reason))
-        if self.found is not None and self.found.running is not None:
+            return attrs.evolve(self, found=Finding(Fate.REFUSED, self.reason))
+        if self.found is not None and self.found.settled:
             return self
         return attrs.evolve(self, found=await ask(self.dialer, self.session, deadlines))
 

@@ -3,7 +3,7 @@
 It runs in its caller's task, which holds the VM's lease. Whatever happens before COMMIT (peer killed, silent or
 talking nonsense, a deadline, a cancellation) ends with the source running, then the throttle at 0 and the dirty log
 off, the locks held and a named error; after COMMIT it is shielded until there is a verdict, which takes at most the
-``commit`` deadline. How: ``precopy`` (rounds), ``switchover`` (downtime), ``verdict`` (commit).
+``commit`` deadline. How: ``plan`` (what next), ``precopy`` (rounds), ``switchover`` (downtime), ``verdict`` (commit).
 """
 
 from __future__ import annotations
@@ -20,24 +20,22 @@ import trio
 from trivmm.deadlines import Deadlines
 from trivmm.errors import CommitRefused, DeadlineError, MigrationError, MigrationInDoubt
 from trivmm.migration.link.control import FAREWELL_S, Link
-from trivmm.migration.link.roles import open_control
+from trivmm.migration.link.roles import PageLink, open_control
 from trivmm.migration.link.transports import Dialer, SocketDialer, parse_url
 from trivmm.migration.options import SendOptions, TimeoutStrategy
 from trivmm.migration.port import SourceMachine
 from trivmm.migration.progress import Downtime, MigrationProgress, MigrationReport, Phase, Tracker
 from trivmm.migration.source.disks import DiskFlushes
-from trivmm.migration.source.precopy import Estimates, Rounds
-from trivmm.migration.source.switchover import NO_LIMIT, Switchover
-from trivmm.migration.source.verdict import Heard, ask_for_verdict, say_done
-from trivmm.migration.wire.messages import SESSION_BYTES, Setup, SetupFail, SetupOk
+from trivmm.migration.source.plan import NO_LIMIT, Estimates, Plan, Step
+from trivmm.migration.source.precopy import Rounds
+from trivmm.migration.source.switchover import Switchover
+from trivmm.migration.source.verdict import Finding, ask_for_verdict, say_done
+from trivmm.migration.wire.messages import SESSION_BYTES, Fate, Setup, SetupFail, SetupOk
 
 __all__ = ["send", "socket_dialer"]
 
 logger = logging.getLogger(__name__)
-MAX_ATTEMPTS: Final = 5
-FIRST_BACK_OFF_S: Final = 0.1  # doubles with every undone switchover
-IDLE_ROUND_S: Final = 0.05  # between rounds with next to nothing to send: each costs the guest its write faults
-IDLE_PAGES: Final = 64
+IDLE_S: Final = 0.05  # between rounds with next to nothing to send
 
 
 def socket_dialer(url: str, deadlines: Deadlines) -> Dialer:
@@ -79,7 +77,6 @@ class _Sender:
     session_id: bytes
     _link: Link | None = None
     _switchover: Switchover | None = None
-    _first_resume_ms: float = 0.0
 
     @property
     def _limit_s(self) -> float:
@@ -127,12 +124,14 @@ class _Sender:
         deadline = trio.current_time() + self._timeout_s
         cancel = self.options.timeout_strategy is TimeoutStrategy.CANCEL
         with trio.CancelScope(deadline=deadline if cancel else math.inf) as scope:
-            link = await self._set_up()
-            estimates = Estimates(resume_ms=self._first_resume_ms)
-            rounds = Rounds(self.source, link, self.tracker, estimates)
+            link, resume_ms = await self._set_up()
+            estimates = Estimates(resume_ms=resume_ms)
+            plan = Plan(self._limit_s, deadline, not cancel, estimates)
+            page_links = (PageLink(link),)  # this version's: over CONTROL
+            rounds = Rounds(self.source, link, page_links, self.tracker, estimates)
             self._switchover = switchover = Switchover(self.source, link, self.tracker, rounds)
             if self.source.live_copy:
-                await self._precopy(switchover, rounds, deadline)
+                await self._precopy(plan, switchover, rounds)
             else:
                 await self._stop_and_copy(switchover, rounds)
             # Who cancelled before COMMIT was told that it can be: no last await has swallowed that.
@@ -150,7 +149,8 @@ class _Sender:
             f"{tracker.remaining_pages} pages left{expected}"
         )
 
-    async def _set_up(self) -> Link:
+    async def _set_up(self) -> tuple[Link, float]:
+        """And the destination's guess of its time to resume, in milliseconds."""
         self._link = link = await open_control(self.dialer, self.session_id)
         memory = tuple((region.gpa, region.size) for region in self.source.memory.regions)
         with self.source.deadlines.enter("handshake", f"{link.name}: the receiver does not answer SETUP"):
@@ -159,9 +159,8 @@ class _Sender:
         if isinstance(answer, SetupFail):
             raise MigrationError(f"{link.name}: the destination can't build this machine: {answer.reason}")
         assert isinstance(answer, SetupOk)  # the step table has nothing else
-        self._first_resume_ms = answer.resume_ms
         self.tracker.enter(Phase.PRECOPY)
-        return link
+        return link, answer.resume_ms
 
     async def _stop_and_copy(self, switchover: Switchover, rounds: Rounds) -> None:
         """Without a dirty log: stop first, then copy all of it. The downtime is as long as that takes."""
@@ -173,41 +172,30 @@ class _Sender:
         if why is not None:
             raise MigrationError(f"the machine can't be stopped: {why}")
 
-    async def _precopy(self, switchover: Switchover, rounds: Rounds, deadline: float) -> None:
+    async def _precopy(self, plan: Plan, switchover: Switchover, rounds: Rounds) -> None:
         """Rounds and attempts until one attempt succeeds."""
-        ignore = self.options.timeout_strategy is TimeoutStrategy.IGNORE
-
-        def time_is_up() -> bool:
-            return ignore and trio.current_time() >= deadline
-
         disks = DiskFlushes(self.source)
         await self.source.dirty_log.start()
         rounds.add_touched()
-        wait_until = 0.0
-        undone = 0
         while True:
-            await rounds.send_round(last=False, give_up=time_is_up)
-            left = await rounds.harvest()
-            self.tracker.estimated = expected = rounds.estimates.downtime(left)
-            limitless = time_is_up() or (ignore and undone >= MAX_ATTEMPTS)
-            limit_s = NO_LIMIT if limitless else self._limit_s
-            self.tracker.limit_ms = limit_s * 1000
-            # What was measured in an attempt may have been an outlier: after one, only the pages decide on the next.
-            fits = expected.total_ms <= limit_s * 1000 or (undone and expected.pages_ms <= limit_s * 500)
-            ripe = fits and trio.current_time() >= wait_until
-            if (ripe or limitless) and await disks.ready():
+            await rounds.send_round(last=False, give_up=lambda: plan.time_is_up(trio.current_time()))
+            left, now = await rounds.harvest(), trio.current_time()
+            limit_s = plan.limit_s(now)
+            self.tracker.estimated, self.tracker.limit_ms = plan.estimates.downtime(left), limit_s * 1000
+            step = plan.next_step(now, left)
+            if step is Step.SWITCH and not await disks.ready():
+                step = Step.IDLE
+            if step is Step.SWITCH:
                 why = await switchover.attempt(limit_s)
                 if why is None:
                     return
                 logger.info("switchover %d was undone: %s", self.tracker.attempts, why)
-                undone += 1
-                if undone >= MAX_ATTEMPTS and (limitless or not ignore):
-                    raise DeadlineError("downtime", self._limit_s, f"{undone} switchovers were undone; the last: {why}")
-                wait_until = trio.current_time() + FIRST_BACK_OFF_S * 2 ** (undone - 1)
-                await rounds.harvest()
-            elif left < IDLE_PAGES:
-                await trio.sleep(IDLE_ROUND_S)
-                await rounds.harvest()
+                plan.note_undone(trio.current_time(), why, limit_s)
+            elif step is Step.IDLE:
+                await trio.sleep(IDLE_S)
+            else:
+                continue
+            await rounds.harvest()
 
     async def _roll_back(self, error: BaseException) -> None:
         """The source runs again; then, and only then, the dirty log goes off, the peer is told and the link closed."""
@@ -235,31 +223,31 @@ class _Sender:
     async def _commit(self, switchover: Switchover) -> MigrationReport:
         """Shielded throughout: ends with a verdict, whatever is cancelled meanwhile."""
         with trio.CancelScope(shield=True):
-            outcome = await self._verdict(switchover.link)
-            if not outcome.running:
-                await self._stay(switchover, outcome)
+            found = await self._verdict(switchover.link)
+            if found.fate is not Fate.RUNNING:
+                await self._stay(switchover, found)
         self.tracker.remaining_pages = 0
         self.tracker.enter(Phase.DONE)
         return self.tracker.report()
 
-    async def _verdict(self, link: Link) -> Heard:
+    async def _verdict(self, link: Link) -> Finding:
         self.tracker.enter(Phase.COMMIT)
         sent = trio.current_time()
-        outcome = await ask_for_verdict(link, self.dialer, self.session_id, self.source.deadlines)
+        found = await ask_for_verdict(link, self.dialer, self.session_id, self.source.deadlines)
         parts = self.tracker.actual or Downtime()
         self.tracker.actual = attrs.evolve(parts, resume_ms=(trio.current_time() - sent) * 1000)
-        self.tracker.reason = outcome.reason or None
-        if outcome.running is not None:
+        self.tracker.reason = found.reason or None
+        if found.settled:
             await say_done(link, self.dialer, self.session_id)
         await link.close()
-        return outcome
+        return found
 
-    async def _stay(self, switchover: Switchover, outcome: Heard) -> NoReturn:
+    async def _stay(self, switchover: Switchover, found: Finding) -> NoReturn:
         """Not running there: back to the source where that was promised, otherwise nothing moves."""
-        if outcome.running is None:
+        if not found.settled:
             self.tracker.enter(Phase.IN_DOUBT)
             raise MigrationInDoubt(
-                f"{outcome.reason}: the VM stays paused here until the destination says what it did (docs/in-doubt.md)",
+                f"{found.reason}: the VM stays paused here until the destination says what it did (docs/in-doubt.md)",
                 self.session_id,
             )
         try:
@@ -271,4 +259,4 @@ class _Sender:
             self.tracker.enter(Phase.FAILED)
             raise
         self.tracker.enter(Phase.FAILED)
-        raise CommitRefused(f"the destination refused to run the VM: {outcome.reason}; the source runs again")
+        raise CommitRefused(f"the destination refused to run the VM: {found.reason}; the source runs again")

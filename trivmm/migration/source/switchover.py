@@ -7,9 +7,6 @@ resume fit into the limit. Otherwise it undoes everything, in reverse, and says 
 
 from __future__ import annotations
 
-import math
-from typing import Final
-
 import attrs
 import trio
 
@@ -22,8 +19,6 @@ from trivmm.migration.wire.messages import Ready, RoundAck, State, Undo, Undone
 from trivmm.migration.wire.session import SessionState
 
 __all__ = ["Switchover"]
-
-NO_LIMIT: Final = math.inf
 
 
 @attrs.define(eq=False)

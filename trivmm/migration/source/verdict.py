@@ -35,92 +35,86 @@ from trivmm.migration.link.control import FAREWELL_S, Link
 from trivmm.migration.link.halves import LinkLost
 from trivmm.migration.link.roles import open_control
 from trivmm.migration.link.transports import Dialer
-from trivmm.migration.wire.messages import Abort, Commit, Done, Query, Refused, Running, Verdict
+from trivmm.migration.wire.messages import Abort, Commit, Done, Fate, Query, Refused, Running, Verdict
 from trivmm.migration.wire.session import LAST_LOOK_S, SessionState
 
-__all__ = ["Heard", "ask", "ask_for_verdict", "say_done"]
+__all__ = ["Finding", "ask", "ask_for_verdict", "say_done"]
 
 logger = logging.getLogger(__name__)
 PATIENCE_S: Final = 1.0  # from COMMIT to the first question on a link that is silent: far more than any downtime limit
 ASK_AGAIN_S: Final = 0.1  # between two questions while the destination is still busy, or not reachable
 TRIES: Final = 5  # of an operator's question: a receiver that takes an address over is not there for a moment
-SETTLED: Final = {"running": True, "refused": False}
 
 
 @attrs.frozen
-class Heard:
-    """``running`` True: the destination runs, or ran, the machine. False: it never did (``reason``). None: nobody
-    knows; then ``answered`` says whether the destination was there at all."""
+class Finding:
+    """What the source found out. ``fate`` as the destination says it, and why; None: it could not be asked."""
 
-    running: bool | None
+    fate: Fate | None
     reason: str = ""
-    answered: bool = False
+
+    @property
+    def settled(self) -> bool:
+        return self.fate is not None and self.fate.settled
 
 
 @attrs.define(eq=False)
 class _Questions:
-    """Asks until there is an answer that settles it, and keeps what else it heard."""
+    """Asks until there is an answer that settles it, and keeps what it found last."""
 
     dialer: Dialer
     session_id: bytes
-    heard: Heard = Heard(None, "nobody was asked")
-    pending: bool = False
+    found: Finding = Finding(None, "nobody was asked")
     asked: int = 0
 
-    async def once(self, limit_s: float) -> Heard | None:
-        """One question, in at most ``limit_s``. None: it did not settle anything."""
+    async def once(self, limit_s: float) -> Finding:
+        """One question, in at most ``limit_s``."""
         self.asked += 1
-        self.pending = False
+        found = Finding(None, f"the destination does not answer within {limit_s:g} s")
         with trio.move_on_after(limit_s):
             try:
                 answer = await _ask(self.dialer, self.session_id)
             except (MigrationError, DeadlineError) as error:
-                self.heard = Heard(None, f"the destination can't be asked ({error})")
-                return None
-            self.pending = answer.verdict == "pending"
-            self.heard = Heard(SETTLED.get(answer.verdict), answer.reason, answered=True)
-            return None if self.heard.running is None else self.heard
-        self.heard = Heard(None, f"the destination does not answer within {limit_s:g} s")
-        return None
+                found = Finding(None, f"the destination can't be asked ({error})")
+            else:
+                found = Finding(answer.fate, answer.reason)
+        self.found = found
+        return found
 
-    async def until_settled(self, each_s: float) -> Heard:
+    async def until_settled(self, each_s: float) -> Finding:
         """Bounded by the caller."""
-        while True:
-            outcome = await self.once(each_s)
-            if outcome is not None:
-                return outcome
-            logger.info("no verdict yet: %s", self.heard.reason)
+        while not (found := await self.once(each_s)).settled:
+            logger.info("no verdict yet: %s", found.reason)
             await trio.sleep(ASK_AGAIN_S)
+        return found
 
 
-async def ask(dialer: Dialer, session_id: bytes, deadlines: Deadlines) -> Heard:
+async def ask(dialer: Dialer, session_id: bytes, deadlines: Deadlines) -> Finding:
     """An operator's question, later. Takes at most ``resolve``: an answer that settles it is given at once, one that
     doesn't (the machine is still being started) is asked for again, and so, a few times, is nobody at all."""
     questions = _Questions(dialer, session_id)
     with trio.move_on_after(deadlines.resolve):
         while True:
-            outcome = await questions.once(deadlines.resolve / 2)
-            if outcome is not None:
-                return outcome
-            if not questions.pending and (questions.heard.answered or questions.asked == TRIES):
+            found = await questions.once(deadlines.resolve / 2)
+            if found.settled or found.fate is Fate.UNKNOWN or (found.fate is None and questions.asked >= TRIES):
                 break
             await trio.sleep(ASK_AGAIN_S)
-    return questions.heard
+    return questions.found
 
 
-async def ask_for_verdict(link: Link, dialer: Dialer, session_id: bytes, deadlines: Deadlines) -> Heard:
+async def ask_for_verdict(link: Link, dialer: Dialer, session_id: bytes, deadlines: Deadlines) -> Finding:
     """Send COMMIT and find out what came of it. Shielded; takes at most ``commit``, and ``LAST_LOOK_S`` more."""
     patience_s = min(deadlines.commit / 4, PATIENCE_S)
     wait = _Wait(link, _Questions(dialer, session_id), max(deadlines.commit / 4, LAST_LOOK_S))
     with trio.CancelScope(shield=True):
-        outcome = await wait.race(deadlines.commit, patience_s, Commit(session_id))
-        if outcome is None:
+        found = await wait.race(deadlines.commit, patience_s, Commit(session_id))
+        if found is None:
             logger.warning("no verdict within commit: a last look")
-            outcome = await wait.race(LAST_LOOK_S, 0)
-    if outcome is not None:
-        return outcome
-    heard = wait.questions.heard
-    return Heard(None, f"no verdict within {deadlines.commit:g} s after COMMIT: {heard.reason}", heard.answered)
+            found = await wait.race(LAST_LOOK_S, 0)
+    if found is not None:
+        return found
+    last = wait.questions.found
+    return Finding(last.fate, f"no verdict within {deadlines.commit:g} s after COMMIT: {last.reason}")
 
 
 @attrs.define(eq=False)
@@ -132,9 +126,9 @@ class _Wait:
     each_s: float
     link_over: trio.Event = attrs.field(factory=trio.Event)
 
-    async def race(self, limit_s: float, patience_s: float, commit: Commit | None = None) -> Heard | None:
+    async def race(self, limit_s: float, patience_s: float, commit: Commit | None = None) -> Finding | None:
         """Send ``commit``, listen, and ask after ``patience_s`` or when the link breaks. None: neither brought any."""
-        found: Heard | None = None
+        found: Finding | None = None
 
         async def listen() -> None:
             nonlocal found
@@ -152,8 +146,8 @@ class _Wait:
             nonlocal found
             with trio.move_on_after(patience_s):
                 await self.link_over.wait()
-            outcome = await self.questions.until_settled(self.each_s)
-            found = found or outcome
+            answer = await self.questions.until_settled(self.each_s)
+            found = found or answer
             nursery.cancel_scope.cancel()
 
         with trio.move_on_after(limit_s):
@@ -162,7 +156,7 @@ class _Wait:
                 nursery.start_soon(question)
         return found
 
-    async def _listen(self, commit: Commit | None) -> Heard:
+    async def _listen(self, commit: Commit | None) -> Finding:
         if commit is not None:
             try:
                 await self.link.send(commit)
@@ -170,9 +164,9 @@ class _Wait:
                 logger.info("%s: what the peer said before it left still counts", error)
         match await self.link.receive():
             case Running():
-                return Heard(True, answered=True)
+                return Finding(Fate.RUNNING)
             case Refused(reason) | Abort(reason):
-                return Heard(False, reason, answered=True)
+                return Finding(Fate.REFUSED, reason)
             case other:  # pragma: no cover - the step table's
                 raise ProtocolError(f"{type(other).__name__} after COMMIT")
 
@@ -188,7 +182,7 @@ async def say_done(link: Link, dialer: Dialer, session_id: bytes) -> None:
     with trio.move_on_after(2 * FAREWELL_S, shield=True), suppress(MigrationError, DeadlineError):
         with trio.move_on_after(FAREWELL_S), suppress(MigrationError, DeadlineError):
             await link.send(Done())
-            await link.channel.receive(None)
+            await link.connection.receiver.receive()
         await _ask(dialer, session_id)
 
 
@@ -197,7 +191,7 @@ async def _ask(dialer: Dialer, session_id: bytes) -> Verdict:
     try:
         await link.send(Query())
         answer = await link.expect(Verdict)
-        if answer.verdict in SETTLED:
+        if answer.fate.settled:
             with trio.move_on_after(FAREWELL_S), suppress(MigrationError, DeadlineError):
                 await link.send(Done())
         return answer

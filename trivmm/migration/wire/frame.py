@@ -25,11 +25,16 @@ A migration, seen from the wire (source on the left; one connection)::
 Which message may come when is the table in ``session``. A frame, little-endian::
 
     0 magic "TVMg" · 4 version u16 · 6 type u16 · 8 length u32 · 12 body u32 · 16 sequence u64 · 24 body CRC32C ·
-    28 zero, not looked at · 52 CRC32C of 0..51
+    28 pages CRC32C · 32 zero, not looked at · 52 CRC32C of 0..51
 
 ``length`` counts all bytes after the header, ``body`` those of them that the body CRC covers: for all types but
-PAGES the two are equal and the body is a JSON object (ZERO and PAGES: see ``pages``). Limits are checked on the
-header, before anything is allocated.
+PAGES the two are equal and the body is a JSON object (ZERO and PAGES: see ``pages``). What follows the body are the
+guest's pages, and their CRC that of all of them, side by side as they were sent; without any it is 0. Limits are
+checked on the header, before anything is allocated.
+
+One CRC a frame is as good as one a page: whatever hits 32 bits in a row or fewer, and any three bits, is found with
+certainty in a frame of 512 KiB (CRC32C has that distance up to 256 MiB), all else with 2^-32 to be missed, as before;
+pages that changed places are such a case. The list that says where they go has its own, checked before any lands.
 
 ``sequence`` counts a connection's frames from 0, in each direction. A frame that is whole but not the next one was
 lost, repeated or moved on its way (a proxy that cuts and mends the stream): CRCs can't tell, and a lost frame of pages
@@ -37,8 +42,8 @@ would leave old memory in a running guest. ROUND_END says besides how many pages
 pages included, each time that one was sent), and the destination compares that with what landed.
 
 Magic and version stay where they are in every version, so that a peer of another one is named and not taken for
-damage. The rule is that current and previous are spoken. Version 2 had no HELLO, and nobody depended on it yet:
-today :data:`SUPPORTED` is version 3 alone.
+damage. The rule is that current and previous are spoken. Version 1 had no sequence numbers, version 2 no HELLO and a
+CRC for each page; nobody depends on either: today :data:`SUPPORTED` is version 3 alone.
 """
 
 from __future__ import annotations
@@ -63,7 +68,8 @@ __all__ = [
     "FrameReader",
     "Header",
     "MessageType",
-    "check_body",
+    "bad_pages_crc",
+    "check_content",
     "crc32c",
     "encode_frame",
     "numbered",
@@ -72,8 +78,8 @@ __all__ = [
 
 MAGIC: Final = b"TVMg"
 VERSION: Final = 3
-SUPPORTED: Final = (3,)  # current and previous; but 2 has no HELLO and 1 no sequence numbers either: both are refused
-HEADER: Final = struct.Struct("<4sHHIIQI24xI")  # as long as TV_FRAME_HEADER in ffi/pages.h, where the reason stands
+SUPPORTED: Final = (3,)  # current and previous; but 1 and 2 are refused, as said above
+HEADER: Final = struct.Struct("<4sHHIIQII20xI")  # as long as TV_FRAME_HEADER in ffi/pages.h, where the reason stands
 HEADER_BYTES: Final = HEADER.size
 SEQUENCE: Final = struct.Struct("<Q")
 CRC: Final = struct.Struct("<I")
@@ -111,7 +117,7 @@ MAX_BODY: Final[dict[MessageType, int]] = {
     **dict.fromkeys(MessageType, SMALL),
     MessageType.SETUP: 1 << 20,  # a configuration and a CPUID table
     MessageType.STATE: 4 << 20,  # 8 vCPUs of some 20 KiB and 64 devices of some 1 KiB, ten times over
-    MessageType.PAGES: 8 + 8 * FRAME_PAGES,
+    MessageType.PAGES: 8 + 4 * FRAME_PAGES,
     MessageType.ZERO: 8 + 8 * FRAME_RUNS,
 }
 
@@ -123,7 +129,8 @@ def crc32c(data: bytes) -> int:
 
 @attrs.frozen
 class Header:
-    """A checked header. ``length`` and ``body`` in bytes; ``sequence`` is the frame's number in its direction."""
+    """A checked header. ``length`` and ``body`` in bytes; ``sequence`` is the frame's number in its direction;
+    ``pages_crc`` is 0 where there are no pages."""
 
     version: int
     type: MessageType
@@ -131,6 +138,7 @@ class Header:
     body: int
     sequence: int
     body_crc: int
+    pages_crc: int
 
 
 @attrs.frozen
@@ -154,7 +162,7 @@ def _check_start(raw: bytes) -> None:
 def parse_header(raw: bytes) -> Header:
     """:raises ProtocolError: on a wrong magic, CRC, version, type or length; ``raw`` is HEADER_BYTES long."""
     _check_start(raw)
-    _, version, number, length, body, sequence, body_crc, header_crc = HEADER.unpack(raw)
+    _, version, number, length, body, sequence, body_crc, pages_crc, header_crc = HEADER.unpack(raw)
     if header_crc != crc32c(raw[:CHECKED]):
         raise ProtocolError("bad header CRC: the stream is damaged")
     try:
@@ -166,13 +174,20 @@ def parse_header(raw: bytes) -> Header:
         raise ProtocolError(f"bad length: {kind.name} of {length} bytes with a body of {body}")
     if payload > FRAME_PAGES * PAGE_BYTES or payload % PAGE_BYTES:
         raise ProtocolError(f"bad length: {payload} bytes of pages in one frame")
-    return Header(version, kind, length, body, sequence, body_crc)
+    return Header(version, kind, length, body, sequence, body_crc, pages_crc)
 
 
-def check_body(header: Header, body: bytes) -> None:
-    """:raises ProtocolError: when the CRC does not fit."""
+def check_content(header: Header, body: bytes, payload: bytes) -> None:
+    """:raises ProtocolError: when a CRC does not fit."""
     if crc32c(body) != header.body_crc:
-        raise ProtocolError(f"bad CRC of {header.type.name}: the stream is damaged")
+        raise ProtocolError(f"bad CRC of frame {header.sequence} ({header.type.name}): the stream is damaged")
+    if crc32c(payload) != header.pages_crc:
+        raise bad_pages_crc(header.sequence, int.from_bytes(body[:4], "little"))
+
+
+def bad_pages_crc(sequence: int, slot: int) -> ProtocolError:
+    """The pages of frame ``sequence`` are not those that were sent."""
+    return ProtocolError(f"bad CRC of the pages in frame {sequence}, of memory slot {slot}: the stream is damaged")
 
 
 def check_sequence(header: Header, due: int) -> None:
@@ -188,7 +203,8 @@ def encode_frame(kind: MessageType, body: bytes, payload: bytes = b"", version: 
     """A whole frame, number 0: whoever sends it says which one it is (:func:`numbered`)."""
     if len(body) > MAX_BODY[kind]:
         raise ProtocolError(f"{kind.name} of {len(body)} bytes does not fit; {MAX_BODY[kind]} is the limit")
-    head = HEADER.pack(MAGIC, version, kind, len(body) + len(payload), len(body), 0, crc32c(body), 0)[:CHECKED]
+    length, crcs = len(body) + len(payload), (crc32c(body), crc32c(payload))
+    head = HEADER.pack(MAGIC, version, kind, length, len(body), 0, *crcs, 0)[:CHECKED]
     return head + CRC.pack(crc32c(head)) + body + payload
 
 
@@ -224,7 +240,7 @@ class FrameReader:
             return None
         start, end = HEADER_BYTES + header.body, HEADER_BYTES + header.length
         body, payload = bytes(self._buffer[HEADER_BYTES:start]), bytes(self._buffer[start:end])
-        check_body(header, body)
+        check_content(header, body, payload)
         del self._buffer[:end]
         self._header = None
         self.due += 1

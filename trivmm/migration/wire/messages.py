@@ -23,6 +23,7 @@ __all__ = [
     "Abort",
     "Commit",
     "Done",
+    "Fate",
     "Hello",
     "Message",
     "Query",
@@ -50,7 +51,6 @@ MAX_ROUND: Final = 1 << 32
 MAX_PAGES: Final = 1 << 52  # as often as a page can be sent in a life
 MAX_MS: Final = 1e9
 MAX_LINKS: Final = 64  # connections for pages: far more than any host has queues
-VERDICTS: Final = ("running", "refused", "pending", "unknown")
 
 
 class Role(enum.Enum):
@@ -155,11 +155,23 @@ class Query:
     """What became of the session that HELLO named?"""
 
 
+class Fate(enum.Enum):
+    """What became of a machine at its destination, as that says it."""
+
+    RUNNING = "running"  # it runs there, or ran
+    REFUSED = "refused"  # it never ran there and never will, as in REFUSED
+    PENDING = "pending"  # not settled yet: ask again
+    UNKNOWN = "unknown"  # no such session there, or its start hung: it may have run
+
+    @property
+    def settled(self) -> bool:
+        """Asking again brings nothing new."""
+        return self in (Fate.RUNNING, Fate.REFUSED)
+
+
 @attrs.frozen
 class Verdict:
-    """``verdict``: ``running``, ``refused`` (as :class:`Refused`), ``pending`` (ask again) or ``unknown``."""
-
-    verdict: str
+    fate: Fate
     reason: str
 
 
@@ -215,6 +227,8 @@ def encode_message(message: Message, version: int = VERSION) -> bytes:
     match message:
         case State(state):
             value = state_to_json(state)
+        case Verdict(fate, reason):
+            value = {"fate": fate.value, "reason": reason}
         case Hello(session, role, index):
             value = {"session": session.hex(), "role": role.value, "index": index}
         case Setup(machine, memory):
@@ -245,6 +259,14 @@ def _role(fields: Fields) -> Role:
         if role.value == text:
             return role
     raise ProtocolError(f"HELLO: there is no role {text!r:.80}")
+
+
+def _fate(fields: Fields) -> Fate:
+    text = fields.text("fate", MAX_REASON)
+    for fate in Fate:
+        if fate.value == text:
+            return fate
+    raise ProtocolError(f"VERDICT: there is no fate {text!r:.80}")
 
 
 def _memory(fields: Fields) -> tuple[tuple[int, int], ...]:
@@ -300,9 +322,7 @@ def parse_message(frame: Frame) -> Message:
         case MessageType.QUERY:
             message = Query()
         case MessageType.VERDICT:
-            message = Verdict(fields.text("verdict", MAX_REASON), fields.line("reason", MAX_REASON))
-            if message.verdict not in VERDICTS:
-                raise ProtocolError(f"VERDICT: {message.verdict!r} is not one of {', '.join(VERDICTS)}")
+            message = Verdict(_fate(fields), fields.line("reason", MAX_REASON))
         case _:
             message = Abort(fields.line("reason", MAX_REASON))
     fields.end()

@@ -10,7 +10,7 @@ refused: nothing is mapped, ``refused_placements`` counts it, and it is tried ag
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import attrs
 
@@ -21,7 +21,7 @@ from trivmm.errors import ConfigError
 from trivmm.memory import layout
 from trivmm.platform.pci.config_space import PciConfigSpace
 from trivmm.platform.pci.function import PciFunction
-from trivmm.state.fields import Fields
+from trivmm.state.platform import PciBusState
 
 __all__ = ["CONFIG_PORTS", "SLOTS", "HostBridge", "PciBus"]
 
@@ -210,20 +210,19 @@ class PciBus:
 
     # --- state -------------------------------------------------------------------------------------------
 
-    def save(self) -> dict[str, Any]:
+    def save(self) -> PciBusState:
         """The latch only: each function saves its own configuration space; the host bridge's is here."""
-        return {"address": self._address, "host_bridge": self.functions[0].config.save()}
+        return PciBusState(self._address, self.functions[0].config.save())
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Load the functions' configuration spaces first: this places all BARs again.
+    def check(self, state: PciBusState, where: str) -> None:
+        """:raises ProtocolError: see :meth:`PciConfigSpace.check`."""
+        self.functions[0].config.check(state.host_bridge, f"{where}.host_bridge")
 
-        :raises ProtocolError: when the state is malformed."""
-        fields = Fields("pci bus", state)
-        address = fields.integer("address", 0, 0xFFFF_FFFF)
-        host_bridge = fields.object("host_bridge")
-        fields.end()
-        self.functions[0].config.load(host_bridge)
-        self._address = address
+    def load(self, state: PciBusState) -> None:
+        """Take over what :meth:`check` has passed; after the functions' configuration spaces, since this places all
+        BARs again. One that a peer put over RAM, or over another's, decodes no more than where a guest puts it."""
+        self.functions[0].config.load(state.host_bridge)
+        self._address = state.address
         self.place()
 
 

@@ -6,22 +6,23 @@ keeps a register whole. What a guest may change is one mask over the 256 bytes; 
 The header follows PCI Local Bus 3.0, chapter 6. As in Cloud Hypervisor the command register reads 0 at first
 although the BARs, which the VMM has assigned, decode from the start; once the guest has set its memory-enable bit,
 that bit decides. (Before, a driver that only adds the bus-master bit would turn its device off unknowingly.) A BAR
-that was written with all-ones is being *sized* and does not decode.
+that was written with all-ones is being *sized* and does not decode. Bus mastering is off until the guest sets its bit:
+its function sees to that.
 """
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import attrs
 
 from trivmm.bus.lock import BoundedLock
-from trivmm.errors import ProtocolError
-from trivmm.state.fields import Fields
+from trivmm.state.platform import PCI_CONFIG_BYTES, PciConfigState
+from trivmm.state.strict import refused
 
 __all__ = ["COMMAND", "CONFIG_SIZE", "MEMORY_ENABLE", "Bar", "PciConfigSpace"]
 
-CONFIG_SIZE: Final = 256
+CONFIG_SIZE: Final = PCI_CONFIG_BYTES
 COMMAND: Final = 0x04
 STATUS: Final = 0x06
 CACHE_LINE: Final = 0x0C
@@ -33,6 +34,7 @@ INTERRUPT_LINE: Final = 0x3C
 FIRST_CAPABILITY: Final = 0x40
 
 MEMORY_ENABLE: Final = 0x2
+BUS_MASTER: Final = 0x4
 STATUS_HAS_CAPABILITIES: Final = 0x10
 MEMORY_64BIT: Final = 0x4
 PREFETCHABLE: Final = 0x8
@@ -164,6 +166,16 @@ class PciConfigSpace:
         """Whether memory BARs decode."""
         return not self._was_enabled or bool(self._bytes[COMMAND] & MEMORY_ENABLE)
 
+    @property
+    def bus_master(self) -> bool:
+        """Whether the function may touch memory and send messages."""
+        return bool(self._bytes[COMMAND] & BUS_MASTER)
+
+    @staticmethod
+    def holds_command(offset: int, size: int) -> bool:
+        """Whether an access reaches the command register."""
+        return offset < COMMAND + 2 and offset + size > COMMAND
+
     def bar_address(self, index: int) -> int:
         """The address that the BAR's registers hold now, wherever it may be mapped."""
         register = BAR0 + 4 * index
@@ -187,35 +199,35 @@ class PciConfigSpace:
 
     # --- state -------------------------------------------------------------------------------------------
 
-    def save(self) -> dict[str, Any]:
+    def save(self) -> PciConfigState:
         with self._lock:
-            return {
-                "registers": self._bytes.hex(),
-                "was_enabled": self._was_enabled,
-                "sizing": sorted(self._sizing),
-            }
+            return PciConfigState(bytes(self._bytes), self._was_enabled, tuple(sorted(self._sizing)))
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Take the guest-writable bits of a saved space. The caller places the BARs again (``PciBus.place``).
+    def check(self, state: PciConfigState, where: str) -> None:
+        """:raises ProtocolError: when it is another device's, or says what no guest can have written."""
+        differs = _number(self._bytes) ^ _number(state.registers)
+        if differs & ~_number(self._writable):
+            at = next(
+                at
+                for at, (own, mask, saved) in enumerate(zip(self._bytes, self._writable, state.registers, strict=True))
+                if (own ^ saved) & ~mask & 0xFF
+            )
+            wanted = f"{self._bytes[at]:#x}, which no guest can change"
+            raise refused(f"{where}.registers[{at:#x}]", hex(state.registers[at]), wanted)
+        if state.registers[COMMAND] & MEMORY_ENABLE and not state.was_enabled:
+            raise refused(f"{where}.was_enabled", False, "true where memory is enabled")
+        for each in state.sizing:
+            if each not in range(BAR0, BAR0 + 4 * BARS, 4) or state.sizing.count(each) > 1:
+                raise refused(f"{where}.sizing", state.sizing, "registers of BARs, each at most once")
 
-        :raises ProtocolError: when the state is malformed or is another device's."""
-        fields = Fields("pci config", state)
-        text = fields.text("registers", 2 * CONFIG_SIZE)
-        was_enabled = fields.boolean("was_enabled")
-        sizing = fields.array("sizing", BARS)
-        fields.end()
-        try:
-            registers = bytes.fromhex(text)
-        except ValueError:
-            registers = b""
-        allowed = range(BAR0, BAR0 + 4 * BARS, 4)
-        if len(registers) != CONFIG_SIZE or not all(type(each) is int and each in allowed for each in sizing):
-            raise ProtocolError("pci config: not a saved configuration space")
-        for offset, (own, mask, saved) in enumerate(zip(self._bytes, self._writable, registers, strict=True)):
-            if (own ^ saved) & ~mask & 0xFF:
-                raise ProtocolError(f"pci config: byte {offset:#x} is {saved:#x}, but this device has {own:#x}")
+    def load(self, state: PciConfigState) -> None:
+        """Take over what :meth:`check` has passed. The caller places the BARs again (``PciBus.place``)."""
         with self._lock:
-            self._bytes[:] = registers
-            self._was_enabled = was_enabled
-            self._sizing = set(sizing)
+            self._bytes[:] = state.registers
+            self._was_enabled = state.was_enabled
+            self._sizing = set(state.sizing)
             self.layout_version += 1
+
+
+def _number(registers: bytes | bytearray) -> int:
+    return int.from_bytes(registers, "big")

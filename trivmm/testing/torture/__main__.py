@@ -16,11 +16,12 @@ import attrs
 import trio
 
 from trivmm.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, say_error
-from trivmm.cli.options import parse_deadlines, parse_integer
+from trivmm.cli.options import parse_deadlines
 from trivmm.cli.parser import Parser, UsageError
 from trivmm.deadlines import TABLE, Deadlines
 from trivmm.errors import ConfigError, HypervisorError, TrivmmError
 from trivmm.hypervisor.select import choose_hypervisor
+from trivmm.syntax import parse_integer
 from trivmm.testing.torture.judge import judge
 from trivmm.testing.torture.plan import KINDS, QUICK, Kind, draw, parse_kinds, parse_points
 from trivmm.testing.torture.report import Result, Results

@@ -21,6 +21,7 @@ import trio
 from trivmm.errors import ProtocolError
 from trivmm.migration.link.transports import Address, UnixAddress
 from trivmm.migration.wire.frame import HEADER_BYTES, MessageType, parse_header
+from trivmm.unwrapped import unwrapped_nursery
 
 __all__ = ["Box", "Fate", "Hook", "open_box"]
 
@@ -126,7 +127,8 @@ class Box:
             await trio.aclose_forcefully(far)
 
     async def _pump(self, pair: _Pair, here: trio.SocketStream, there: trio.SocketStream, first: bool) -> None:
-        """One direction, until it ends or breaks; its end goes on, too."""
+        """One direction, until it ends or breaks; its end goes on, too. What the one who left said before it did comes
+        the other way, and is passed on."""
         try:
             if first:
                 await self._pump_frames(pair, here, there)
@@ -138,7 +140,8 @@ class Box:
             await there.send_eof()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             if not pair.silent:
-                await pair.close()
+                with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                    await there.send_eof()
 
     async def _pump_frames(self, pair: _Pair, here: trio.SocketStream, there: trio.SocketStream) -> None:
         late: list[tuple[int, bytes]] = []  # (after how many frames, frame)
@@ -214,23 +217,15 @@ async def _listen(address: Address) -> trio.SocketListener:
 @asynccontextmanager
 async def open_box(front: Address, target: Address, hook: Hook) -> AsyncIterator[Box]:
     """A box that listens at ``front``, for the length of the block; every connection through it ends with it."""
-    failure: BaseException | None = None
     listener = await _listen(front)
     try:
-        async with trio.open_nursery() as nursery:
+        async with unwrapped_nursery() as nursery:
             box = Box(target, hook)
             await nursery.start(trio.serve_listeners, box.serve, [listener])
-            try:
-                yield box
-            except trio.Cancelled:
-                raise
-            except BaseException as error:
-                failure = error  # raised again outside the nursery, so that it isn't wrapped in a group
+            yield box
             nursery.cancel_scope.cancel()
     finally:
         listener.socket.close()  # no await: this may be the end by a cancellation
         if isinstance(front, UnixAddress):
             with contextlib.suppress(OSError):
                 os.unlink(front.path)
-    if failure is not None:
-        raise failure

@@ -13,9 +13,8 @@ import time
 from collections.abc import Generator
 from typing import Final
 
-from trivmm.hypervisor.base import IoOut
 from trivmm.platform.serial import COM1
-from trivmm.testing.scripted import Compute, Script, ScriptedHypervisor, ScriptedVcpu, Step
+from trivmm.testing.scripted import Compute, IoOut, Script, ScriptedHypervisor, ScriptedVcpu, Step
 
 __all__ = ["checking_guest", "main"]
 

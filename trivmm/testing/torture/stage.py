@@ -16,6 +16,7 @@ import trio
 from trivmm.deadlines import Deadlines
 from trivmm.errors import TrivmmError
 from trivmm.testing.torture.hosts import Host, HostError, guest_config, open_host, until
+from trivmm.unwrapped import unwrapped_nursery
 
 __all__ = ["Stage", "listens", "open_stage", "send"]
 
@@ -184,14 +185,6 @@ def listens(url: str) -> bool:
 @asynccontextmanager
 async def open_stage(folder: Path, hypervisor: str, limits: Deadlines) -> AsyncIterator[Stage]:
     """For the length of the block; then every process is killed."""
-    failure: BaseException | None = None
-    async with trio.open_nursery() as nursery:
-        try:
-            yield Stage(folder, hypervisor, limits, nursery)
-        except trio.Cancelled:
-            raise
-        except BaseException as error:
-            failure = error  # raised again outside the nursery, so that it isn't wrapped in a group
+    async with unwrapped_nursery() as nursery:
+        yield Stage(folder, hypervisor, limits, nursery)
         nursery.cancel_scope.cancel()
-    if failure is not None:
-        raise failure

@@ -327,8 +327,10 @@ class _Trial:
         assert self._box is not None
         # A destination that runs a VM whose source was not heard any more answers for ever, any other one for a while.
         answers = copies[1].runs and MessageType.DONE not in self._box.passed
-        if not answers and not await until(lambda: not listens(url), 2 * (limits.commit + 1) + SLACK_S):
-            left += [f"a listener at {url}"] if self.target.alive else []
+        if not answers and not await until(
+            lambda: not self.target.alive or not listens(url), 2 * (limits.commit + 1) + SLACK_S
+        ):
+            left.append(f"a listener at {url}")
         ended = self.plan.kind.act in (Act.KILL, Act.TERM) and self._acted
         for host, copy, side in zip((self.source, self.target), copies, Side, strict=True):
             hurt = ended and self.plan.kind.side is side

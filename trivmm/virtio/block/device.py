@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-import re
 import struct
-from typing import Any, Final
+from typing import Annotated, Any, Final
+
+import attrs
 
 from trivmm._native import ffi, lib
 from trivmm.config import DiskConfig
-from trivmm.errors import ConfigError, ProtocolError
+from trivmm.errors import ConfigError
 from trivmm.memory.guest import GuestMemory
-from trivmm.state.fields import Fields
+from trivmm.values import U64, Exactly
 from trivmm.virtio.block.counts import BlockCounts
 from trivmm.virtio.block.image import SECTOR, Image
-from trivmm.virtio.device import RING_FEATURES, WorkerDevice
+from trivmm.virtio.device import RING_FEATURES, DeviceDescription, WorkerDevice
 from trivmm.virtio.queue import QueueWorker
 
 __all__ = ["BlockDevice"]
@@ -32,10 +33,19 @@ ID_BYTES: Final = 20  # section 5.2.6.2: what GET_ID gives
 CONFIG: Final = struct.Struct("<QII HBB I BBH I BBH")  # section 5.2.4 up to num_queues and padding
 
 
+@attrs.frozen
+class BlockDescription(DeviceDescription):
+    """``identity`` is what GET_ID answers."""
+
+    sectors: U64
+    identity: Annotated[bytes, Exactly(ID_BYTES)]
+
+
 class BlockDevice(WorkerDevice):
     """``lock`` False is for a destination: it takes the image's lock at COMMIT."""
 
     device_type = 2
+    description_type = BlockDescription
 
     def __init__(self, config: DiskConfig, memory: GuestMemory, name: str, *, lock: bool = True) -> None:
         """:raises ConfigError: naming what is wrong with the disk."""
@@ -82,24 +92,22 @@ class BlockDevice(WorkerDevice):
         space = CONFIG.pack(self._sectors, size_max, seg_max, 0, 0, 0, SECTOR, 0, 0, 0, 0, 0, 0, len(self.queue_sizes))
         return space[offset : offset + size].ljust(size, b"\xff")
 
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | {"sectors": self._sectors, "identity": self._id.hex()}
+    def describe(self) -> BlockDescription:
+        plain = super().describe()
+        return BlockDescription(plain.type, plain.features, plain.queue_sizes, self._sectors, self._id)
 
-    def _become(self, fields: Fields) -> None:
+    def become(self, described: Any) -> None:
         """Capacity and identity are the sender's: this image may be a longer one, with another inode."""
-        sectors = fields.integer("sectors", 0, (1 << 64) - 1)
-        identity = fields.text("identity", 2 * ID_BYTES)
-        if not re.fullmatch(f"[0-9a-f]{{{2 * ID_BYTES}}}", identity):
-            raise ProtocolError(f"{self.name}: identity is {identity!r}, not {ID_BYTES} bytes in hexadecimal")
-        if sectors > self.image.sectors:
+        super().become(described)
+        if described.sectors > self.image.sectors:
             raise ConfigError(
                 "disks.path",
                 self.image.path,
-                f"has {self.image.sectors} sectors, the sender's disk has {sectors}",
+                f"has {self.image.sectors} sectors, the sender's disk has {described.sectors}",
                 "give the same image, or a full copy of it",
             )
-        self._sectors, self._id = sectors, bytes.fromhex(identity)
-        self.image.promised = sectors * SECTOR
+        self._sectors, self._id = described.sectors, described.identity
+        self.image.promised = described.sectors * SECTOR
 
     def _count(self, worker: QueueWorker) -> None:
         self._counted += BlockCounts.of(worker.native)

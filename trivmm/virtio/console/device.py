@@ -7,22 +7,25 @@ Queue 0 receives what is typed, queue 1 transmits what the guest says; both end 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Final
 
+import attrs
 import trio
 
 from trivmm._native import ffi, lib
 from trivmm.config import ConsoleConfig
 from trivmm.memory.guest import GuestMemory
+from trivmm.platform.line import Line
 from trivmm.platform.sinks import FdSink, Sink
-from trivmm.state.fields import Fields
+from trivmm.state.platform import LineInput, LineOutput
+from trivmm.values import U16, Within
 from trivmm.virtio.console.line import ConsoleLine
 from trivmm.virtio.device import RING_FEATURES, WorkerDevice
 from trivmm.virtio.port import Activation, QueueConfig
 from trivmm.virtio.queue import QueueWorker
 
-__all__ = ["ConsoleDevice"]
+__all__ = ["ConsoleDevice", "ConsoleState"]
 
 F_SIZE: Final = 1 << 0
 QUEUE_SIZE: Final = 256
@@ -32,12 +35,24 @@ PORTS: Final = 1
 MAX_SIZE: Final = (1 << 16) - 1
 
 
+@attrs.frozen
+class ConsoleState:
+    """``tx_taken``: bytes of the chain that the device is at which the output has already."""
+
+    columns: U16
+    rows: U16
+    tx_taken: Annotated[int, Within(0, 1 << 30)]  # TV_CHAIN_BYTES: no chain is longer
+    tx: LineOutput
+    rx: LineInput
+
+
 class ConsoleDevice(WorkerDevice):
     """``sink`` None is for a destination: it gets its own at COMMIT. Owns the sink."""
 
     device_type = 3
     features = RING_FEATURES | F_SIZE
     queue_sizes = (QUEUE_SIZE, QUEUE_SIZE)
+    state_type = ConsoleState
 
     def __init__(self, config: ConsoleConfig, memory: GuestMemory, sink: Sink | None, name: str = "__console") -> None:
         super().__init__(config.id or name, memory)
@@ -45,7 +60,7 @@ class ConsoleDevice(WorkerDevice):
         self._sized = False  # the driver has taken F_SIZE and is active
         self._received = self._transmitted = 0  # by workers that have ended
         self.line = ConsoleLine(sink)
-        self.measure()
+        self.terminal_resized()
 
     # --- size ------------------------------------------------------------------------------------------------
 
@@ -54,7 +69,11 @@ class ConsoleDevice(WorkerDevice):
         """(columns, rows) as the driver is told; zeros where there is no terminal."""
         return self._size
 
-    def measure(self) -> None:
+    @property
+    def lines(self) -> Mapping[str, Line]:
+        return {"console": self.line}
+
+    def terminal_resized(self) -> None:
         """Take the size of the terminal behind the line, if there is one; what it was otherwise stays."""
         sink = self.line.sink
         size = sink.size() if isinstance(sink, FdSink) else (0, 0)
@@ -107,16 +126,13 @@ class ConsoleDevice(WorkerDevice):
 
     # --- state -----------------------------------------------------------------------------------------------
 
-    def save(self) -> dict[str, Any]:
-        return {"columns": self._size[0], "rows": self._size[1]} | self.line.save()
+    def save(self) -> ConsoleState:
+        tx_taken, tx, rx = self.line.save()
+        return ConsoleState(*self._size, tx_taken, tx, rx)
 
-    def load(self, state: dict[str, Any]) -> None:
-        """:raises ProtocolError: when the state is malformed."""
-        fields = Fields(self.name, state)
-        size = fields.integer("columns", 0, MAX_SIZE), fields.integer("rows", 0, MAX_SIZE)
-        self.line.load(fields)
-        fields.end()
-        self._size = size
+    def load(self, state: ConsoleState) -> None:
+        self.line.load(state.tx_taken, state.tx, state.rx)
+        self._size = state.columns, state.rows
 
     def counters(self) -> dict[str, int]:
         live = [worker.native for worker in self._workers]

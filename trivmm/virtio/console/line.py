@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from trivmm._native import ffi, lib
-from trivmm.errors import ProtocolError
 from trivmm.platform.line import Line, dump_rings, load_rings
 from trivmm.platform.sinks import Sink
-from trivmm.state.fields import Fields
 
 __all__ = ["ConsoleLine"]
 
@@ -18,16 +14,16 @@ class ConsoleLine(Line):
         """:raises MemoryError:"""
         super().__init__("console", sink, lib.tv_console_new, lib.tv_console_free, lib.tv_console_line)
 
-    def save(self) -> dict[str, Any]:
-        """With the workers ended. What is in the rings stays unsent and untyped here until :meth:`thaw`."""
+    def save(self) -> tuple[int, bytes, bytes]:
+        """(bytes taken of the chain that the device is at, output, input), with the workers ended. What is in the rings
+        stays unsent and untyped here until :meth:`thaw`."""
         native = ffi.new("struct tv_console_state *")
         lib.tv_console_save(self.native, native, self.hold())
-        return {"tx_taken": native.tx_taken} | dump_rings(native.line)
+        tx, rx = dump_rings(native.line)
+        return int(native.tx_taken), tx, rx
 
-    def load(self, fields: Fields) -> None:
-        """:raises ProtocolError: when the state is malformed."""
+    def load(self, tx_taken: int, tx: bytes, rx: bytes) -> None:
         native = ffi.new("struct tv_console_state *")
-        native.tx_taken = fields.integer("tx_taken", 0, lib.TV_CHAIN_BYTES)  # no chain is longer
-        load_rings("console", fields, native.line)
-        if lib.tv_console_load(self.native, native):  # pragma: no cover - the lengths were checked above
-            raise ProtocolError("console: the saved rings do not fit")
+        native.tx_taken = tx_taken
+        load_rings(native.line, tx, rx)
+        lib.tv_console_load(self.native, native)

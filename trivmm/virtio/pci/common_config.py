@@ -12,8 +12,8 @@ from typing import Any, Final
 
 import attrs
 
-from trivmm.state.fields import Fields
-from trivmm.state.virtio import NO_VECTOR, QueueState
+from trivmm.state.strict import refused
+from trivmm.state.virtio import NO_VECTOR, QueueState, RegistersState
 from trivmm.virtio.life import DRIVER_OK, FEATURES_OK
 from trivmm.virtio.setup import DeviceLimits, DriverSetup, queue_fault
 
@@ -21,7 +21,6 @@ __all__ = ["COMMON_SIZE", "DEVICE_STATUS", "CommonConfig"]
 
 COMMON_SIZE: Final = 56
 DEVICE_STATUS: Final = 0x14
-U64: Final = (1 << 64) - 1
 ADDRESSES: Final = {0x20: "desc_gpa", 0x28: "avail_gpa", 0x30: "used_gpa"}
 
 
@@ -153,41 +152,40 @@ class CommonConfig:
 
     # --- state -----------------------------------------------------------------------------------------------
 
-    def save(self) -> dict[str, Any]:
-        return {
-            "device_feature_select": self.device_feature_select,
-            "driver_feature_select": self.driver_feature_select,
-            "acked": self.acked,
-            "config_vector": self.config_vector,
-            "queue_select": self.queue_select,
-            "generation": self.generation & 0xFF,
-            "queues": [
-                [queue.size, queue.vector, int(queue.enabled), queue.desc_gpa, queue.avail_gpa, queue.used_gpa]
-                for queue in self.queues
-            ],
-        }
+    def save(self, setup: DriverSetup | None) -> RegistersState:
+        """``setup`` is what the device works with, if there is one: it has the queues' positions."""
+        where = self.queues if setup is None else setup.queues
+        return RegistersState(
+            device_feature_select=self.device_feature_select,
+            driver_feature_select=self.driver_feature_select,
+            features=self.acked,
+            config_vector=self.config_vector,
+            queue_select=self.queue_select,
+            generation=self.generation & 0xFF,
+            queues=tuple(
+                attrs.evolve(queue, next_avail=at.next_avail, next_used=at.next_used)
+                for queue, at in zip(self.queues, where, strict=True)
+            ),
+        )
 
-    def load(self, state: dict[str, Any]) -> None:
-        """:raises ProtocolError: / :raises ValueError: when the state is malformed."""
-        fields = Fields("common config", state)
-        selects = [fields.integer(f"{side}_feature_select", 0, 0xFFFF_FFFF) for side in ("device", "driver")]
-        acked = fields.integer("acked", 0, U64)
-        config_vector = fields.integer("config_vector", 0, NO_VECTOR)
-        queue_select = fields.integer("queue_select", 0, 0xFFFF)
-        generation = fields.integer("generation", 0, 0xFF)
-        rows = fields.array("queues", len(self.queues))
-        fields.end()
-        if len(rows) != len(self.queues):
-            raise ValueError(f"{len(rows)} queues, not {len(self.queues)}")
-        queues = []
-        for index, row in enumerate(rows):
-            size, vector, enabled, desc, avail, used = (int(each) for each in row)
-            queue = QueueState(size, vector, bool(enabled), desc, avail, used, 0, 0)
-            fault = queue_fault(index, queue, self.limits)
-            if fault is not None or not all(0 <= each <= U64 for each in (desc, avail, used)):
-                raise ValueError(f"queue registers {row}: {fault}")
-            queues.append(queue)
-        self.queues = queues
-        self.device_feature_select, self.driver_feature_select = selects
-        self.acked, self.config_vector = acked, self._vector(config_vector)
-        self.queue_select, self.generation = queue_select, generation
+    def check(self, state: RegistersState, where: str) -> None:
+        """:raises ProtocolError: for what no driver can have written."""
+        limits = self.limits
+        if len(state.queues) != len(limits.queue_sizes):
+            raise refused(f"{where}.queues", len(state.queues), f"{len(limits.queue_sizes)} of them")
+        for index, queue in enumerate(state.queues):
+            fault = queue_fault(index, queue, limits)
+            if fault is not None:
+                raise refused(f"{where}.{fault.field}", fault.value, fault.wanted)
+        if state.config_vector >= limits.vectors and state.config_vector != NO_VECTOR:
+            raise refused(f"{where}.config_vector", state.config_vector, f"below {limits.vectors}, or {NO_VECTOR}")
+
+    def load(self, state: RegistersState) -> None:
+        """Take over what :meth:`check` has passed. Positions are the device's, which gets them with its setup."""
+        self.device_feature_select = state.device_feature_select
+        self.driver_feature_select = state.driver_feature_select
+        self.acked = state.features
+        self.config_vector = state.config_vector
+        self.queue_select = state.queue_select
+        self.generation = state.generation
+        self.queues = [attrs.evolve(queue, next_avail=0, next_used=0) for queue in state.queues]

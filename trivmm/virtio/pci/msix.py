@@ -1,8 +1,8 @@
 """MSI-X (PCI 3.0 section 6.8.2): a table of vectors, each an eventfd that is routed to a message while unmasked.
 
-A masked vector has no irqfd: what its worker signals stays in the eventfd, and its pending bit *is* "the eventfd is
-readable". Unmasking connects it again, which injects at once. So no interrupt is lost between mask and unmask,
-between two hosts, or between a worker's write and anybody's bookkeeping.
+A masked vector has no irqfd, nor has any while the function is no bus master: what its worker signals stays in the
+eventfd, and its pending bit *is* "the eventfd is readable". Unmasking connects it again, which injects at once. So no
+interrupt is lost between mask and unmask, between two hosts, or between a worker's write and anybody's bookkeeping.
 
 Accesses come from vCPU threads, the switchover from a thread of its own. One lock orders them: it is held while the
 kernel changes a route, so nothing else is ever asked for under it, and the trio thread never waits for it.
@@ -10,13 +10,12 @@ kernel changes a route, so nothing else is ever asked for under it, and the trio
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import logging
 import os
 import select
 import struct
-from typing import Any, Final
+from typing import Final
 
 import attrs
 
@@ -25,7 +24,8 @@ from trivmm.deadlines import Deadlines
 from trivmm.errors import HypervisorError
 from trivmm.hypervisor.base import VmBackend
 from trivmm.platform.pci.config_space import PciConfigSpace
-from trivmm.state.fields import Fields
+from trivmm.state.strict import refused
+from trivmm.state.virtio import MsixState
 
 __all__ = ["ENTRY_SIZE", "MsixTable"]
 
@@ -85,13 +85,15 @@ class MsixTable:
     # --- the guest's side ------------------------------------------------------------------------------------
 
     @property
-    def control(self) -> int:
-        """Message control: enable and function mask."""
-        return int.from_bytes(self._config.read(self._capability + 2, 2), "little") & (ENABLE | FUNCTION_MASK)
+    def _sends(self) -> bool:
+        """Enabled, its function not masked, and that a bus master."""
+        control = int.from_bytes(self._config.read(self._capability + 2, 2), "little")
+        return control & (ENABLE | FUNCTION_MASK) == ENABLE and self._config.bus_master
 
-    def controlled_by(self, offset: int, size: int) -> bool:
-        """Whether a write there, in configuration space, may change the message control."""
-        return offset < self._capability + 4 and offset + size > self._capability + 2
+    def depends_on(self, offset: int, size: int) -> bool:
+        """Whether a write there, in configuration space, may change what it sends."""
+        in_control = offset < self._capability + 4 and offset + size > self._capability + 2
+        return in_control or self._config.holds_command(offset, size)
 
     def follow(self) -> None:
         """Configuration space may say otherwise now."""
@@ -114,7 +116,7 @@ class MsixTable:
         with self._lock:
             vector.entry[at : at + len(data)] = data
             vector.entry[12:16] = (vector.entry[12] & MASKED).to_bytes(4, "little")  # the rest is reserved
-            self._sync(vector, self.control)
+            self._sync(vector, self._sends)
 
     def read_pba(self, offset: int, size: int) -> bytes:
         if size not in (4, 8) or offset % size:
@@ -132,13 +134,13 @@ class MsixTable:
     # --- routes ----------------------------------------------------------------------------------------------
 
     def _sync_all(self) -> None:
-        control = self.control
+        sends = self._sends
         for vector in self._vectors:
-            self._sync(vector, control)
+            self._sync(vector, sends)
 
-    def _sync(self, vector: _Vector, control: int) -> None:
+    def _sync(self, vector: _Vector, sends: bool) -> None:
         address, data, masked = ENTRY.unpack(vector.entry)
-        open_ = self.live and _sends(control) and not masked & MASKED
+        open_ = self.live and sends and not masked & MASKED
         wanted = (address, data) if open_ else None
         if wanted == vector.routed:
             return
@@ -161,7 +163,7 @@ class MsixTable:
     def messages(self) -> list[tuple[int, int]]:
         """(address, data) of each vector that :meth:`connect_all` would route, and that isn't yet."""
         with self._lock:
-            if not _sends(self.control):
+            if not self._sends:
                 return []
             entries = [ENTRY.unpack(vector.entry) for vector in self._vectors if vector.routed is None]
             return [(address, data) for address, data, masked in entries if not masked & MASKED]
@@ -185,31 +187,31 @@ class MsixTable:
 
     # --- state -----------------------------------------------------------------------------------------------
 
-    def save(self) -> dict[str, Any]:
+    def save(self) -> MsixState:
         """After ``disconnect_all``."""
         with self._lock:
-            return {
-                "table": base64.b64encode(b"".join(vector.entry for vector in self._vectors)).decode(),
-                "pending": [index for index in range(len(self._vectors)) if self._pending(index)],
-            }
+            table = b"".join(vector.entry for vector in self._vectors)
+            return MsixState(table, tuple(index for index in range(len(self._vectors)) if self._pending(index)))
 
-    def load(self, state: dict[str, Any]) -> None:
-        """:raises ProtocolError: when the state is malformed. Not ``live`` before and after."""
-        fields = Fields("msix", state)
+    def check(self, state: MsixState, where: str) -> None:
+        """:raises ProtocolError: when it is another table's, or says what no guest can have written."""
         count = len(self._vectors)
-        table = fields.text("table", count * ENTRY_SIZE * 2)
-        pending = fields.array("pending", count)
-        fields.end()
-        raw = base64.b64decode(table, validate=True)
-        if len(raw) != count * ENTRY_SIZE:
-            raise ValueError(f"MSI-X table of {len(raw)} bytes for {count} vectors")
-        if not all(isinstance(index, int) and 0 <= index < count for index in pending):
-            raise ValueError("pending vectors outside the table")
+        if len(state.table) != count * ENTRY_SIZE:
+            raise refused(f"{where}.table", len(state.table), f"the {count * ENTRY_SIZE} bytes of {count} vectors")
+        for index, (_, _, control) in enumerate(ENTRY.iter_unpack(state.table)):
+            if control & ~MASKED:
+                raise refused(f"{where}.table[{index}].control", control, "0 or 1: the rest is reserved")
+        for index in state.pending:
+            if index >= count or state.pending.count(index) > 1:
+                raise refused(f"{where}.pending", index, f"one of {count} vectors, once")
+
+    def load(self, state: MsixState) -> None:
+        """Take over what :meth:`check` has passed. Not ``live`` before and after."""
         with self._lock:
             for index, vector in enumerate(self._vectors):
-                vector.entry[:] = raw[index * ENTRY_SIZE : (index + 1) * ENTRY_SIZE]
+                vector.entry[:] = state.table[index * ENTRY_SIZE : (index + 1) * ENTRY_SIZE]
                 _drain(vector.fd)
-                if index in pending:
+                if index in state.pending:
                     os.eventfd_write(vector.fd, 1)
 
     def close(self) -> None:
@@ -218,10 +220,6 @@ class MsixTable:
         vectors, self._vectors = self._vectors, []
         for vector in vectors:
             os.close(vector.fd)
-
-
-def _sends(control: int) -> bool:
-    return control & (ENABLE | FUNCTION_MASK) == ENABLE
 
 
 def _readable(fd: int) -> bool:

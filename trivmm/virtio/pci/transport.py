@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import struct
-from typing import Any, Final
+from typing import Final
 
 from trivmm.bus.lock import BoundedLock
 from trivmm.bus.space import Effect
@@ -18,13 +18,15 @@ from trivmm.deadlines import Deadlines
 from trivmm.errors import HypervisorError
 from trivmm.hypervisor.base import VmBackend
 from trivmm.platform.pci.config_space import PciConfigSpace
-from trivmm.state.fields import Fields
+from trivmm.state.strict import refused
+from trivmm.state.virtio import DeviceLifeState, TransportState
 from trivmm.virtio.handles import DeviceHandles
-from trivmm.virtio.life import DeviceState
+from trivmm.virtio.kind import OTHER_CLASS
+from trivmm.virtio.life import FEATURES_OK, SET_UP, DeviceState, check_life
 from trivmm.virtio.pci.common_config import COMMON_SIZE, DEVICE_STATUS, CommonConfig
 from trivmm.virtio.pci.msix import MsixTable
 from trivmm.virtio.port import DeviceBackend
-from trivmm.virtio.setup import DeviceLimits
+from trivmm.virtio.setup import DeviceLimits, DriverSetup, features_fit, positions_fault, setup_fault
 from trivmm.virtio.status import StatusRegister
 
 __all__ = ["VirtioPciTransport"]
@@ -33,8 +35,6 @@ logger = logging.getLogger(__name__)
 
 VENDOR: Final = 0x1AF4
 DEVICE_BASE: Final = 0x1040
-CLASSES: Final = {1: 0x020000, 2: 0x018000}  # network: Ethernet; block: mass storage, other
-OTHER_CLASS: Final = 0xFFFF00
 
 BAR: Final = 0
 COMMON: Final = 0x0000
@@ -52,6 +52,7 @@ BAR_SIZE: Final = 0x80000
 
 CAP_VENDOR: Final = 0x09
 CFG_COMMON, CFG_NOTIFY, CFG_ISR, CFG_DEVICE, CFG_PCI = range(1, 6)
+ISR_BITS: Final = 0x3  # queue, configuration change
 WINDOW_DATA: Final = 16  # offset of pci_cfg_data in the config-access capability
 
 
@@ -60,7 +61,13 @@ class VirtioPciTransport:
     the device works with."""
 
     def __init__(
-        self, device: DeviceBackend, vm: VmBackend, deadlines: Deadlines, *, use_64bit_bar: bool = True
+        self,
+        device: DeviceBackend,
+        vm: VmBackend,
+        deadlines: Deadlines,
+        *,
+        pci_class: int = OTHER_CLASS,
+        bar_is_64bit: bool = True,
     ) -> None:
         self.name = device.name
         self.device = device
@@ -75,13 +82,13 @@ class VirtioPciTransport:
         self.config = PciConfigSpace(
             vendor_id=VENDOR,
             device_id=DEVICE_BASE + device.device_type,
-            class_code=CLASSES.get(device.device_type, OTHER_CLASS),
+            class_code=pci_class,
             revision=1,
             subsystem_vendor_id=VENDOR,
             subsystem_id=DEVICE_BASE + device.device_type,
             lock_s=deadlines.lock,
         )
-        self.config.add_bar(BAR, BAR_SIZE, is_64bit=use_64bit_bar)
+        self.config.add_bar(BAR, BAR_SIZE, is_64bit=bar_is_64bit)
         self._add_capabilities()
         self.handles = DeviceHandles(len(device.queue_sizes))
         try:
@@ -111,8 +118,11 @@ class VirtioPciTransport:
 
     def config_write(self, offset: int, data: bytes) -> Effect:
         self.config.write(offset, data)
-        if self.msix.controlled_by(offset, len(data)):
+        if self.msix.depends_on(offset, len(data)):
             self.msix.follow()
+        if self.config.holds_command(offset, len(data)):
+            with self.state.lock:  # the bit is read under it: of two vCPUs that change it, the last one is believed
+                return self.status.set_bus_master(self.config.bus_master)
         if self._in_window(offset, len(data)):
             return self._window_write()
         return None
@@ -233,26 +243,42 @@ class VirtioPciTransport:
 
     # --- state -----------------------------------------------------------------------------------------------
 
-    def save(self) -> dict[str, Any]:
-        """After ``disconnect_interrupts``."""
+    def save(self) -> tuple[DeviceLifeState, TransportState]:
+        """After ``disconnect_interrupts``, with the actor quiesced."""
         with self.state.lock:
-            common = self.common.save()
-        return {"pci": self.config.save(), "common": common, "msix": self.msix.save(), "isr": self.handles.isr}
+            life, registers = self.state.save(), self.common.save(self.state.setup)
+        return life, TransportState(self.config.save(), registers, self.msix.save(), self.handles.isr)
 
-    def load(self, state: dict[str, Any]) -> None:
-        """May be called again. The PCI bus places the BARs afterwards (``PciBus.load``).
+    def check(self, life: DeviceLifeState, saved: TransportState, where: str) -> None:
+        """Whether a device and its driver can be in this state; changes nothing.
 
-        :raises ProtocolError: / :raises ValueError: when the state is malformed."""
-        fields = Fields(self.name, state)
-        pci, common, msix = fields.object("pci"), fields.object("common"), fields.object("msix")
-        isr = fields.integer("isr", 0, 0xFF)
-        fields.end()
-        self.config.load(pci)
-        self.msix.load(msix)
-        self.handles.isr = isr
+        :raises ProtocolError: naming the field, with ``where`` before it."""
+        at = f"{where}.transport"
+        self.config.check(saved.pci, f"{at}.pci")
+        self.common.check(saved.registers, f"{at}.registers")
+        self.msix.check(saved.msix, f"{at}.msix")
+        if saved.isr & ~ISR_BITS:
+            raise refused(f"{at}.isr", saved.isr, f"bits of {ISR_BITS:#x}")
+        check_life(life, f"{where}.life")
+        setup, limits = DriverSetup(saved.registers.features, saved.registers.queues), self.common.limits
+        if life.status & FEATURES_OK and not features_fit(setup.features, limits):
+            wanted = f"a subset of {limits.features} with VERSION_1, as FEATURES_OK says"
+            raise refused(f"{at}.registers.features", setup.features, wanted)
+        fault = setup_fault(setup, limits) if life.stage in SET_UP else positions_fault(setup)
+        if fault is not None:
+            raise refused(f"{at}.registers.{fault.field}", fault.value, fault.wanted)
+
+    def load(self, life: DeviceLifeState, saved: TransportState) -> None:
+        """Take over what :meth:`check` has passed, with the gate closed; again after an undo. The PCI bus places the
+        BARs afterwards (``PciBus.load``)."""
+        self.config.load(saved.pci)
+        self.msix.load(saved.msix)
+        self.handles.isr = saved.isr
         with self.state.lock:
-            self.common.load(common)
+            self.common.load(saved.registers)
             self._route_irqs()
+            setup = DriverSetup(saved.registers.features, saved.registers.queues)
+            self.state.load(life, setup, bus_master=self.config.bus_master)
 
     def close(self) -> None:
         """After every worker and vCPU has ended; the VM is closed next, and its doorbells and routes with it."""

@@ -1,0 +1,190 @@
+#define _GNU_SOURCE
+#include "pages_land.h"
+
+#include <errno.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "crc32c.h"
+#include "pages_io.h"
+
+static uint32_t slot_of(const struct tv_entry *entry)
+{
+    return tv_get32(entry->body);
+}
+
+static uint32_t count_of(const struct tv_entry *entry)
+{
+    return tv_get32(entry->body + 4);
+}
+
+/* The i-th page of a PAGES frame. */
+static uint64_t page_of(const struct tv_entry *entry, uint32_t i)
+{
+    return tv_get32(entry->body + 8 + i * 4);
+}
+
+/* The i-th run of a ZERO frame. */
+static uint64_t first_of(const struct tv_entry *entry, uint32_t i)
+{
+    return tv_get32(entry->body + 8 + i * 8);
+}
+
+static uint64_t pages_of(const struct tv_entry *entry, uint32_t i)
+{
+    return tv_get32(entry->body + 12 + i * 8);
+}
+
+static int has_landed(const struct tv_landing *landing, uint32_t slot, uint64_t page)
+{
+    return (int)(landing->landed[slot][page / 64] >> (page % 64) & 1);
+}
+
+static int bad(struct tv_fault *fault, int problem, uint32_t slot, uint64_t page)
+{
+    *fault = (struct tv_fault){.problem = problem, .slot = slot, .page = page};
+    return TV_PAGES_BAD;
+}
+
+/* Whether a frame's list, all of which came, makes sense: lengths, slot, every page inside its region and none twice.
+ * Gives DONE or BAD. */
+int tv_land_check(const struct tv_landing *landing, const struct tv_entry *entry, struct tv_fault *fault)
+{
+    int full = entry->type == TV_TYPE_PAGES;
+    uint32_t slot = slot_of(entry), count = count_of(entry);
+    if (count == 0 || count > (full ? TV_FRAME_PAGES : TV_FRAME_RUNS) ||
+        entry->body_length != 8 + count * (full ? 4 : 8) ||
+        entry->payload_length != (full ? count * TV_PAGE_SIZE : 0))
+        return bad(fault, TV_BAD_LENGTH, slot, 0);
+    if (slot >= landing->memory->count)
+        return bad(fault, TV_BAD_SLOT, slot, 0);
+    uint64_t limit = landing->memory->regions[slot].size / TV_PAGE_SIZE, after = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        uint64_t first = full ? page_of(entry, i) : first_of(entry, i), pages = full ? 1 : pages_of(entry, i);
+        if (!pages || first < after || first + pages > limit)
+            return bad(fault, TV_BAD_PAGE, slot, first);
+        after = first + pages;
+    }
+    return TV_PAGES_DONE;
+}
+
+/* Whether the memory of each of a PAGES frame's pages is there: then the socket may fill it in place. */
+int tv_land_is_there(const struct tv_landing *landing, const struct tv_entry *entry)
+{
+    uint32_t slot = slot_of(entry), count = count_of(entry);
+    for (uint32_t i = 0; i < count; i++)
+        if (!has_landed(landing, slot, page_of(entry, i)))
+            return 0;
+    return 1;
+}
+
+/* Where a PAGES frame goes in place: at most TV_FRAME_PAGES `parts`. Gives how many. */
+uint32_t tv_land_parts(const struct tv_landing *landing, const struct tv_entry *entry, struct iovec *parts)
+{
+    uint8_t *hva = landing->memory->regions[slot_of(entry)].hva;
+    uint32_t runs = 0, count = count_of(entry);
+    for (uint32_t i = 0; i < count; i++) {
+        uint8_t *to = hva + page_of(entry, i) * TV_PAGE_SIZE;
+        if (runs && (uint8_t *)parts[runs - 1].iov_base + parts[runs - 1].iov_len == to)
+            parts[runs - 1].iov_len += TV_PAGE_SIZE;
+        else
+            parts[runs++] = (struct iovec){to, TV_PAGE_SIZE};
+    }
+    return runs;
+}
+
+/* Put whole pages into RAM that landed before, or not. Fresh ones go through the region's memfd and not through its
+ * mapping: that needs no page fault and no zeroing first (twice as fast), and memory that ran out is an errno, not a
+ * SIGBUS. Those that landed before are allocated; for them a plain copy is the faster way. */
+static int write_pages(struct tv_landing *landing, uint32_t slot, uint64_t page, const uint8_t *from, uint64_t count,
+                       int landed, struct tv_fault *fault)
+{
+    if (landed) {
+        memcpy(landing->memory->regions[slot].hva + page * TV_PAGE_SIZE, from, count * TV_PAGE_SIZE);
+        return TV_PAGES_DONE;
+    }
+    uint64_t left = count * TV_PAGE_SIZE, at = page * TV_PAGE_SIZE;
+    while (left) {
+        ssize_t wrote = pwrite(landing->memfd[slot], from, left, (off_t)at);
+        if (wrote < 0 && errno == EINTR)
+            continue;
+        if (wrote <= 0) {
+            fault->error = wrote < 0 ? errno : EIO;
+            return TV_PAGES_ERRNO;
+        }
+        from += wrote;
+        at += (uint64_t)wrote;
+        left -= (uint64_t)wrote;
+    }
+    return TV_PAGES_DONE;
+}
+
+static int crc_fits(const struct tv_entry *entry, const uint8_t *const *pages, struct tv_fault *fault)
+{
+    if (tv_crc32c_pages(pages, count_of(entry)) == entry->pages_crc)
+        return TV_PAGES_DONE;
+    return bad(fault, TV_BAD_PAGES_CRC, slot_of(entry), 0);
+}
+
+/* Count a PAGES frame that was received in place. Gives DONE or BAD. */
+int tv_land_in_place(struct tv_landing *landing, const struct tv_entry *entry, struct tv_fault *fault)
+{
+    const uint8_t *pages[TV_FRAME_PAGES] = {NULL};
+    uint32_t slot = slot_of(entry), count = count_of(entry);
+    for (uint32_t i = 0; i < count; i++)
+        pages[i] = landing->memory->regions[slot].hva + page_of(entry, i) * TV_PAGE_SIZE;
+    int reason = crc_fits(entry, pages, fault);
+    if (reason == TV_PAGES_DONE)
+        landing->sent_pages += count;
+    return reason;
+}
+
+static int land_pages(struct tv_landing *landing, const struct tv_entry *entry, struct tv_fault *fault)
+{
+    const uint8_t *pages[TV_FRAME_PAGES] = {NULL};
+    uint32_t slot = slot_of(entry), count = count_of(entry);
+    for (uint32_t i = 0; i < count; i++)
+        pages[i] = entry->bytes + i * TV_PAGE_SIZE;
+    int reason = crc_fits(entry, pages, fault);
+    for (uint32_t i = 0, run; i < count && reason == TV_PAGES_DONE; i += run) {
+        uint64_t page = page_of(entry, i);
+        int landed = has_landed(landing, slot, page);
+        run = 1;
+        while (i + run < count && page_of(entry, i + run) == page + run &&
+               has_landed(landing, slot, page + run) == landed)
+            run++;
+        reason = write_pages(landing, slot, page, pages[i], run, landed, fault);
+        if (reason == TV_PAGES_DONE)
+            for (uint64_t each = page; each < page + run; each++)
+                landing->landed[slot][each / 64] |= 1ull << (each % 64);
+    }
+    if (reason == TV_PAGES_DONE)
+        landing->sent_pages += count;
+    return reason;
+}
+
+/* Clears the pages that landed before; the others are zero already, untouched and unallocated. */
+static int land_zero(struct tv_landing *landing, const struct tv_entry *entry, struct tv_fault *fault)
+{
+    uint32_t slot = slot_of(entry), count = count_of(entry);
+    if (entry->pages_crc) /* of no pages: 0 */
+        return bad(fault, TV_BAD_PAGES_CRC, slot, 0);
+    for (uint32_t i = 0; i < count; i++) {
+        uint64_t first = first_of(entry, i), pages = pages_of(entry, i);
+        for (uint64_t page = first; page < first + pages; page++) {
+            uint64_t bit = 1ull << (page % 64);
+            if (landing->landed[slot][page / 64] & bit) {
+                memset(landing->memory->regions[slot].hva + page * TV_PAGE_SIZE, 0, TV_PAGE_SIZE);
+                landing->landed[slot][page / 64] &= ~bit;
+            }
+        }
+        landing->zero_pages += pages;
+    }
+    return TV_PAGES_DONE;
+}
+
+/* Land a frame whose list was checked and whose pages are in its bytes. Gives DONE, BAD or ERRNO. */
+int tv_land(struct tv_landing *landing, const struct tv_entry *entry, struct tv_fault *fault)
+{
+    return entry->type == TV_TYPE_PAGES ? land_pages(landing, entry, fault) : land_zero(landing, entry, fault);
+}

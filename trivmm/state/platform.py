@@ -1,0 +1,93 @@
+"""The fixed parts of a board, saved. Plain, untrusted data: types say how wide a field is, and the part that takes one
+over checks what its values mean (``check`` of each)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+import attrs
+
+from trivmm.values import U8, U32, U64, AtMost, Exactly
+
+__all__ = [
+    "CMOS_BYTES",
+    "PCI_CONFIG_BYTES",
+    "BoardState",
+    "CmosState",
+    "DebugPortState",
+    "GedState",
+    "LineInput",
+    "LineOutput",
+    "PciBusState",
+    "PciConfigState",
+    "SerialState",
+]
+
+PCI_CONFIG_BYTES: Final = 256
+CMOS_BYTES: Final = 128
+LineOutput = Annotated[bytes, AtMost(1 << 16)]  # TV_LINE_TX_SIZE
+LineInput = Annotated[bytes, AtMost(1 << 12)]  # TV_LINE_RX_SIZE
+
+
+@attrs.frozen
+class PciConfigState:
+    """A function's configuration space. ``was_enabled``: the guest has had memory decoding on; ``sizing``: offsets of
+    BAR registers that hold the answer to a sizing write."""
+
+    registers: Annotated[bytes, Exactly(PCI_CONFIG_BYTES)]
+    was_enabled: bool
+    sizing: Annotated[tuple[U8, ...], AtMost(6)]
+
+
+@attrs.frozen
+class PciBusState:
+    """``address`` is the CF8 latch. Other functions than the host bridge save their own configuration space."""
+
+    address: U32
+    host_bridge: PciConfigState
+
+
+@attrs.frozen
+class SerialState:
+    """The 16550's registers, output that no sink has taken, input that the guest has not read."""
+
+    ier: U8
+    fcr: U8
+    lcr: U8
+    mcr: U8
+    msr: U8
+    scr: U8
+    dll: U8
+    dlm: U8
+    thre_pending: bool
+    overrun: bool
+    tx: LineOutput
+    rx: LineInput
+
+
+@attrs.frozen
+class CmosState:
+    index: U8
+    data: Annotated[bytes, Exactly(CMOS_BYTES)]
+
+
+@attrs.frozen
+class DebugPortState:
+    last: U8
+    count: U64
+
+
+@attrs.frozen
+class GedState:
+    events: U8
+
+
+@attrs.frozen
+class BoardState:
+    """Fields are named as ``Board.fixed`` names the parts."""
+
+    pci: PciBusState
+    serial: SerialState
+    cmos: CmosState
+    debug_port: DebugPortState
+    ged: GedState

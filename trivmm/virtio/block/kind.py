@@ -1,0 +1,118 @@
+"""virtio-blk, as everybody else sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Final
+
+import attrs
+
+from trivmm.config import DiskConfig
+from trivmm.errors import ConfigError
+from trivmm.notyet import NotYet
+from trivmm.syntax import as_text, parse_integer, parse_toggle
+from trivmm.virtio.kind import BUS_KEYS, BUS_NOT_YET, Contract, DeviceKind, Option, Place
+
+if TYPE_CHECKING:
+    from trivmm.virtio.device import WorkerDevice
+
+__all__ = ["BLOCK", "parse_image_type"]
+
+MASS_STORAGE: Final = 0x018000  # PCI class: mass storage, other
+IMAGE_TYPES: Final[Mapping[str, str]] = {
+    "raw": "Raw",
+    "unknown": "Unknown",
+    "qcow2": "Qcow2",
+    "vhdx": "Vhdx",
+    "vhd": "FixedVhd",
+    "fixedvhd": "FixedVhd",
+    "vmdk": "FlatVmdk",
+    "flatvmdk": "FlatVmdk",
+}  # as Cloud Hypervisor's option spells them, and its API
+
+
+def parse_image_type(option: str, text: str) -> str:
+    """Cloud Hypervisor's words, and the API's. :raises ConfigError:"""
+    made = IMAGE_TYPES.get(text.lower())
+    if made is None:
+        raise ConfigError(option, text, "no such type", "give raw, or leave it out")
+    return made
+
+
+def _make(config: DiskConfig, place: Place) -> WorkerDevice:
+    from trivmm.virtio.block.device import BlockDevice
+
+    return BlockDevice(config, place.memory, place.name, lock=not place.incoming)
+
+
+def _check(disks: Sequence[DiskConfig]) -> None:
+    from trivmm.virtio.block.image import check_given_once
+
+    check_given_once(disks)
+
+
+def _as_built(disk: DiskConfig, name: str) -> DiskConfig:
+    """Raw is said from now on: nobody guesses again once the guest can write there."""
+    return attrs.evolve(disk, id=name, image_type="Raw")
+
+
+BLOCK: Final = DeviceKind(
+    config=DiskConfig,
+    contract=Contract(
+        "DiskConfig",
+        "disks",
+        many=True,
+        required=("path",),
+        not_yet={
+            **BUS_NOT_YET,
+            "direct": False,
+            "vhost_user": False,
+            "vhost_socket": None,
+            "rate_limiter_config": None,
+            "rate_limit_group": None,
+            "queue_affinity": None,
+            "disable_io_uring": NotYet(False, also=(True,)),  # neither is used here
+            "disable_aio": NotYet(False, also=(True,)),
+            "backing_files": False,
+            "sparse": True,
+            "lock_granularity": "ByteRange",
+        },
+    ),
+    option=Option(
+        "disk",
+        "path=FILE[,readonly=on,id=…,serial=…]",
+        "raw images; several values, or the option again",
+        keys={
+            "path": ("path", as_text),
+            "readonly": ("readonly", parse_toggle),
+            "serial": ("serial", as_text),
+            "num_queues": ("num_queues", parse_integer),
+            "queue_size": ("queue_size", parse_integer),
+            "direct": ("direct", parse_toggle),
+            "vhost_user": ("vhost_user", parse_toggle),
+            "socket": ("vhost_socket", as_text),
+            "queue_affinity": ("queue_affinity", as_text),
+            "rate_limit_group": ("rate_limit_group", as_text),
+            "bw_size": ("rate_limiter_config", as_text),
+            "bw_one_time_burst": ("rate_limiter_config", as_text),
+            "bw_refill_time": ("rate_limiter_config", as_text),
+            "ops_size": ("rate_limiter_config", as_text),
+            "ops_one_time_burst": ("rate_limiter_config", as_text),
+            "ops_refill_time": ("rate_limiter_config", as_text),
+            "_disable_io_uring": ("disable_io_uring", parse_toggle),
+            "_disable_aio": ("disable_aio", parse_toggle),
+            "backing_files": ("backing_files", parse_toggle),
+            "sparse": ("sparse", parse_toggle),
+            "image_type": ("image_type", parse_image_type),
+            "lock_granularity": ("lock_granularity", as_text),
+            **BUS_KEYS,
+        },
+        main="path",
+    ),
+    name="_disk{}",
+    make=_make,
+    pci_class=MASS_STORAGE,
+    bar_is_64bit=False,
+    check=_check,
+    as_built=_as_built,
+)

@@ -1,0 +1,43 @@
+"""All kinds of virtio devices, in the order in which a board plugs them: Cloud Hypervisor's."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from trivmm.config import VmConfig
+from trivmm.errors import ConfigError
+from trivmm.virtio.block.kind import BLOCK
+from trivmm.virtio.console.kind import CONSOLE
+from trivmm.virtio.kind import AnyKind
+from trivmm.virtio.rng.kind import RNG
+
+__all__ = ["KINDS", "names_of", "sections"]
+
+KINDS: Final[list[AnyKind]] = [
+    CONSOLE,
+    BLOCK,
+    RNG,
+]
+
+
+def names_of(config: VmConfig) -> dict[AnyKind, list[str]]:
+    """The id of every device, by kind. One without an id is numbered in its order, past numbers that another device
+    was given as its id.
+
+    :raises ConfigError: for a device of no kind."""
+    for index, each in enumerate(config.virtio):
+        if not any(type(each) is kind.config for kind in KINDS):
+            known = ", ".join(kind.config.__name__ for kind in KINDS)
+            raise ConfigError(f"virtio[{index}]", each, "no kind of device", f"give one of {known}")
+    given = {each.id for kind in KINDS for each in kind.of(config)}
+    names: dict[AnyKind, list[str]] = {}
+    for kind in KINDS:
+        free = (name for number in range(1 << 16) if (name := kind.name.format(number)) not in given)
+        names[kind] = [each.id or (next(free) if "{}" in kind.name else kind.name) for each in kind.of(config)]
+    return names
+
+
+def sections() -> dict[str, type[Any]]:
+    """The classes of what a VM's configuration holds in ``virtio``, by the contract's section."""
+    named = set(VmConfig.__annotations__)
+    return {kind.contract.section: kind.config for kind in KINDS if kind.contract.section not in named}
