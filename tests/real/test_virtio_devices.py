@@ -466,14 +466,14 @@ def test_locks_exclude_and_can_be_handed_over(memory: GuestMemory, image: Path) 
         BlockDevice(DiskConfig(str(image)), memory, "_disk0")
     incoming = BlockDevice(DiskConfig(str(image)), memory, "_disk0", lock=False)
     with pytest.raises(ConfigError, match="in use"):
-        incoming.take_locks()
-    first.release_locks()
-    incoming.take_locks()
+        incoming.image.take_lock()
+    first.image.release_lock()
+    incoming.image.take_lock()
     with pytest.raises(ConfigError, match="in use"):
-        first.take_locks()
+        first.image.take_lock()
     incoming.close()
-    first.take_locks()
-    first.take_locks()
+    first.image.take_lock()
+    first.image.take_lock()
     first.close()
 
 

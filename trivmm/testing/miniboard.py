@@ -23,6 +23,7 @@ from trivmm.testing.scripted import Script, ScriptedHypervisor
 from trivmm.virtio.device import DeviceDescription, NoState
 from trivmm.virtio.handles import DeviceHandles, QueueHandle
 from trivmm.virtio.life import ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, DeviceState
+from trivmm.virtio.port import Storage
 from trivmm.virtio.setup import VERSION_1, DeviceLimits, DriverSetup
 from trivmm.virtio.status import StatusRegister
 
@@ -57,7 +58,7 @@ class BareDevice:
     active: int | None = None
     activations: int = 0
     queues: tuple[QueueState, ...] = ()
-    locked: bool = True
+    storage: Storage | None = None
 
     def read_config(self, offset: int, size: int) -> bytes:
         return b"\xff" * size
@@ -95,12 +96,6 @@ class BareDevice:
 
     def become(self, described: Any) -> None:
         return None
-
-    def release_locks(self) -> None:
-        self.locked = False
-
-    def take_locks(self) -> None:
-        self.locked = True
 
     def counters(self) -> dict[str, int]:
         return {}
@@ -187,9 +182,12 @@ class MiniBoard:
     def disconnect_interrupts(self) -> None:
         self.interrupts.append("disconnect")
 
+    @property
+    def storages(self) -> list[Storage]:
+        return []
+
     def give_locks(self) -> None:
-        for slot in self.devices:
-            slot.backend.release_locks()
+        return None
 
     def thaw(self) -> None:
         return None

@@ -14,6 +14,7 @@ from trivmm.platform.line import Line
 from trivmm.state.virtio import QueueState
 from trivmm.values import U16, U64
 from trivmm.virtio.handles import QueueHandle
+from trivmm.virtio.port import Storage
 from trivmm.virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, QueueWorker
 from trivmm.virtio.setup import DriverSetup
 
@@ -45,6 +46,7 @@ class WorkerDevice:
     device_type: int
     features: int
     queue_sizes: tuple[int, ...]
+    storage: Storage | None = None
     state_type: type = NoState
     description_type: type = DeviceDescription
 
@@ -133,12 +135,6 @@ class WorkerDevice:
 
     def terminal_resized(self) -> None:
         """The terminal behind a line of it, if there is one, may have another size now."""
-
-    def release_locks(self) -> None:
-        return None
-
-    def take_locks(self) -> None:
-        return None
 
     def counters(self) -> dict[str, int]:
         return {}

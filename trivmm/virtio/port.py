@@ -12,7 +12,29 @@ from trivmm.virtio.setup import DriverSetup
 if TYPE_CHECKING:
     import trio
 
-__all__ = ["DeviceBackend"]
+__all__ = ["DeviceBackend", "Storage"]
+
+
+class Storage(Protocol):
+    """What a device keeps on storage that other hosts may have too, and that one at a time may use: a disk's image.
+
+    Every call may wait for the storage: they are made in a thread, one at a time."""
+
+    def flush(self) -> None:
+        """With the lock held: what the driver wrote is on the storage when this returns, and nothing cached here.
+
+        :raises MigrationError: it may be lost; said again at every later call."""
+
+    def take_lock(self) -> None:
+        """Idempotent. :raises ConfigError: when another process has it."""
+
+    def release_lock(self) -> None:
+        """Idempotent."""
+
+    def refresh(self) -> None:
+        """What was cached here before the lock was taken is read anew.
+
+        :raises ConfigError: there is less of it than the driver was told."""
 
 
 class DeviceBackend(Protocol):
@@ -22,6 +44,7 @@ class DeviceBackend(Protocol):
     device_type: int  # virtio 1.2 section 5: 2 block, 4 entropy
     features: int  # offered bits, VERSION_1 included
     queue_sizes: tuple[int, ...]  # maximum size of each queue
+    storage: Storage | None  # None: nothing that another host could have
 
     def read_config(self, offset: int, size: int) -> bytes:
         """Device configuration space. Any thread, never blocks. Past the end: all-ones."""
@@ -54,12 +77,6 @@ class DeviceBackend(Protocol):
 
     def load(self, state: Any) -> None:
         """Take over a ``state_type`` that a peer sent: its fields are as wide as they say, and no more is known."""
-
-    def release_locks(self) -> None:
-        """Give up host-side exclusivity (image locks), for a migration's COMMIT."""
-
-    def take_locks(self) -> None:
-        """:raises ConfigError: when another process has them."""
 
     def describe(self) -> Any:
         """What the driver was told of the device and may count on wherever it moves to."""

@@ -25,6 +25,7 @@ from trivmm.migration.link.transports import Dialer, SocketDialer, parse_url
 from trivmm.migration.options import SendOptions, TimeoutStrategy
 from trivmm.migration.port import SourceMachine
 from trivmm.migration.progress import Downtime, MigrationProgress, MigrationReport, Phase, Tracker
+from trivmm.migration.source.disks import DiskFlushes
 from trivmm.migration.source.plan import NO_LIMIT, Estimates, Plan, Step
 from trivmm.migration.source.precopy import Rounds
 from trivmm.migration.source.switchover import Switchover
@@ -133,7 +134,7 @@ class _Sender:
             if self.source.live_copy:
                 await self._precopy(plan, switchover, rounds)
             else:
-                await self._stop_and_copy(switchover)
+                await self._stop_and_copy(switchover, rounds)
             # Who cancelled before COMMIT was told that it can be: no last await has swallowed that.
             await trio.lowlevel.checkpoint_if_cancelled()
             return switchover
@@ -162,15 +163,19 @@ class _Sender:
         self.tracker.enter(Phase.PRECOPY)
         return link, answer.resume_ms
 
-    async def _stop_and_copy(self, switchover: Switchover) -> None:
+    async def _stop_and_copy(self, switchover: Switchover, rounds: Rounds) -> None:
         """Without a dirty log: stop first, then copy all of it. The downtime is as long as that takes."""
         self.tracker.limit_ms = math.inf
+        disks = DiskFlushes(self.source)
+        while not await disks.ready():
+            await rounds.send_round(last=False)
         why = await switchover.attempt(NO_LIMIT)
         if why is not None:
             raise MigrationError(f"the machine can't be stopped: {why}")
 
     async def _precopy(self, plan: Plan, switchover: Switchover, rounds: Rounds) -> None:
         """Rounds and attempts until one attempt succeeds."""
+        disks = DiskFlushes(self.source)
         await self.source.dirty_log.start()
         rounds.add_touched()
         while True:
@@ -179,6 +184,8 @@ class _Sender:
             limit_s = plan.limit_s(now)
             self.tracker.estimated, self.tracker.limit_ms = plan.estimates.downtime(left), limit_s * 1000
             step = plan.next_step(now, left)
+            if step is Step.SWITCH and not await disks.ready():
+                step = Step.IDLE
             if step is Step.SWITCH:
                 why = await switchover.attempt(limit_s)
                 if why is None:

@@ -81,7 +81,10 @@ class Switchover:
             if why := self._too_late(limit_s):
                 return why
             self.unlocked = True
-            await self.source.release_locks()
+            try:
+                await self.source.release_locks(max(0.0, self.started + limit_s - trio.current_time()))
+            except DeadlineError as error:
+                return str(error)
             parts = attrs.evolve(parts, state_ms=parts.state_ms + self._elapsed_ms() - parts.total_ms)
             self.tracker.actual = parts
             return self._too_late(limit_s)
