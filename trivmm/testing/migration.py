@@ -92,6 +92,7 @@ class FakeSource(_Machine):
         self._flushed_at: float | None = None  # of the flush that is under way
         self.on_stopped: Callable[[], None] = lambda: None
         self.logging = False
+        self.unlocked = False  # perhaps half way
         self.throttle = 0
         self.stops = 0
         lock.take(self)
@@ -130,6 +131,9 @@ class FakeSource(_Machine):
 
     async def undo(self) -> None:
         await trio.lowlevel.checkpoint()
+        if self.unlocked:
+            await self.take_locks()
+            self.unlocked = False
         if not self.running:
             assert self.lock.owner is self, "runs without its lock"
             self.running = True
@@ -147,6 +151,7 @@ class FakeSource(_Machine):
         return True
 
     async def release_locks(self, at_most_s: float) -> None:
+        self.unlocked = True
         await trio.sleep(self.release_s)
         self.lock.release(self)
 

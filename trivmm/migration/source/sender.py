@@ -66,7 +66,23 @@ async def send(
     if progress is not None:
         tracker.callback = progress
     tracker.push()
-    return await _Sender(source, dialer, options, tracker, session_id).run()
+    sender = _Sender(source, dialer, options, tracker, session_id)
+    limits = source.deadlines
+    try:
+        switchover = await sender.up_to_commit()
+    except BaseException as error:
+        with trio.move_on_after(limits.rollback + limits.kernel + 4 * FAREWELL_S, shield=True) as scope:
+            await sender.roll_back(error)
+        if scope.cancelled_caught:  # pragma: no cover - each of its waits has a smaller bound
+            logger.error("rolling back a migration did not end in time")
+        raise
+    try:
+        # No await between here and the shield: a cancellation comes before COMMIT, or after the verdict.
+        return await sender.commit(switchover)
+    except BaseException:
+        with trio.CancelScope(shield=True):  # bounded: kernel
+            await sender.let_go()
+        raise
 
 
 @attrs.define(eq=False)
@@ -89,25 +105,7 @@ class _Sender:
         asked = self.options.timeout_s
         return self.source.deadlines.migration if asked is None else asked
 
-    async def run(self) -> MigrationReport:
-        limits = self.source.deadlines
-        try:
-            switchover = await self._up_to_commit()
-        except BaseException as error:
-            with trio.move_on_after(limits.rollback + limits.kernel + 4 * FAREWELL_S, shield=True) as scope:
-                await self._roll_back(error)
-            if scope.cancelled_caught:  # pragma: no cover - each of its waits has a smaller bound
-                logger.error("rolling back a migration did not end in time")
-            raise
-        try:
-            # No await between here and the shield: a cancellation comes before COMMIT, or after the verdict.
-            return await self._commit(switchover)
-        except BaseException:
-            with trio.CancelScope(shield=True):  # bounded: kernel
-                await self._let_go()
-            raise
-
-    async def _let_go(self) -> None:
+    async def let_go(self) -> None:
         """Throttle 0, dirty log off: nothing of a migration slows the guest any more. It runs by now, where it may: the
         log waits for the kernel. Of no use to a source that moved away and is closed next. Never raises."""
         try:
@@ -121,7 +119,7 @@ class _Sender:
 
     # --- up to COMMIT --------------------------------------------------------------------------------------------
 
-    async def _up_to_commit(self) -> Switchover:
+    async def up_to_commit(self) -> Switchover:
         deadline = trio.current_time() + self._timeout_s
         cancel = self.options.timeout_strategy is TimeoutStrategy.CANCEL
         with trio.CancelScope(deadline=deadline if cancel else math.inf) as scope:
@@ -198,7 +196,7 @@ class _Sender:
                 continue
             await rounds.harvest()
 
-    async def _roll_back(self, error: BaseException) -> None:
+    async def roll_back(self, error: BaseException) -> None:
         """The source runs again; then, and only then, the dirty log goes off, the peer is told and the link closed."""
         cancelled = not isinstance(error, Exception)
         reason = "cancelled" if cancelled else str(error)
@@ -213,7 +211,7 @@ class _Sender:
             end = Phase.IN_DOUBT
             raise
         finally:
-            await self._let_go()  # noqa: ASYNC102 - its caller shields and bounds it
+            await self.let_go()  # noqa: ASYNC102 - its caller shields and bounds it
             if self._link is not None:
                 with trio.move_on_after(2 * FAREWELL_S, shield=True):
                     await self._link.abort(reason)
@@ -221,7 +219,7 @@ class _Sender:
 
     # --- from COMMIT on ------------------------------------------------------------------------------------------
 
-    async def _commit(self, switchover: Switchover) -> MigrationReport:
+    async def commit(self, switchover: Switchover) -> MigrationReport:
         """Shielded throughout: ends with a verdict, whatever is cancelled meanwhile."""
         with trio.CancelScope(shield=True):
             found = await self._verdict(switchover.link)
