@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import attrs
 import pytest
 import trio
 import trio.testing
 
 from trivmm.errors import DeadlineError, MigrationError
+from trivmm.migration.link.halves import Connection, FrameReceiver
 from trivmm.migration.link.roles import open_control
+from trivmm.migration.pages.land import PageSink
 from trivmm.migration.progress import MigrationReport
 from trivmm.migration.wire import frame as wire
 from trivmm.migration.wire import messages as m
@@ -96,4 +101,44 @@ async def test_nobody_comes_within_the_accept_deadline(autojump_clock: trio.test
     assert isinstance(world.taken, DeadlineError)
     assert world.taken.name == "accept"
     assert "bad magic" in str(world.taken)
+    world.close()
+
+
+@attrs.frozen(eq=False)
+class Strikes:
+    """What comes in on a connection; ``strike`` is called in the moment in which a SETUP has come."""
+
+    real: FrameReceiver
+    strike: Callable[[], None]
+
+    async def receive(self, sink: PageSink | None = None) -> wire.Frame:
+        frame = await self.real.receive(sink)
+        if frame.type is MessageType.SETUP:
+            self.strike()
+        return frame
+
+
+async def test_a_source_that_comes_in_the_moment_of_a_cancellation_is_told(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """It is let in when nobody waits for it any more."""
+    world, scope = World.make(), trio.CancelScope()
+    accept = world.net.accept
+
+    async def accepted() -> Connection:
+        connection = await accept()
+        return attrs.evolve(connection, receiver=Strikes(connection.receiver, scope.cancel))
+
+    world.net.accept = accepted  # type: ignore[method-assign]
+    async with trio.open_nursery() as nursery:
+
+        async def receive() -> None:
+            with scope:
+                await world.receive(nursery)
+
+        nursery.start_soon(receive)
+        await world.send()
+    world.check()
+    assert isinstance(world.sent, MigrationError)
+    assert "the peer gave up" in str(world.sent)
     world.close()

@@ -30,11 +30,12 @@ from trivmm.migration.wire.frame import MessageType
 from trivmm.migration.wire.messages import Done, Fate, Query, Setup, Verdict
 from trivmm.migration.wire.session import Session, SessionState
 
-__all__ = ["Arrival", "Door"]
+__all__ = ["PENDING", "Arrival", "Door"]
 
 logger = logging.getLogger(__name__)
 
 MAX_STRANGERS: Final = 16  # greeted at once
+PENDING: Final = Verdict(Fate.PENDING, "the destination has not settled it yet")
 GIVEN_UP: Final = (SessionState.NEW, SessionState.OPEN)  # who goes first when it is full: said nothing, said HELLO
 
 
@@ -53,10 +54,6 @@ class _Stranger:
     scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
 
 
-def _pending() -> Verdict:
-    return Verdict(Fate.PENDING, "the destination has not settled it yet")
-
-
 @attrs.define(eq=False)
 class Door:
     """``question`` is asked what became of the session that came in. Its task is :meth:`keep_open`."""
@@ -64,10 +61,11 @@ class Door:
     listener: Listener
     deadlines: Deadlines
     verdicts: Verdicts
-    question: Callable[[], Verdict] = attrs.field(default=_pending, init=False)
+    question: Callable[[], Verdict] = attrs.field(default=lambda: PENDING, init=False)
     stays: bool = attrs.field(default=False, init=False)
     _arrived: Arrival | None = attrs.field(default=None, init=False)
     _came: trio.Event = attrs.field(factory=trio.Event, init=False)
+    _awaited: bool = attrs.field(default=False, init=False)  # somebody has it, and its link
     _strangers: list[_Stranger] = attrs.field(factory=list, init=False)  # the oldest first
     _turned_away: list[str] = attrs.field(factory=list, init=False)
     _open: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
@@ -83,6 +81,7 @@ class Door:
         with self.deadlines.enter("accept", self._nobody):
             await self._came.wait()
         assert self._arrived is not None
+        self._awaited = True
         return self._arrived
 
     def _nobody(self) -> str:
@@ -95,9 +94,13 @@ class Door:
     async def keep_open(self) -> None:
         """Until it is shut. The same door lets a source in and answers its questions: one that comes in between finds
         no gap."""
-        with self._open:
-            async with trio.open_nursery() as nursery:
-                await self._accept(nursery)
+        try:
+            with self._open:
+                async with trio.open_nursery() as nursery:
+                    await self._accept(nursery)
+        finally:
+            if self._arrived is not None and not self._awaited:  # let in when nobody waited any more
+                await self._arrived.link.abort("nobody receives here any more")  # noqa: ASYNC102 - shields itself
 
     def shut(self) -> None:
         """Let nobody in any more, unless it :meth:`stay`\\ s."""

@@ -21,7 +21,7 @@ import trio
 
 from trivmm.deadlines import Deadlines
 from trivmm.errors import CommitRefused, DeadlineError, MigrationError, MigrationInDoubt, ProtocolError, TrivmmError
-from trivmm.migration.destination.door import Arrival, Door
+from trivmm.migration.destination.door import PENDING, Arrival, Door
 from trivmm.migration.link.control import FAREWELL_S, Link
 from trivmm.migration.link.roles import LandingLink
 from trivmm.migration.pages.land import MemfdLanding, PageSink
@@ -128,7 +128,7 @@ class Intake:
         if self._verdict is None and self.phase is IntakePhase.READY:
             self._settle(Verdict(Fate.REFUSED, "the source asked before COMMIT came"))
             self._serving.cancel()
-        return self._verdict or Verdict(Fate.PENDING, "the destination has not settled it yet")
+        return self._verdict or PENDING
 
     # --- from SETUP to the verdict -------------------------------------------------------------------------------
 
