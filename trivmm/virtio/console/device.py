@@ -42,7 +42,7 @@ class ConsoleState:
 
     columns: U16
     rows: U16
-    tx_taken: Annotated[int, Within(0, 1 << 30)]  # TV_CHAIN_BYTES: no chain is longer
+    tx_taken: Annotated[int, Within(0, int(lib.TV_CHAIN_BYTES))]  # no chain is longer
     tx: LineOutput
     rx: LineInput
 
