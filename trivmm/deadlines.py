@@ -134,6 +134,11 @@ class Deadlines:
     free: float = _limit("free")
     shutdown_grace: float = _limit("shutdown_grace")
 
+    def limit_s(self, name: str) -> float:
+        """Of the deadline with that name."""
+        limit_s: float = getattr(self, name)
+        return limit_s
+
     @contextmanager
     def enter(
         self,
@@ -150,7 +155,7 @@ class Deadlines:
         import trio
 
         row = TABLE[name]
-        limit_s: float = getattr(self, name)
+        limit_s = self.limit_s(name)
         if at_most_s is not None:
             limit_s = max(0.0, min(limit_s, at_most_s))
         with trio.move_on_after(limit_s, shield=shield) as scope:

@@ -102,8 +102,7 @@ class KernelCalls:
 
     @property
     def limit_s(self) -> float:
-        limit: float = getattr(self.deadlines, self.deadline)
-        return limit
+        return self.deadlines.limit_s(self.deadline)
 
     @property
     def stuck(self) -> tuple[str, ...]:
