@@ -67,6 +67,12 @@ _ROWS: Final = (
         "a call that waits for the kernel (KVM's most of all) has not returned: its operation fails; its thread is "
         "named as stuck until it is back, and keeps what it works on",
     ),
+    Deadline(
+        "storage",
+        60.0,
+        "a call that waits for the storage behind a disk (a flush, a lock) has not returned: the migration fails, the "
+        "source runs; its thread is named as stuck until it is back. In a switchover it has what is left of `downtime`",
+    ),
     Deadline("lock", 2.0, "a register lock was held too long: a bug, reported with the lock's name"),
     Deadline("api_read", 10.0, "the connection is closed"),
     Deadline("api_write", 10.0, "the connection is closed"),
@@ -119,6 +125,7 @@ class Deadlines:
     typing: float = _limit("typing")
     lease: float = _limit("lease")
     kernel: float = _limit("kernel")
+    storage: float = _limit("storage")
     lock: float = _limit("lock")
     api_read: float = _limit("api_read")
     api_write: float = _limit("api_write")
@@ -126,6 +133,11 @@ class Deadlines:
     verdict_read: float = _limit("verdict_read")
     free: float = _limit("free")
     shutdown_grace: float = _limit("shutdown_grace")
+
+    def limit_s(self, name: str) -> float:
+        """Of the row ``name``, in seconds."""
+        limit: float = getattr(self, TABLE[name].name)
+        return limit
 
     @contextmanager
     def enter(
@@ -143,7 +155,7 @@ class Deadlines:
         import trio
 
         row = TABLE[name]
-        limit_s: float = getattr(self, name)
+        limit_s = self.limit_s(name)
         if at_most_s is not None:
             limit_s = max(0.0, min(limit_s, at_most_s))
         with trio.move_on_after(limit_s, shield=shield) as scope:

@@ -294,6 +294,22 @@ def test_state_moves_into_a_fresh_vm(start: Any) -> None:
         assert target.next() == IoOut(0x10, 4, (4).to_bytes(4, "little"))
 
 
+@pytest.mark.parametrize("part", ["sregs", "xsave", "events", "mp_state"])
+def test_after_a_part_that_the_kernel_refuses_a_good_state_loads(start: Any, part: str) -> None:
+    """Sizes are right, values are not: only the kernel knows, after it has taken other parts."""
+    code = "40 e710 ebfb"
+    source, target = start(code), start(code)
+    assert source.next() == IoOut(0x10, 4, (1).to_bytes(4, "little"))
+    assert source.cpu.finish(source.bus) is INTERRUPTED
+    board, state = source.vm.save(), source.cpu.save()
+    target.vm.load(board)
+    with pytest.raises(HypervisorError, match="KVM_SET_"):
+        target.cpu.load(VcpuState(state.kind, state.blobs | {part: b"\xff" * len(state.blobs[part])}))
+    target.vm.load(board)
+    target.cpu.load(state)
+    assert target.next() == IoOut(0x10, 4, (2).to_bytes(4, "little"))
+
+
 @pytest.mark.parametrize("part", ["regs", "msrs", "xsave", "time"])
 def test_a_hostile_state_is_refused_by_name(start: Any, part: str) -> None:
     guest = start("f4")

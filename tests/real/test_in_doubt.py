@@ -155,7 +155,8 @@ async def test_asking_again_about_one_that_never_ran_leaves_it_paused_with_its_l
 
         async def fails(self: Machine) -> None:
             for slot in self.board.devices:
-                slot.backend.release_locks()
+                if slot.backend.storage is not None:
+                    slot.backend.storage.release_lock()
             raise ConfigError("serial.file", "x", "is full", "make room")
 
         patch.setattr(Machine, "start", fails)
@@ -234,8 +235,8 @@ async def test_locks_that_went_to_a_third_party_are_no_question_for_the_destinat
     thieves: list[Image] = []
     release = Machine.release_locks
 
-    async def stolen(self: Machine) -> None:
-        await release(self)
+    async def stolen(self: Machine, at_most_s: float) -> None:
+        await release(self, at_most_s)
         thieves.append(Image(str(disk), readonly=False, lock=True))
         raise TrivmmError("and now it fails")
 

@@ -51,7 +51,7 @@ class Pair:
         await source.stop(1)
         await link.send(m.State(source.save()))
         await link.expect(m.Ready)
-        await source.release_locks()
+        await source.release_locks(1.0)
         await link.send(m.Commit(self.session))
         await link.close()
 

@@ -357,7 +357,7 @@ async def test_a_new_receiver_takes_over_from_one_that_only_answers_questions(tm
                     await source.stop(1)
                     await link.send(m.State(source.save()))
                     await link.expect(m.Ready)
-                    await source.release_locks()
+                    await source.release_locks(10)
                     await link.send(m.Commit(session))
                     await link.close()
 

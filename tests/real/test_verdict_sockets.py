@@ -200,7 +200,7 @@ async def test_a_migration_that_is_given_up_when_it_was_ready_leaves_the_address
         ready = trio.Event()
         release = road.source.release_locks
 
-        async def at_ready(ready: trio.Event = ready) -> None:
+        async def at_ready(at_most_s: float, ready: trio.Event = ready) -> None:
             ready.set()
             await trio.sleep_forever()
 

@@ -1,9 +1,10 @@
-"""The house rules that tools can check: ruff, flake8-async (finds more than ruff's ASYNC rules), mypy --strict, and
-the floors of docs/architecture.md (import-linter, the ``layers`` in pyproject.toml)."""
+"""The house rules that tools can check: ruff, flake8-async (finds more than ruff's ASYNC rules), mypy --strict, the
+floors of docs/architecture.md (import-linter, the ``layers`` in pyproject.toml), and how long a file may be."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,3 +65,41 @@ def test_no_import_runs_up(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 broken" in done.stdout
+
+
+MAX_LINES = 400  # what a reader holds in mind; a longer file is two files, or says in its head why it isn't
+REASON = re.compile(r"Over 400 lines: (\w+\W+){3,}")
+HEADS = {".py": re.compile(r'\A"""(.*?)"""', re.DOTALL)}
+COMMENT = re.compile(r"\A(?:#include[^\n]*\n|\s)*/\*(.*?)\*/", re.DOTALL)
+
+
+def says_why(name: str, text: str) -> bool:
+    """In its docstring, or in the comment at its top, which a C file may have after its includes."""
+    head = HEADS.get(Path(name).suffix, COMMENT).search(text)
+    return head is not None and REASON.search(" ".join(head[1].replace(" * ", " ").split())) is not None
+
+
+def test_no_file_is_long_without_a_reason() -> None:
+    suffixes = {".py", ".c", ".h", ".S", ".cdef"}
+    files = [path for name in ("trivmm", "ffi") for path in sorted((ROOT / name).rglob("*")) if path.suffix in suffixes]
+    assert len(files) > 150
+    long = {}
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        if text.count("\n") > MAX_LINES and not says_why(path.name, text):
+            long[str(path.relative_to(ROOT))] = text.count("\n")
+    assert not long, f"more than {MAX_LINES} lines, and no 'Over {MAX_LINES} lines: why' in the head: {long}"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("a.py", '"""A table.\n\nOver 400 lines: one row for\neach of them."""\n', True),
+        ("a.py", '"""A table.\n\nOver 400 lines: yes."""\n', False),
+        ("a.py", '"""A table."""\n# Over 400 lines: one row for each of them.\n', False),
+        ("a.c", '#include "a.h"\n\n/* A table.\n * Over 400 lines: one row for\n * each. */\n', True),
+        ("a.h", "/* A table. */\n", False),
+    ],
+)
+def test_a_reason_is_found_where_a_reader_finds_it(name: str, text: str, says: bool) -> None:
+    assert says_why(name, text) is says

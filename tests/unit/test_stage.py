@@ -49,10 +49,10 @@ class Steps:
 async def test_all_the_way_down_and_up_again() -> None:
     steps = Steps()
     ladder = steps.ladder(Stage.RUNNING)
-    left = iter((5.0, 4.0, 3.0, 2.0, 1.0))
+    left = iter((6.0, 5.0, 4.0, 3.0, 2.0, 1.0))
     await ladder.down(Stage.UNLOCKED, lambda: next(left))
     assert ladder.stage is Stage.UNLOCKED
-    assert steps.limits == [5, 4, 3, 2, 1]
+    assert steps.limits == [6, 5, 4, 3, 2, 1]
     await ladder.up(Stage.RUNNING)
     assert steps.done == [f"down to {each.name}" for each in LOWER] + [f"up from {each.name}" for each in LOWER[::-1]]
     assert ladder.stage is Stage.RUNNING

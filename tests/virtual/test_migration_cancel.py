@@ -15,8 +15,8 @@ async def test_a_cancellation_in_the_last_moment_before_commit_is_heard(autojump
     world = World.make()
     release = world.source.release_locks
 
-    async def released_and_cancelled() -> None:
-        await release()
+    async def released_and_cancelled(at_most_s: float) -> None:
+        await release(at_most_s)
         scope.cancel()
 
     world.source.release_locks = released_and_cancelled  # type: ignore[method-assign]

@@ -118,7 +118,7 @@ async def test_a_late_switchover_is_undone_and_the_next_succeeds(autojump_clock:
     await world.run()
     assert isinstance(world.sent, MigrationReport)
     assert world.sent.attempts == 2
-    assert world.source.events == ["log on", "stop", "undo", "stop"]
+    assert world.source.events == ["log on", "flush", "stop", "undo", "flush", "stop"]
     world.close()
 
 
@@ -132,7 +132,24 @@ async def test_the_guest_runs_again_before_its_dirty_log_goes_off(autojump_clock
     world.net.source_tap = cut
     await world.run()
     assert isinstance(world.sent, MigrationError)
-    assert world.source.events == ["log on", "stop", "undo", "log off"]
+    assert world.source.events == ["log on", "flush", "stop", "undo", "log off"]
+    world.close()
+
+
+async def test_the_guest_runs_while_most_of_its_disks_is_flushed(autojump_clock: trio.testing.MockClock) -> None:
+    """Minutes of unwritten data: rounds go on meanwhile, so that the destination sees that its source is there, and the
+    guest stops only after a flush that was short."""
+    world = World.make()
+    world.source.flushes_s = [3 * LIMITS.stall, 0.5]
+    world.options = SendOptions(timeout_s=1000)
+    flushed: list[float] = []
+    world.source.on_stopped = lambda: flushed.append(trio.current_time() - world.began)
+    await world.run()
+    assert isinstance(world.sent, MigrationReport)
+    assert world.source.events == ["log on", "flush", "flush", "flush", "stop"]
+    assert flushed[0] > 3 * LIMITS.stall
+    assert world.sent.downtime.total_ms < 100
+    assert len(world.sent.timeline) > 10
     world.close()
 
 
@@ -302,5 +319,6 @@ async def test_a_failing_progress_callback_disturbs_nothing(autojump_clock: trio
 def test_options_name_their_field() -> None:
     with pytest.raises(ConfigError, match="timeout_strategy"):
         SendOptions(timeout_strategy="hope")
-    with pytest.raises(ConfigError, match="downtime_ms"):
-        SendOptions(downtime_ms=0)
+    for wrong in (0, "50", True, float("nan"), 1e10):
+        with pytest.raises(ConfigError, match="downtime_ms"):
+            SendOptions(downtime_ms=wrong)  # type: ignore[arg-type]

@@ -27,6 +27,7 @@ from trivmm.platform.sinks import ClientSink, LineConfig, Sink, open_sink
 from trivmm.virtio.device import WorkerDevice
 from trivmm.virtio.kinds import KINDS
 from trivmm.virtio.pci import VirtioPciTransport
+from trivmm.virtio.port import Storage
 
 __all__ = ["Board", "DeviceSlot", "line_configs"]
 
@@ -195,13 +196,18 @@ class Board:
         for cpu in self.cpus:
             if own := cpu.counters():
                 counted[f"__vcpu{cpu.index}"] = own
-        counted["__bus"] = self.pio.counters() | self.mmio.counters()
+        counted["__bus"] = self.pio.counters() | self.mmio.counters() | self.pci.counters()
         return counted
+
+    @property
+    def storages(self) -> list[Storage]:
+        """Of the devices that have one."""
+        return [slot.backend.storage for slot in self.devices if slot.backend.storage is not None]
 
     def give_locks(self) -> None:
         """Sockets of console lines are locks too: the side that runs the VM has the path."""
-        for slot in self.devices:
-            slot.backend.release_locks()
+        for storage in self.storages:
+            storage.release_lock()
         for line in self.lines.values():
             line.release()
 

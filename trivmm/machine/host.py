@@ -18,6 +18,7 @@ from trivmm.errors import WrongState
 from trivmm.hypervisor.base import Hypervisor
 from trivmm.machine.board import Board
 from trivmm.machine.build import build_board, check_board, close_sinks, open_sinks
+from trivmm.machine.disks import Disks
 from trivmm.machine.machine import Machine, open_machine
 from trivmm.nursery.kernel import KernelCalls
 from trivmm.platform.sinks import Sink
@@ -49,6 +50,12 @@ class MachineHost:
         default=attrs.Factory(lambda self: KernelCalls(self.deadlines, self.hypervisor.threads), takes_self=True),
         init=False,
     )
+    storage: KernelCalls = attrs.field(
+        default=attrs.Factory(
+            lambda self: KernelCalls(self.deadlines, self.hypervisor.threads, "storage"), takes_self=True
+        ),
+        init=False,
+    )
     machine: Machine | None = attrs.field(default=None, init=False)
     board: Board | None = attrs.field(default=None, init=False)
     new_board: trio.Event = attrs.field(factory=trio.Event, init=False)  # set, and replaced, with every board
@@ -64,7 +71,7 @@ class MachineHost:
     @property
     def stuck(self) -> tuple[str, ...]:
         """Threads that outlived their deadline, by name."""
-        return (() if self.board is None else tuple(self.board.stuck)) + self.kernel.stuck
+        return (() if self.board is None else tuple(self.board.stuck)) + self.kernel.stuck + self.storage.stuck
 
     async def boot(self, config: VmConfig, kept: Mapping[str, Sink] | None = None) -> Machine:
         """A machine with its payload loaded, its vCPUs parked. What is ``kept`` of the one before is closed when it
@@ -86,6 +93,8 @@ class MachineHost:
         board = await self._build(config, None, incoming=True)
         try:
             prepare(board)
+            # Cached when the VM was here before, perhaps: gone by COMMIT, when the guest waits for that.
+            await Disks(board.storages, self.storage).refresh(self.deadlines.handshake / 2)
             await self._in_pieces(board.check_payload)
             return await self._house(board, stage=Stage.UNLOCKED)
         except BaseException:
@@ -141,6 +150,7 @@ class MachineHost:
                 self.deadlines,
                 stage=stage,
                 kernel=self.kernel,
+                storage=self.storage,
                 on_guest_request=self.on_guest_request,
             ) as machine:
                 task_status.started(machine)

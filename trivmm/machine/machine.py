@@ -19,6 +19,7 @@ from trivmm.bus.space import GuestRequest
 from trivmm.deadlines import Deadlines
 from trivmm.errors import GuestCrash, HypervisorError, MigrationError, TrivmmError
 from trivmm.machine.board import Board
+from trivmm.machine.disks import Disks
 from trivmm.machine.interrupts import Interrupts
 from trivmm.machine.saved import describe, load_state, save_board
 from trivmm.memory.dirty_log import DirtyLog, HostWriters
@@ -49,6 +50,7 @@ class Machine:
     board: Board
     deadlines: Deadlines
     kernel: KernelCalls
+    storage: KernelCalls
     on_guest_request: Callable[[], None] = lambda: None
     vcpu_type: type[Vcpu] = Vcpu
     wanted: Stage = attrs.field(default=Stage.PAUSED, init=False)  # by its owner: RUNNING or PAUSED
@@ -68,6 +70,9 @@ class Machine:
         ),
         init=False,
     )
+    disks: Disks = attrs.field(
+        default=attrs.Factory(lambda self: Disks(self.board.storages, self.storage), takes_self=True), init=False
+    )
     ladder: Ladder = attrs.field(default=attrs.Factory(lambda self: self._ladder(), takes_self=True), init=False)
     _token: trio.lowlevel.TrioToken = attrs.field(factory=trio.lowlevel.current_trio_token, init=False)
 
@@ -84,6 +89,9 @@ class Machine:
         async def thaw() -> None:
             self.board.thaw()
 
+        async def stay_flushed() -> None:
+            """What the guest writes next is cached again."""
+
         return Ladder(
             Stage.DETACHED,
             {
@@ -91,6 +99,7 @@ class Machine:
                 Stage.GATED: Rung(gate, self._open_gate),
                 Stage.DETACHED: Rung(self.interrupts.detach, self._attach),
                 Stage.SAVED: Rung(nothing, thaw),
+                Stage.FLUSHED: Rung(self._flush_disks, stay_flushed),
                 Stage.UNLOCKED: Rung(self._give_locks, self._take_locks),
             },
         )
@@ -208,18 +217,29 @@ class Machine:
         with their connection."""
         self.interrupts.wanted = True
 
-    async def _give_locks(self, at_most_s: float) -> None:
+    @property
+    def _patience_s(self) -> float:
+        """How long a call to the storage may take while the other side of a migration waits, whose patience is
+        ``commit``: two of them come between COMMIT and the verdict."""
+        return min(self.deadlines.storage, self.deadlines.commit / 4)
+
+    async def _flush_disks(self, at_most_s: float) -> None:
         """:raises HypervisorError: while a device thread is stuck in the kernel: it could still write."""
         for slot in self.board.devices:
             if slot.actor.stuck is not None:
                 raise HypervisorError("COMMIT", slot.actor.stuck, "wait until the device's storage answers")
-        self.board.give_locks()
+        await self.disks.flush(min(at_most_s, self._patience_s))
+
+    async def _give_locks(self, at_most_s: float) -> None:
+        """Sockets of console lines are locks too: the side that runs the VM has the path."""
+        await self.disks.unlock(min(at_most_s, self._patience_s))
+        for line in self.board.lines.values():
+            line.release()
 
     async def _take_locks(self) -> None:
         """:raises ConfigError: when another process has an image or socket; those taken before are given back."""
+        await self.disks.lock(self._patience_s)
         try:
-            for slot in self.board.devices:
-                slot.backend.take_locks()
             for line in self.board.lines.values():
                 line.retake()
         except TrivmmError:
@@ -291,9 +311,15 @@ class Machine:
         except TrivmmError as error:
             logger.critical("the guest runs before its interrupts are connected: %s", error)
 
-    async def release_locks(self) -> None:
-        """:raises HypervisorError: while a device thread is stuck in the kernel: it could still write."""
-        await self.ladder.down(Stage.UNLOCKED, lambda: math.inf)
+    async def flush_disks(self, at_most_s: float) -> bool:
+        """See the port. The guest may run."""
+        return await self.disks.try_flush(at_most_s)
+
+    async def release_locks(self, at_most_s: float) -> None:
+        """:raises HypervisorError: while a device thread is stuck in the kernel: it could still write.
+        :raises DeadlineError: (storage) the disks are not flushed. :raises MigrationError: they can't be."""
+        ends = trio.current_time() + at_most_s
+        await self.ladder.down(Stage.UNLOCKED, lambda: max(0.0, ends - trio.current_time()))
 
     async def take_locks(self) -> None:
         """:raises ConfigError: when another process has an image or socket: it stays UNLOCKED."""
@@ -352,13 +378,15 @@ async def open_machine(
     stage: Stage = Stage.DETACHED,
     vcpu_type: type[Vcpu] = Vcpu,
     kernel: KernelCalls | None = None,
+    storage: KernelCalls | None = None,
     on_guest_request: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[Machine]:
     """Run a board: its actors, lines and parked vCPU threads, see :func:`trivmm.nursery.tree.open_tree`.
 
     Nothing runs or activates before it is walked up; ``stage`` is where it starts: UNLOCKED for a destination."""
-    calls = kernel or KernelCalls(deadlines, board.hypervisor.threads)
-    machine = Machine(board, deadlines, calls, on_guest_request, vcpu_type)
+    threads = board.hypervisor.threads
+    calls = kernel or KernelCalls(deadlines, threads), storage or KernelCalls(deadlines, threads, "storage")
+    machine = Machine(board, deadlines, *calls, on_guest_request, vcpu_type)
     machine.ladder.fall(stage)
     for slot in board.devices:
         slot.actor.close_gate()

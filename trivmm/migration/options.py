@@ -30,7 +30,9 @@ def _strategy(value: object) -> TimeoutStrategy:
 
 
 def _at_least_1(instance: object, attribute: attrs.Attribute[float], value: float) -> None:
-    if value < 1:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ConfigError(attribute.name, value, "not a number", "give 1 or more")
+    if not value >= 1:  # nor is NaN
         raise ConfigError(attribute.name, value, "too small", "give 1 or more")
     if not value <= LONGEST:
         raise ConfigError(attribute.name, value, "too large", f"give {LONGEST:g} at most")

@@ -48,14 +48,22 @@ class SourceMachine(Protocol):
         """Step 4, after ``stop``. May dirty guest memory."""
 
     async def undo(self) -> None:
-        """Back from ``stop``: interrupts, gate, vCPUs (unless the VM was paused before). Safe when not stopped."""
+        """Back from ``stop`` and ``release_locks``, finished or not: locks, gate, vCPUs (unless the VM was paused
+        before), interrupts. Safe when not stopped.
 
-    async def release_locks(self) -> None:
-        """Give up image locks, before COMMIT; may be cancelled half way. :raises DeadlineError: while a device
-        thread is stuck."""
+        :raises TrivmmError: another process has the locks: it stays stopped, and without them."""
 
-    async def take_locks(self) -> None:
-        """All of them, whichever are missing. :raises ConfigError: when another process has one."""
+    async def flush_disks(self, at_most_s: float) -> bool:
+        """Write out what the guest has written to its disks so far, so that ``release_locks`` finds little. False: it
+        is not done in that time, and goes on by itself.
+
+        :raises DeadlineError: (storage) nor in that. :raises MigrationError: what was written may be lost."""
+
+    async def release_locks(self, at_most_s: float) -> None:
+        """Flush the disks and give up their locks, before COMMIT; may be cancelled half way.
+
+        :raises DeadlineError: not done in that time. :raises TrivmmError: a device's thread is stuck, or what was
+            written may be lost."""
 
 
 class DestinationMachine(Protocol):

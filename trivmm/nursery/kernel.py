@@ -1,12 +1,13 @@
-"""Calls that wait for the kernel, off the trio thread: one VM's, one at a time, each under the ``kernel`` deadline.
+"""Calls that wait for the kernel, off the trio thread: one VM's, one at a time, each under one deadline.
 
-Changing memory slots, doorbells, interrupt routes or irqfds, and making a VM, wait until no vCPU reads the old ones
-(an SRCU grace period): microseconds, or seconds where vCPUs wait for a CPU. Meanwhile the API must answer, handshakes
+Under ``kernel``: changing memory slots, doorbells, interrupt routes or irqfds, and making a VM, wait until no vCPU
+reads the old ones (an SRCU grace period): microseconds, or seconds where vCPUs wait for a CPU. Under ``storage``, apart
+from these and so in nobody's way: what waits for the storage behind a disk. Meanwhile the API must answer, handshakes
 must be met and signals heard.
 
 A thread in the kernel can't be ended. So a call is never abandoned because its caller was cancelled, only at the end of
-its deadline; it then goes on by itself, later ones wait for it, and past ``kernel`` it is in :attr:`KernelCalls.stuck`
-by name until it is back. Owned by a VM, from ``open_vm`` to the end of that block.
+its deadline; it then goes on by itself, later ones wait for it, and past that it is in :attr:`KernelCalls.stuck` by
+name until it is back. Owned by a VM, from ``open_vm`` to the end of that block.
 """
 
 from __future__ import annotations
@@ -85,10 +86,12 @@ class _Call:
 
 @attrs.define(eq=False)
 class KernelCalls:
-    """``threaded`` False makes every call where it stands: under virtual time, whose clock would jump meanwhile."""
+    """``threaded`` False makes every call where it stands: under virtual time, whose clock would jump meanwhile.
+    ``deadline`` is the name of the one that bounds each call."""
 
     deadlines: Deadlines
     threaded: bool
+    deadline: str = "kernel"
     _one_at_a_time: threading.Lock = attrs.field(factory=threading.Lock, init=False)
     _calls: list[_Call] = attrs.field(factory=list, init=False)
 
@@ -98,13 +101,17 @@ class KernelCalls:
         return bool(self._calls)
 
     @property
+    def limit_s(self) -> float:
+        return self.deadlines.limit_s(self.deadline)
+
+    @property
     def stuck(self) -> tuple[str, ...]:
-        """Calls that have outlived ``kernel``. May be read in any thread."""
-        now = time.monotonic()
+        """Calls that have outlived their deadline. May be read in any thread."""
+        now, limit_s = time.monotonic(), self.limit_s
         return tuple(
-            f"{call.what}: in the kernel for {now - call.began:.1f} s"
+            f"{call.what}: in the {self.deadline} for {now - call.began:.1f} s"
             for call in list(self._calls)
-            if call.given_up and now - call.began >= self.deadlines.kernel
+            if call.given_up and now - call.began >= limit_s
         )
 
     async def call(
@@ -119,13 +126,13 @@ class KernelCalls:
 
         ``late`` gets, in that thread, a result that nobody waits for any more. What ``work`` raises is raised here.
 
-        :raises DeadlineError: ``kernel``, or after ``at_most_s``: the call has not returned. It, or its turn, is still
+        :raises DeadlineError: by its name, or after ``at_most_s``: the call has not returned. It, or its turn, is still
             to come."""
         if not self.threaded:
             return work()
-        call = _Call(what, work, late, self.deadlines.kernel)
+        call = _Call(what, work, late, self.limit_s)
         try:
-            with self.deadlines.enter("kernel", lambda: self._diagnose(call), at_most_s=at_most_s, shield=True):
+            with self.deadlines.enter(self.deadline, lambda: self._diagnose(call), at_most_s=at_most_s, shield=True):
                 # A limiter of its own: nobody else's threads in its way. The lock keeps the order, also of late ones.
                 await trio.to_thread.run_sync(
                     self._run, call, limiter=trio.CapacityLimiter(1), thread_name=what[:15], abandon_on_cancel=True
@@ -146,9 +153,9 @@ class KernelCalls:
     def _diagnose(self, call: _Call) -> str:
         before = [each.what for each in list(self._calls) if each is not call]
         waits = f", after {', '.join(before)}" if before else ""
-        return f"{call.what}{waits}: the kernel has not returned"
+        return f"{call.what}{waits}: the {self.deadline} has not returned"
 
-    async def settled(self) -> None:
-        """Wait until no thread is at work, at most ``kernel``. :raises DeadlineError: naming what is stuck."""
+    async def settled(self, *, at_most_s: float | None = None) -> None:
+        """Wait until no thread is at work, bounded as any call. :raises DeadlineError: naming what is stuck."""
         if self._calls:
-            await self.call("ending", lambda: None)
+            await self.call("ending", lambda: None, at_most_s=at_most_s)

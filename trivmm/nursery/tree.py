@@ -53,6 +53,7 @@ class Tenant(Protocol):
     deadlines: Deadlines
     vcpus: VcpuSet
     kernel: KernelCalls
+    storage: KernelCalls
 
     @property
     def actors(self) -> Sequence[Actor]: ...
@@ -98,17 +99,18 @@ async def open_tree(tenant: Tenant) -> AsyncIterator[None]:
                         except DeadlineError as error:
                             tenant.note_stuck(str(error))
         finally:
-            with trio.CancelScope(shield=True):  # bounded: quiesce, device_stop, drain and kernel
+            with trio.CancelScope(shield=True):  # bounded: quiesce, device_stop (twice), drain and kernel
                 await trio.lowlevel.checkpoint()  # actors that were only just started get their first step
                 try:
                     await tenant.close_gate(deadlines.device_stop)
                 except DeadlineError as error:
                     tenant.note_stuck(str(error))
-                try:
-                    await tenant.kernel.settled()
-                except DeadlineError as error:
-                    logger.critical("%s", error)
-                    tenant.note_stuck(str(error), in_use=True)
+                for calls, limit_s in ((tenant.kernel, deadlines.kernel), (tenant.storage, deadlines.device_stop)):
+                    try:
+                        await calls.settled(at_most_s=limit_s)
+                    except DeadlineError as error:
+                        logger.critical("%s", error)
+                        tenant.note_stuck(str(error), in_use=True)
                 with trio.move_on_after(deadlines.drain):
                     async with trio.open_nursery() as flushing:
                         for line in tenant.lines.values():

@@ -7,6 +7,7 @@ from typing import Annotated, Final
 
 import attrs
 
+from trivmm._native import lib
 from trivmm.values import U8, U32, U64, AtMost, Exactly
 
 __all__ = [
@@ -25,8 +26,8 @@ __all__ = [
 
 PCI_CONFIG_BYTES: Final = 256
 CMOS_BYTES: Final = 128
-LineOutput = Annotated[bytes, AtMost(1 << 16)]  # TV_LINE_TX_SIZE
-LineInput = Annotated[bytes, AtMost(1 << 12)]  # TV_LINE_RX_SIZE
+LineOutput = Annotated[bytes, AtMost(int(lib.TV_LINE_TX_SIZE))]
+LineInput = Annotated[bytes, AtMost(int(lib.TV_LINE_RX_SIZE))]
 
 
 @attrs.frozen

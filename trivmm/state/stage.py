@@ -8,7 +8,8 @@ on the way down       what is so from there on                                  
 ``GATED``             no queue takes a chain, nothing activates, output drained    the gate opens      quiesce
 ``DETACHED``          no eventfd injects: what was pending is in vCPUs or saved    interrupts return   kernel
 ``SAVED``             the state is taken, and nothing changes it                   it is stale         (computes)
-``UNLOCKED``          images and console sockets may be another process's          locks are retaken   kernel
+``FLUSHED``           what the guest wrote is on its disks' storage, not cached    (nothing)           storage
+``UNLOCKED``          images and console sockets may be another process's          locks are retaken   storage
 ====================  ===========================================================  ==================  ===========
 
 A machine that boots starts at ``DETACHED``, a migration's destination at the bottom. A stage is entered before its work
@@ -29,11 +30,12 @@ class Stage(enum.IntEnum):
     """Ordered: the higher, the closer to running."""
 
     UNLOCKED = 0
-    SAVED = 1
-    DETACHED = 2
-    GATED = 3
-    PAUSED = 4
-    RUNNING = 5
+    FLUSHED = 1
+    SAVED = 2
+    DETACHED = 3
+    GATED = 4
+    PAUSED = 5
+    RUNNING = 6
 
 
 @attrs.frozen

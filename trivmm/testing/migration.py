@@ -74,7 +74,8 @@ async def _at_once(what: str, work: Callable[[], T]) -> T:
 
 
 class FakeSource(_Machine):
-    """Runs from the start, with the lock. ``stop_s`` and ``release_s``: how long these take."""
+    """Runs from the start, with the lock. ``stop_s`` and ``release_s``: how long these take; ``flushes_s``: how long
+    flushes of its disks take, one by one, then none takes any time."""
 
     def __init__(
         self,
@@ -87,8 +88,11 @@ class FakeSource(_Machine):
         self.live_copy = live_copy
         self.dirty_log = DirtyLog((HostWriters(self.memory), self), _at_once)
         self.stop_s = self.release_s = 0.001
+        self.flushes_s: list[float] = []
+        self._flushed_at: float | None = None  # of the flush that is under way
         self.on_stopped: Callable[[], None] = lambda: None
         self.logging = False
+        self.unlocked = False  # perhaps half way
         self.throttle = 0
         self.stops = 0
         lock.take(self)
@@ -127,12 +131,27 @@ class FakeSource(_Machine):
 
     async def undo(self) -> None:
         await trio.lowlevel.checkpoint()
+        if self.unlocked:
+            await self.take_locks()
+            self.unlocked = False
         if not self.running:
             assert self.lock.owner is self, "runs without its lock"
             self.running = True
             self.events.append("undo")
 
-    async def release_locks(self) -> None:
+    async def flush_disks(self, at_most_s: float) -> bool:
+        if self._flushed_at is None:
+            self._flushed_at = trio.current_time() + (self.flushes_s.pop(0) if self.flushes_s else 0.0)
+        left_s = self._flushed_at - trio.current_time()
+        await trio.sleep(max(0.0, min(left_s, at_most_s)))
+        if left_s > at_most_s:
+            return False
+        self._flushed_at = None
+        self.events.append("flush")
+        return True
+
+    async def release_locks(self, at_most_s: float) -> None:
+        self.unlocked = True
         await trio.sleep(self.release_s)
         self.lock.release(self)
 

@@ -25,6 +25,7 @@ from trivmm.migration.link.transports import Dialer, SocketDialer, parse_url
 from trivmm.migration.options import SendOptions, TimeoutStrategy
 from trivmm.migration.port import SourceMachine
 from trivmm.migration.progress import Downtime, MigrationProgress, MigrationReport, Phase, Tracker
+from trivmm.migration.source.disks import DiskFlushes
 from trivmm.migration.source.plan import NO_LIMIT, Estimates, Plan, Step
 from trivmm.migration.source.precopy import Rounds
 from trivmm.migration.source.switchover import Switchover
@@ -65,7 +66,23 @@ async def send(
     if progress is not None:
         tracker.callback = progress
     tracker.push()
-    return await _Sender(source, dialer, options, tracker, session_id).run()
+    sender = _Sender(source, dialer, options, tracker, session_id)
+    limits = source.deadlines
+    try:
+        switchover = await sender.up_to_commit()
+    except BaseException as error:
+        with trio.move_on_after(limits.rollback + limits.kernel + 4 * FAREWELL_S, shield=True) as scope:
+            await sender.roll_back(error)
+        if scope.cancelled_caught:  # pragma: no cover - each of its waits has a smaller bound
+            logger.error("rolling back a migration did not end in time")
+        raise
+    try:
+        # No await between here and the shield: a cancellation comes before COMMIT, or after the verdict.
+        return await sender.commit(switchover)
+    except BaseException:
+        with trio.CancelScope(shield=True):  # bounded: kernel
+            await sender.let_go()
+        raise
 
 
 @attrs.define(eq=False)
@@ -88,25 +105,7 @@ class _Sender:
         asked = self.options.timeout_s
         return self.source.deadlines.migration if asked is None else asked
 
-    async def run(self) -> MigrationReport:
-        limits = self.source.deadlines
-        try:
-            switchover = await self._up_to_commit()
-        except BaseException as error:
-            with trio.move_on_after(limits.rollback + limits.kernel + 4 * FAREWELL_S, shield=True) as scope:
-                await self._roll_back(error)
-            if scope.cancelled_caught:  # pragma: no cover - each of its waits has a smaller bound
-                logger.error("rolling back a migration did not end in time")
-            raise
-        try:
-            # No await between here and the shield: a cancellation comes before COMMIT, or after the verdict.
-            return await self._commit(switchover)
-        except BaseException:
-            with trio.CancelScope(shield=True):  # bounded: kernel
-                await self._let_go()
-            raise
-
-    async def _let_go(self) -> None:
+    async def let_go(self) -> None:
         """Throttle 0, dirty log off: nothing of a migration slows the guest any more. It runs by now, where it may: the
         log waits for the kernel. Of no use to a source that moved away and is closed next. Never raises."""
         try:
@@ -120,7 +119,7 @@ class _Sender:
 
     # --- up to COMMIT --------------------------------------------------------------------------------------------
 
-    async def _up_to_commit(self) -> Switchover:
+    async def up_to_commit(self) -> Switchover:
         deadline = trio.current_time() + self._timeout_s
         cancel = self.options.timeout_strategy is TimeoutStrategy.CANCEL
         with trio.CancelScope(deadline=deadline if cancel else math.inf) as scope:
@@ -133,7 +132,7 @@ class _Sender:
             if self.source.live_copy:
                 await self._precopy(plan, switchover, rounds)
             else:
-                await self._stop_and_copy(switchover)
+                await self._stop_and_copy(switchover, rounds)
             # Who cancelled before COMMIT was told that it can be: no last await has swallowed that.
             await trio.lowlevel.checkpoint_if_cancelled()
             return switchover
@@ -162,15 +161,19 @@ class _Sender:
         self.tracker.enter(Phase.PRECOPY)
         return link, answer.resume_ms
 
-    async def _stop_and_copy(self, switchover: Switchover) -> None:
+    async def _stop_and_copy(self, switchover: Switchover, rounds: Rounds) -> None:
         """Without a dirty log: stop first, then copy all of it. The downtime is as long as that takes."""
         self.tracker.limit_ms = math.inf
+        disks = DiskFlushes(self.source)
+        while not await disks.ready():
+            await rounds.send_round(last=False)
         why = await switchover.attempt(NO_LIMIT)
         if why is not None:
             raise MigrationError(f"the machine can't be stopped: {why}")
 
     async def _precopy(self, plan: Plan, switchover: Switchover, rounds: Rounds) -> None:
         """Rounds and attempts until one attempt succeeds."""
+        disks = DiskFlushes(self.source)
         await self.source.dirty_log.start()
         rounds.add_touched()
         while True:
@@ -179,6 +182,8 @@ class _Sender:
             limit_s = plan.limit_s(now)
             self.tracker.estimated, self.tracker.limit_ms = plan.estimates.downtime(left), limit_s * 1000
             step = plan.next_step(now, left)
+            if step is Step.SWITCH and not await disks.ready():
+                step = Step.IDLE
             if step is Step.SWITCH:
                 why = await switchover.attempt(limit_s)
                 if why is None:
@@ -191,7 +196,7 @@ class _Sender:
                 continue
             await rounds.harvest()
 
-    async def _roll_back(self, error: BaseException) -> None:
+    async def roll_back(self, error: BaseException) -> None:
         """The source runs again; then, and only then, the dirty log goes off, the peer is told and the link closed."""
         cancelled = not isinstance(error, Exception)
         reason = "cancelled" if cancelled else str(error)
@@ -206,7 +211,7 @@ class _Sender:
             end = Phase.IN_DOUBT
             raise
         finally:
-            await self._let_go()  # noqa: ASYNC102 - its caller shields and bounds it
+            await self.let_go()  # noqa: ASYNC102 - its caller shields and bounds it
             if self._link is not None:
                 with trio.move_on_after(2 * FAREWELL_S, shield=True):
                     await self._link.abort(reason)
@@ -214,7 +219,7 @@ class _Sender:
 
     # --- from COMMIT on ------------------------------------------------------------------------------------------
 
-    async def _commit(self, switchover: Switchover) -> MigrationReport:
+    async def commit(self, switchover: Switchover) -> MigrationReport:
         """Shielded throughout: ends with a verdict, whatever is cancelled meanwhile."""
         with trio.CancelScope(shield=True):
             found = await self._verdict(switchover.link)

@@ -23,14 +23,12 @@ __all__ = ["Switchover"]
 
 @attrs.define(eq=False)
 class Switchover:
-    """Also the keeper of what must be given back: is the machine (perhaps) stopped, are its locks released."""
+    """One attempt after the other. How far the machine is stopped is the machine's to know."""
 
     source: SourceMachine
     link: Link
     tracker: Tracker
     rounds: Rounds
-    stopped: bool = False
-    unlocked: bool = False
     started: float = 0.0
 
     async def attempt(self, limit_s: float) -> str | None:
@@ -52,7 +50,6 @@ class Switchover:
         estimates = self.rounds.estimates
         parts = Downtime()
         try:
-            self.stopped = True  # from here on restore() has something to undo; undo() is safe when nothing is
             await self.source.stop(limit_s)
         except DeadlineError as error:
             estimates.stop_ms = self._elapsed_ms()
@@ -80,8 +77,10 @@ class Switchover:
             self.tracker.actual = parts
             if why := self._too_late(limit_s):
                 return why
-            self.unlocked = True
-            await self.source.release_locks()
+            try:
+                await self.source.release_locks(max(0.0, self.started + limit_s - trio.current_time()))
+            except DeadlineError as error:
+                return str(error)
             parts = attrs.evolve(parts, state_ms=parts.state_ms + self._elapsed_ms() - parts.total_ms)
             self.tracker.actual = parts
             return self._too_late(limit_s)
@@ -112,24 +111,18 @@ class Switchover:
         return f"ms so far: stop {parts.stop_ms:.1f}, pages {parts.pages_ms:.1f}, state {parts.state_ms:.1f}"
 
     async def restore(self) -> None:
-        """The source runs again, locks first. Shielded, bounded by ``rollback``; does nothing when nothing is to do.
+        """The source runs again, locks first. Shielded, bounded by ``rollback``; safe when it runs.
 
         :raises MigrationInDoubt: another process has the locks now: the VM stays paused.
         :raises DeadlineError: (rollback).
         """
-        if not self.stopped:
-            return
         with self.source.deadlines.enter("rollback", "the source does not come back from a switchover", shield=True):
-            if self.unlocked:
-                try:
-                    await self.source.take_locks()
-                except TrivmmError as error:
-                    raise MigrationInDoubt(
-                        f"the image locks can't be taken back ({error}): the VM stays paused, resume it when they can"
-                    ) from error
-                self.unlocked = False
-            await self.source.undo()
-            self.stopped = False
+            try:
+                await self.source.undo()
+            except TrivmmError as error:
+                raise MigrationInDoubt(
+                    f"the image locks can't be taken back ({error}): the VM stays paused, resume it when they can"
+                ) from error
 
     async def _tell_undone(self, why: str) -> None:
         """UNDO, and wait until the destination has forgotten the attempt: what it sent before is skipped."""

@@ -42,7 +42,7 @@ class BlockDescription(DeviceDescription):
 
 
 class BlockDevice(WorkerDevice):
-    """``lock`` False is for a destination: it takes the image's lock at COMMIT (``take_locks``)."""
+    """``lock`` False is for a destination: it takes the image's lock at COMMIT."""
 
     device_type = 2
     description_type = BlockDescription
@@ -57,6 +57,7 @@ class BlockDevice(WorkerDevice):
             limits = f"{MIN_QUEUE_SIZE} to {MAX_QUEUE_SIZE}"
             raise ConfigError("disks.queue_size", size, "not a queue size", f"give a power of two, {limits}")
         self.image = Image(config.path, readonly=config.readonly, lock=lock, raw=config.image_type == "Raw")
+        self.storage = self.image
         self.queue_sizes = (size,) * config.num_queues
         self.features = RING_FEATURES | F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_FLUSH
         if config.readonly:
@@ -106,12 +107,7 @@ class BlockDevice(WorkerDevice):
                 "give the same image, or a full copy of it",
             )
         self._sectors, self._id = described.sectors, described.identity
-
-    def release_locks(self) -> None:
-        self.image.release_lock()
-
-    def take_locks(self) -> None:
-        self.image.take_lock()
+        self.image.promised = described.sectors * SECTOR
 
     def _count(self, worker: QueueWorker) -> None:
         self._counted += BlockCounts.of(worker.native)

@@ -10,6 +10,11 @@ no guess ever opens anything but raw, so the guest may write what it likes.
 The lock is an *open file description* lock over the whole file: a write lock for a writable disk, a read lock for a
 read-only one. It belongs to the descriptor, not the process, so two VMs in one process exclude each other too, and
 the kernel drops it when the process dies, however it dies.
+
+An image on storage that two hosts have (a block device over a network, a shared file system) has a page cache on each.
+:meth:`Image.flush` before the lock is given up, and :meth:`Image.refresh` after it was taken, make them one. Flushes
+have a descriptor of their own: the kernel tells of a write that it could not do once per open file, and the guest's
+next flush is to hear of it too.
 """
 
 from __future__ import annotations
@@ -23,12 +28,13 @@ from collections.abc import Sequence
 from typing import Final
 
 from trivmm.config import DiskConfig
-from trivmm.errors import ConfigError, NotSupported, reason_of
+from trivmm.errors import ConfigError, MigrationError, NotSupported, reason_of
 
 __all__ = ["SECTOR", "Image", "check_given_once", "foreign_format"]
 
 SECTOR: Final = 512
 BLKGETSIZE64: Final = 0x80081272
+BLKFLSBUF: Final = 0x1261  # write out and drop the page cache of a block device
 F_OFD_SETLK: Final = 37
 FLOCK: Final = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, len, pid
 QCOW: Final = b"QFI\xfb"  # docs/interop/qcow2.rst; the version is a big-endian integer after it
@@ -60,7 +66,7 @@ def foreign_format(first: bytes, last: bytes) -> str | None:
 
 
 class Image:
-    """``fd`` is open from construction to :meth:`close`."""
+    """``fd`` is open from construction to :meth:`close`. ``promised`` is how many bytes the driver was told of."""
 
     def __init__(self, path: str, *, readonly: bool, lock: bool, raw: bool = False) -> None:
         """``raw``: it is one, whatever it looks like.
@@ -68,15 +74,16 @@ class Image:
         :raises ConfigError: naming ``disks.path`` and what is wrong with it. :raises NotSupported: its format."""
         self.path = path
         self.readonly = readonly
-        self.locked = False
-        flags = (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        self._sync_fd = -1
+        self._lost: str | None = None  # why what the guest wrote may be lost
+        self.fd = self._open()
         try:
-            self.fd = os.open(path, flags)
-        except (OSError, ValueError) as error:
-            raise self._mistake(error) from error
-        try:
-            self.size = self._measure()
-            os.set_blocking(self.fd, True)
+            self.size = self.promised = self._measure()
+            self._sync_fd = self._open()
+            if not os.path.sameopenfile(self.fd, self._sync_fd):
+                raise ConfigError("disks.path", path, "was replaced in this moment", "leave it alone while a VM starts")
+            for fd in (self.fd, self._sync_fd):
+                os.set_blocking(fd, True)
             if lock:
                 self.take_lock()
             if not raw:
@@ -84,6 +91,13 @@ class Image:
         except BaseException:
             self.close()
             raise
+
+    def _open(self) -> int:
+        flags = (os.O_RDONLY if self.readonly else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        try:
+            return os.open(self.path, flags)
+        except (OSError, ValueError) as error:
+            raise self._mistake(error) from error
 
     def _mistake(self, error: OSError | ValueError) -> ConfigError:
         number = getattr(error, "errno", None)
@@ -124,10 +138,10 @@ class Image:
         """Whole sectors; the bytes of an incomplete last one are out of the guest's reach."""
         return self.size // SECTOR
 
+    # --- the lock, and what goes with it: these may wait for the storage ---------------------------------------
+
     def take_lock(self) -> None:
         """Idempotent. :raises ConfigError: when somebody else has it."""
-        if self.locked:
-            return
         kind = fcntl.F_RDLCK if self.readonly else fcntl.F_WRLCK
         try:
             fcntl.fcntl(self.fd, F_OFD_SETLK, FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
@@ -139,19 +153,52 @@ class Image:
             raise ConfigError(
                 "disks.path", self.path, f"cannot lock it ({error.strerror})", "give a local file"
             ) from error
-        self.locked = True
 
     def release_lock(self) -> None:
-        """Idempotent."""
-        if self.locked:
+        """Idempotent; after :meth:`close` too, which has given it up."""
+        if self.fd >= 0:
             fcntl.fcntl(self.fd, F_OFD_SETLK, FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0))
-            self.locked = False
+
+    def flush(self) -> None:
+        """See :class:`trivmm.virtio.port.Storage`."""
+        try:
+            if self._lost is None and not self.readonly:
+                os.fdatasync(self._sync_fd)
+            if self._lost is None:
+                self._drop_cache()
+        except OSError as error:
+            self._lost = reason_of(error)
+        if self._lost is not None:
+            raise MigrationError(f"disks.path = {self.path}: what the guest wrote can't be flushed ({self._lost})")
+
+    def refresh(self) -> None:
+        """See :class:`trivmm.virtio.port.Storage`."""
+        try:
+            size = self._measure()
+            self._drop_cache()
+        except OSError as error:
+            raise ConfigError("disks.path", self.path, reason_of(error), "look after its storage") from error
+        if size < self.promised:
+            why = f"has shrunk to {size} bytes, the guest was told of {self.promised}"
+            raise ConfigError("disks.path", self.path, why, "give the whole image")
+
+    def _drop_cache(self) -> None:
+        """Drop the clean pages that this host has cached. Of a page that somebody has mapped the host keeps its copy.
+
+        :raises OSError:"""
+        if stat.S_ISBLK(os.fstat(self._sync_fd).st_mode):
+            try:
+                fcntl.ioctl(self._sync_fd, BLKFLSBUF, 0)
+                return
+            except PermissionError:
+                pass  # for root only; what follows is the same, for whoever may read the device
+        os.posix_fadvise(self._sync_fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
-            self.locked = False
+        for fd in (self.fd, self._sync_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.fd = self._sync_fd = -1
 
 
 def check_given_once(disks: Sequence[DiskConfig]) -> None:
