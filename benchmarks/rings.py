@@ -26,7 +26,6 @@ from trivmm.memory.guest import GuestMemory
 from trivmm.testing.driver import WRITE, Descriptor, MockDriver
 from trivmm.virtio.block import BlockDevice
 from trivmm.virtio.device import WorkerDevice
-from trivmm.virtio.port import Activation
 from trivmm.virtio.queue import F_EVENT_IDX, F_VERSION_1
 from trivmm.virtio.rng import RngDevice
 
@@ -67,7 +66,7 @@ class Burst:
 async def active(device: WorkerDevice, driver: MockDriver) -> AsyncIterator[None]:
     features = F_VERSION_1 | (F_EVENT_IDX if driver.event_idx else 0)
     async with trio.open_nursery() as workers:
-        await device.activate(Activation(1, features, (driver.config(),)), workers)
+        await device.activate(driver.setup(features), [driver.handle], workers)
         try:
             yield
         finally:

@@ -202,17 +202,6 @@ static unsigned read_register(struct tv_uart *uart, uint32_t offset, uint8_t *va
     }
 }
 
-static void reset_locked(struct tv_uart *uart)
-{
-    uart->ier = uart->fcr = uart->mcr = uart->scr = uart->dlm = 0;
-    uart->lcr = 0x03; /* 8n1 */
-    uart->dll = 12;   /* 9600 baud */
-    uart->msr = MSR_WIRED;
-    uart->thre_pending = uart->overrun = 0;
-    tv_bytes_drop(&uart->line.rx, uart->line.rx.used);
-    uart->line.rx_was_full = 0;
-}
-
 /* A UART as after power-on; descriptors may be -1. NULL without memory. */
 struct tv_uart *tv_uart_new(int irq_fd, int ready_fd)
 {
@@ -222,7 +211,9 @@ struct tv_uart *tv_uart_new(int irq_fd, int ready_fd)
     tv_line_init(&uart->line, TV_LINE_TX_SIZE - TV_UART_TX_RESERVE, on_input, on_room);
     uart->line.input_fd = irq_fd;
     uart->line.ready_fd = ready_fd;
-    reset_locked(uart);
+    uart->lcr = 0x03; /* 8n1 */
+    uart->dll = 12;   /* 9600 baud */
+    uart->msr = MSR_WIRED;
     return uart;
 }
 
@@ -265,14 +256,6 @@ uint64_t tv_uart_tx_dropped(struct tv_uart *uart)
     uint64_t dropped = uart->tx_dropped;
     tv_line_unlock(&uart->line, 0);
     return dropped;
-}
-
-/* The machine was reset: registers as after power-on; what was transmitted stays on its way to the sink. */
-void tv_uart_reset(struct tv_uart *uart)
-{
-    tv_line_lock(&uart->line);
-    reset_locked(uart);
-    tv_line_unlock(&uart->line, WAKE_READY);
 }
 
 /* See tv_line_save; with the vCPUs stopped. A guest that transmits again runs after all, which is a tv_line_thaw. */

@@ -27,7 +27,6 @@ void tv_uart_free(struct tv_uart *uart);
 struct tv_line *tv_uart_line(struct tv_uart *uart);
 int tv_uart_pio(void *uart, uint16_t offset, uint8_t size, int is_out, uint8_t *data, uint32_t count);
 uint64_t tv_uart_tx_dropped(struct tv_uart *uart);
-void tv_uart_reset(struct tv_uart *uart);
 void tv_uart_save(struct tv_uart *uart, struct tv_uart_state *state, uint32_t in_flight);
 int tv_uart_load(struct tv_uart *uart, const struct tv_uart_state *state);
 

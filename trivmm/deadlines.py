@@ -135,9 +135,9 @@ class Deadlines:
     shutdown_grace: float = _limit("shutdown_grace")
 
     def limit_s(self, name: str) -> float:
-        """Of the deadline with that name."""
-        limit_s: float = getattr(self, name)
-        return limit_s
+        """Of the row ``name``, in seconds."""
+        limit: float = getattr(self, TABLE[name].name)
+        return limit
 
     @contextmanager
     def enter(

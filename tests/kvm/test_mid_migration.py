@@ -26,7 +26,6 @@ from trivmm import (
 from trivmm.errors import MigrationError
 from trivmm.guest import ProbeReport, parse_report, probe_cmdline, probe_path
 from trivmm.testing.road import Road, open_road
-from trivmm.virtio.port import Activation
 from trivmm.virtio.rng.device import RngDevice
 
 pytestmark = pytest.mark.kvm
@@ -57,11 +56,11 @@ def slow_on(monkeypatch: pytest.MonkeyPatch, slow: list[object], entered: trio.E
     """The rng devices of these machines (by their memory) never finish an activation."""
     real = RngDevice.activate
 
-    async def activate(self: RngDevice, activation: Activation, workers: trio.Nursery) -> None:
+    async def activate(self: RngDevice, *args: Any) -> None:
         if any(self.memory is each for each in slow):
             entered.set()
             await trio.sleep_forever()
-        await real(self, activation, workers)
+        await real(self, *args)
 
     monkeypatch.setattr(RngDevice, "activate", activate)
 
@@ -109,11 +108,11 @@ async def test_a_failed_activation_shows_the_guest_needs_reset_and_it_recovers(
     real = RngDevice.activate
     failures = [3]
 
-    async def activate(self: RngDevice, activation: Activation, workers: trio.Nursery) -> None:
+    async def activate(self: RngDevice, *args: Any) -> None:
         if failures[0]:
             failures[0] -= 1
             raise OSError("the back end is away")
-        await real(self, activation, workers)
+        await real(self, *args)
 
     with trio.fail_after(LIMIT_S):
         async with open_road(config_of(tmp_path)) as road:

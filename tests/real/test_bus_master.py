@@ -17,7 +17,6 @@ import trio
 
 from trivmm import Deadlines, DiskConfig, MemoryConfig, PayloadConfig, VmConfig
 from trivmm._native import lib
-from trivmm.hypervisor.base import MmioRead
 from trivmm.machine.board import Board, DeviceSlot
 from trivmm.machine.build import build_board
 from trivmm.machine.machine import Machine, open_machine
@@ -26,7 +25,7 @@ from trivmm.state.codec import state_from_json, state_to_json
 from trivmm.state.stage import Stage
 from trivmm.state.virtio import LifeStage
 from trivmm.testing.script_driver import BUS_MASTER, MEMORY, ScriptDriver, pci_read, pci_write
-from trivmm.testing.scripted import Compute, ScriptedHypervisor
+from trivmm.testing.scripted import Compute, MmioRead, ScriptedHypervisor
 
 LIMIT_S = 30
 BUFFER, LENGTH = 0x200000, 64

@@ -33,7 +33,7 @@ from trivmm.migration.progress import MigrationProgress, Phase
 from trivmm.nursery.kernel import KernelCalls
 from trivmm.platform.serial import COM1_IRQ
 from trivmm.testing.scripted import Compute, ScriptedHypervisor, ScriptedVm
-from trivmm.virtio.block.image import Image
+from trivmm.testing.sides import lock_is_free
 
 LIMIT_S = 60
 WAITING = {
@@ -124,17 +124,6 @@ def impatient(calls: KernelCalls) -> Iterator[None]:
         yield
     finally:
         calls.deadlines = before
-
-
-def lock_is_free(config: VmConfig) -> bool:
-    image = Image(config.disks[0].path, readonly=False, lock=False)
-    try:
-        image.take_lock()
-    except ConfigError:
-        return False
-    finally:
-        image.close()
-    return True
 
 
 @asynccontextmanager

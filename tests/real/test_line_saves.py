@@ -16,10 +16,9 @@ import trio
 import trio.testing
 
 from trivmm._native import lib
-from trivmm.platform import sinks
 from trivmm.platform.line import Line
 from trivmm.platform.serial import Serial
-from trivmm.platform.sinks import FdSink, NullSink, PtySink, Sink
+from trivmm.platform.sinks import FdSink, NullSink, PtySink, Sink, plain
 from trivmm.testing.cancel_walk import Walk, cancel_walk
 from trivmm.testing.driver import until
 from trivmm.virtio.console.line import ConsoleLine
@@ -100,7 +99,7 @@ def a_pipe(_: Path, __: pytest.MonkeyPatch) -> Iterator[Receiver]:
 def a_file(where: Path, patch: pytest.MonkeyPatch) -> Iterator[Receiver]:
     """Written in a thread, and in parts."""
     path, write = where / "out", os.write
-    patch.setattr(sinks.os, "write", lambda fd, data: write(fd, data[:SHORT]))
+    patch.setattr(plain.os, "write", lambda fd, data: write(fd, data[:SHORT]))
     yield Receiver(FdSink(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)), path.read_bytes)
     patch.undo()
 

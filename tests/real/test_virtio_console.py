@@ -19,10 +19,12 @@ from trivmm.config import ConsoleConfig
 from trivmm.errors import MigrationError, ProtocolError
 from trivmm.memory.guest import GuestMemory
 from trivmm.platform.sinks import FdSink, GuestOutput, NullSink, PtySink, Sink
+from trivmm.state.virtio import QueueState
 from trivmm.testing.driver import WRITE, Descriptor, MockDriver, until
 from trivmm.testing.states import sent
 from trivmm.virtio.console.device import ConsoleDevice
-from trivmm.virtio.port import Activation
+from trivmm.virtio.handles import QueueHandle
+from trivmm.virtio.setup import DriverSetup
 
 LIMIT_S = 30
 VERSION_1, EVENT_IDX, F_SIZE = 1 << 32, 1 << 29, 1
@@ -38,13 +40,13 @@ class Guest:
         self.receive = MockDriver(self.memory, event_idx=event_idx)
         self.transmit = MockDriver(self.memory, base=0x20000, event_idx=event_idx)
 
-    def activation(self, features: int, positions: tuple[tuple[int, int, int], ...] = ()) -> Activation:
-        where = {index: (avail, used) for index, avail, used in positions}
-        queues = tuple(
-            driver.config(index, *where.get(index, (0, 0)))
-            for index, driver in enumerate((self.receive, self.transmit))
-        )
-        return Activation(1, features, queues)
+    def setup(self, features: int, queues: tuple[QueueState, ...] = ()) -> DriverSetup:
+        """Fresh queues, or such as somebody left."""
+        return DriverSetup(features, queues or (self.receive.queue(), self.transmit.queue()))
+
+    @property
+    def handles(self) -> list[QueueHandle]:
+        return [self.receive.handle, self.transmit.handle]
 
     def say(self, data: bytes, *, at: int = OUTPUT, pieces: int = 1, first: int = 0) -> None:
         self.memory.write(at, data)
@@ -117,13 +119,13 @@ def device_of(guest: Guest, sink: Sink | None) -> ConsoleDevice:
 
 @asynccontextmanager
 async def active(
-    device: ConsoleDevice, guest: Guest, features: int = VERSION_1 | F_SIZE, positions: Any = ()
+    device: ConsoleDevice, guest: Guest, features: int = VERSION_1 | F_SIZE, queues: tuple[QueueState, ...] = ()
 ) -> AsyncIterator[None]:
     """Active, with its line's tasks; stopped at the end, not closed."""
     with trio.fail_after(LIMIT_S):
         async with trio.open_nursery() as nursery:
             await nursery.start(device.line.run)
-            await device.activate(guest.activation(features, positions), nursery)
+            await device.activate(guest.setup(features, queues), guest.handles, nursery)
             try:
                 yield
             finally:
@@ -163,7 +165,7 @@ async def test_buffers_wait_for_input_and_input_for_buffers(event_idx: bool) -> 
         device.line.push_input(b"early")
         guest.listen(8, number=0)
         assert await guest.heard() == b"early"
-    assert device.positions()[0] == (0, 4, 4)
+    assert device.queues[0] == guest.receive.queue(4, 4)
     device.close()
     guest.close()
 
@@ -173,10 +175,10 @@ async def test_a_buffer_without_input_goes_back_and_is_served_by_the_next_worker
     async with active(device, guest):
         guest.listen(16)
         await trio.testing.wait_all_tasks_blocked(0.05)
-    assert device.positions()[0] == (0, 0, 0)
+    assert device.queues[0] == guest.receive.queue()
     assert guest.receive.used_index == 0
     device.line.push_input(b"later")
-    async with active(device, guest, positions=device.positions()):
+    async with active(device, guest, queues=device.queues):
         assert await guest.heard() == b"later"
     device.close()
 
@@ -236,8 +238,8 @@ async def test_what_is_under_way_travels(guest: Guest) -> None:
         await until(lambda: lib.tv_line_tx_used(device.line.rings) == TX_SIZE)
         device.line.push_input(b"typed before")
     device.resize(100, 30)
-    state, positions = sent(device.save()), device.positions()
-    assert positions[1] == (1, 0, 0)
+    state, queues = sent(device.save()), device.queues
+    assert queues[1] == guest.transmit.queue()
     assert state.tx_taken == TX_SIZE
     assert not lib.tv_line_peek_tx(device.line.rings, ffi.new("uint8_t[]", 1), 1), "it is not said here as well"
     assert device.line.push_input(b"x") == 0
@@ -246,7 +248,7 @@ async def test_what_is_under_way_travels(guest: Guest) -> None:
     twin = device_of(guest, there)
     twin.load(state)
     there.gate.set()
-    async with active(twin, guest, positions=positions):
+    async with active(twin, guest, queues=queues):
         assert await guest.used(guest.transmit) == (0, 0)
         await twin.line.drain(LIMIT_S)
         guest.listen(100)
@@ -262,7 +264,7 @@ async def test_what_is_under_way_travels(guest: Guest) -> None:
     again = Guest()
     device.memory = again.memory
     again.say(said)
-    async with active(device, again, positions=positions):
+    async with active(device, again, queues=queues):
         assert await again.used(again.transmit) == (0, 0)
         await device.line.drain(LIMIT_S)
     assert bytes(sink.got) == said

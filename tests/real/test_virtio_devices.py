@@ -27,7 +27,6 @@ from trivmm.testing.driver import WRITE, Descriptor, MockDriver
 from trivmm.testing.states import sent
 from trivmm.virtio.block.device import BlockDevice
 from trivmm.virtio.device import WorkerDevice
-from trivmm.virtio.port import Activation
 from trivmm.virtio.queue import QueueWorker
 from trivmm.virtio.rng.device import RngDevice
 
@@ -79,7 +78,7 @@ async def active(
     device: WorkerDevice, driver: MockDriver, features: int = VERSION_1 | FLUSH, **where: int
 ) -> AsyncIterator[None]:
     async with trio.open_nursery() as workers:
-        await device.activate(Activation(1, features, (driver.config(**where),)), workers)
+        await device.activate(driver.setup(features, **where), [driver.handle], workers)
         try:
             yield
         finally:
@@ -161,14 +160,13 @@ async def test_a_stop_that_expires_counts_each_worker_once(
     memory: GuestMemory, driver: MockDriver, image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = BlockDevice(DiskConfig(str(image), num_queues=2), memory, "_disk0")
-    queue = driver.config()
     async with trio.open_nursery() as workers:
-        await device.activate(Activation(1, VERSION_1 | FLUSH, (queue,)), workers)
+        await device.activate(driver.setup(VERSION_1 | FLUSH), [driver.handle], workers)
         assert await do(driver, IN, 0, 512) == (0, 513)
         (worker,) = device._workers
-        stuck = attrs.evolve(queue, index=1)  # a second one that does not hear of the stop yet
-        late = QueueWorker("_disk0_q1", device._make_worker(VERSION_1), memory, (stuck,), VERSION_1, device._broken)
-        device._workers.append(late)
+        native, queues = device._make_worker(VERSION_1), {0: driver.queue()}
+        late = QueueWorker("late", native, memory, queues, [driver.handle], VERSION_1, device._broken)
+        device._workers.append(late)  # it does not hear of the stop yet
         with trio.fail_after(10):
             async with trio.open_nursery() as stopping:
                 stopping.start_soon(device.stop)
@@ -275,11 +273,10 @@ async def test_work_that_was_queued_but_not_notified_is_served(
     device = BlockDevice(DiskConfig(str(image)), memory, "_disk0")
     async with active(device, driver):
         await do(driver, IN, 0, 512)
-    ((_, next_avail, next_used),) = device.positions()
-    assert (next_avail, next_used) == (1, 1)
+    assert device.queues == (driver.queue(1, 1),)
     driver.memory.write(HEADER, struct.pack("<IIQ", IN, 0, 3))
     driver.offer(driver.chain(Descriptor(HEADER, 16), Descriptor(DATA, 512, WRITE), Descriptor(STATUS, 1, WRITE)))
-    async with active(device, driver, next_avail=next_avail, next_used=next_used):
+    async with active(device, driver, next_avail=1, next_used=1):
         assert await answered(driver) == [(0, 513)]
     device.close()
 
@@ -325,13 +322,13 @@ async def test_a_long_request_goes_back_when_its_worker_is_to_stop(tmp_path: Pat
     stand_in(device, kind, slow)
     with trio.fail_after(20):
         async with trio.open_nursery() as nursery:
-            await device.activate(Activation(1, VERSION_1 | FLUSH, (driver.config(),)), nursery)
+            await device.activate(driver.setup(VERSION_1 | FLUSH), [driver.handle], nursery)
             assert await trio.to_thread.run_sync(began.wait, 20)
             nursery.start_soon(device.stop)
             await trio.testing.wait_all_tasks_blocked()
             go.set()
     assert pieces == [1 << 20], "and not one more"
-    assert device.positions() == ((0, 0, 0),), "it is the driver's next request again"
+    assert device.queues == (driver.queue(),), "it is the driver's next request again"
     assert driver.used_index == 0
     shown = device.counters()
     assert (shown["read_ops"], shown["write_ops"], shown["errors"]) == (0, 0, 0)
@@ -452,7 +449,7 @@ async def test_rng_with_a_source_that_has_nothing_can_be_stopped(
     async with active(device, driver):
         driver.offer(driver.chain(Descriptor(DATA, 64, WRITE)))
         driver.ring()
-    assert device.positions() == ((0, 0, 0),), "the chain went back: it is served by the next worker"
+    assert device.queues == (driver.queue(),), "the chain went back: it is served by the next worker"
     os.write(keep, b"e" * 10)
     async with active(device, driver):
         assert await answered(driver) == [(0, 10)]

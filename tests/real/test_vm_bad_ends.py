@@ -7,8 +7,7 @@ the guest asked for is carried out by somebody.
 from __future__ import annotations
 
 import shutil
-from collections.abc import AsyncIterator, Callable, Generator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ from trivmm.memory.dirty_log import DirtyLog
 from trivmm.migration.progress import MigrationProgress, Phase
 from trivmm.platform.sinks import GuestOutput
 from trivmm.testing.scripted import Compute, Crash, IoOut, ScriptedHypervisor, Step
-from trivmm.unwrapped import unwrapped_nursery
+from trivmm.testing.sides import lock_is_free, two_sides
 from trivmm.virtio.block.image import Image
 from trivmm.virtio.pci.common_config import DEVICE_STATUS
 
@@ -67,17 +66,6 @@ def config(tmp_path: Path) -> VmConfig:
     )
 
 
-def lock_is_free(config: VmConfig) -> bool:
-    image = Image(config.disks[0].path, readonly=False, lock=False)
-    try:
-        image.take_lock()
-    except ConfigError:
-        return False
-    finally:
-        image.close()
-    return True
-
-
 class Guest:
     """A vCPU that computes until it is asked, then does one thing, once in all its lives."""
 
@@ -91,31 +79,6 @@ class Guest:
         then, self.then = self.then, None
         if then is not None:
             yield then
-
-
-@asynccontextmanager
-async def two_sides(config: VmConfig, folder: Path, *scripts: Any) -> AsyncIterator[tuple[Vm, Vm, Callable[..., Any]]]:
-    """A booted source, the VM that a destination would have, and the move (of the source's outcome)."""
-    hypervisor = ScriptedHypervisor(*scripts)
-    url = f"unix:{folder}/m.sock"
-    async with (
-        open_vm(config, hypervisor=hypervisor) as source,
-        open_incoming(url, hypervisor=hypervisor, deadlines=config.deadlines) as incoming,
-    ):
-        await source.boot()
-
-        async def receive() -> None:
-            try:
-                await incoming.receive()
-            except TrivmmError:
-                return
-
-        async def move(**options: Any) -> None:
-            async with unwrapped_nursery() as nursery:
-                nursery.start_soon(receive)
-                await source.migrate_to(url, **options)
-
-        yield source, incoming.vm, move
 
 
 async def test_a_destination_that_cannot_start_gives_the_locks_back_before_it_says_so(

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import attrs
 import pytest
@@ -16,10 +13,10 @@ import trio
 from trivmm import ConsoleConfig, Deadlines, MemoryConfig, PayloadConfig, SerialConfig, Vm, VmConfig, VmState
 from trivmm.errors import CommitRefused, ConfigError, MigrationInDoubt, WrongState
 from trivmm.guest import probe_path
-from trivmm.incoming import open_incoming
 from trivmm.machine.machine import Machine
 from trivmm.platform.sinks import SocketSink
 from trivmm.testing.scripted import ScriptedHypervisor
+from trivmm.testing.sides import two_sides
 from trivmm.vm import open_vm
 
 LIMIT_S = 60
@@ -46,39 +43,6 @@ def say(vm: Vm, data: bytes) -> None:
     assert vm.host.machine is not None
     for at in range(len(data)):
         vm.host.machine.board.serial.write(0, data[at : at + 1])
-
-
-@asynccontextmanager
-async def two_sides(config: VmConfig, folder: Path) -> AsyncIterator[tuple[Vm, Vm, Callable[..., Any]]]:
-    """A booted source, the VM that the destination would have, and the move."""
-    hypervisor = ScriptedHypervisor()
-    url = f"unix:{folder}/m.sock"
-    async with (
-        open_vm(config, hypervisor=hypervisor) as source,
-        open_incoming(url, hypervisor=hypervisor, deadlines=config.deadlines) as incoming,
-    ):
-        await source.boot()
-
-        async def move() -> None:
-            received: list[Exception] = []
-
-            async def receive() -> None:
-                try:
-                    await incoming.receive()
-                except Exception as error:
-                    received.append(error)
-
-            sent: list[Exception] = []
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(receive)
-                try:
-                    await source.migrate_to(url)
-                except Exception as error:  # raised outside the nursery, so that it isn't wrapped in a group
-                    sent.append(error)
-            for error in (*received, *sent):
-                raise error
-
-        yield source, incoming.vm, move
 
 
 async def test_a_life(config: VmConfig, tmp_path: Path) -> None:

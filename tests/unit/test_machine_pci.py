@@ -176,7 +176,7 @@ def test_sizing_maps_nothing(board: tuple[AddressSpace, PciBus, Guest, Function]
     assert guest.read(1, 0x14) == 0xFFFFFFFF
     guest.write(1, 0x14, high)
     assert [(each.start, each.size) for each in mmio.ranges] == before
-    assert bus.refused_placements == 0
+    assert bus.counters() == {"bars_refused": 0}
 
 
 def test_decoding_follows_memory_enable(board: tuple[AddressSpace, PciBus, Guest, Function]) -> None:
@@ -216,9 +216,9 @@ def test_a_bar_moves_and_bad_places_are_refused(board: tuple[AddressSpace, PciBu
     assert function.config.bars[2].mapped == layout.BAR32_START + 0x10000
     guest.write(1, 0x18, 0x1000)  # in RAM
     assert function.config.bars[2].mapped is None
-    assert bus.refused_placements == 1
+    assert bus.counters() == {"bars_refused": 1}
     guest.write(1, 0x18, layout.IOAPIC_START)
-    assert bus.refused_placements == 2
+    assert bus.counters() == {"bars_refused": 2}
     guest.write(1, 0x18, layout.BAR32_START)
     assert function.config.bars[2].mapped == layout.BAR32_START
     blocker = Range(layout.BAR32_START + 0x2000, 0x1000, bus, "blocker")

@@ -8,6 +8,7 @@ import mmap
 import random
 import struct
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -68,7 +69,7 @@ EVERY: list[m.Message] = [
     m.Verdict(m.Fate.PENDING, ""),
     m.Abort("bye"),
 ]
-MESSAGES = {m.TYPE_OF[type(each)]: each for each in EVERY}
+MESSAGES = {each.kind: each for each in EVERY}
 ON_THEIR_OWN = {wire.MessageType.PAGES, wire.MessageType.ZERO}  # made and taken by whoever has the pages
 PAGES = wire.encode_frame(wire.MessageType.PAGES, struct.pack("<III", 0, 1, 7), b"p" * 4096)
 
@@ -140,7 +141,7 @@ def test_message_round_trip_whole_bytewise_and_with_trailing_data(message: m.Mes
     reader = wire.FrameReader()
     reader.feed(raw + wire.numbered(PAGES, 1) + wire.numbered(raw, 2) + raw[:10])
     frames = read_all(reader)
-    assert [each.type for each in frames] == [m.TYPE_OF[type(message)], wire.MessageType.PAGES, frames[0].type]
+    assert [each.type for each in frames] == [message.kind, wire.MessageType.PAGES, frames[0].type]
     assert frames[1].payload == b"p" * 4096
     assert reader.pending == 10
 
@@ -326,9 +327,16 @@ def test_a_setup_with_text_that_is_none_is_refused() -> None:
 
 
 def test_a_reason_stays_one_line() -> None:
-    said = parse(wire.MessageType.ABORT, json.dumps({"reason": "disk full \n\x1b[2JTraceback \ud800ä"}).encode())
-    assert said == m.Abort(r"disk full \n\x1b[2JTraceback \ud800ä")
+    """Whoever said it: ours go out that way, and a peer's is made so."""
+    hostile = "disk full \n\x1b[2JTraceback \0ä"
+    said = m.Abort(r"disk full \n\x1b[2JTraceback \x00ä")
+    assert m.Abort(hostile) == said
+    assert parse(wire.MessageType.ABORT, json.dumps({"reason": hostile.replace("\0", "\\x00")}).encode()) == said
     assert m.Abort("plain") == parse(wire.MessageType.ABORT, b'{"reason":"plain"}')
+    assert m.Abort("\ud800").reason == r"\ud800"  # which no text that comes as JSON may have
+    with pytest.raises(ProtocolError, match="reason"):
+        parse(wire.MessageType.ABORT, rb'{"reason":"\ud800"}')
+    assert len(m.Abort("\n" * 3000).reason) == 2000
 
 
 def change(value: Any, path: str, new: Any) -> Any:
@@ -507,6 +515,17 @@ def come(session: Session, kind: wire.MessageType) -> None:
     reader.feed(m.encode_message(MESSAGES[kind]))
     (frame,) = read_all(reader)
     assert session.receive(frame) == MESSAGES[kind]
+
+
+def test_the_page_has_the_table() -> None:
+    rows = []
+    for state in SessionState:
+        cells = [
+            ", ".join(f"{kind.name} → {after.value}" for (at, kind), after in table.items() if at is state)
+            for table in (FROM_SOURCE, FROM_DESTINATION)
+        ]
+        rows.append(f"| {state.value} | {' | '.join(cells)} |")
+    assert "\n".join(rows) in (Path(__file__).parents[2] / "docs" / "migration.md").read_text()
 
 
 def test_after_commit_nothing_brings_the_source_back_but_a_promise() -> None:

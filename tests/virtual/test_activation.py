@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import attrs
 import pytest
 import trio
 import trio.testing
@@ -300,6 +301,34 @@ async def test_the_gate_puts_an_activation_off_and_undo_serves_it(autojump_clock
         assert board.interrupts == ["connect", "disconnect", "connect"]
 
 
+async def test_an_activation_that_is_stopped_half_way_goes_on_where_its_queues_stood(autojump_clock: Clock) -> None:
+    """A worker that was started may have served chains before the gate closed: they are not served again."""
+    given: list[int] = []
+
+    async def serve(number: int) -> None:
+        (queue,) = device.queues
+        given.append(queue.next_avail)
+        if number == 1:
+            device.queues = (attrs.evolve(queue, next_avail=2, next_used=2),)
+            await trio.sleep(3)
+
+    deadlines = Deadlines()
+    device = BareDevice(on_activate=serve, queue_sizes=(8,))
+    board = MiniBoard([device], activating_guest, deadlines=deadlines)
+    slot = board.devices[0]
+    async with running(board, deadlines) as machine:
+        await trio.sleep(2)
+        await machine.stop(1.0)
+        assert slot.state.stage is LifeStage.ACTIVATING
+        assert slot.state.setup is not None
+        assert slot.state.setup.queues[0].next_avail == 2, "which moves, too"
+        await machine.undo()
+        await trio.sleep(1)
+        assert slot.state.stage is LifeStage.ACTIVE
+        assert given == [0, 2]
+    slot.handles.close()
+
+
 async def test_a_quiesce_that_takes_too_long_is_undone(autojump_clock: Clock) -> None:
     def guest(cpu: Any) -> Guest:
         yield activate()
@@ -316,7 +345,7 @@ async def test_a_quiesce_that_takes_too_long_is_undone(autojump_clock: Clock) ->
         await trio.sleep(2)
         assert board.cpus[0].registers["beats"] >= beats + 19
         assert board.devices[0].state.stage is LifeStage.ACTIVE
-        assert device.active == 1, "its workers run again"
+        assert device.active == 2, "its workers run again"
 
 
 async def test_a_page_crossing_store_is_finished_before_the_pause(autojump_clock: Clock) -> None:

@@ -196,7 +196,7 @@ class Board:
         for cpu in self.cpus:
             if own := cpu.counters():
                 counted[f"__vcpu{cpu.index}"] = own
-        counted["__bus"] = self.pio.counters() | self.mmio.counters()
+        counted["__bus"] = self.pio.counters() | self.mmio.counters() | self.pci.counters()
         return counted
 
     @property

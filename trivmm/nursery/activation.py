@@ -29,7 +29,7 @@ from trivmm.errors import DeadlineError, TrivmmError
 from trivmm.state.virtio import LifeStage
 from trivmm.virtio.handles import DeviceHandles
 from trivmm.virtio.life import NEEDS_RESET, DeviceState
-from trivmm.virtio.port import Activation, DeviceBackend, QueueConfig
+from trivmm.virtio.port import DeviceBackend
 from trivmm.virtio.setup import DriverSetup
 
 __all__ = ["ActivationActor"]
@@ -150,7 +150,7 @@ class ActivationActor:
                 scope.cancel()
             try:
                 with self.deadlines.enter("activation", f"device {self.name}: activate() did not return"):
-                    await self.device.activate(_activation(generation, setup, self.handles), workers)
+                    await self.device.activate(setup, self.handles.queues, workers)
             except (TrivmmError, OSError, ValueError) as error:
                 problem = str(error)
         self._running = None
@@ -206,16 +206,10 @@ class ActivationActor:
 
     def _keep_positions(self) -> None:
         """Where the queues stand, so that a later activation of the same generation goes on from there."""
-        where = {index: (avail, used) for index, avail, used in self.device.positions()}
         with self.state.lock:
             setup = self.state.setup
-            if setup is None:
-                return
-            queues = [
-                attrs.evolve(queue, next_avail=where[index][0], next_used=where[index][1]) if index in where else queue
-                for index, queue in enumerate(setup.queues)
-            ]
-            self.state.setup = attrs.evolve(setup, queues=tuple(queues))
+            if setup is not None and self.device.queues:
+                self.state.setup = attrs.evolve(setup, queues=self.device.queues)
 
     def _needs_reset(self, generation: int, problem: str) -> None:
         with self.state.lock:
@@ -266,21 +260,3 @@ class ActivationActor:
             "activation_failures": self.failures,
             "ignored_status_writes": self.state.ignored_writes,
         }
-
-
-def _activation(generation: int, setup: DriverSetup, handles: DeviceHandles) -> Activation:
-    queues = tuple(
-        QueueConfig(
-            index,
-            queue.size,
-            queue.desc_gpa,
-            queue.avail_gpa,
-            queue.used_gpa,
-            handles.queues[index].doorbell,
-            handles.queues[index].irq,
-            queue.next_avail,
-            queue.next_used,
-        )
-        for index, queue in setup.enabled()
-    )
-    return Activation(generation, setup.features, queues)

@@ -98,10 +98,6 @@ class Cmos:
             value = value // 10 << 4 | value % 10
         return value | (afternoon if index == 0x04 else 0)
 
-    def reset(self) -> None:
-        """Machine reset: battery-backed bytes stay."""
-        self._index = 0
-
     def save(self) -> CmosState:
         return CmosState(self._index, bytes(self._data))
 

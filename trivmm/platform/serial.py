@@ -48,9 +48,6 @@ class Serial(Line):
         lib.tv_uart_pio(self.native, offset, len(data), 1, ffi.new("uint8_t[]", bytes(data)), 1)
         return None
 
-    def reset(self) -> None:
-        lib.tv_uart_reset(self.native)
-
     # --- state ---------------------------------------------------------------------------------------------
 
     def save(self) -> SerialState:

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 import trio
 
@@ -15,7 +15,8 @@ from trivmm.bus.ticket import Ticket
 from trivmm.hypervisor.base import Outcome
 from trivmm.nursery.vcpu import PARK_SLICE_S, Operation, Vcpu, VcpuRunState
 from trivmm.testing.miniboard import BareDevice
-from trivmm.virtio.port import Activation
+from trivmm.virtio.handles import QueueHandle
+from trivmm.virtio.setup import DriverSetup
 
 __all__ = ["OwnerScopedDevice", "OwnerScopedServicer", "WallBarrierVcpu"]
 
@@ -60,9 +61,9 @@ class OwnerScopedDevice(BareDevice):
         super().__init__()
         self._servicer = servicer
 
-    async def activate(self, activation: Activation, workers: trio.Nursery) -> None:
+    async def activate(self, setup: DriverSetup, handles: Sequence[QueueHandle], workers: trio.Nursery) -> None:
         await self._servicer.activate()
-        await super().activate(activation, workers)
+        await super().activate(setup, handles, workers)
 
 
 class WallBarrierVcpu(Vcpu):

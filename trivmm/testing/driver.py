@@ -16,7 +16,9 @@ import trio
 
 from trivmm._native import ffi, lib
 from trivmm.memory.guest import GuestMemory
-from trivmm.virtio.port import QueueConfig
+from trivmm.state.virtio import NO_VECTOR, QueueState
+from trivmm.virtio.handles import QueueHandle
+from trivmm.virtio.setup import DriverSetup
 
 __all__ = ["INDIRECT", "NEXT", "WRITE", "Descriptor", "MockDriver", "until"]
 
@@ -70,10 +72,16 @@ class MockDriver:
     def used_gpa(self) -> int:
         return self.base + 0x8000
 
-    def config(self, index: int = 0, next_avail: int = 0, next_used: int = 0) -> QueueConfig:
-        return QueueConfig(
-            index, self.size, self.base, self.avail_gpa, self.used_gpa, self.doorbell, self.irq, next_avail, next_used
-        )
+    def queue(self, next_avail: int = 0, next_used: int = 0) -> QueueState:
+        return QueueState(self.size, NO_VECTOR, True, self.base, self.avail_gpa, self.used_gpa, next_avail, next_used)
+
+    def setup(self, features: int, **where: int) -> DriverSetup:
+        """Of a driver that uses this queue only; ``where`` as :meth:`queue`."""
+        return DriverSetup(features, (self.queue(**where),))
+
+    @property
+    def handle(self) -> QueueHandle:
+        return QueueHandle(self.doorbell, self.irq)
 
     # --- the driver's half -----------------------------------------------------------------------------------
 

@@ -18,11 +18,12 @@ from trivmm.bus.space import AddressSpace, Effect, Range
 from trivmm.deadlines import Deadlines
 from trivmm.memory.guest import GuestMemory
 from trivmm.nursery.activation import ActivationActor
+from trivmm.state.virtio import QueueState
 from trivmm.testing.scripted import Script, ScriptedHypervisor
 from trivmm.virtio.device import DeviceDescription, NoState
-from trivmm.virtio.handles import DeviceHandles
+from trivmm.virtio.handles import DeviceHandles, QueueHandle
 from trivmm.virtio.life import ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, DeviceState
-from trivmm.virtio.port import Activation, Storage
+from trivmm.virtio.port import Storage
 from trivmm.virtio.setup import VERSION_1, DeviceLimits, DriverSetup
 from trivmm.virtio.status import StatusRegister
 
@@ -42,7 +43,8 @@ def bus_gpa(device: int) -> int:
 
 @attrs.define(eq=False)
 class BareDevice:
-    """A device without queues. ``on_activate`` runs inside ``activate``; ``log`` keeps what was asked of it."""
+    """A device whose queues nobody serves. ``on_activate(number)`` runs inside the so-manieth ``activate``; ``log``
+    keeps what was asked of it; ``active`` is the activation that it works for."""
 
     name: str = "_dev0"
     on_activate: Callable[[int], Awaitable[None]] | None = None
@@ -54,6 +56,8 @@ class BareDevice:
     description_type: type = DeviceDescription
     log: list[str] = attrs.field(factory=list)
     active: int | None = None
+    activations: int = 0
+    queues: tuple[QueueState, ...] = ()
     storage: Storage | None = None
 
     def read_config(self, offset: int, size: int) -> bytes:
@@ -62,21 +66,21 @@ class BareDevice:
     def write_config(self, offset: int, data: bytes) -> None:
         return None
 
-    async def activate(self, activation: Activation, workers: trio.Nursery) -> None:
-        self.log.append(f"activate {activation.generation}")
+    async def activate(self, setup: DriverSetup, handles: Sequence[QueueHandle], workers: trio.Nursery) -> None:
+        self.activations += 1
+        number = self.activations
+        self.queues = setup.queues
+        self.log.append(f"activate {number}")
         if self.on_activate is not None:
-            await self.on_activate(activation.generation)
-        self.active = activation.generation
-        self.log.append(f"active {activation.generation}")
+            await self.on_activate(number)
+        self.active = number
+        self.log.append(f"active {number}")
 
     async def stop(self) -> None:
         if self.on_stop is not None:
             await self.on_stop()
         self.active = None
         self.log.append("stop")
-
-    def positions(self) -> tuple[tuple[int, int, int], ...]:
-        return ()
 
     def reset(self) -> None:
         self.log.append("reset")
@@ -102,8 +106,10 @@ class BareDevice:
 
 @attrs.frozen(eq=False)
 class Slot:
-    """On the bus it is the status register, and at offset 4 whether it is a bus master."""
+    """On the bus it is the status register, and at offset 4 whether it is a bus master. ``queues`` are what the driver
+    has set up."""
 
+    queues: tuple[QueueState, ...]
     backend: BareDevice
     state: DeviceState
     register: StatusRegister
@@ -118,7 +124,7 @@ class Slot:
         with self.state.lock:
             if offset:
                 return self.register.set_bus_master(bool(data[0]))
-            return self.register.write(data[0], DriverSetup(VERSION_1, ()))
+            return self.register.write(data[0], DriverSetup(VERSION_1, self.queues))
 
 
 class _Line:
@@ -158,11 +164,12 @@ class MiniBoard:
             state = DeviceState(device.name, BoundedLock(f"the registers of {device.name}", deadlines.lock))
             state.bus_master = True
             register = StatusRegister(state, DeviceLimits(device.features, device.queue_sizes, vectors=1))
-            handles = DeviceHandles(0)
+            handles = DeviceHandles(len(device.queue_sizes))
             actor = ActivationActor(
                 device, state, handles, deadlines, lambda: None, lambda *event: self.events.append(event)
             )
-            slot = Slot(device, state, register, handles, actor)
+            queues = tuple(attrs.evolve(QueueState.unused(size), enabled=True) for size in device.queue_sizes)
+            slot = Slot(queues, device, state, register, handles, actor)
             self.devices.append(slot)
             self.mmio.insert(Range(status_gpa(index), STATUS_SPAN, slot, device.name))
 

@@ -11,9 +11,12 @@ import trio
 from trivmm.errors import MigrationError, shown
 from trivmm.memory.guest import GuestMemory
 from trivmm.platform.line import Line
+from trivmm.state.virtio import QueueState
 from trivmm.values import U16, U64
-from trivmm.virtio.port import Activation, QueueConfig, Storage
+from trivmm.virtio.handles import QueueHandle
+from trivmm.virtio.port import Storage
 from trivmm.virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, QueueWorker
+from trivmm.virtio.setup import DriverSetup
 
 __all__ = ["RING_FEATURES", "DeviceDescription", "NoState", "WorkerDevice"]
 
@@ -53,23 +56,24 @@ class WorkerDevice:
         self.on_broken: Callable[[str], None] = lambda problem: None
         self.on_config_change: Callable[[], None] = lambda: None
         self._workers: list[QueueWorker] = []
-        self._positions: dict[int, tuple[int, int, int]] = {}
+        self._queues: list[QueueState] = []
 
-    def _shared_out(self, queues: Sequence[QueueConfig]) -> list[Sequence[QueueConfig]]:
-        """Which queues have a worker in common. Each has its own unless a subclass says otherwise."""
+    def _shared_out(self, queues: Sequence[int]) -> list[Sequence[int]]:
+        """Which queues, by index, have a worker in common. Each has its own unless a subclass says otherwise."""
         return [(queue,) for queue in queues]
 
     def _make_worker(self, features: int) -> Any:
         """The C struct of a new worker, initialised."""
         raise NotImplementedError
 
-    async def activate(self, activation: Activation, workers: trio.Nursery) -> None:
+    async def activate(self, setup: DriverSetup, handles: Sequence[QueueHandle], workers: trio.Nursery) -> None:
         """:raises ValueError: when a queue's rings don't lie in RAM."""
-        self._positions = {queue.index: (queue.index, queue.next_avail, queue.next_used) for queue in activation.queues}
-        for queues in self._shared_out(activation.queues):
-            native = self._make_worker(activation.features)
-            name = f"{self.name}_q{'+'.join(str(queue.index) for queue in queues)}"
-            worker = QueueWorker(name, native, self.memory, queues, activation.features, self._broken)
+        self._queues = list(setup.queues)
+        for indices in self._shared_out([index for index, _ in setup.enabled()]):
+            native = self._make_worker(setup.features)
+            name = f"{self.name}_q{'+'.join(map(str, indices))}"
+            queues = {index: setup.queues[index] for index in indices}
+            worker = QueueWorker(name, native, self.memory, queues, handles, setup.features, self._broken)
             self._workers.append(worker)
             # Not ``start``: cancelled at the wrong moment it would wait for the worker, which shields itself.
             workers.start_soon(worker.run, name=name)
@@ -86,17 +90,19 @@ class WorkerDevice:
             await worker.done.wait()
             if worker in self._workers:  # once each, though a call expires in the wait for the next one
                 self._workers.remove(worker)
-                self._positions |= {position[0]: position for position in worker.positions}
+                for index, queue in worker.queues.items():
+                    self._queues[index] = queue
                 self._count(worker)
 
     def _count(self, worker: QueueWorker) -> None:
         """Add a stopped worker's counters to the device's."""
 
-    def positions(self) -> tuple[tuple[int, int, int], ...]:
-        return tuple(self._positions.values())
+    @property
+    def queues(self) -> tuple[QueueState, ...]:
+        return tuple(self._queues)
 
     def reset(self) -> None:
-        self._positions = {}
+        self._queues = []
 
     def read_config(self, offset: int, size: int) -> bytes:
         return b"\xff" * size

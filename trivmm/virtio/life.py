@@ -35,12 +35,9 @@ __all__ = [
     "ACKNOWLEDGE",
     "DRIVER",
     "DRIVER_OK",
-    "FAILED",
     "FEATURES_OK",
     "NEEDS_RESET",
     "SET_UP",
-    "STATUS_OF",
-    "TRANSITIONS",
     "DeviceState",
     "check_life",
 ]
@@ -51,7 +48,6 @@ DRIVER: Final = 2
 DRIVER_OK: Final = 4
 FEATURES_OK: Final = 8
 NEEDS_RESET: Final = 64
-FAILED: Final = 128
 
 _S = LifeStage
 TRANSITIONS: Final[dict[LifeStage, frozenset[LifeStage]]] = {

@@ -1,46 +1,18 @@
-"""What a virtio device is to those who do not know which one it is: its transport, its actor, the board.
-
-All values here are plain data or protocols; nothing imports trio at run time.
-"""
+"""What a virtio device is to those who do not know which one it is: its transport, its actor, the board."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-import attrs
+from trivmm.state.virtio import QueueState
+from trivmm.virtio.handles import QueueHandle
+from trivmm.virtio.setup import DriverSetup
 
 if TYPE_CHECKING:
     import trio
 
-__all__ = ["Activation", "DeviceBackend", "QueueConfig", "Storage"]
-
-
-@attrs.frozen
-class QueueConfig:
-    """A validated private copy of one enabled queue's registers (virtio 1.2 section 4.1.4.3).
-
-    ``irq`` is the queue's interrupt as the C worker sees it (cffi ``struct tv_irq *``), ``doorbell`` the eventfd
-    that a notification signals. Addresses are guest physical.
-    """
-
-    index: int
-    size: int
-    desc_gpa: int
-    avail_gpa: int
-    used_gpa: int
-    doorbell: int
-    irq: Any
-    next_avail: int = 0
-    next_used: int = 0
-
-
-@attrs.frozen
-class Activation:
-    """Everything that a device needs to become active; ``features`` is acked & offered."""
-
-    generation: int
-    features: int
-    queues: tuple[QueueConfig, ...]
+__all__ = ["DeviceBackend", "Storage"]
 
 
 class Storage(Protocol):
@@ -79,17 +51,20 @@ class DeviceBackend(Protocol):
 
     def write_config(self, offset: int, data: bytes) -> None: ...
 
-    async def activate(self, activation: Activation, workers: trio.Nursery) -> None:
+    async def activate(self, setup: DriverSetup, handles: Sequence[QueueHandle], workers: trio.Nursery) -> None:
         """Start the queue workers with ``workers.start_soon``; every queue is processed once, notified or not.
+        ``setup`` is the driver's, checked; ``handles`` by the index of the queue.
 
         Cancellation leaves nothing running after ``stop``. :raises TrivmmError: → NEEDS_RESET."""
 
     async def stop(self) -> None:
         """Stop the workers; in-flight requests end and reach the used ring. Returns when nothing of this device
-        touches guest memory any more. Keeps the queue positions: see ``positions``. Safe when not active."""
+        touches guest memory any more. Keeps where its queues stand: see ``queues``. Safe when not active."""
 
-    def positions(self) -> tuple[tuple[int, int, int], ...]:
-        """After ``stop``: (queue index, next_avail, next_used) of each queue of the last activation."""
+    @property
+    def queues(self) -> tuple[QueueState, ...]:
+        """After ``stop``: the queues of the last ``setup``, each as far as it has come. Empty before the first one,
+        after ``reset``, and where ``activate`` did not get so far."""
 
     def reset(self) -> None:
         """After ``stop``: forget the driver (positions, negotiated features)."""

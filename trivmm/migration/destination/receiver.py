@@ -26,6 +26,7 @@ from trivmm.migration.destination.verdicts import Verdicts
 from trivmm.migration.link.transports import Listener, listen, parse_url
 from trivmm.migration.port import DestinationFactory, DestinationMachine
 from trivmm.migration.progress import MigrationProgress, MigrationReport, Tracker
+from trivmm.migration.wire.messages import prepare_messages
 
 __all__ = ["Receiver", "open_receiver"]
 
@@ -92,6 +93,7 @@ class Receiver:
         if self._used:
             raise MigrationError(f"{self.url}: this receiver was used already; open another")
         self._used = True
+        prepare_messages()
         tracker = Tracker()
         if progress is not None:
             tracker.callback = progress

@@ -30,7 +30,7 @@ from trivmm.migration.source.plan import NO_LIMIT, Estimates, Plan, Step
 from trivmm.migration.source.precopy import Rounds
 from trivmm.migration.source.switchover import Switchover
 from trivmm.migration.source.verdict import Finding, ask_for_verdict, say_done
-from trivmm.migration.wire.messages import SESSION_BYTES, Fate, Setup, SetupFail, SetupOk
+from trivmm.migration.wire.messages import SESSION_BYTES, Fate, Setup, SetupFail, SetupOk, prepare_messages
 
 __all__ = ["send", "socket_dialer"]
 
@@ -57,6 +57,7 @@ async def send(
     :raises CommitRefused: the destination refused at the last moment; the source runs.
     :raises MigrationInDoubt: nobody knows; the source stays stopped, without its locks.
     """
+    prepare_messages()
     options = options or SendOptions()
     session_id = secrets.token_bytes(SESSION_BYTES)
     limit_ms = options.downtime_ms or source.deadlines.downtime * 1000

@@ -199,12 +199,12 @@ def check_sequence(header: Header, due: int) -> None:
         )
 
 
-def encode_frame(kind: MessageType, body: bytes, payload: bytes = b"", version: int = VERSION) -> bytes:
+def encode_frame(kind: MessageType, body: bytes, payload: bytes = b"") -> bytes:
     """A whole frame, number 0: whoever sends it says which one it is (:func:`numbered`)."""
     if len(body) > MAX_BODY[kind]:
         raise ProtocolError(f"{kind.name} of {len(body)} bytes does not fit; {MAX_BODY[kind]} is the limit")
     length, crcs = len(body) + len(payload), (crc32c(body), crc32c(payload))
-    head = HEADER.pack(MAGIC, version, kind, length, len(body), 0, *crcs, 0)[:CHECKED]
+    head = HEADER.pack(MAGIC, VERSION, kind, length, len(body), 0, *crcs, 0)[:CHECKED]
     return head + CRC.pack(crc32c(head)) + body + payload
 
 

@@ -27,7 +27,7 @@ import attrs
 
 from trivmm.errors import ProtocolError
 from trivmm.migration.wire.frame import Frame, MessageType
-from trivmm.migration.wire.messages import TYPE_OF, Abort, Done, Message, encode_message, parse_message
+from trivmm.migration.wire.messages import Abort, Done, Message, encode_message, parse_message
 
 __all__ = ["LAST_LOOK_S", "Session", "SessionState"]
 
@@ -127,7 +127,7 @@ class Session:
     def send(self, message: Message) -> bytes:
         """The frame for a message that goes out next. :raises ProtocolError: this side would break the protocol."""
         data = encode_message(message)
-        self._step(self.source, TYPE_OF[type(message)], "sending")
+        self._step(self.source, message.kind, "sending")
         return data
 
     def send_pages(self, kind: MessageType = MessageType.PAGES) -> None:

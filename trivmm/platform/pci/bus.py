@@ -23,7 +23,7 @@ from trivmm.platform.pci.config_space import PciConfigSpace
 from trivmm.platform.pci.function import PciFunction
 from trivmm.state.platform import PciBusState
 
-__all__ = ["CONFIG_PORTS", "SLOTS", "HostBridge", "PciBus"]
+__all__ = ["CONFIG_PORTS", "PciBus"]
 
 SLOTS: Final = 32
 CONFIG_ADDRESS: Final = 0xCF8
@@ -207,6 +207,9 @@ class PciBus:
         if function.config.layout_version != self._seen.get(slot):
             self.place()
         return outcome
+
+    def counters(self) -> dict[str, int]:
+        return {"bars_refused": self.refused_placements}
 
     # --- state -------------------------------------------------------------------------------------------
 

@@ -20,9 +20,8 @@ from trivmm.bus.lock import BoundedLock
 from trivmm.state.platform import PCI_CONFIG_BYTES, PciConfigState
 from trivmm.state.strict import refused
 
-__all__ = ["COMMAND", "CONFIG_SIZE", "MEMORY_ENABLE", "Bar", "PciConfigSpace"]
+__all__ = ["Bar", "PciConfigSpace"]
 
-CONFIG_SIZE: Final = PCI_CONFIG_BYTES
 COMMAND: Final = 0x04
 STATUS: Final = 0x06
 CACHE_LINE: Final = 0x0C
@@ -72,8 +71,8 @@ class PciConfigSpace:
         self.bars: dict[int, Bar] = {}
         self.layout_version = 0
         self._lock = BoundedLock("a PCI configuration space", lock_s)
-        self._bytes = bytearray(CONFIG_SIZE)
-        self._writable = bytearray(CONFIG_SIZE)
+        self._bytes = bytearray(PCI_CONFIG_BYTES)
+        self._writable = bytearray(PCI_CONFIG_BYTES)
         self._sizing: set[int] = set()  # offsets of BAR registers that hold the answer to a sizing write
         self._was_enabled = False
         self._next_capability = FIRST_CAPABILITY
@@ -113,7 +112,7 @@ class PciConfigSpace:
         is a mask of the same length. :raises ValueError: when the space is full."""
         offset = self._next_capability
         end = offset + 2 + len(body)
-        if end > CONFIG_SIZE or len(writable) != len(body):
+        if end > PCI_CONFIG_BYTES or len(writable) != len(body):
             raise ValueError(f"capability {cap_id:#x} of {len(body)} bytes does not fit at {offset:#x}")
         self._bytes[self._capability_link] = offset
         self._bytes[offset] = cap_id
@@ -128,7 +127,7 @@ class PciConfigSpace:
 
     def read(self, offset: int, size: int) -> bytes:
         """Little-endian; all-ones where ``[offset, offset + size)`` leaves the space."""
-        if offset < 0 or offset + size > CONFIG_SIZE:
+        if offset < 0 or offset + size > PCI_CONFIG_BYTES:
             return b"\xff" * size
         with self._lock:
             return bytes(self._bytes[offset : offset + size])
@@ -138,7 +137,7 @@ class PciConfigSpace:
 
         True when it may have changed where BARs decode: a BAR register or memory-enable."""
         size = len(data)
-        if size not in (1, 2, 4) or offset < 0 or offset + size > CONFIG_SIZE or offset % 4 + size > 4:
+        if size not in (1, 2, 4) or offset < 0 or offset + size > PCI_CONFIG_BYTES or offset % 4 + size > 4:
             return False
         with self._lock:
             before = bytes(self._bytes[offset : offset + size])

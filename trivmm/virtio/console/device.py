@@ -22,8 +22,9 @@ from trivmm.state.platform import LineInput, LineOutput
 from trivmm.values import U16, Within
 from trivmm.virtio.console.line import ConsoleLine
 from trivmm.virtio.device import RING_FEATURES, WorkerDevice
-from trivmm.virtio.port import Activation, QueueConfig
+from trivmm.virtio.handles import QueueHandle
 from trivmm.virtio.queue import QueueWorker
+from trivmm.virtio.setup import DriverSetup
 
 __all__ = ["ConsoleDevice", "ConsoleState"]
 
@@ -93,7 +94,7 @@ class ConsoleDevice(WorkerDevice):
 
     # --- queues ----------------------------------------------------------------------------------------------
 
-    def _shared_out(self, queues: Sequence[QueueConfig]) -> list[Sequence[QueueConfig]]:
+    def _shared_out(self, queues: Sequence[int]) -> list[Sequence[int]]:
         """One thread is enough for what people and logs say."""
         return [queues] if queues else []
 
@@ -102,12 +103,12 @@ class ConsoleDevice(WorkerDevice):
         lib.tv_console_worker_init(native, self.line.native)
         return native
 
-    async def activate(self, activation: Activation, workers: trio.Nursery) -> None:
+    async def activate(self, setup: DriverSetup, handles: Sequence[QueueHandle], workers: trio.Nursery) -> None:
         """:raises ValueError: when a queue's rings don't lie in RAM."""
-        bells = {queue.index: queue.doorbell for queue in activation.queues}
+        bells = {index: handles[index].doorbell for index, _ in setup.enabled()}
         lib.tv_console_set_bells(self.line.native, bells.get(RECEIVE, -1), bells.get(TRANSMIT, -1))
-        await super().activate(activation, workers)
-        self._sized = bool(activation.features & F_SIZE)
+        await super().activate(setup, handles, workers)
+        self._sized = bool(setup.features & F_SIZE)
         if self._sized and any(self._size):
             self.on_config_change()  # drivers look at the size when they are told to, as Linux's does
 

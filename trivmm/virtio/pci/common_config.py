@@ -17,10 +17,12 @@ from trivmm.state.virtio import NO_VECTOR, QueueState, RegistersState
 from trivmm.virtio.life import DRIVER_OK, FEATURES_OK
 from trivmm.virtio.setup import DeviceLimits, DriverSetup, queue_fault
 
-__all__ = ["COMMON_SIZE", "DEVICE_STATUS", "CommonConfig"]
+__all__ = ["COMMON_SIZE", "DEVICE_STATUS", "VECTORS", "CommonConfig"]
 
 COMMON_SIZE: Final = 56
 DEVICE_STATUS: Final = 0x14
+VECTORS: Final = (0x10, 0x1A)  # of the configuration, of the selected queue
+FIELDS: Final = tuple(field.name for field in attrs.fields(QueueState))
 ADDRESSES: Final = {0x20: "desc_gpa", 0x28: "avail_gpa", 0x30: "used_gpa"}
 
 
@@ -31,6 +33,7 @@ class CommonConfig:
         self.limits = limits
         self.generation = 0
         self._status = status
+        self._unused = [QueueState.unused(size) for size in limits.queue_sizes]
         self.reset()
 
     def reset(self) -> None:
@@ -38,7 +41,7 @@ class CommonConfig:
         self.acked = 0
         self.config_vector = NO_VECTOR
         self.queue_select = 0
-        self.queues = [QueueState.unused(size) for size in self.limits.queue_sizes]
+        self.queues = list(self._unused)
 
     def setup(self) -> DriverSetup:
         """What the driver has set up until now."""
@@ -130,25 +133,27 @@ class CommonConfig:
         if queue is None:
             return
         if (offset, size) == (0x1A, 2):
-            self._change(vector=self._vector(value))
+            self._change("vector", self._vector(value))
             return
         if queue.enabled or self._status() & DRIVER_OK:
             return  # a live queue's registers are settled (section 4.1.4.3.2)
         match offset, size:
             case 0x18, 2:
                 if 0 < value <= self.limits.queue_sizes[self.queue_select] and not value & (value - 1):
-                    self._change(size=value)
+                    self._change("size", value)
             case 0x1C, 2:
-                self._change(enabled=value == 1)
+                self._change("enabled", value == 1)
             case ((0x20 | 0x24 | 0x28 | 0x2C | 0x30 | 0x34), 4):
                 shift, at = 8 * (offset & 4), offset & ~7
                 whole = self._address(at) & ~(0xFFFF_FFFF << shift) | value << shift
-                self._change(**{ADDRESSES[at]: whole})
+                self._change(ADDRESSES[at], whole)
             case ((0x20 | 0x28 | 0x30), 8):
-                self._change(**{ADDRESSES[offset]: value})
+                self._change(ADDRESSES[offset], value)
 
-    def _change(self, **fields: Any) -> None:
-        self.queues[self.queue_select] = attrs.evolve(self.queues[self.queue_select], **fields)
+    def _change(self, field: str, value: int | bool) -> None:
+        queue = self.queues[self.queue_select]
+        values: Any = (value if name == field else getattr(queue, name) for name in FIELDS)
+        self.queues[self.queue_select] = QueueState(*values)  # a third of attrs.evolve, and drivers write a lot
 
     # --- state -----------------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from trivmm.platform.pci.config_space import PciConfigSpace
 from trivmm.state.strict import refused
 from trivmm.state.virtio import MsixState
 
-__all__ = ["ENTRY_SIZE", "MsixTable"]
+__all__ = ["MsixTable"]
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from trivmm.state.virtio import DeviceLifeState, TransportState
 from trivmm.virtio.handles import DeviceHandles
 from trivmm.virtio.kind import OTHER_CLASS
 from trivmm.virtio.life import FEATURES_OK, SET_UP, DeviceState, check_life
-from trivmm.virtio.pci.common_config import COMMON_SIZE, DEVICE_STATUS, CommonConfig
+from trivmm.virtio.pci.common_config import COMMON_SIZE, DEVICE_STATUS, VECTORS, CommonConfig
 from trivmm.virtio.pci.msix import MsixTable
 from trivmm.virtio.port import DeviceBackend
 from trivmm.virtio.setup import DeviceLimits, DriverSetup, features_fit, positions_fault, setup_fault
@@ -179,7 +179,8 @@ class VirtioPciTransport:
         elif offset < COMMON + COMMON_SIZE:
             with self.state.lock:
                 self.common.write(offset - COMMON, data)
-                self._route_irqs()
+                if offset - COMMON in VECTORS:
+                    self._route_irqs()
         elif DEVICE <= offset < DEVICE + DEVICE_SIZE:
             self.device.write_config(offset - DEVICE, data)
         elif MSIX_TABLE <= offset < MSIX_TABLE + MSIX_TABLE_SIZE:

@@ -8,14 +8,16 @@ which a machine ends is built, not inherited; the kicker of its thread is an eve
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
+import attrs
 import trio
 
 from trivmm._native import ffi, lib
 from trivmm.memory.guest import GuestMemory
-from trivmm.virtio.port import QueueConfig
+from trivmm.state.virtio import QueueState
+from trivmm.virtio.handles import QueueHandle
 
 __all__ = ["BROKEN", "F_EVENT_IDX", "F_INDIRECT_DESC", "F_VERSION_1", "QueueWorker"]
 
@@ -45,30 +47,32 @@ class QueueWorker:
         name: str,
         native: Any,
         memory: GuestMemory,
-        queues: Sequence[QueueConfig],
+        queues: Mapping[int, QueueState],
+        handles: Sequence[QueueHandle],
         features: int,
         on_broken: Callable[[str], None],
     ) -> None:
-        """:raises ValueError: when a queue's rings don't lie in RAM."""
+        """``queues`` and ``handles`` by index. :raises ValueError: when a queue's rings don't lie in RAM."""
         self.name = name
         self.native = native
         self.done = trio.Event()
         self._on_broken = on_broken
         self._memory = memory
         self._kick_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._irqs = [queue.irq for queue in queues]  # kept alive as long as C may use them
+        self._queues = queues
+        self._handles = handles  # kept alive as long as C may use their interrupts
         worker = self._worker = native.worker
         worker.kick_fd = self._kick_fd
-        for queue in queues:
-            ring = self._ring(queue, features)
-            if lib.tv_worker_add(ffi.addressof(worker), ring, queue.doorbell) < 0:
+        for index, queue in queues.items():
+            ring = self._ring(index, queue, features)
+            if lib.tv_worker_add(ffi.addressof(worker), ring, handles[index].doorbell) < 0:
                 self.close()
-                raise ValueError(f"{name}: rings of queue {queue.index} outside guest RAM or misaligned")
+                raise ValueError(f"{name}: rings of queue {index} outside guest RAM or misaligned")
         self._told: set[int] = set()  # queues that broke
 
-    def _ring(self, queue: QueueConfig, features: int) -> Any:
+    def _ring(self, index: int, queue: QueueState, features: int) -> Any:
         ring = ffi.new("struct tv_queue *")
-        ring.memory, ring.irq, ring.index = self._memory.native, queue.irq, queue.index
+        ring.memory, ring.irq, ring.index = self._memory.native, self._handles[index].irq, index
         ring.desc_gpa, ring.avail_gpa, ring.used_gpa = queue.desc_gpa, queue.avail_gpa, queue.used_gpa
         ring.size, ring.next_avail, ring.next_used = queue.size, queue.next_avail, queue.next_used
         ring.event_idx = bool(features & F_EVENT_IDX)
@@ -80,9 +84,14 @@ class QueueWorker:
         return [self._worker.queues[at] for at in range(self._worker.queue_count)]
 
     @property
-    def positions(self) -> list[tuple[int, int, int]]:
-        """(queue index, next_avail, next_used) of each queue; valid once ``done``."""
-        return [(int(ring.index), int(ring.next_avail), int(ring.next_used)) for ring in self._rings]
+    def queues(self) -> dict[int, QueueState]:
+        """Its queues by index, each as far as it has come; valid once ``done``."""
+        return {
+            int(ring.index): attrs.evolve(
+                self._queues[ring.index], next_avail=int(ring.next_avail), next_used=int(ring.next_used)
+            )
+            for ring in self._rings
+        }
 
     def request_stop(self) -> None:
         """Idempotent; before the start too. ``done`` says when it has taken effect."""

@@ -1,46 +1,25 @@
-"""Where a guest's console output goes, and where its input comes from.
+"""Sinks that talk both ways with a client that comes and goes, over a pseudo-terminal or a unix socket.
 
-A plain sink only takes output: nowhere, a file, a terminal. A :class:`ClientSink` talks both ways with a client that
-comes and goes, over a pseudo-terminal or a unix socket. It never keeps the guest waiting: what no client has read yet
-is kept, the last MiB of it, and the next client gets that first; what is pushed out is counted. (A pseudo-terminal's
-own buffer in the kernel holds some 4 KiB more, from before.) Input is taken from a client only as the guest makes room.
-
-A sink takes output from the line's ring itself, and tells it in the very step in which it has some: no await stands
-between, so a state that is saved at any moment has what the sink has not, and nothing else. Only what a thread is
-writing can't be told apart; it is the sink's from the start.
-
-A sink outlives its machine where the guest reboots: the path stays, and so does the client. While no machine runs it,
-nothing moves.
+They never keep the guest waiting: what no client has read yet is kept, the last MiB of it, and the next client gets
+that first; what is pushed out is counted. (A pseudo-terminal's own buffer in the kernel holds some 4 KiB more, from
+before.) Input is taken from a client only as the guest makes room.
 """
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
-import stat
 import tty
 from collections.abc import Awaitable, Callable
-from typing import Final, Protocol, TypeAlias
+from typing import Final
 
 import trio
 
-from trivmm.config import ConsoleConfig, SerialConfig
 from trivmm.errors import ConfigError, reason_of
+from trivmm.platform.sinks.ends import GuestInput, GuestOutput
 from trivmm.unixsocket import listen_unix
 
-__all__ = [
-    "ClientSink",
-    "FdSink",
-    "GuestInput",
-    "GuestOutput",
-    "LineConfig",
-    "NullSink",
-    "PtySink",
-    "Sink",
-    "SocketSink",
-    "open_sink",
-]
+__all__ = ["BACKLOG_BYTES", "ClientSink", "PtySink", "SocketSink"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,114 +28,6 @@ CHUNK: Final = 16384
 PATIENCE_S: Final = 0.05  # a client that takes nothing for so long isn't waited for at the end of its VM
 WAITING_CLIENTS: Final = 4  # a new client takes the place of the old one, so none waits for long
 ACCEPT_PAUSE_S: Final = 0.1  # after EMFILE and its like: the listener would be readable at once again
-
-LineConfig: TypeAlias = SerialConfig | ConsoleConfig
-
-
-class GuestOutput(Protocol):
-    """The guest's end of a line, as its sink takes from it."""
-
-    def peek(self) -> bytes:
-        """The oldest output, at most a piece. Nothing where there is none, or where it is a saved state's by now."""
-
-    def consume(self, count: int) -> None:
-        """The sink has the first so many bytes of the last :meth:`peek`. Called in the step in which it got them."""
-
-    def lend(self, count: int) -> None:
-        """A thread writes the first so many bytes of the last :meth:`peek` from now on: they are the sink's, whatever
-        comes of it. 0: it has ended; :meth:`consume` says so too."""
-
-
-class Sink(Protocol):
-    async def take(self, output: GuestOutput) -> None:
-        """Wait until this sink can take something, then take it, if it is still there. What a thread has begun to
-        write is not abandoned: cancellation takes effect before it or at the next. :raises OSError: when it cannot."""
-
-    def close(self) -> None: ...
-
-
-class GuestInput(Protocol):
-    """The guest's end of a line, as a sink's client types on it."""
-
-    @property
-    def room(self) -> int:
-        """Bytes that :meth:`push_input` would take now."""
-
-    async def until_room(self) -> None: ...
-
-    def push_input(self, data: bytes) -> int: ...
-
-
-class NullSink:
-    async def take(self, output: GuestOutput) -> None:
-        await trio.lowlevel.checkpoint()
-        output.consume(len(output.peek()))
-
-    def close(self) -> None:
-        return None
-
-
-class FdSink:
-    """A file, pipe, terminal or socket. Owns ``fd``. Regular files are written in a thread, since a full page cache
-    blocks; everything else through non-blocking writes, the open file description being ours alone."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._threaded = stat.S_ISREG(os.fstat(fd).st_mode)
-        self._limiter = trio.CapacityLimiter(1)
-        if not self._threaded:
-            os.set_blocking(fd, False)
-
-    async def take(self, output: GuestOutput) -> None:
-        if self._threaded:
-            await self._take_in_thread(output)
-            return
-        while True:
-            await trio.lowlevel.checkpoint()
-            data = output.peek()  # again, after each wait
-            if not data:
-                return
-            try:
-                output.consume(os.write(self._fd, data))
-                return
-            except BlockingIOError:
-                await trio.lowlevel.wait_writable(self._fd)  # bounded by the owner: a slow sink may be slow for ever
-
-    async def _take_in_thread(self, output: GuestOutput) -> None:
-        data = output.peek()
-        output.lend(len(data))
-        try:
-            written = await trio.to_thread.run_sync(self._write_all, data, limiter=self._limiter)
-        finally:
-            output.lend(0)
-        output.consume(written)
-
-    def _write_all(self, data: bytes) -> int:
-        """In a thread. Less than all where the next write will say why."""
-        at = 0
-        while at < len(data):
-            try:
-                at += os.write(self._fd, data[at:])
-            except OSError:
-                if not at:
-                    raise
-                break
-        return at
-
-    def size(self) -> tuple[int, int]:
-        """(columns, rows) of a terminal; zeros of anything else."""
-        try:
-            columns, rows = os.get_terminal_size(self._fd)
-        except OSError:
-            return 0, 0
-        return columns, rows
-
-    def close(self) -> None:
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            if not self._threaded:
-                trio.lowlevel.notify_closing(fd)
-            os.close(fd)
 
 
 class ClientSink:
@@ -361,41 +232,3 @@ class SocketSink(ClientSink):
     def close(self) -> None:
         self.release()
         self._drop_client()
-
-
-def open_sink(config: LineConfig, field: str = "serial", *, incoming: bool = False) -> Sink:
-    """The sink that ``--serial`` or ``--console`` asks for; ``field`` says which. A file is truncated, or continued
-    when the VM is ``incoming``.
-
-    :raises ConfigError: when it cannot be opened.
-    """
-    match config.mode:
-        case "Tty":
-            return FdSink(_open_stdout())
-        case "File":
-            return FdSink(_open_file(config.file or "", field, os.O_APPEND if incoming else os.O_TRUNC))
-        case "Pty":
-            return PtySink(field)
-        case "Socket":
-            return SocketSink(config.socket or "", field)
-        case _:
-            return NullSink()
-
-
-def _open_stdout() -> int:
-    # An open file description of our own: O_NONBLOCK on a shared one would surprise its other users. A regular file
-    # needs none, and with a position of its own our log, or the shell's next line, overwrites what the guest says.
-    if stat.S_ISREG(os.fstat(1).st_mode):
-        return os.dup(1)
-    try:
-        return os.open("/proc/self/fd/1", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY)
-    except OSError:  # a socket, or no /proc
-        return os.dup(1)
-
-
-def _open_file(path: str, field: str, how: int) -> int:
-    try:
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK | how, 0o644)
-    except (OSError, ValueError) as error:
-        why = "a FIFO that nobody reads" if getattr(error, "errno", None) == errno.ENXIO else reason_of(error)
-        raise ConfigError(f"{field}.file", path, f"cannot open it ({why})", "give a writable path") from error
