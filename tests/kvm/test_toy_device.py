@@ -64,6 +64,7 @@ import json
 from trivmm import DiskConfig, PayloadConfig, VmConfig
 from trivmm.control.contract import markdown_not_yet
 from trivmm.control.schema import dump_config, load_config
+from trivmm.errors import ConfigError
 from trivmm.state.setup import config_from_setup, config_to_setup
 from trivmm.testing.toy.config import ToyConfig
 from trivmm.virtio.kinds import sections
@@ -73,6 +74,12 @@ dumped = dump_config(config)
 assert [toy["src"] for toy in dumped["toys"]] == ["a", "/dev/urandom"]
 assert load_config(dumped) == config
 assert "| ToyConfig | `pci_segment`, `iommu` |" in markdown_not_yet()
+try:
+    load_config({{"toys": [{{}}, {{"id": 3}}]}})
+except ConfigError as error:
+    assert str(error).startswith("toys[1].id = 3"), error
+else:
+    raise AssertionError("it takes a number for an id")
 there = json.loads(json.dumps(config_to_setup(config, sections())))
 assert config_from_setup(there, sections()) == config
 print("as it should be")

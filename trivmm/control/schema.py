@@ -140,7 +140,9 @@ def load_config(value: object, unknown: Unknown | None = None, *, deadlines: Dea
     :raises ConfigError: naming the JSON path, the value and the remedy (``NotSupported``: what isn't there yet)."""
     given = _checked("VmConfig", value, "", UnknownKeys() if unknown is None else unknown)
     devices = [
-        _structured(each, cls, section) for section, cls in BEYOND.items() for each in _listed(given.pop(section, []))
+        _structured(each, cls, where)
+        for section, cls in BEYOND.items()
+        for where, each in _listed(section, given.pop(section, []))
     ]
     config = attrs.evolve(_structured(given, VmConfig), virtio=devices)
     return config if deadlines is None else attrs.evolve(config, deadlines=deadlines)
@@ -153,8 +155,11 @@ def load_send(value: object, unknown: Unknown | None = None) -> SendMigrationDat
     return SendMigrationData(where.destination_url, _structured(given, SendOptions))
 
 
-def _listed(item: Any) -> list[Any]:
-    return item if isinstance(item, list) else [item]
+def _listed(section: str, item: Any) -> list[tuple[str, Any]]:
+    """Each of its devices, and where it stands."""
+    if isinstance(item, list):
+        return [(f"{section}[{index}]", each) for index, each in enumerate(item)]
+    return [(section, item)]
 
 
 def load_receive(value: object, unknown: Unknown | None = None) -> ReceiveMigrationData:

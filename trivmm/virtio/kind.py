@@ -157,8 +157,8 @@ class DeviceKind(Generic[C]):
     def put(self, config: VmConfig, mine: Sequence[C]) -> VmConfig:
         """``config`` with these instead of :meth:`of`'s, as many."""
         if self.contract.section not in NAMED:
-            left = list(mine)
-            virtio = tuple(left.pop(0) if type(each) is self.config else each for each in config.virtio)
+            left, there = list(mine), {id(each) for each in self.of(config)}
+            virtio = tuple(left.pop(0) if id(each) in there else each for each in config.virtio)
             return attrs.evolve(config, virtio=virtio)
         value: Any = tuple(mine) if self.contract.many else mine[0] if mine else getattr(config, self.contract.section)
         return attrs.evolve(config, **{self.contract.section: value})

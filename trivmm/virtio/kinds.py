@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 from trivmm.config import VmConfig
@@ -24,17 +25,26 @@ def names_of(config: VmConfig) -> dict[AnyKind, list[str]]:
     """The id of every device, by kind. One without an id is numbered in its order, past numbers that another device
     was given as its id.
 
-    :raises ConfigError: for a device of no kind."""
+    :raises ConfigError: for a device of no kind, or of one that has a field of its own."""
+    beyond = list(sections().values())
     for index, each in enumerate(config.virtio):
-        if not any(type(each) is kind.config for kind in KINDS):
-            known = ", ".join(kind.config.__name__ for kind in KINDS)
-            raise ConfigError(f"virtio[{index}]", each, "no kind of device", f"give one of {known}")
+        if type(each) not in beyond:
+            raise _misplaced(index, each, beyond)
     given = {each.id for kind in KINDS for each in kind.of(config)}
     names: dict[AnyKind, list[str]] = {}
     for kind in KINDS:
         free = (name for number in range(1 << 16) if (name := kind.name.format(number)) not in given)
         names[kind] = [each.id or (next(free) if "{}" in kind.name else kind.name) for each in kind.of(config)]
     return names
+
+
+def _misplaced(index: int, device: Any, beyond: Sequence[type[Any]]) -> ConfigError:
+    known = ", ".join(each.__name__ for each in beyond)
+    problem, remedy = "no kind of device", f"give one of {known}" if known else "leave it out"
+    for kind in KINDS:
+        if type(device) is kind.config:
+            problem, remedy = f"{kind.config.__name__} has a place of its own", f"give it in {kind.contract.section}"
+    return ConfigError(f"virtio[{index}]", device, problem, remedy)
 
 
 def sections() -> dict[str, type[Any]]:
