@@ -1,4 +1,4 @@
-"""A proxy between real sockets that loses, repeats or swaps whole frames of pages: the C intake takes none of it."""
+"""A proxy between real sockets that loses, repeats, swaps or damages frames of pages: the C intake takes none of it."""
 
 from __future__ import annotations
 
@@ -42,6 +42,9 @@ class MiddleBox:
             if self.page_frames - 1 == self._index:
                 if self._how == "swap":
                     self._held = frame
+                if self._how == "damage":
+                    place = random.Random(self._index).randrange(HEADER_BYTES, len(frame))
+                    return frame[:place] + bytes([frame[place] ^ 0x20]) + frame[place + 1 :]
                 return frame * 2 if self._how == "repeat" else b""
         return out
 
@@ -142,9 +145,11 @@ async def move(kind: str, folder: Path, box: MiddleBox) -> tuple[MigrationReport
         destination.close()
 
 
-@pytest.mark.parametrize("how", ["lose", "repeat", "swap"])
+@pytest.mark.parametrize("how", ["lose", "repeat", "swap", "damage"])
 @pytest.mark.parametrize("kind", ["unix", "tcp"])
-async def test_a_frame_of_pages_out_of_its_place_ends_the_migration(kind: str, how: str, tmp_path: Path) -> None:
+async def test_a_frame_of_pages_out_of_its_place_or_damaged_ends_the_migration(
+    kind: str, how: str, tmp_path: Path
+) -> None:
     with trio.fail_after(240):
         clean = MiddleBox("", -1)
         ends = await move(kind, tmp_path, clean)
@@ -155,4 +160,5 @@ async def test_a_frame_of_pages_out_of_its_place_ends_the_migration(kind: str, h
             ends = await move(kind, tmp_path, box)
             assert box.page_frames > index
             assert any(isinstance(each, ProtocolError) for each in ends), (index, ends)  # the destination's
-            assert all(isinstance(each, MigrationError) and "was due: the link" in str(each) for each in ends), ends
+            says = "the stream is damaged" if how == "damage" else "was due: the link"
+            assert all(isinstance(each, MigrationError) and says in str(each) for each in ends), ends

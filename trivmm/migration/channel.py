@@ -6,9 +6,10 @@ peer by the ``stall`` deadline: that long until a frame begins, and that long ag
 a byte trickle now and then gains nothing, and a link that takes longer for half a megabyte is no good for migrations.
 
 A channel belongs to one task at a time. A *control* frame may be waited for again after a cancelled wait (nothing is
-lost); a frame that was cut short on its way out, or pages cut short on their way in, break the channel for good. Each
-channel numbers what it sends from 0, a frame when it is whole on its way, and checks the numbers of what comes; the C
-side is given the number at hand and gives it back.
+lost). A frame that was cut short on its way out breaks that direction for good; so do pages that were cut short on
+their way in, or damaged, in theirs, and who gives up for that can still say so. Each channel numbers what it sends from
+0, a frame when it is whole on its way, and checks the numbers of what comes; the C side is given the number at hand and
+gives it back.
 """
 
 from __future__ import annotations
@@ -195,7 +196,8 @@ class SocketChannel:
         self._sock = sock
         self._reader = FrameReader()
         self._sequence = 0  # of the next frame to be sent
-        self._broken = False
+        self._broken = False  # a frame that was sent was cut short
+        self._deaf = False  # pages that came were cut short, or nonsense
         self._closed = False
         self._limiter = trio.CapacityLimiter(1)
         self._staging: Any = _staging()
@@ -261,7 +263,7 @@ class SocketChannel:
 
     async def _receive_pages(self, landing: Landing, report: Callable[[], None] | None) -> None:
         """Take page frames until another one comes, whose header then is in the reader."""
-        if self._broken:
+        if self._deaf:
             raise _lost(self.name, "pages were cut short")
         if self._inbox is None:
             self._inbox = ffi.gc(lib.tv_inbox_new(), lib.tv_inbox_free)
@@ -273,7 +275,7 @@ class SocketChannel:
             job.fd, job.kick_fd, job.stall_ms, job.version = self._sock.fileno(), self._kick, self._stall_ms, VERSION
             job.landing, job.inbox = landing.native, inbox
             job.max_pages, job.sequence = INTAKE_PAGES, self._reader.due
-            self._broken = True
+            self._deaf = True
             try:
                 await self._in_thread(lib.tv_pages_receive, job)
             finally:
@@ -281,7 +283,7 @@ class SocketChannel:
             if job.reason == lib.TV_PAGES_BAD:
                 raise self._nonsense(job)
             self._check(job, TRICKLES if job.until_ms else SILENT)
-            self._broken = False
+            self._deaf = False
             if report:
                 report()
             if job.reason == lib.TV_PAGES_DONE:
