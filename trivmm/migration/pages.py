@@ -122,8 +122,11 @@ class Landing:
         self.landed = [ffi.new("uint64_t[]", region.bitmap_words) for region in memory.regions]
         self.native = ffi.new("struct tv_landing *")
         self.native.memory = memory.native
-        for region, bits in zip(memory.regions, self.landed, strict=True):
+        self._chunks = [ffi.new("uint8_t[]", region.size // lib.TV_HUGE_SIZE + 1) for region in memory.regions]
+        for region, bits, chunks in zip(memory.regions, self.landed, self._chunks, strict=True):
             self.native.memfd[region.slot], self.native.landed[region.slot] = region.memfd, bits
+            self.native.chunks[region.slot] = chunks
+            self.native.chunk_count[region.slot] = region.size // lib.TV_HUGE_SIZE
 
     @property
     def counts(self) -> PageCounts:
