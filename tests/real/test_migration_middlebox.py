@@ -27,11 +27,7 @@ PATIENT = SendOptions(downtime_ms=10_000, timeout_s=120)
 TRIALS = 12  # for each way to go wrong and each kind of socket
 
 
-FATES = {
-    "lose": Fate(lost=True),
-    "repeat": Fate(again=0),
-    "swap": Fate(lost=True, again=1),  # after the next one
-}
+FATES = {"lose": Fate(lost=True), "repeat": Fate(again=0), "swap": Fate(lost=True, again=1)}  # after the next one
 
 
 @attrs.define
@@ -49,9 +45,7 @@ class Harm:
         self.page_frames += 1
         if self.page_frames - 1 != self.index:
             return Fate()
-        if self.how == "damage":
-            return Fate(damaged=random.Random(self.index).randrange(1 << 20))
-        return FATES[self.how]
+        return Fate(damaged=random.Random(self.index).random()) if self.how == "damage" else FATES[self.how]
 
 
 def addresses(kind: str, folder: Path) -> tuple[str, str]:

@@ -31,14 +31,14 @@ RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER of 0 s: close() resets
 
 @attrs.frozen
 class Fate:
-    """A frame goes on after ``delay_s``, or not at all (``lost``), or with a bit of its ``damaged``-th byte after the
-    header flipped; ``again``: once more, after so many later ones that go the same way (0: at once), and at the latest
-    before STATE, which ends the pages."""
+    """A frame goes on after ``delay_s``, or not at all (``lost``); ``again``: once more, after so many later ones that
+    go the same way (0: at once), and at the latest before STATE, which ends the pages. ``damaged``: a bit flips, at
+    that share of what comes after its header."""
 
     delay_s: float = 0.0
     lost: bool = False
-    damaged: int | None = None  # beyond the frame's end it goes on counting from the begin
     again: int | None = None
+    damaged: float | None = None
 
 
 Hook = Callable[[MessageType, int, bool], Awaitable[Fate]]  # (message, nth of its kind, before it goes on)
@@ -155,12 +155,13 @@ class Box:
             fate = await self.hook(kind, nth, True)
             await trio.sleep(fate.delay_s)
             await _unless_silent(pair)
-            if fate.damaged is not None:
-                data = _damaged(data, fate.damaged)
             if kind is MessageType.STATE:
                 for _, each in late:
                     await there.send_all(each)
                 late.clear()
+            if fate.damaged is not None and len(data) > HEADER_BYTES:
+                place = HEADER_BYTES + int(fate.damaged * (len(data) - HEADER_BYTES))
+                data = data[:place] + bytes([data[place] ^ 0x20]) + data[place + 1 :]
             if not fate.lost:
                 await there.send_all(data)
                 self.passed.setdefault(kind, trio.current_time())
@@ -172,11 +173,6 @@ class Box:
                     await there.send_all(each)
             late = [(left, each) for left, each in late if left > 0]
             await self.hook(kind, nth, False)
-
-
-def _damaged(frame: bytes, byte: int) -> bytes:
-    place = HEADER_BYTES + byte % (len(frame) - HEADER_BYTES)
-    return frame[:place] + bytes([frame[place] ^ 0x20]) + frame[place + 1 :]
 
 
 async def _unless_silent(pair: _Pair) -> None:
