@@ -1,14 +1,30 @@
 #define _GNU_SOURCE
 #include "memory.h"
 
+#include <errno.h>
 #include <string.h>
 #include <sys/mman.h>
 
-/* Map `size` bytes of a memfd shared, without reserving swap. NULL and errno when that fails. Any thread. */
+/* Map `size` bytes of a memfd shared, without reserving swap, at a multiple of TV_HUGE_SIZE: only then can a huge page of
+ * the file be mapped as one. NULL and errno when that fails. Any thread. */
 void *tv_memory_map(int memfd, uint64_t size)
 {
-    void *mapped = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, memfd, 0);
-    return mapped == MAP_FAILED ? NULL : mapped;
+    uint8_t *room = mmap(NULL, size + TV_HUGE_SIZE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (room == MAP_FAILED)
+        return NULL;
+    uint64_t before = -(uintptr_t)room & (TV_HUGE_SIZE - 1);
+    uint8_t *at = room + before;
+    void *mapped = mmap(at, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE | MAP_FIXED, memfd, 0);
+    if (mapped == MAP_FAILED) {
+        int error = errno;
+        munmap(room, size + TV_HUGE_SIZE);
+        errno = error;
+        return NULL;
+    }
+    if (before)
+        munmap(room, before);
+    munmap(at + size, TV_HUGE_SIZE - before);
+    return mapped;
 }
 
 /* Takes some 40 ms a GiB that was touched, without the GIL (the mmap module unmaps with it). Any thread; nothing may

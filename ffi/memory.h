@@ -14,6 +14,7 @@
 
 #define TV_PAGE_SHIFT 12
 #define TV_PAGE_SIZE 4096ull
+#define TV_HUGE_SIZE (2ull << 20) /* of a huge page; mappings and files are aligned to it alike */
 #define TV_MAX_REGIONS 8
 
 struct tv_region {

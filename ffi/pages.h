@@ -4,6 +4,7 @@
  *   pages_send.c     dirty pages into frames, frames onto the socket
  *   pages_receive.c  frames off the socket
  *   pages_land.c     frames into RAM
+ *   pages_huge.c     huge pages under that RAM
  *   pages_io.c       the waits they share
  *
  * The frame format is that of trivmm/migration/wire/frame.py, which is its definition. In short, little-endian:
@@ -90,6 +91,12 @@ struct tv_landing {
     struct tv_memory *memory;
     int memfd[TV_MAX_REGIONS];        /* of each region */
     uint64_t *landed[TV_MAX_REGIONS]; /* a bit a page: its frame is (or may be) not all zero */
+    uint8_t *chunks[TV_MAX_REGIONS];  /* an enum tv_chunk for each 2 MiB */
+    uint64_t chunk_count[TV_MAX_REGIONS]; /* whole ones */
+    uint64_t huge_ns; /* what a chunk costs, made huge; 0: nothing known */
+    uint64_t small_ns;
+    uint32_t passed_over; /* chunks that were not asked for, since the last that was */
+    int no_huge;          /* there are none to be had */
     uint64_t bytes;                   /* that came, of page frames and of the headers between them */
     uint64_t sent_pages;              /* that landed, each time that one did */
     uint64_t zero_pages;

@@ -6,7 +6,11 @@
 #include <unistd.h>
 
 #include "crc32c.h"
+#include "pages_huge.h"
 #include "pages_io.h"
+
+#define DENSE 96u /* pages of one frame in one chunk: three quarters of the frame */
+#define WORTH_TIMING 32u /* pages in a row: fewer, and the clock counts */
 
 static uint32_t slot_of(const struct tv_entry *entry)
 {
@@ -35,9 +39,10 @@ static uint64_t pages_of(const struct tv_entry *entry, uint32_t i)
     return tv_get32(entry->body + 12 + i * 8);
 }
 
-static int has_landed(const struct tv_landing *landing, uint32_t slot, uint64_t page)
+/* Whether the memory of a page is there: it landed before, or is part of a huge page. */
+static int is_there(const struct tv_landing *landing, uint32_t slot, uint64_t page)
 {
-    return (int)(landing->landed[slot][page / 64] >> (page % 64) & 1);
+    return (landing->landed[slot][page / 64] >> (page % 64) & 1) || tv_huge_is_there(landing, slot, page);
 }
 
 static int bad(struct tv_fault *fault, int problem, uint32_t slot, uint64_t page)
@@ -68,12 +73,26 @@ int tv_land_check(const struct tv_landing *landing, const struct tv_entry *entry
     return TV_PAGES_DONE;
 }
 
+/* Ask for huge pages where a PAGES frame, whose list was checked, begins to fill a chunk. */
+void tv_land_prepare(struct tv_landing *landing, const struct tv_entry *entry)
+{
+    uint32_t slot = slot_of(entry), count = count_of(entry);
+    for (uint32_t i = 0, here; i < count; i += here) {
+        uint64_t chunk = page_of(entry, i) / TV_CHUNK_PAGES;
+        here = 1;
+        while (i + here < count && page_of(entry, i + here) / TV_CHUNK_PAGES == chunk)
+            here++;
+        if (here >= DENSE && chunk < landing->chunk_count[slot] && landing->chunks[slot][chunk] == TV_CHUNK_UNKNOWN)
+            tv_huge_ask(landing, slot, chunk);
+    }
+}
+
 /* Whether the memory of each of a PAGES frame's pages is there: then the socket may fill it in place. */
 int tv_land_is_there(const struct tv_landing *landing, const struct tv_entry *entry)
 {
     uint32_t slot = slot_of(entry), count = count_of(entry);
     for (uint32_t i = 0; i < count; i++)
-        if (!has_landed(landing, slot, page_of(entry, i)))
+        if (!is_there(landing, slot, page_of(entry, i)))
             return 0;
     return 1;
 }
@@ -93,17 +112,17 @@ uint32_t tv_land_parts(const struct tv_landing *landing, const struct tv_entry *
     return runs;
 }
 
-/* Put whole pages into RAM that landed before, or not. Fresh ones go through the region's memfd and not through its
- * mapping: that needs no page fault and no zeroing first (twice as fast), and memory that ran out is an errno, not a
- * SIGBUS. Those that landed before are allocated; for them a plain copy is the faster way. */
+/* Put whole pages into RAM whose memory is there, or is not. Fresh ones go through the region's memfd and not through
+ * its mapping: that needs no page fault and no zeroing first (twice as fast), and memory that ran out is an errno, not a
+ * SIGBUS. Where memory is there a plain copy is the faster way. */
 static int write_pages(struct tv_landing *landing, uint32_t slot, uint64_t page, const uint8_t *from, uint64_t count,
-                       int landed, struct tv_fault *fault)
+                       int there, struct tv_fault *fault)
 {
-    if (landed) {
+    if (there) {
         memcpy(landing->memory->regions[slot].hva + page * TV_PAGE_SIZE, from, count * TV_PAGE_SIZE);
         return TV_PAGES_DONE;
     }
-    uint64_t left = count * TV_PAGE_SIZE, at = page * TV_PAGE_SIZE;
+    uint64_t left = count * TV_PAGE_SIZE, at = page * TV_PAGE_SIZE, began = count >= WORTH_TIMING ? tv_cpu_ns() : 0;
     while (left) {
         ssize_t wrote = pwrite(landing->memfd[slot], from, left, (off_t)at);
         if (wrote < 0 && errno == EINTR)
@@ -116,6 +135,8 @@ static int write_pages(struct tv_landing *landing, uint32_t slot, uint64_t page,
         at += (uint64_t)wrote;
         left -= (uint64_t)wrote;
     }
+    if (began)
+        tv_huge_small_cost(landing, count, tv_cpu_ns() - began);
     return TV_PAGES_DONE;
 }
 
@@ -124,6 +145,14 @@ static int crc_fits(const struct tv_entry *entry, const uint8_t *const *pages, s
     if (tv_crc32c_pages(pages, count_of(entry)) == entry->pages_crc)
         return TV_PAGES_DONE;
     return bad(fault, TV_BAD_PAGES_CRC, slot_of(entry), 0);
+}
+
+static void count_pages(struct tv_landing *landing, const struct tv_entry *entry)
+{
+    uint32_t slot = slot_of(entry), count = count_of(entry);
+    for (uint32_t i = 0; i < count; i++)
+        landing->landed[slot][page_of(entry, i) / 64] |= 1ull << (page_of(entry, i) % 64);
+    landing->sent_pages += count;
 }
 
 /* Count a PAGES frame that was received in place. Gives DONE or BAD. */
@@ -135,7 +164,7 @@ int tv_land_in_place(struct tv_landing *landing, const struct tv_entry *entry, s
         pages[i] = landing->memory->regions[slot].hva + page_of(entry, i) * TV_PAGE_SIZE;
     int reason = crc_fits(entry, pages, fault);
     if (reason == TV_PAGES_DONE)
-        landing->sent_pages += count;
+        count_pages(landing, entry);
     return reason;
 }
 
@@ -148,18 +177,15 @@ static int land_pages(struct tv_landing *landing, const struct tv_entry *entry, 
     int reason = crc_fits(entry, pages, fault);
     for (uint32_t i = 0, run; i < count && reason == TV_PAGES_DONE; i += run) {
         uint64_t page = page_of(entry, i);
-        int landed = has_landed(landing, slot, page);
+        int there = is_there(landing, slot, page);
         run = 1;
         while (i + run < count && page_of(entry, i + run) == page + run &&
-               has_landed(landing, slot, page + run) == landed)
+               is_there(landing, slot, page + run) == there)
             run++;
-        reason = write_pages(landing, slot, page, pages[i], run, landed, fault);
-        if (reason == TV_PAGES_DONE)
-            for (uint64_t each = page; each < page + run; each++)
-                landing->landed[slot][each / 64] |= 1ull << (each % 64);
+        reason = write_pages(landing, slot, page, pages[i], run, there, fault);
     }
     if (reason == TV_PAGES_DONE)
-        landing->sent_pages += count;
+        count_pages(landing, entry);
     return reason;
 }
 

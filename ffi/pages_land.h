@@ -33,6 +33,7 @@ struct tv_fault {
 };
 
 int tv_land_check(const struct tv_landing *landing, const struct tv_entry *entry, struct tv_fault *fault);
+void tv_land_prepare(struct tv_landing *landing, const struct tv_entry *entry);
 int tv_land_is_there(const struct tv_landing *landing, const struct tv_entry *entry);
 uint32_t tv_land_parts(const struct tv_landing *landing, const struct tv_entry *entry, struct iovec *parts);
 int tv_land_in_place(struct tv_landing *landing, const struct tv_entry *entry, struct tv_fault *fault);

@@ -126,6 +126,8 @@ static int receive_frame(struct tv_page_intake *job, struct tv_entry *entry, str
     reason = tv_land_check(job->landing, entry, fault);
     if (reason != TV_PAGES_DONE)
         return reason;
+    if (entry->type == TV_TYPE_PAGES)
+        tv_land_prepare(job->landing, entry);
     if (entry->type == TV_TYPE_PAGES && tv_land_is_there(job->landing, entry)) {
         reason = receive_parts(job, parts, tv_land_parts(job->landing, entry, parts));
         return reason == TV_PAGES_DONE ? tv_land_in_place(job->landing, entry, fault) : reason;

@@ -1,4 +1,4 @@
-"""A box between real sockets that loses, repeats or swaps whole frames of pages: the C intake takes none of it."""
+"""A box between real sockets that loses, repeats, swaps or damages frames of pages: the C intake takes none of it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ class Harm:
         if not before or message not in (MessageType.PAGES, MessageType.ZERO):
             return Fate()
         self.page_frames += 1
-        return FATES[self.how] if self.page_frames - 1 == self.index else Fate()
+        if self.page_frames - 1 != self.index:
+            return Fate()
+        return Fate(damaged=random.Random(self.index).random()) if self.how == "damage" else FATES[self.how]
 
 
 def addresses(kind: str, folder: Path) -> tuple[str, str]:
@@ -95,9 +97,11 @@ async def move(kind: str, folder: Path, harm: Harm) -> tuple[MigrationReport | T
         destination.close()
 
 
-@pytest.mark.parametrize("how", ["lose", "repeat", "swap"])
+@pytest.mark.parametrize("how", ["lose", "repeat", "swap", "damage"])
 @pytest.mark.parametrize("kind", ["unix", "tcp"])
-async def test_a_frame_of_pages_out_of_its_place_ends_the_migration(kind: str, how: str, tmp_path: Path) -> None:
+async def test_a_frame_of_pages_out_of_its_place_or_damaged_ends_the_migration(
+    kind: str, how: str, tmp_path: Path
+) -> None:
     with trio.fail_after(240):
         clean = Harm("", -1)
         ends = await move(kind, tmp_path, clean)
@@ -108,4 +112,5 @@ async def test_a_frame_of_pages_out_of_its_place_ends_the_migration(kind: str, h
             ends = await move(kind, tmp_path, harm)
             assert harm.page_frames > index
             assert any(isinstance(each, ProtocolError) for each in ends), (index, ends)  # the destination's
-            assert all(isinstance(each, MigrationError) and "was due: the link" in str(each) for each in ends), ends
+            says = "the stream is damaged" if how == "damage" else "was due: the link"
+            assert all(isinstance(each, MigrationError) and says in str(each) for each in ends), ends

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import errno
 import os
 import random
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -435,6 +439,242 @@ def test_a_guest_that_writes_while_its_pages_are_sent_is_no_damage(
     assert not receiver.is_alive()
     assert (job.reason, job.problem) == (DONE, 0)
     assert job.sequence == number
+
+
+def threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def only(before: int) -> bool:
+    """Whether there are no more threads than ``before``. A joined one leaves the list a moment later."""
+    until = time.monotonic() + 10
+    while threads() > before and time.monotonic() < until:
+        os.sched_yield()
+    return threads() <= before
+
+
+def run_frames(sink: PageSink, frames: list[bytes], **more: Any) -> Any:
+    """Send them, numbered, to an intake, and close; gives the job."""
+    made = Pair("unix")
+    job = intake(made, sink, **more)
+
+    def receive() -> None:
+        lib.tv_pages_receive(job)
+        made.b.close()  # or a sender that is not read from waits for ever
+
+    thread = in_thread(receive)
+    try:
+        stream = b"".join(wire.numbered(frame, number) for number, frame in enumerate(frames))
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            made.a.sendall(stream)
+        made.a.close()
+        thread.join(60)
+        assert not thread.is_alive()
+        return job
+    finally:
+        made.close()
+
+
+def test_frames_land_in_the_order_in_which_they_came(memory: GuestMemory, other: GuestMemory) -> None:
+    """Full and zero frames over the same few pages again and again, some received in place and some landed by the other
+    thread, into huge pages and into small ones: at the end memory is what the oracle says."""
+    chance, frames = random.Random(11), list[bytes]()
+    for _ in range(400):
+        slot, first = chance.randrange(2), chance.choice((0, 16, 300))
+        if chance.randrange(3):
+            numbers = range(first, first + FRAME_PAGES)
+            if not chance.randrange(3):
+                numbers = sorted(chance.sample(range(512), chance.randrange(1, FRAME_PAGES)))  # type: ignore[assignment]
+            payload = b"".join(bytes([chance.randrange(256)]) * 4096 for _ in numbers)
+            frames.append(pages_frame(slot, list(numbers), payload))
+        else:
+            frames.append(zero_frame(slot, [(first, chance.randrange(1, 100)), (first + 120, 3)]))
+    sink, oracle, reader = PageSink(MemfdLanding(memory)), PageSink(MemfdLanding(other)), wire.FrameReader()
+    job = run_frames(sink, frames)
+    assert job.reason == EOF
+    assert job.sequence == len(frames)
+    for number, frame in enumerate(frames):
+        reader.feed(wire.numbered(frame, number))
+        got = reader.next_frame()
+        assert got is not None
+        oracle.take(got)
+    assert contents(memory) == contents(other)
+    assert (sink.counts.pages, sink.counts.zero_pages) == (oracle.counts.pages, oracle.counts.zero_pages)
+
+
+def test_what_is_received_in_place_never_overtakes_what_waits_to_land() -> None:
+    """Of each pair of frames the first waits, since it has fresh pages too; the second has a page of it alone."""
+    count = 50
+    memory = GuestMemory([(0, 32 * MIB)])
+    try:
+        sink = PageSink(MemfdLanding(memory))
+        assert run_frames(sink, [pages_frame(0, list(range(count)))]).sequence == 1
+        frames = []
+        for page in range(count):
+            start = 64 + 127 * page
+            frames.append(pages_frame(0, [page, *range(start, start + 127)]))
+            frames.append(pages_frame(0, [page], bytes([page]) * 4096))
+        assert run_frames(sink, frames).sequence == len(frames)
+        assert memory.read(0, count * 4096) == b"".join(bytes([page]) * 4096 for page in range(count))
+    finally:
+        memory.close()
+
+
+@pytest.mark.parametrize("followers", [0, 1, 7, 40])
+def test_the_frame_at_fault_is_named_however_many_came_after_it(memory: GuestMemory, followers: int) -> None:
+    before = threads()
+    frames = [pages_frame(0, [page]) for page in range(3)]
+    frames.append(pages_frame(1, [7], b"q" * 4096)[:-1] + b"r")
+    frames += [pages_frame(0, list(range(128 * (i % 7) + 8, 128 * (i % 7) + 136))) for i in range(followers)]
+    sink = PageSink(MemfdLanding(memory))
+    job = run_frames(sink, frames)
+    assert (job.reason, job.problem, job.bad_slot, job.sequence) == (BAD, lib.TV_BAD_PAGES_CRC, 1, 3)
+    assert sink.counts.pages == 3  # nothing that came after it counts
+    assert only(before)
+
+
+@pytest.mark.parametrize("followers", [0, 40])
+def test_memory_that_can_not_be_written_is_an_error_with_its_number(memory: GuestMemory, followers: int) -> None:
+    """As when the host's memory ran out: the landing thread fails while the other one waits for the socket."""
+    before = threads()
+    sink, made = PageSink(MemfdLanding(memory)), Pair("unix")
+    deaf = os.open(f"/proc/self/fd/{memory.regions[0].memfd}", os.O_RDONLY | os.O_CLOEXEC)
+    frames = [pages_frame(0, list(range(128 * (i % 8), 128 * (i % 8 + 1)))) for i in range(1 + followers)]
+
+    def send() -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            for number, frame in enumerate(frames):
+                made.a.sendall(wire.numbered(frame, number))
+
+    thread = in_thread(send)
+    try:
+        sink.native.memfd[0] = deaf
+        job = intake(made, sink, stall_ms=100)
+        assert lib.tv_pages_receive(job) == lib.TV_PAGES_ERRNO
+        assert os.strerror(job.error) == os.strerror(errno.EBADF)
+        assert sink.counts.pages == 0
+    finally:
+        made.b.close()
+        thread.join(60)
+        os.close(deaf)
+        made.close()
+    assert only(before)
+
+
+def test_no_thread_stays_however_a_call_ends(memory: GuestMemory) -> None:
+    before = threads()
+    frame = pages_frame(0, list(range(128)))
+    for cut, wanted in ((len(frame), EOF), (len(frame) - 1, EOF), (len(frame), STALLED), (len(frame), KICKED)):
+        for _ in range(20):
+            made = Pair("unix")
+            try:
+                job = intake(made, PageSink(MemfdLanding(memory)), stall_ms=20 if wanted == STALLED else 20_000)
+                thread = in_thread(lambda job=job: lib.tv_pages_receive(job))
+                made.a.sendall(frame[:cut])
+                if wanted == KICKED:
+                    os.eventfd_write(made.kick_b, 1)
+                elif wanted == EOF:
+                    made.a.close()
+                thread.join(60)
+                assert job.reason == wanted
+            finally:
+                made.close()
+    job = run_frames(PageSink(MemfdLanding(memory)), [frame] * 3, max_pages=256)
+    assert job.reason == BUDGET
+    assert only(before)
+
+
+def host_gives_huge_pages() -> bool:
+    """Whether MADV_COLLAPSE works on a memfd: what the C side asks for."""
+    size, libc = 2 * MIB, ctypes.CDLL(None, use_errno=True)
+    memory = GuestMemory([(0, size)])
+    try:
+        memory.write(0, b"x")
+        return libc.madvise(ctypes.c_void_p(memory.regions[0].hva), ctypes.c_size_t(size), 25) == 0
+    finally:
+        memory.close()
+
+
+def allocated(memory: GuestMemory) -> int:
+    """Bytes of host memory."""
+    return sum(os.fstat(region.memfd).st_blocks * 512 for region in memory.regions)
+
+
+def chunks(sink: PageSink) -> list[int]:
+    native = sink.native
+    return [native.chunks[slot][i] for slot in range(len(sink.landing.landed)) for i in range(native.chunk_count[slot])]
+
+
+def test_mappings_are_aligned_for_huge_pages() -> None:
+    for size in (4096, MIB, 2 * MIB, 5 * MIB + 4096):
+        memory = GuestMemory([(0, size)])
+        assert memory.regions[0].hva % lib.TV_HUGE_SIZE == 0
+        memory.write(size - 4, b"last")
+        assert memory.read(size - 4, 4) == b"last"
+        memory.close()
+
+
+@pytest.mark.parametrize("refused", [False, True], ids=["offered", "refused"])
+def test_a_guest_of_full_pages_gets_huge_ones_where_the_host_has_them(refused: bool) -> None:
+    size = 16 * MIB
+    source, target = GuestMemory([(0, size)]), GuestMemory([(0, size)])
+    try:
+        source.write(0, b"f" * size)
+        sink = PageSink(MemfdLanding(target))
+        sink.native.no_huge = refused
+        dirty = DirtySet.of(source.regions[0])
+        dirty.add_touched()
+        frames = [frame for frame, _, _ in page_frames(dirty, 1 << 40)]
+        for _ in range(2):
+            job = run_frames(sink, frames)
+            assert (job.reason, job.sequence) == (EOF, len(frames))
+            assert contents(target) == contents(source)
+        known = chunks(sink)
+        assert set(known) <= {lib.TV_CHUNK_HUGE, lib.TV_CHUNK_SMALL}
+        assert (lib.TV_CHUNK_HUGE in known) == (host_gives_huge_pages() and not refused)
+        assert allocated(target) == size
+    finally:
+        source.close()
+        target.close()
+
+
+def test_a_guest_of_few_pages_takes_no_more_memory_than_them(memory: GuestMemory) -> None:
+    frames = [pages_frame(0, list(range(first, 1024, 8))) for first in (0, 3)]
+    frames += [pages_frame(1, list(range(10, 100)))]  # many in a row, and still not most of a frame
+    sink = PageSink(MemfdLanding(memory))
+    assert run_frames(sink, frames).sequence == 3
+    assert set(chunks(sink)) == {lib.TV_CHUNK_UNKNOWN}
+    assert allocated(memory) == (256 + 90) * 4096
+
+
+def test_what_a_huge_page_holds_beyond_the_guests_own_travels_as_zero(other: GuestMemory) -> None:
+    """A machine that moved once, and moves again."""
+    size = 4 * MIB
+    memory = GuestMemory([(0, size)])
+    try:
+        sink = PageSink(MemfdLanding(memory))
+        assert run_frames(sink, [pages_frame(0, list(range(128)))]).sequence == 1
+        dirty = DirtySet.of(memory.regions[0])
+        dirty.add_touched()
+        frames = list(page_frames(dirty, 1 << 40))
+        assert sum(len(pages) - zero for _, pages, zero in frames) == 128
+        sink, made = PageSink(MemfdLanding(other)), Pair("unix")
+        try:
+            made.a.setblocking(False)
+            job = intake(made, sink)
+            thread = in_thread(lambda: lib.tv_pages_receive(job))
+            out, keep = send_job(made, dirty)
+            assert lib.tv_pages_send(out) == DONE
+            made.a.close()
+            thread.join(60)
+            assert (out.sent_pages, out.zero_pages) == (128, sum(zero for _, _, zero in frames))
+            assert out.bytes < 129 * 4096  # all of it in one run
+            del keep
+        finally:
+            made.close()
+        assert other.read(0, size) == memory.read(0, size)
+    finally:
+        memory.close()
 
 
 def test_fuzzed_streams_never_crash_the_receiver(memory: GuestMemory) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import attrs
 
-from trivmm._native import ffi
+from trivmm._native import ffi, lib
 from trivmm.memory.guest import GuestMemory
 from trivmm.migration.pages.frames import parse_pages
 from trivmm.migration.pages.send import PageCounts
@@ -42,11 +42,14 @@ class MemfdLanding:
     def __init__(self, memory: GuestMemory) -> None:
         self.memory = memory
         self.landed = [ffi.new("uint64_t[]", region.bitmap_words) for region in memory.regions]
+        self._chunks = [ffi.new("uint8_t[]", region.size // lib.TV_HUGE_SIZE + 1) for region in memory.regions]
 
     def aim(self, native: Any) -> None:
         native.memory = self.memory.native
-        for region, bits in zip(self.memory.regions, self.landed, strict=True):
+        for region, bits, chunks in zip(self.memory.regions, self.landed, self._chunks, strict=True):
             native.memfd[region.slot], native.landed[region.slot] = region.memfd, bits
+            native.chunks[region.slot] = chunks
+            native.chunk_count[region.slot] = region.size // lib.TV_HUGE_SIZE
 
     def _page(self, slot: int, page: int) -> Any:
         hva = self.memory.regions[slot].hva + page * PAGE_BYTES

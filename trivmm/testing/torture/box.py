@@ -32,11 +32,13 @@ RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER of 0 s: close() resets
 @attrs.frozen
 class Fate:
     """A frame goes on after ``delay_s``, or not at all (``lost``); ``again``: once more, after so many later ones that
-    go the same way (0: at once), and at the latest before STATE, which ends the pages."""
+    go the same way (0: at once), and at the latest before STATE, which ends the pages. ``damaged``: a bit flips, at
+    that share of what comes after its header."""
 
     delay_s: float = 0.0
     lost: bool = False
     again: int | None = None
+    damaged: float | None = None
 
 
 Hook = Callable[[MessageType, int, bool], Awaitable[Fate]]  # (message, nth of its kind, before it goes on)
@@ -157,6 +159,9 @@ class Box:
                 for _, each in late:
                     await there.send_all(each)
                 late.clear()
+            if fate.damaged is not None and len(data) > HEADER_BYTES:
+                place = HEADER_BYTES + int(fate.damaged * (len(data) - HEADER_BYTES))
+                data = data[:place] + bytes([data[place] ^ 0x20]) + data[place + 1 :]
             if not fate.lost:
                 await there.send_all(data)
                 self.passed.setdefault(kind, trio.current_time())
