@@ -19,18 +19,19 @@ LIMIT_S = 30
 
 
 class BrittleVm(ScriptedVm):
-    """Strict about what is connected; the ``fails_at``-th change from now on fails, and changes nothing."""
+    """Strict about what is connected; the ``fails_at``-th change from now on fails, and so many after it as
+    ``then_fails`` says. Such a change changes nothing."""
 
     def __init__(self) -> None:
         super().__init__(())
         self.lines: dict[int, int] = {}
-        self.fails_at = 0
+        self.fails_at = self.then_fails = 0
         self.changes = 0
 
     def _change(self, fits: bool) -> None:
         assert fits, "connected twice, or disconnected twice"
         self.changes += 1
-        if self.changes == self.fails_at:
+        if self.fails_at and self.fails_at <= self.changes <= self.fails_at + self.then_fails:
             raise HypervisorError("KVM_IRQFD", "no memory")
 
     def connect_irq(self, fd: int, gsi: int) -> None:
@@ -137,3 +138,21 @@ async def test_connecting_that_failed_half_way_is_made_whole_at_the_next_try(con
                     assert len(vm.lines) == 2
         finally:
             board.close()
+
+
+async def test_an_undo_tries_again_where_connecting_fails_too(config: VmConfig) -> None:
+    """A kernel that is short of memory for a moment: the guest does not stay without its interrupts."""
+    board = build_board(config, Brittle(needs_payload=False))
+    vm = board.vm
+    assert isinstance(vm, BrittleVm)
+    try:
+        with trio.fail_after(LIMIT_S):
+            async with open_machine(board, config.deadlines) as machine:
+                await machine.resume()
+                before = vm.connected()
+                await machine.stop(LIMIT_S)
+                vm.changes, vm.fails_at, vm.then_fails = 0, 1, 1
+                await machine.undo()
+                assert vm.connected() == before
+    finally:
+        board.close()

@@ -17,7 +17,7 @@ import trio
 
 from trivmm.bus.space import GuestRequest
 from trivmm.deadlines import Deadlines
-from trivmm.errors import GuestCrash, HypervisorError, MigrationError, TrivmmError
+from trivmm.errors import DeadlineError, GuestCrash, HypervisorError, MigrationError, TrivmmError
 from trivmm.machine.board import Board
 from trivmm.machine.disks import Disks
 from trivmm.machine.interrupts import Interrupts
@@ -37,6 +37,7 @@ __all__ = ["Machine", "open_machine"]
 
 logger = logging.getLogger(__name__)
 
+ATTACH_TRIES: Final = 5  # of the kernel, whose answer may be another one a moment later
 DRAIN_SHARE: Final = 0.25  # of the downtime that is left: a sink that stalls must not use up all of it
 
 
@@ -306,10 +307,15 @@ class Machine:
 
         :raises TrivmmError: the locks are another's now: it stays UNLOCKED."""
         await self.ladder.up(self.wanted)
-        try:
-            await self.interrupts.attach()
-        except TrivmmError as error:
-            logger.critical("the guest runs before its interrupts are connected: %s", error)
+        for left in reversed(range(ATTACH_TRIES)):
+            try:
+                await self.interrupts.attach()
+                return
+            except DeadlineError as error:  # they will be, by themselves
+                logger.critical("the guest runs before its interrupts are connected: %s", error)
+                return
+            except TrivmmError as error:
+                logger.critical("the guest runs without its interrupts: %s; %d tries are left", error, left)
 
     async def flush_disks(self, at_most_s: float) -> bool:
         """See the port. The guest may run."""
