@@ -24,10 +24,10 @@ from results import Figure, median, parser_for, show
 from trivmm.config import DiskConfig, RngConfig
 from trivmm.memory.guest import GuestMemory
 from trivmm.testing.driver import WRITE, Descriptor, MockDriver
-from trivmm.virtio.block import BlockDevice
+from trivmm.virtio.block.device import BlockDevice
 from trivmm.virtio.device import WorkerDevice
 from trivmm.virtio.queue import F_EVENT_IDX, F_VERSION_1
-from trivmm.virtio.rng import RngDevice
+from trivmm.virtio.rng.device import RngDevice
 
 SIZE = 256  # of the queues
 BURSTS = 200

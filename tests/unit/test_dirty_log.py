@@ -16,17 +16,19 @@ T = TypeVar("T")
 
 
 class Source:
-    """A guest that dirties page ``slot + 2`` all the time. ``fails`` at being switched on."""
+    """A guest that dirties page ``slot + 2`` all the time. ``fails`` at being switched on, ``stays`` at being switched
+    off."""
 
     def __init__(self, fails: bool = False) -> None:
         self.calls: list[bool] = []
         self.fails = fails
+        self.stays = False
         self.on_call: Callable[[], None] = lambda: None
 
     def set_dirty_log(self, enabled: bool) -> None:
         self.calls.append(enabled)
         self.on_call()
-        if enabled and self.fails:
+        if self.fails if enabled else self.stays:
             raise HypervisorError("KVM_SET_USER_MEMORY_REGION", "no memory")
 
     def harvest_dirty(self, slot: int, into: Any) -> None:
@@ -109,6 +111,29 @@ def test_one_source_that_does_not_come_on_leaves_none_on(memory: GuestMemory) ->
     assert good.calls == bad.calls == [True, False]
     run(log.stop())
     assert good.calls == [True, False]
+
+
+def test_one_that_was_switched_off_half_way_is_switched_on_anew(memory: GuestMemory) -> None:
+    """Else the next migration would believe the half that is off: nothing written there would ever travel."""
+    first, second = Source(), Source()
+    log = DirtyLog((first, second), Calls())
+    run(log.start())
+    second.stays = True
+    with pytest.raises(HypervisorError):
+        run(log.stop())
+    run(log.start())
+    assert first.calls == second.calls == [True, False, True]
+
+
+def test_what_did_not_go_off_after_a_start_that_failed_is_switched_off_again(memory: GuestMemory) -> None:
+    good, bad = Source(), Source(fails=True)
+    good.stays = True
+    log = DirtyLog((good, bad), Calls())
+    with pytest.raises(HypervisorError):
+        run(log.start())
+    good.stays = False
+    run(log.stop())
+    assert good.calls == bad.calls == [True, False, False]
 
 
 def test_a_log_that_was_never_on_is_not_switched_off(memory: GuestMemory) -> None:

@@ -306,6 +306,45 @@ async def test_an_operator_is_answered_at_once_or_within_resolve(autojump_clock:
     world.close()
 
 
+async def test_an_answer_that_was_thanked_for_is_kept_by_an_operator_who_is_cancelled_at_it(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """The destination gives it once: it stops answering when it hears DONE."""
+    world = World.make()
+
+    async def cut(stream: TappedStream, data: bytes) -> bytes:
+        if data[6] == MessageType.RUNNING:
+            world.net.down = True
+            return b""
+        return data
+
+    world.net.destination_tap = cut
+    async with trio.open_nursery() as machine:
+        machine.start_soon(world.receive, machine)
+        await world.send()
+        assert isinstance(world.sent, MigrationInDoubt)
+        session = world.sent.session
+        assert session is not None
+        world.net.down = False
+        found = None
+
+        async def cancel(stream: TappedStream, data: bytes) -> bytes | None:
+            if data[6] != MessageType.DONE:
+                return data
+            await stream.inner.send_all(data)
+            operator.cancel()
+            await trio.testing.wait_all_tasks_blocked()
+            return None
+
+        world.net.source_tap = cancel
+        with trio.CancelScope() as operator:
+            found = await ask(world.net, session, LIMITS)
+        assert found is not None
+        assert found.fate is m.Fate.RUNNING
+    world.check()
+    world.close()
+
+
 async def test_a_destination_left_at_ready_discards_itself(autojump_clock: trio.testing.MockClock) -> None:
     world = World.make()
     world.net.source_tap = breaker(MessageType.COMMIT, "silence")

@@ -11,7 +11,6 @@ what is wanted by then, and a log that came on too late goes off again by itself
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
 import attrs
@@ -65,7 +64,7 @@ class DirtyLog:
     sources: Sequence[DirtySource]
     call: SlowCall
     _wanted: bool = attrs.field(default=False, init=False)
-    _on: bool = attrs.field(default=False, init=False)  # the thread's
+    _on: bool | None = attrs.field(default=False, init=False)  # the thread's; None: half way
     _begun: bool = attrs.field(default=False, init=False)  # it may be on, or come on
     _forgotten: bool = attrs.field(default=False, init=False)
 
@@ -112,7 +111,7 @@ class DirtyLog:
     def _agree(self) -> None:
         """In a thread."""
         while self._on is not self._wanted:
-            wanted = self._wanted
+            wanted, self._on = self._wanted, None
             if wanted:
                 self._switch_on()
             else:
@@ -125,7 +124,12 @@ class DirtyLog:
             for source in self.sources:
                 source.set_dirty_log(True)
         except TrivmmError:  # of one slot, perhaps: no other goes on logging for nobody
+            left = 0
             for source in self.sources:
-                with suppress(TrivmmError):
+                try:
                     source.set_dirty_log(False)
+                except TrivmmError:
+                    left += 1
+            if not left:
+                self._on = False
             raise

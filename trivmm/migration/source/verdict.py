@@ -192,7 +192,8 @@ async def _ask(dialer: Dialer, session_id: bytes) -> Verdict:
         await link.send(Query())
         answer = await link.expect(Verdict)
         if answer.fate.settled:
-            with trio.move_on_after(FAREWELL_S), suppress(MigrationError, DeadlineError):
+            # Shielded: it is given once, and who is cancelled while saying thanks has heard it.
+            with trio.move_on_after(FAREWELL_S, shield=True), suppress(MigrationError, DeadlineError):
                 await link.send(Done())
         return answer
     finally:
