@@ -11,6 +11,7 @@ import socket
 import struct
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +28,7 @@ from trivmm.migration.wire.frame import FRAME_PAGES, PAGE_BYTES, MessageType
 DONE, BUDGET, KICKED = lib.TV_PAGES_DONE, lib.TV_PAGES_BUDGET, lib.TV_PAGES_KICKED
 STALLED, EOF, BAD = lib.TV_PAGES_STALLED, lib.TV_PAGES_EOF, lib.TV_PAGES_BAD
 MIB = 1 << 20
+KEPT: weakref.WeakKeyDictionary[Any, PageSink] = weakref.WeakKeyDictionary()  # as long as the job that points to it
 INBOX = ffi.gc(lib.tv_inbox_new(), lib.tv_inbox_free)
 END = wire.encode_frame(MessageType.ROUND_END, b'{"round":1,"pages":0}')
 HEADER = wire.HEADER_BYTES
@@ -109,6 +111,7 @@ def intake(pair: Pair, sink: PageSink, **more: Any) -> Any:
     job = ffi.new("struct tv_page_intake *")
     job.fd, job.kick_fd, job.stall_ms, job.version = pair.b.fileno(), pair.kick_b, 20_000, wire.VERSION
     job.landing, job.inbox, job.max_pages = sink.native, INBOX, 1 << 40
+    KEPT[job] = sink
     for name, value in more.items():
         setattr(job, name, value)
     return job
