@@ -185,6 +185,13 @@ int vdev_start(struct vdev *dev, uint64_t wanted)
     common_write(dev, 0x14, 1, ACKNOWLEDGE | DRIVER | FEATURES_OK);
     if (!(common_read(dev, 0x14, 1) & FEATURES_OK))
         return 0;
+    /* Another CPU's reset between the two halves leaves one of them, which is acceptable, and not what we go by. */
+    common_write(dev, 0x08, 4, 0);
+    uint64_t acked = common_read(dev, 0x0c, 4);
+    common_write(dev, 0x08, 4, 1);
+    acked |= (uint64_t)common_read(dev, 0x0c, 4) << 32;
+    if (acked != dev->features)
+        return 0;
     for (uint32_t entry = 0; entry < (dev->next ? 3u : 2u); entry++) /* 0: configuration changes, then the queues */
         route(dev, entry);
     common_write(dev, 0x10, 2, 0);
