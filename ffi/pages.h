@@ -3,6 +3,7 @@
  *   pages_dirty.c    bitmaps of dirty pages
  *   pages_send.c     dirty pages into frames, frames onto the socket
  *   pages_receive.c  frames off the socket
+ *   pages_inbox.c    frames between the two, and the thread that lands them
  *   pages_land.c     frames into RAM
  *   pages_huge.c     huge pages under that RAM
  *   pages_io.c       the waits they share

@@ -27,16 +27,19 @@ static uint64_t mean(uint64_t before, uint64_t now)
     return before ? (3 * before + now) / 4 : now + !now;
 }
 
-/* What `pages` fresh small pages cost. */
+/* What `pages` fresh small pages cost. By the thread that lands. */
 void tv_huge_small_cost(struct tv_landing *landing, uint64_t pages, uint64_t cost_ns)
 {
-    landing->small_ns = mean(landing->small_ns, cost_ns * TV_CHUNK_PAGES / pages);
+    uint64_t now = mean(landing->small_ns, cost_ns * TV_CHUNK_PAGES / pages);
+    __atomic_store_n(&landing->small_ns, now, __ATOMIC_RELAXED);
 }
 
-/* Whether to take the next chunk huge. */
-static int is_wanted(struct tv_landing *landing)
+/* Whether to take the next chunk huge. By the thread that receives. */
+int tv_huge_is_wanted(struct tv_landing *landing)
 {
-    if (landing->huge_ns <= CHEAP_NS || landing->huge_ns <= landing->small_ns)
+    if (landing->no_huge)
+        return 0;
+    if (landing->huge_ns <= CHEAP_NS || landing->huge_ns <= __atomic_load_n(&landing->small_ns, __ATOMIC_RELAXED))
         return 1;
     if (++landing->passed_over < LOOK_AGAIN)
         return 0;
@@ -44,25 +47,21 @@ static int is_wanted(struct tv_landing *landing)
     return 1;
 }
 
-/* Make a chunk huge, if that is wanted and can be had; if not it is small from here on. The kernel refuses a chunk that
- * has no page at all (it was truncated, for all it knows), so it gets its first one before. By the thread that lands. */
-void tv_huge_ask(struct tv_landing *landing, uint32_t slot, uint64_t chunk)
+/* Make a chunk huge, if that can be had; if not it is small from here on. The kernel refuses a chunk that has no page at
+ * all (it was truncated, for all it knows), so it gets its first one before. Nothing lands meanwhile. */
+void tv_huge_take(struct tv_landing *landing, uint32_t slot, uint64_t chunk)
 {
-    uint8_t *state = &landing->chunks[slot][chunk];
     uint64_t offset = chunk * TV_HUGE_SIZE, began = tv_cpu_ns();
-    int now = TV_CHUNK_SMALL;
-    if (!landing->no_huge && is_wanted(landing)) {
-        uint8_t *hva = landing->memory->regions[slot].hva + offset;
-        int has_first = landing->landed[slot][offset / TV_PAGE_SIZE / 64] & 1;
-        if (!has_first && pwrite(landing->memfd[slot], "", 1, (off_t)offset) != 1)
-            ; /* no memory: whoever lands a page says so */
-        else if (!madvise(hva, TV_HUGE_SIZE, MADV_COLLAPSE))
-            now = TV_CHUNK_HUGE;
-        else if (errno == EINVAL)
-            landing->no_huge = 1; /* unknown to this kernel, or denied by its administrator */
-        /* A dear one counts with those before it, a cheap one at once: the host has some again. */
-        uint64_t cost = tv_cpu_ns() - began;
-        landing->huge_ns = cost < landing->huge_ns ? cost : mean(landing->huge_ns, cost);
-    }
-    __atomic_store_n(state, now, __ATOMIC_RELEASE);
+    uint8_t *hva = landing->memory->regions[slot].hva + offset;
+    int has_first = landing->landed[slot][offset / TV_PAGE_SIZE / 64] & 1;
+    landing->chunks[slot][chunk] = TV_CHUNK_SMALL;
+    if (!has_first && pwrite(landing->memfd[slot], "", 1, (off_t)offset) != 1)
+        return; /* no memory: whoever lands a page says so */
+    if (!madvise(hva, TV_HUGE_SIZE, MADV_COLLAPSE))
+        landing->chunks[slot][chunk] = TV_CHUNK_HUGE;
+    else if (errno == EINVAL)
+        landing->no_huge = 1; /* unknown to this kernel, or denied by its administrator */
+    /* A dear one counts with those before it, a cheap one at once: the host has some again. */
+    uint64_t cost = tv_cpu_ns() - began;
+    landing->huge_ns = cost < landing->huge_ns ? cost : mean(landing->huge_ns, cost);
 }

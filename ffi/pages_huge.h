@@ -25,15 +25,15 @@ enum tv_chunk {
 };
 
 uint64_t tv_cpu_ns(void);
-void tv_huge_ask(struct tv_landing *landing, uint32_t slot, uint64_t chunk);
+int tv_huge_is_wanted(struct tv_landing *landing);
+void tv_huge_take(struct tv_landing *landing, uint32_t slot, uint64_t chunk);
 void tv_huge_small_cost(struct tv_landing *landing, uint64_t pages, uint64_t cost_ns);
 
-/* Whether the memory of a page is there as part of a huge one. Any thread. */
+/* Whether the memory of a page is there as part of a huge one. */
 static inline int tv_huge_is_there(const struct tv_landing *landing, uint32_t slot, uint64_t page)
 {
     uint64_t chunk = page / TV_CHUNK_PAGES;
-    return chunk < landing->chunk_count[slot] &&
-           __atomic_load_n(&landing->chunks[slot][chunk], __ATOMIC_ACQUIRE) == TV_CHUNK_HUGE;
+    return chunk < landing->chunk_count[slot] && landing->chunks[slot][chunk] == TV_CHUNK_HUGE;
 }
 
 #endif

@@ -6,24 +6,25 @@
 
 #define POLL_SLICE_MS 1000
 
-/* Wait until `fd` is ready for `events`. Gives a reason: DONE (ready), KICKED, STALLED or ERRNO (*error).
- * `kick_fd` < 0: no kick is looked at. */
-int tv_wait_ready(int fd, short events, int kick_fd, uint64_t until_ms, int *error)
+/* Wait until `fd` is ready for `events`. Gives a reason: DONE (ready), KICKED (also by `other_fd`), STALLED or ERRNO
+ * (*error). `kick_fd`, `other_fd` < 0: that one is not looked at. */
+int tv_wait_ready(int fd, short events, int kick_fd, int other_fd, uint64_t until_ms, int *error)
 {
     for (;;) {
         uint64_t now = tv_now_ms();
         if (now >= until_ms)
             return TV_PAGES_STALLED;
         uint64_t left = until_ms - now;
-        struct pollfd polled[2] = {{.fd = fd, .events = events}, {.fd = kick_fd, .events = POLLIN}};
-        int ready = poll(polled, 2, left < POLL_SLICE_MS ? (int)left : POLL_SLICE_MS);
+        struct pollfd polled[3] = {
+            {.fd = fd, .events = events}, {.fd = kick_fd, .events = POLLIN}, {.fd = other_fd, .events = POLLIN}};
+        int ready = poll(polled, 3, left < POLL_SLICE_MS ? (int)left : POLL_SLICE_MS);
         if (ready < 0) {
             if (errno == EINTR)
                 continue;
             *error = errno;
             return TV_PAGES_ERRNO;
         }
-        if (kick_fd >= 0 && polled[1].revents)
+        if (polled[1].revents || polled[2].revents)
             return TV_PAGES_KICKED;
         if (polled[0].revents)
             return TV_PAGES_DONE;

@@ -1,7 +1,7 @@
 /* What the files of pages.h share: bytes of a frame, the clock, and waits for a socket that a kick ends.
  *
- * Every wait is one poll() of at most POLL_SLICE_MS over the socket and the kick's eventfd, repeated until a deadline:
- * no wait rests on one wake-up alone. A kick is level-triggered and never read here, so it is never lost.
+ * Every wait is one poll() of at most POLL_SLICE_MS over the socket and the eventfds that end it, repeated until a
+ * deadline: no wait rests on one wake-up alone. A kick is level-triggered and never read here, so it is never lost.
  */
 #ifndef TV_PAGES_IO_H
 #define TV_PAGES_IO_H
@@ -30,7 +30,7 @@ static inline uint64_t tv_now_ms(void)
     return (uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000;
 }
 
-int tv_wait_ready(int fd, short events, int kick_fd, uint64_t until_ms, int *error);
+int tv_wait_ready(int fd, short events, int kick_fd, int other_fd, uint64_t until_ms, int *error);
 int tv_kicked(int kick_fd);
 
 #endif

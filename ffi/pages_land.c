@@ -12,11 +12,6 @@
 #define DENSE 96u /* pages of one frame in one chunk: three quarters of the frame */
 #define WORTH_TIMING 32u /* pages in a row: fewer, and the clock counts */
 
-static uint32_t slot_of(const struct tv_entry *entry)
-{
-    return tv_get32(entry->body);
-}
-
 static uint32_t count_of(const struct tv_entry *entry)
 {
     return tv_get32(entry->body + 4);
@@ -56,7 +51,7 @@ static int bad(struct tv_fault *fault, int problem, uint32_t slot, uint64_t page
 int tv_land_check(const struct tv_landing *landing, const struct tv_entry *entry, struct tv_fault *fault)
 {
     int full = entry->type == TV_TYPE_PAGES;
-    uint32_t slot = slot_of(entry), count = count_of(entry);
+    uint32_t slot = tv_entry_slot(entry), count = count_of(entry);
     if (count == 0 || count > (full ? TV_FRAME_PAGES : TV_FRAME_RUNS) ||
         entry->body_length != 8 + count * (full ? 4 : 8) ||
         entry->payload_length != (full ? count * TV_PAGE_SIZE : 0))
@@ -73,34 +68,35 @@ int tv_land_check(const struct tv_landing *landing, const struct tv_entry *entry
     return TV_PAGES_DONE;
 }
 
-/* Ask for huge pages where a PAGES frame, whose list was checked, begins to fill a chunk. */
-void tv_land_prepare(struct tv_landing *landing, const struct tv_entry *entry)
-{
-    uint32_t slot = slot_of(entry), count = count_of(entry);
-    for (uint32_t i = 0, here; i < count; i += here) {
-        uint64_t chunk = page_of(entry, i) / TV_CHUNK_PAGES;
-        here = 1;
-        while (i + here < count && page_of(entry, i + here) / TV_CHUNK_PAGES == chunk)
-            here++;
-        if (here >= DENSE && chunk < landing->chunk_count[slot] && landing->chunks[slot][chunk] == TV_CHUNK_UNKNOWN)
-            tv_huge_ask(landing, slot, chunk);
-    }
-}
-
 /* Whether the memory of each of a PAGES frame's pages is there: then the socket may fill it in place. */
 int tv_land_is_there(const struct tv_landing *landing, const struct tv_entry *entry)
 {
-    uint32_t slot = slot_of(entry), count = count_of(entry);
+    uint32_t slot = tv_entry_slot(entry), count = count_of(entry);
     for (uint32_t i = 0; i < count; i++)
         if (!is_there(landing, slot, page_of(entry, i)))
             return 0;
     return 1;
 }
 
+/* Whether a PAGES frame, whose list was checked, begins to fill a chunk that nothing is known of: at most one. */
+int tv_land_fills(const struct tv_landing *landing, const struct tv_entry *entry, uint64_t *chunk)
+{
+    uint32_t slot = tv_entry_slot(entry), count = count_of(entry);
+    for (uint32_t i = 0, here; i < count; i += here) {
+        *chunk = page_of(entry, i) / TV_CHUNK_PAGES;
+        here = 1;
+        while (i + here < count && page_of(entry, i + here) / TV_CHUNK_PAGES == *chunk)
+            here++;
+        if (here >= DENSE)
+            return *chunk < landing->chunk_count[slot] && landing->chunks[slot][*chunk] == TV_CHUNK_UNKNOWN;
+    }
+    return 0;
+}
+
 /* Where a PAGES frame goes in place: at most TV_FRAME_PAGES `parts`. Gives how many. */
 uint32_t tv_land_parts(const struct tv_landing *landing, const struct tv_entry *entry, struct iovec *parts)
 {
-    uint8_t *hva = landing->memory->regions[slot_of(entry)].hva;
+    uint8_t *hva = landing->memory->regions[tv_entry_slot(entry)].hva;
     uint32_t runs = 0, count = count_of(entry);
     for (uint32_t i = 0; i < count; i++) {
         uint8_t *to = hva + page_of(entry, i) * TV_PAGE_SIZE;
@@ -144,12 +140,12 @@ static int crc_fits(const struct tv_entry *entry, const uint8_t *const *pages, s
 {
     if (tv_crc32c_pages(pages, count_of(entry)) == entry->pages_crc)
         return TV_PAGES_DONE;
-    return bad(fault, TV_BAD_PAGES_CRC, slot_of(entry), 0);
+    return bad(fault, TV_BAD_PAGES_CRC, tv_entry_slot(entry), 0);
 }
 
 static void count_pages(struct tv_landing *landing, const struct tv_entry *entry)
 {
-    uint32_t slot = slot_of(entry), count = count_of(entry);
+    uint32_t slot = tv_entry_slot(entry), count = count_of(entry);
     for (uint32_t i = 0; i < count; i++)
         landing->landed[slot][page_of(entry, i) / 64] |= 1ull << (page_of(entry, i) % 64);
     landing->sent_pages += count;
@@ -159,7 +155,7 @@ static void count_pages(struct tv_landing *landing, const struct tv_entry *entry
 int tv_land_in_place(struct tv_landing *landing, const struct tv_entry *entry, struct tv_fault *fault)
 {
     const uint8_t *pages[TV_FRAME_PAGES] = {NULL};
-    uint32_t slot = slot_of(entry), count = count_of(entry);
+    uint32_t slot = tv_entry_slot(entry), count = count_of(entry);
     for (uint32_t i = 0; i < count; i++)
         pages[i] = landing->memory->regions[slot].hva + page_of(entry, i) * TV_PAGE_SIZE;
     int reason = crc_fits(entry, pages, fault);
@@ -171,7 +167,7 @@ int tv_land_in_place(struct tv_landing *landing, const struct tv_entry *entry, s
 static int land_pages(struct tv_landing *landing, const struct tv_entry *entry, struct tv_fault *fault)
 {
     const uint8_t *pages[TV_FRAME_PAGES] = {NULL};
-    uint32_t slot = slot_of(entry), count = count_of(entry);
+    uint32_t slot = tv_entry_slot(entry), count = count_of(entry);
     for (uint32_t i = 0; i < count; i++)
         pages[i] = entry->bytes + i * TV_PAGE_SIZE;
     int reason = crc_fits(entry, pages, fault);
@@ -192,7 +188,7 @@ static int land_pages(struct tv_landing *landing, const struct tv_entry *entry, 
 /* Clears the pages that landed before; the others are zero already, untouched and unallocated. */
 static int land_zero(struct tv_landing *landing, const struct tv_entry *entry, struct tv_fault *fault)
 {
-    uint32_t slot = slot_of(entry), count = count_of(entry);
+    uint32_t slot = tv_entry_slot(entry), count = count_of(entry);
     if (entry->pages_crc) /* of no pages: 0 */
         return bad(fault, TV_BAD_PAGES_CRC, slot, 0);
     for (uint32_t i = 0; i < count; i++) {

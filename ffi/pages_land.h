@@ -11,6 +11,7 @@
 #ifndef TV_PAGES_LAND_H
 #define TV_PAGES_LAND_H
 #include <stdint.h>
+#include <string.h>
 #include <sys/uio.h>
 
 #include "pages.h"
@@ -30,10 +31,18 @@ struct tv_fault {
     int problem;
     uint32_t slot;
     uint64_t page;
+    uint64_t sequence; /* of the frame at fault */
 };
 
+static inline uint32_t tv_entry_slot(const struct tv_entry *entry)
+{
+    uint32_t slot;
+    memcpy(&slot, entry->body, 4);
+    return slot;
+}
+
 int tv_land_check(const struct tv_landing *landing, const struct tv_entry *entry, struct tv_fault *fault);
-void tv_land_prepare(struct tv_landing *landing, const struct tv_entry *entry);
+int tv_land_fills(const struct tv_landing *landing, const struct tv_entry *entry, uint64_t *chunk);
 int tv_land_is_there(const struct tv_landing *landing, const struct tv_entry *entry);
 uint32_t tv_land_parts(const struct tv_landing *landing, const struct tv_entry *entry, struct iovec *parts);
 int tv_land_in_place(struct tv_landing *landing, const struct tv_entry *entry, struct tv_fault *fault);

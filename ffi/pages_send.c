@@ -75,7 +75,7 @@ static int send_frame(struct tv_page_send *job, struct outgoing *out, uint64_t h
                 reason = errno == EPIPE || errno == ECONNRESET ? TV_PAGES_EOF : TV_PAGES_ERRNO;
                 break;
             }
-            reason = tv_wait_ready(job->fd, POLLOUT, kick_fd, until, &job->error);
+            reason = tv_wait_ready(job->fd, POLLOUT, kick_fd, -1, until, &job->error);
             if (reason == TV_PAGES_KICKED && started) {
                 kick_fd = -1; /* let the frame end, so that the stream stays usable, but not for long */
                 until = tv_now_ms() + job->grace_ms;

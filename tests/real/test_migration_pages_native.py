@@ -520,6 +520,23 @@ def test_what_is_received_in_place_never_overtakes_what_waits_to_land() -> None:
         memory.close()
 
 
+def test_a_chunk_that_began_with_small_pages_keeps_them_when_it_becomes_huge() -> None:
+    """In each chunk a frame too thin to ask for a huge page, with the chunk's first page in it, and then a full one."""
+    size = 32 * MIB
+    memory = GuestMemory([(0, size)])
+    try:
+        sink, frames = PageSink(MemfdLanding(memory)), list[bytes]()
+        for start in range(0, size // 4096, 512):
+            frames.append(pages_frame(0, list(range(start, start + 90))))
+            frames.append(pages_frame(0, list(range(start + 128, start + 256))))
+        assert run_frames(sink, frames).sequence == len(frames)
+        for start in range(0, size, 2 * MIB):
+            assert memory.read(start, 128 * 4096) == b"q" * 90 * 4096 + bytes(38 * 4096)
+            assert memory.read(start + 128 * 4096, 384 * 4096) == b"q" * 128 * 4096 + bytes(256 * 4096)
+    finally:
+        memory.close()
+
+
 @pytest.mark.parametrize("followers", [0, 1, 7, 40])
 def test_the_frame_at_fault_is_named_however_many_came_after_it(memory: GuestMemory, followers: int) -> None:
     before = threads()
