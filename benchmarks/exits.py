@@ -2,19 +2,19 @@
 
 The device is on a bus like any other, so an access's whole way is measured: exit, decoding, address lookup, device.
 
-``python benchmarks/exits.py [rounds]``. The three take turns in each round and only ratios are printed as results:
-figures drift from run to run, ratios of one round don't. Aims: C ≥ 0.9, Python ≥ 0.6.
+``python benchmarks/exits.py [--runs N] [--json]``. The three take turns in each run: figures drift from run to run,
+ratios of one run don't.
 """
 
 from __future__ import annotations
 
-import statistics
 import subprocess
-import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
+
+from results import Figure, median, parser_for, show
 
 from trivmm.bus.bus import Bus
 from trivmm.bus.space import AddressSpace, Effect, GuestRequest, Range
@@ -97,20 +97,22 @@ def measure(port: int, hypervisor: KvmHypervisor) -> float:
 
 
 def main() -> None:
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 7
+    arguments = parser_for(__doc__, runs=7).parse_args()
     hypervisor = KvmHypervisor()
-    c_ratios, python_ratios = [], []
+    rates: list[tuple[float, float, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         program = compile_bare(Path(folder))
-        for _ in range(rounds):
-            floor = bare(program)
-            c_rate, python_rate = measure(PORT_C, hypervisor), measure(PORT_PYTHON, hypervisor)
-            c_ratios.append(c_rate / floor)
-            python_ratios.append(python_rate / floor)
-            print(f"bare {floor:9.0f}/s   C {c_rate:9.0f}/s   Python {python_rate:9.0f}/s")
-    print(f"C-handled / bare      median {statistics.median(c_ratios):.2f} (aim 0.9)")
-    print(f"Python-handled / bare median {statistics.median(python_ratios):.2f} (aim 0.6)")
+        for _ in range(arguments.runs):
+            rates.append((bare(program), measure(PORT_C, hypervisor), measure(PORT_PYTHON, hypervisor)))
     hypervisor.close()
+    figures = [
+        Figure(name, median([each[at] for each in rates]), "/s") for at, name in enumerate(("bare", "C", "Python"))
+    ]
+    figures += [
+        Figure("C-handled / bare", median([each[1] / each[0] for each in rates]), aim=0.9),
+        Figure("Python-handled / bare", median([each[2] / each[0] for each in rates]), aim=0.6),
+    ]
+    show("exits a second", figures, as_json=arguments.json)
 
 
 if __name__ == "__main__":

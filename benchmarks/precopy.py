@@ -11,15 +11,14 @@ between runs: only the ratios of one run mean anything.
 
 from __future__ import annotations
 
-import argparse
 import socket
-import statistics
 import tempfile
 import threading
 import time
 from typing import Any
 
 import trio
+from results import Figure, median, parser_for, show
 
 from trivmm._native import ffi
 from trivmm.deadlines import Deadlines
@@ -132,19 +131,19 @@ def once(kind: str, mib: int) -> tuple[float, float, float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_for(__doc__, runs=7)
     parser.add_argument("--mib", type=int, default=256)
-    parser.add_argument("--runs", type=int, default=7)
     arguments = parser.parse_args()
-    print(f"{arguments.mib} MiB, median of {arguments.runs} alternating runs, MiB/s")
-    print(f"{'':14}{'raw socket':>12}{'precopy':>12}{'ratio':>8}")
+    figures = []
     for kind in ("unix", "tcp"):
         runs = [once(kind, arguments.mib) for _ in range(arguments.runs)]
         for name, first in (("cold", 0), ("warm", 2)):
-            raw = statistics.median(each[first] for each in runs)
-            ours = statistics.median(each[first + 1] for each in runs)
-            ratio = statistics.median(each[first + 1] / each[first] for each in runs)
-            print(f"{kind + ' ' + name:14}{raw:12.0f}{ours:12.0f}{ratio:8.2f}", flush=True)
+            raw, ours = (median([each[at] for each in runs]) for at in (first, first + 1))
+            ratio = median([each[first + 1] / each[first] for each in runs])
+            aim = 0.9 if name == "warm" else None
+            note = f"{ours:,.0f} of {raw:,.0f} MiB/s"
+            figures.append(Figure(f"{kind} {name}: precopy / raw socket", ratio, aim=aim, note=note))
+    show(f"precopy of {arguments.mib} MiB", figures, as_json=arguments.json)
 
 
 if __name__ == "__main__":
