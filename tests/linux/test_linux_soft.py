@@ -53,9 +53,10 @@ async def test_linux_boots_uses_its_devices_and_moves(linux: Any, tmp_path: Path
             vm = await stack.enter_async_context(open_vm(config, hypervisor=SoftHypervisor()))
             await vm.boot()
             for number, at in enumerate(MOVES_AT):
-                await vm.wait_for_console(f"GUEST round {at} ")
+                await vm.wait_for_console(f"GUEST round {at - 1} ")
                 assert vm.host.machine is not None
                 console_of(vm.host.machine.board).resize(100 + number, 30)
+                await vm.wait_for_console(f"GUEST round {at} ")  # its worker thread has had time to look at the size
                 await vm.feed_console(b"word %d" % number, "console")
                 listening = open_incoming(f"unix:{tmp_path}/{number}.sock", hypervisor=SoftHypervisor())
                 incoming = await stack.enter_async_context(listening)
