@@ -19,8 +19,10 @@ MMIO_HOLE_START: Final = 0xC000_0000  # 3 GiB
 BAR32_START: Final = 0xC000_0000
 BAR32_SIZE: Final = 640 << 20
 PCI_MMCONFIG_START: Final = 0xE800_0000
+PCI_MMCONFIG_SIZE: Final = 1 << 20  # of the one bus; Cloud Hypervisor's, and its 256 MiB are reserved
 # Ours: Cloud Hypervisor's platform devices end its address space, where here a BAR window does. The DSDT tells it.
 GED_START: Final = 0xFEB0_0000
+PCI_HOTPLUG_START: Final = 0xFEB0_1000
 IOAPIC_START: Final = 0xFEC0_0000
 LAPIC_START: Final = 0xFEE0_0000
 KVM_TSS_START: Final = 0xFEF0_0000
