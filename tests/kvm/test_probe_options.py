@@ -94,6 +94,25 @@ async def test_a_disk_smaller_than_asked_for(tmp_path: Path) -> None:
             assert (await worked(vm, tmp_path)).problems == ()
 
 
+async def test_seven_disks_keep_to_themselves(tmp_path: Path) -> None:
+    config = probe_config(tmp_path, cpus=2, disks=7)
+    for number in range(6):
+        (tmp_path / f"disk{number}.img").write_bytes(bytes(512 * 256))
+    more = tuple(DiskConfig(str(tmp_path / f"disk{number}.img")) for number in range(6))
+    config = attrs.evolve(config, disks=config.disks + more)
+    with trio.fail_after(LIMIT_S):
+        async with open_vm(config) as vm:
+            await vm.boot()
+            report = report_of(tmp_path)
+            while report.blk_act < 7 * ENOUGH and not report.problems:
+                await vm.console_output()
+                report = report_of(tmp_path)
+    assert (report.problems, report.errors, report.stuck, report.needs_reset) == ((), 0, 0, 0)
+    assert "absent" not in (tmp_path / "serial.txt").read_text()
+    images = {path.read_bytes() for path in tmp_path.glob("disk*.img")}
+    assert len(images) == 7  # each has its own contents
+
+
 async def test_once_powers_off(tmp_path: Path) -> None:
     with trio.fail_after(LIMIT_S):
         async with open_vm(probe_config(tmp_path, cpus=1, once=5)) as vm:

@@ -7,13 +7,13 @@ over PCI), and reports in lines on COM1. Its words on the command line:
 ``cpus=N``      vCPUs to start by INIT-SIPI, 1 to 8; memory work is shared, CPU 1 (or 0) drives the devices
 ``mem=MiB``     memory to test; all of the low RAM above 16 MiB when left out
 ``rate=N``      pages a second to dirty
-``cycle=a,b``   devices to reset, activate, use and verify without rest: ``rng``, ``blk``
+``cycle=a,b``   drivers to run: ``rng``, ``blk`` reset, activate, use and verify their device without rest
 ``rng_id=N``    the PCI device id of what it takes for its rng
 ``window=1``    every other cycle through the PCI config-access capability
 ``race=1``      CPU 0 resets the rng while CPU 1 activates it, every 20 ms; ``race=2``: without a pause
 ``event_idx=1`` ``indirect=1``   negotiate these ring features
 ``echo=1``      echo on the virtio console what is typed there
-``sectors=N``   disk sectors to use, at most 4096
+``sectors=N``   sectors to use of each disk, at most 4096; ``disks=N`` disks to cycle, 1 to 8
 ``beat=ms``     heartbeat period; ``report=ms`` report period
 ``once=N``      power off after N activations; ``reboot=N`` reboots by the i8042
 ``corrupt=1``   self-test: spoil two pages, which must be reported as LOST and STALE
@@ -21,11 +21,15 @@ over PCI), and reports in lines on COM1. Its words on the command line:
 ==============  ====================================================================================================
 
 Typing ``q`` on the console powers it off.
+
+A driver of one more kind of device is a file here and a line in ``drivers.c`` (``driver.h`` says what it is); what it
+reports is in :attr:`ProbeReport.counts`.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -38,11 +42,14 @@ READY: Final = re.compile(r"^PROBE ready cpus=([0-9]{1,20}) pages=([0-9]{1,20})$
 REPORT: Final = re.compile(r"^PROBE (t=[0-9]{1,20}(?: \w+=[0-9]{1,20})+)$", re.MULTILINE)
 PROBLEM: Final = re.compile(r"^PROBE (?!t=|ready|off|reboot|absent)(.+)$", re.MULTILINE)
 
+NOT_REPORTED: Final = {"ready", "cpus", "reports", "problems", "counts"}
+
 
 @attrs.frozen
 class ProbeReport:
     """What the guest last said. ``errors`` counts pages, sectors and entropy lost or stale, by the guest's own
-    checks; ``stuck`` requests or resets that did not end in 30 s; ``gap_ms`` the longest time it did not run."""
+    checks; ``stuck`` requests or resets that did not end in 30 s; ``gap_ms`` the longest time it did not run;
+    ``counts`` what drivers report of their own."""
 
     ready: bool = False
     cpus: int = 0
@@ -65,6 +72,7 @@ class ProbeReport:
     rows: int = 0
     reports: int = 0
     problems: tuple[str, ...] = ()
+    counts: Mapping[str, int] = attrs.field(factory=dict)
 
 
 def parse_report(text: str) -> ProbeReport:
@@ -73,16 +81,18 @@ def parse_report(text: str) -> ProbeReport:
     ready = list(READY.finditer(text))
     lines = REPORT.findall(text)
     values: dict[str, int] = {}
+    counts: dict[str, int] = {}
     if lines:
-        known = {field.name for field in attrs.fields(ProbeReport)} - {"ready", "cpus", "reports", "problems"}
-        pairs = (word.split("=", 1) for word in lines[-1].split())
-        values = {name: int(value) for name, value in pairs if name in known}
+        known = {field.name for field in attrs.fields(ProbeReport)} - NOT_REPORTED
+        for name, value in (word.split("=", 1) for word in lines[-1].split()):
+            (values if name in known else counts)[name] = int(value)
     return ProbeReport(
         **values,
         ready=bool(ready),
         cpus=int(ready[-1][1]) if ready else 0,
         reports=len(lines),
         problems=tuple(PROBLEM.findall(text)),
+        counts=counts,
     )
 
 

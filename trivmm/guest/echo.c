@@ -1,26 +1,28 @@
 /* The virtio console echoes: what comes on its receive queue goes out on its transmit queue, byte for byte, and a new
  * size of the terminal is in the next report. Starts once, never resets, never blocks its caller. */
-#include "virtio.h"
+#include "driver.h"
 
 #define BUFFER 256 /* small: what is typed in one go is many requests */
 #define F_SIZE 1ull
 
 static struct rings in_rings __attribute__((aligned(4096))), out_rings __attribute__((aligned(4096)));
-static struct vdev out = {.name = "console out", .rings = &out_rings};
-static struct vdev in = {.name = "console", .vector = IRQ_BASE + 8, .rings = &in_rings, .next = &out};
+static struct vdev out = {.rings = &out_rings};
+static struct vdev in = {.rings = &in_rings, .next = &out};
 
 static uint8_t typed[BUFFER];
 static uint32_t size_seen;
 static enum { OFF, LISTENING, SAYING } state;
 
-volatile uint64_t echoed, columns, rows;
+static uint64_t echoed, columns, rows;
 
-void echo_find(void)
+extern struct driver echo_driver;
+
+static void find(void)
 {
-    if (options.echo && !vdev_find(&in, 0x1043)) {
-        options.echo = 0;
-        put("PROBE absent dev=console\n");
-    }
+    if (vdev_find(&in, 0x1043, 0))
+        return;
+    echo_driver.wanted = 0;
+    put_absent("console");
 }
 
 static void submit(struct vdev *dev, uint32_t length, uint16_t flags)
@@ -46,14 +48,14 @@ static void look_at_size(void)
     rows = *(volatile uint16_t *)(in.config + 2);
 }
 
-void echo_step(void)
+static void step(void)
 {
     uint32_t length;
     switch (state) {
     case OFF:
-        if (!vdev_reset(&in) || !vdev_start(&in, wanted_features() | F_SIZE)) {
+        if (!vdev_reset(&in) || !vdev_start(&in, ring_features() | F_SIZE)) {
             note_problem("console does not start, slot", in.slot, 0, common_read(&in, 0x14, 1));
-            options.echo = 0;
+            echo_driver.wanted = 0;
             return;
         }
         listen();
@@ -64,7 +66,7 @@ void echo_step(void)
             return;
         if (!length || length > BUFFER) {
             note_problem("console length", in.slot, BUFFER, length);
-            options.echo = 0;
+            echo_driver.wanted = 0;
             return;
         }
         echoed += length;
@@ -76,3 +78,14 @@ void echo_step(void)
             listen();
     }
 }
+
+static void report(void)
+{
+    put_number(" echoed=", echoed);
+    put_number(" cols=", columns);
+    put_number(" rows=", rows);
+}
+
+static const struct word words[] = {{"echo=", &echo_driver.wanted}, {NULL, NULL}};
+
+struct driver echo_driver = {.name = "echo", .words = words, .find = find, .step = step, .report = report};

@@ -1,5 +1,5 @@
 /* The probe guest: tables (ring 0, once), command line, application processors, and the loop of each CPU. */
-#include "probe.h"
+#include "driver.h"
 
 #define TSS_SIZE (104 + 8192 + 8)
 #define KSTACK_SIZE 0x1000
@@ -9,7 +9,7 @@
 #define POWER_OFF 0x34
 
 struct options options = {
-    .cpus = 1, .beat_ms = 100, .report_ms = 1000, .sectors = 256, .tsc_khz = 2000000,
+    .cpus = 1, .beat_ms = 100, .report_ms = 1000, .tsc_khz = 2000000,
 };
 struct counters counters[MAX_CPUS];
 
@@ -40,7 +40,7 @@ void setup_tables(void)
         gate(vector, exception_stubs + 16 * vector, 0);
     for (uint32_t vector = 32; vector < 256; vector++)
         gate(vector, irq_spurious, 0);
-    for (uint32_t i = 0; i < 16; i++)
+    for (uint32_t i = 0; i < IRQ_COUNT; i++)
         gate(IRQ_BASE + i, irq_stubs + 32 * i, 0);
     for (uint32_t cpu = 0; cpu < MAX_CPUS; cpu++) {
         uint8_t *at = tss + TSS_SIZE * cpu;
@@ -89,33 +89,36 @@ static uint64_t number(const char *text)
     return value;
 }
 
-static void parse_word(const char *word)
+static void take(const char *word, const struct word *known)
 {
-    static const struct {
-        const char *name;
-        uint32_t *value;
-    } known[] = {
-        {"cpus=", &options.cpus},       {"rate=", &options.rate},       {"mem=", &options.mem_mib},
-        {"beat=", &options.beat_ms},    {"report=", &options.report_ms}, {"sectors=", &options.sectors},
-        {"rng_id=", &options.rng_id},   {"once=", &options.once},       {"window=", &options.window},   {"race=", &options.race},
-        {"corrupt=", &options.corrupt}, {"reboot=", &options.reboot},   {"event_idx=", &options.event_idx},
-        {"indirect=", &options.indirect}, {"echo=", &options.echo},
-    };
-    for (uint32_t i = 0; i < sizeof known / sizeof known[0]; i++) {
+    for (; known && known->name; known++) {
         const char *value = word;
-        if (!starts(word, known[i].name))
+        if (!starts(word, known->name))
             continue;
         while (*value++ != '=')
             ;
-        *known[i].value = (uint32_t)number(value);
+        *known->value = (uint32_t)number(value);
     }
+}
+
+static void parse_word(const char *word)
+{
+    static const struct word words[] = {
+        {"cpus=", &options.cpus},       {"rate=", &options.rate},           {"mem=", &options.mem_mib},
+        {"beat=", &options.beat_ms},    {"report=", &options.report_ms},    {"once=", &options.once},
+        {"window=", &options.window},   {"race=", &options.race},           {"corrupt=", &options.corrupt},
+        {"reboot=", &options.reboot},   {"event_idx=", &options.event_idx}, {"indirect=", &options.indirect},
+        {NULL, NULL},
+    };
+    take(word, words);
+    for (struct driver *const *each = drivers; *each; each++)
+        take(word, (*each)->words);
     if (starts(word, "tsc_khz=") && number(word + 8))
         options.tsc_khz = number(word + 8);
     if (starts(word, "cycle=")) {
-        for (const char *at = word + 6; *at && *at != ' '; at++) {
-            options.cycle_rng |= starts(at, "rng");
-            options.cycle_blk |= starts(at, "blk");
-        }
+        for (const char *at = word + 6; *at && *at != ' '; at++)
+            for (struct driver *const *each = drivers; *each; each++)
+                (*each)->wanted |= starts(at, (*each)->name) && (at[-1] == '=' || at[-1] == ',');
     }
 }
 
@@ -217,22 +220,16 @@ static void report(uint64_t began, uint64_t beats, uint64_t gap)
     put_number(" dirtied=", dirtied);
     put_number(" checked=", checked);
     put_number(" errors=", errors);
-    put_number(" rng_act=", rng_counters.activations);
-    put_number(" blk_act=", blk_counters.activations);
-    put_number(" rng_ios=", rng_counters.ios);
-    put_number(" blk_ios=", blk_counters.ios);
-    put_number(" stuck=", rng_counters.stuck + blk_counters.stuck);
-    put_number(" needs_reset=", rng_counters.needs_reset + blk_counters.needs_reset);
-    put_number(" raced=", rng_counters.raced + blk_counters.raced);
-    if (options.echo) {
-        put_number(" echoed=", echoed);
-        put_number(" cols=", columns);
-        put_number(" rows=", rows);
-    }
+    put_number(" stuck=", requests_stuck);
+    put_number(" needs_reset=", resets_needed);
+    put_number(" raced=", resets_raced);
+    for (struct driver *const *each = drivers; *each; each++)
+        if ((*each)->wanted && (*each)->report)
+            (*each)->report();
     put_line();
 }
 
-static void leave_if_done(uint64_t activations)
+static void leave_if_done(void)
 {
     int key = console_key();
     if (key == 'q' || (options.once && activations >= options.once))
@@ -241,6 +238,20 @@ static void leave_if_done(uint64_t activations)
         put("PROBE reboot\n");
         outb(0x64, 0xfe);
     }
+}
+
+static void drive_devices(void)
+{
+    for (struct driver *const *each = drivers; *each; each++)
+        if ((*each)->wanted)
+            (*each)->step();
+}
+
+static void disturb_devices(uint64_t now)
+{
+    for (struct driver *const *each = drivers; *each; each++)
+        if ((*each)->wanted && (*each)->disturb)
+            (*each)->disturb(now);
 }
 
 static void boss_loop(void)
@@ -257,13 +268,13 @@ static void boss_loop(void)
         }
         memory_step(0, now);
         if (options.cpus == 1)
-            devices_step();
+            drive_devices();
         else if (options.race)
-            devices_race(now);
+            disturb_devices(now);
         if (now - reported >= milliseconds(options.report_ms)) {
             reported = now;
             report(began, beats, gap);
-            leave_if_done(rng_counters.activations + blk_counters.activations);
+            leave_if_done();
         }
     }
 }
@@ -276,8 +287,9 @@ void cpu_main(uint32_t cpu)
         test_pages = options.mem_mib ? options.mem_mib * 256ull : room;
         if (test_pages > room)
             test_pages = room;
-        devices_find();
-        echo_find();
+        for (struct driver *const *each = drivers; *each; each++)
+            if ((*each)->wanted)
+                (*each)->find();
         start_cpus();
         memory_start(0, options.cpus, test_pages);
         barrier();
@@ -297,6 +309,6 @@ void cpu_main(uint32_t cpu)
     for (;;) {
         memory_step(cpu, rdtsc());
         if (cpu == 1)
-            devices_step();
+            drive_devices();
     }
 }

@@ -6,13 +6,14 @@
 
 #define MAX_CPUS 8
 #define IRQ_BASE 0x50
+#define IRQ_COUNT 96
 #define GENERATIONS 0x00800000ul /* the truth about each page: 7 MiB, enough for 7 GiB */
 #define TEST_BASE 0x01000000ul
 #define STUCK_SECONDS 30
 
 struct options {
-    uint32_t cpus, rate, mem_mib, beat_ms, report_ms, sectors, once, reboot;
-    uint32_t cycle_rng, cycle_blk, window, race, rng_id, corrupt, event_idx, indirect, echo;
+    uint32_t cpus, rate, mem_mib, beat_ms, report_ms, once, reboot;
+    uint32_t window, race, corrupt, event_idx, indirect;
     uint64_t tsc_khz;
 };
 
@@ -88,22 +89,6 @@ void print_problems(void);
 /* memory.c */
 void memory_start(uint32_t cpu, uint32_t cpus, uint64_t pages);
 void memory_step(uint32_t cpu, uint64_t now);
-
-/* devices.c */
-struct device_counters {
-    volatile uint64_t activations, ios, stuck, needs_reset, raced;
-};
-extern struct device_counters rng_counters, blk_counters;
-extern volatile uint64_t device_errors;
-void devices_find(void);
-void devices_step(void);
-void devices_race(uint64_t now);
-
-/* echo.c: on the CPU that drives the devices */
-extern volatile uint64_t echoed, columns, rows;
-void echo_find(void);
-void echo_step(void);
-uint64_t wanted_features(void);
 
 void *map_mmio(uint64_t address);
 

@@ -3,7 +3,7 @@
     .text
     .code64
 
-/* device vectors 0x50 … 0x5f: irq_count[vector]++, EOI */
+/* device vectors from 0x50 on (IRQ_BASE, IRQ_COUNT): irq_count[vector]++, EOI */
     .altmacro
 .macro irq_stub vector
     .globl irq_\vector
@@ -20,7 +20,7 @@ irq_\vector:
     .globl irq_stubs
 irq_stubs:
 .set v, 0x50
-.rept 16
+.rept 96
     irq_stub %v
 .set v, v + 1
 .endr

@@ -43,12 +43,25 @@ static volatile uint8_t *bar(uint32_t slot, uint32_t index)
     return map_mmio(address);
 }
 
-/* Find a modern device by its id; 1 found, with its structures located. */
-int vdev_find(struct vdev *dev, uint16_t device_id)
+static uint32_t queues_of(const struct vdev *dev)
 {
+    uint32_t count = 1;
+    while ((dev = dev->next))
+        count++;
+    return count;
+}
+
+/* Find the nth modern device with this id (from 0); 1 found, with its structures located and vectors of its own. */
+int vdev_find(struct vdev *dev, uint16_t device_id, uint32_t nth)
+{
+    static uint32_t vectors_used;
     for (uint32_t slot = 1; slot < 32; slot++) {
-        if (pci_read(slot, 0, 4) != ((uint32_t)device_id << 16 | 0x1af4))
+        if (pci_read(slot, 0, 4) != ((uint32_t)device_id << 16 | 0x1af4) || nth--)
             continue;
+        if (vectors_used + 1 + queues_of(dev) > IRQ_COUNT)
+            return 0;
+        dev->vector = IRQ_BASE + vectors_used;
+        vectors_used += 1 + queues_of(dev);
         pci_write(slot, 4, 2, pci_read(slot, 4, 2) | 6); /* memory, bus master */
         uint32_t budget = MAX_CAPS;
         for (uint32_t cap = pci_read(slot, 0x34, 1); cap && budget--; cap = pci_read(slot, cap + 1, 1)) {
@@ -168,7 +181,7 @@ static int queue_start(struct vdev *dev)
     return 1;
 }
 
-/* From reset to DRIVER_OK with queue 0, and queue 1 where there is a `next`; 0 where the device does not go along. */
+/* From reset to DRIVER_OK with as many queues as `next` has; 0 where the device does not go along. */
 int vdev_start(struct vdev *dev, uint64_t wanted)
 {
     common_write(dev, 0x14, 1, ACKNOWLEDGE);
@@ -192,19 +205,19 @@ int vdev_start(struct vdev *dev, uint64_t wanted)
     acked |= (uint64_t)common_read(dev, 0x0c, 4) << 32;
     if (acked != dev->features)
         return 0;
-    for (uint32_t entry = 0; entry < (dev->next ? 3u : 2u); entry++) /* 0: configuration changes, then the queues */
+    for (uint32_t entry = 0; entry <= queues_of(dev); entry++) /* 0: configuration changes, then the queues */
         route(dev, entry);
     common_write(dev, 0x10, 2, 0);
     if (!queue_start(dev))
         return 0;
-    struct vdev *next = dev->next;
-    if (next) {
+    for (struct vdev *last = dev, *next = dev->next; next; last = next, next = next->next) {
         struct rings *rings = next->rings;
-        *next = *dev;
+        struct vdev *after = next->next;
+        *next = *last;
         next->rings = rings;
-        next->queue = 1;
-        next->vector = dev->vector + 1;
-        next->next = NULL;
+        next->queue = (uint16_t)(last->queue + 1);
+        next->vector = last->vector + 1;
+        next->next = after;
         if (!queue_start(next))
             return 0;
     }

@@ -38,9 +38,8 @@ struct rings {
 };
 
 struct vdev {
-    const char *name;
     uint32_t slot; /* PCI device number; 0: absent */
-    uint32_t vector;
+    uint32_t vector; /* of configuration changes; those of its queues follow */
     uint32_t bar_of_common;
     uint32_t common_offset, window_cap;
     volatile uint8_t *common, *notify, *isr, *config;
@@ -49,7 +48,7 @@ struct vdev {
     volatile uint32_t *msix;
     struct rings *rings;
     uint16_t queue; /* whose rings these are */
-    struct vdev *next; /* the same device as its queue 1, or NULL */
+    struct vdev *next; /* the same device as its next queue, or NULL */
     uint64_t features;
     uint16_t next_used;
     uint32_t irq_seen;
@@ -58,7 +57,7 @@ struct vdev {
 
 uint32_t pci_read(uint32_t slot, uint32_t offset, uint32_t size);
 void pci_write(uint32_t slot, uint32_t offset, uint32_t size, uint32_t value);
-int vdev_find(struct vdev *dev, uint16_t device_id);
+int vdev_find(struct vdev *dev, uint16_t device_id, uint32_t nth);
 uint32_t common_read(struct vdev *dev, uint32_t offset, uint32_t size);
 void common_write(struct vdev *dev, uint32_t offset, uint32_t size, uint32_t value);
 int vdev_reset(struct vdev *dev);
