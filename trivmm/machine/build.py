@@ -15,6 +15,8 @@ from typing import Any
 import attrs
 
 from trivmm._native import ffi, lib
+from trivmm.boot.firmware import firmware_items
+from trivmm.boot.payload import wants_rom
 from trivmm.bus.space import AddressSpace, BusDevice, Range
 from trivmm.config import VmConfig
 from trivmm.errors import ConfigError
@@ -26,9 +28,11 @@ from trivmm.nursery.activation import ActivationActor
 from trivmm.platform.acpi_port import ACPI_PORTS, AcpiPort
 from trivmm.platform.cmos import CMOS_PORTS, Cmos
 from trivmm.platform.debug_ports import DEBUG_CONSOLE_PORTS, DEBUG_PORTS, DebugConsole, DebugPort
+from trivmm.platform.fw_cfg import FW_CFG_PORTS, FwCfg
 from trivmm.platform.ged import GED_SIZE, Ged
 from trivmm.platform.i8042 import I8042, I8042_PORTS
 from trivmm.platform.pci import CONFIG_PORTS, HOTPLUG_SIZE, Ecam, PciBus, PciHotplug, pick_slots
+from trivmm.platform.rom import Rom
 from trivmm.platform.serial import COM1, Serial
 from trivmm.platform.sinks import ClientSink, Sink, open_sink
 from trivmm.virtio.device import WorkerDevice
@@ -58,7 +62,8 @@ def build_board(
         serial = Serial(sinks.get("serial"))
         serial.keeps_sink = True
         undo.append(serial.close)
-        memory = GuestMemory(layout.ram_ranges(config.memory.size))
+        rom = (layout.ROM_START, layout.ROM_SIZE) if hypervisor.needs_payload and wants_rom(config.payload) else None
+        memory = GuestMemory(layout.ram_ranges(config.memory.size), rom)
         undo.append(memory.close)
         vm = hypervisor.open_vm()
         undo.append(vm.close)
@@ -107,9 +112,8 @@ def check_board(config: VmConfig, hypervisor: Hypervisor) -> None:
     """What can be seen without opening anything.
 
     :raises ConfigError: naming the field, the value and the remedy."""
-    if not config.payload.kernel:
-        remedy = "give the path of a PVH ELF kernel; firmware is not supported yet"
-        raise ConfigError("payload.kernel", None, "missing", remedy)
+    if not config.payload.kernel and config.payload.firmware is None:
+        raise ConfigError("payload.kernel", None, "missing", "give the path of a PVH ELF kernel, or firmware")
     for kind in KINDS:
         kind.check(kind.of(config))
     if config.cpus.boot_vcpus > hypervisor.max_vcpus:
@@ -148,10 +152,12 @@ def _assemble(
     on_event: EventSink,
 ) -> Board:
     for region in memory.regions:
-        vm.add_memory(region.slot, region.gpa, region.size, region.hva)
+        vm.add_memory(region.slot, region.gpa, region.size, region.hva, rom=region.rom)
     pio, mmio = AddressSpace("pio"), AddressSpace("mmio")
-    pci = PciBus(mmio, config.deadlines)
-    cmos, debug_port = Cmos(config.memory.size), DebugPort()
+    has_rom = any(region.rom for region in memory.regions)
+    pci = PciBus(mmio, config.deadlines, for_firmware=has_rom)
+    cmos = Cmos(config.memory.size, config.cpus.boot_vcpus, for_firmware=has_rom)
+    debug_port, rom = DebugPort(), Rom()
     guest_log = logging.getLogger("trivmm.guest")
     ports: tuple[tuple[tuple[int, int], BusDevice, str], ...] = (
         (CONFIG_PORTS, pci, "pci"),
@@ -164,7 +170,12 @@ def _assemble(
     )
     for (first, count), device, name in ports:
         pio.insert(Range(first, count, device, name))
+    fw_cfg = FwCfg(firmware_items(memory.ram, config.cpus.boot_vcpus) if has_rom else {})
+    if has_rom:
+        pio.insert(Range(*FW_CFG_PORTS, fw_cfg, "fw_cfg"))
     vm.attach_pio_hook(*COM1, ffi.addressof(lib, "tv_uart_pio"), serial.native)
+    if has_rom:
+        mmio.insert(Range(layout.ROM_START, layout.ROM_SIZE, rom, "rom"))
     ged = Ged()  # nothing fails from here on: the board closes it
     mmio.insert(Range(layout.GED_START, GED_SIZE, ged, "ged"))
     mmio.insert(Range(layout.PCI_MMCONFIG_START, layout.PCI_MMCONFIG_SIZE, Ecam(pci), "pci"))
@@ -177,8 +188,9 @@ def _assemble(
         "debug_port": debug_port,
         "ged": ged,
         "hotplug": hotplug,
+        "fw_cfg": fw_cfg,
     }
-    board = Board(config, hypervisor, memory, vm, pio, mmio, pci, serial, ged, hotplug, fixed, on_event)
+    board = Board(config, hypervisor, memory, vm, pio, mmio, pci, rom, serial, ged, hotplug, fixed, on_event)
     return board
 
 

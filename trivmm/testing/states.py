@@ -11,6 +11,7 @@ from trivmm.state.platform import (
     BoardState,
     CmosState,
     DebugPortState,
+    FwCfgState,
     GedState,
     PciBusState,
     PciConfigState,
@@ -42,6 +43,7 @@ def a_board() -> BoardState:
         debug_port=DebugPortState(0, 0),
         ged=GedState(0),
         hotplug=PciHotplugState(0, 0, 0, 0),
+        fw_cfg=FwCfgState(0, 0),
     )
 
 

@@ -29,15 +29,25 @@ SLOTS: Final = 32
 CONFIG_ADDRESS: Final = 0xCF8
 CONFIG_PORTS: Final = (CONFIG_ADDRESS, 8)  # first port and count
 ENABLE: Final = 1 << 31
+QEMU_SUBSYSTEM: Final = (0x1AF4, 0x1100)
 
 
 class HostBridge:
-    """00:00.0, the ids of Cloud Hypervisor's root bridge; no BARs."""
+    """00:00.0, the ids of Cloud Hypervisor's root bridge; no BARs. ``for_firmware``: of QEMU's subsystem, without
+    which SeaBIOS reads no ``fw_cfg``."""
 
     name = "_pci_root"
 
-    def __init__(self, lock_s: float) -> None:
-        self.config = PciConfigSpace(vendor_id=0x8086, device_id=0x0D57, class_code=0x060000, lock_s=lock_s)
+    def __init__(self, lock_s: float, for_firmware: bool) -> None:
+        vendor, subsystem = QEMU_SUBSYSTEM if for_firmware else (0, 0)
+        self.config = PciConfigSpace(
+            vendor_id=0x8086,
+            device_id=0x0D57,
+            class_code=0x060000,
+            subsystem_vendor_id=vendor,
+            subsystem_id=subsystem,
+            lock_s=lock_s,
+        )
 
     def config_read(self, offset: int, size: int) -> bytes:
         return self.config.read(offset, size)
@@ -91,13 +101,13 @@ class PciBus:
     """A :class:`~trivmm.bus.space.BusDevice` for the ports :data:`CONFIG_PORTS`. ``functions`` by slot, as the guest
     finds them."""
 
-    def __init__(self, mmio: AddressSpace, deadlines: Deadlines) -> None:
+    def __init__(self, mmio: AddressSpace, deadlines: Deadlines, *, for_firmware: bool = False) -> None:
         self.functions: Mapping[int, PciFunction] = {}
         self._plugged: Mapping[int, PciFunction] = {}  # the same, and what is hidden
         self.placement = BarPlacement(mmio, deadlines)
         self._address = 0
         self._lock = BoundedLock("the PCI bus's address latch", deadlines.lock)
-        self._plug(HostBridge(deadlines.lock), 0)
+        self._plug(HostBridge(deadlines.lock, for_firmware), 0)
 
     # --- slots -------------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """Where the BARs of a bus decode: assigned by the VMM when a function is plugged, moved by its guest afterwards.
 
-A BAR decodes only inside the two BAR windows of ``layout`` and where nothing else is, so never over RAM, over another
+A BAR decodes only inside the BAR windows of ``layout`` and where nothing else is, so never over RAM, over another
 BAR, the configuration window (ECAM), the interrupt controllers or a platform device. Any other placement is refused:
 nothing is mapped, ``refused`` counts it, and it is tried again whenever a BAR moves. Mapping waits for the kernel,
 which has the doorbells: everything here is behind one lock with that bound.
@@ -23,6 +23,11 @@ from trivmm.platform.pci.function import PciFunction
 
 __all__ = ["BarPlacement"]
 
+BAR_WINDOWS: Final = (
+    (layout.BAR32_START, layout.BAR32_START + layout.BAR32_SIZE),
+    (layout.FIRMWARE_BARS_START, layout.FIRMWARE_BARS_END),
+    (layout.BAR64_START, layout.BAR64_END),
+)
 TURNS: Final = 3  # calls into the kernel, each a doorbell that moves, which a vCPU may have to wait out
 
 
@@ -159,14 +164,15 @@ def _free_place(taken: list[tuple[int, int]], bar: Bar) -> int:
         at = (layout.BAR64_END - size) & -size
         while hit := _overlapping(taken, at, size):
             at = (min(first for first, _ in hit) - size) & -size
-    else:
-        at = (layout.BAR32_START + size - 1) & -size
-        while hit := _overlapping(taken, at, size):
-            at = (max(end for _, end in hit) + size - 1) & -size
-    if not _allowed(at, size):
-        width = 64 if bar.is_64bit else 32
-        raise ConfigError("devices", size, f"no {width}-bit BAR space is left", "give fewer devices")
-    return at
+        if at >= layout.BAR64_START:
+            return at
+        raise ConfigError("devices", size, "no 64-bit BAR space is left", "give fewer devices")
+    at = (layout.BAR32_START + size - 1) & -size
+    while hit := _overlapping(taken, at, size):
+        at = (max(end for _, end in hit) + size - 1) & -size
+    if at + size <= layout.BAR32_START + layout.BAR32_SIZE:
+        return at
+    raise ConfigError("devices", size, "no 32-bit BAR space is left", "give fewer devices")
 
 
 def _overlapping(taken: list[tuple[int, int]], at: int, size: int) -> list[tuple[int, int]]:
@@ -175,6 +181,4 @@ def _overlapping(taken: list[tuple[int, int]], at: int, size: int) -> list[tuple
 
 def _allowed(address: int, size: int) -> bool:
     """Whether a BAR may decode here: wholly inside one BAR window."""
-    return (address >= layout.BAR32_START and address + size <= layout.BAR32_START + layout.BAR32_SIZE) or (
-        address >= layout.BAR64_START and address + size <= layout.BAR64_END
-    )
+    return any(start <= address and address + size <= end for start, end in BAR_WINDOWS)
