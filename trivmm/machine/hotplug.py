@@ -69,8 +69,6 @@ class Hotplug:
         :raises WrongState: the machine ends."""
         board = self.board
         name = check_new(board.config, kind, config)
-        if any(slot.backend.name == name for slot in board.devices):
-            raise ConfigError("id", name, "a device of this id is there", "remove it, or give another id")
         (number,) = pick_slots([config.pci_device_id], board.pci.placement.names())
         place = Place(board.memory, name, incoming=False, sink=None)
         device = await self.storage.call(
@@ -177,7 +175,6 @@ def check_new(config: Any, kind: AnyKind, device: Any) -> str:
     name = names[kind][-1]
     if sum(each.count(name) for each in names.values()) > 1:
         raise ConfigError("id", name, "two devices have this id", "give each its own")
-    pick_slots([each.pci_device_id for each in names for each in each.of(grown)])
     return name
 
 

@@ -9,7 +9,8 @@ import attrs
 from trivmm.errors import ConfigError, NoSuchDevice, WrongState
 from trivmm.machine.hotplug import TRANSPORT, check_new, removable
 from trivmm.machine.machine import Machine
-from trivmm.virtio.kinds import find, kind_of
+from trivmm.platform.pci import pick_slots
+from trivmm.virtio.kinds import find, kind_of, names_of
 from trivmm.vm.core import VmCore, VmState
 
 __all__ = ["Devices", "PciDeviceInfo"]
@@ -42,7 +43,9 @@ class Devices(VmCore):
             machine = self._plugged_machine(kind.hotplug.verb)
             if machine is None:
                 check_new(self.config, kind, config)
-                self.config = kind.grown(self.config, config)
+                grown = kind.grown(self.config, config)
+                pick_slots([each.pci_device_id for kind in names_of(grown) for each in kind.of(grown)])
+                self.config = grown
                 return None
             slot = await machine.hotplug.add(kind, config)
             self.config = machine.board.kept_config
