@@ -203,7 +203,7 @@ class PayloadConfig:
 @attrs.frozen(field_transformer=typed("disks."))
 class DiskConfig:
     """``image_type``: ``Raw`` is obeyed, whatever the bytes look like. ``Unknown`` looks at them once, at the first
-    boot, refuses the formats that are not there yet, and then says ``Raw`` (see ``trivmm.virtio.block.image``)."""
+    boot, refuses the formats that are not there yet, and then says ``Raw`` (see ``trivmm.virtio.block.formats``)."""
 
     path: str = attrs.field(converter=_as_path)
     readonly: bool = False

@@ -176,14 +176,14 @@ def _assemble(config: VmConfig, hypervisor: Hypervisor, memory: GuestMemory, vm:
 
 def _plug_devices(board: Board, on_event: EventSink, incoming: bool, sinks: Mapping[str, Sink]) -> None:
     for kind, names in names_of(board.config).items():
-        configs = kind.of(board.config)
+        configs, built = kind.of(board.config), []
         for config, name in zip(configs, names, strict=True):
             sink = sinks.get(kind.contract.section) if kind.line(config) is not None else None
             device = kind.make(config, Place(board.memory, name, incoming, sink))
             for line in device.lines.values():
                 line.keeps_sink = True
             _plug(board, kind, device, on_event, config.pci_device_id)
-        built = [kind.as_built(config, name) for config, name in zip(configs, names, strict=True)]
+            built.append(kind.as_built(config, device))
         board.config = kind.put(board.config, built)
 
 
