@@ -1,4 +1,4 @@
-"""SeaBIOS from ROM: its own virtio-blk driver boots a sector that is assembled here, is moved in mid-boot, and rebooted."""
+"""SeaBIOS from ROM: its own virtio-blk driver boots a sector that is assembled here. Moved in mid-boot, and reset."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from trivmm import Deadlines, DiskConfig, MemoryConfig, PayloadConfig, SerialConfig, VmConfig, open_vm
+from trivmm import Deadlines, DiskConfig, Event, MemoryConfig, PayloadConfig, SerialConfig, VmConfig, open_vm
 from trivmm.hypervisor.base import Hypervisor
 from trivmm.hypervisor.select import choose_hypervisor
 from trivmm.testing.road import open_road
@@ -76,14 +76,16 @@ def config_of(folder: Path, sector: bytes, end: str = "off") -> VmConfig:
     )
 
 
-def check_console(folder: Path, *said: str) -> None:
-    """The firmware's own lines, the star of INT 10h (which it sends when it has time), and all of the sector's."""
-    first, *rest = (folder / "out.txt").read_text().split("SeaBIOS (version")[1:]
-    assert first.count("*") == 1
-    assert first.replace("*", "").endswith("Booting from Hard Disk...\n<boot><read><write><tick>")
-    assert len(rest) == len(said)
-    for line, wanted in zip(rest, said, strict=True):
-        assert line.replace("*", "").endswith(f"Booting from Hard Disk...\n<boot><read><write><tick>{wanted}")
+def check_console(folder: Path, *more: str) -> None:
+    """A boot each: the firmware's own lines, the star of INT 10h (sent when it has time), all of the sector's.
+
+    ``more``: what the second boot and those after it said beyond."""
+    boots = (folder / "out.txt").read_text().split("\x1bc")[1:]  # its console begins by a terminal's reset
+    assert len(boots) == 1 + len(more)
+    for boot, beyond in zip(boots, ("", *more), strict=True):
+        assert "SeaBIOS (version" in boot
+        assert boot.count("*") == 1
+        assert boot.replace("*", "").endswith(f"Booting from Hard Disk...\n<boot><read><write><tick>{beyond}")
 
 
 def check_disk(folder: Path) -> None:
@@ -168,3 +170,27 @@ async def test_a_boot_that_is_moved_at_any_instant_goes_on(
     tmp_path: Path, sector: bytes, hypervisor: Hypervisor, instant: str
 ) -> None:
     await move_at(tmp_path, sector, hypervisor, instant)
+
+
+@pytest.mark.soft
+@NO_SOFT
+@pytest.mark.parametrize("end", ["triple fault", "keyboard controller", "port 0xcf9", "ACPI"])
+async def test_every_way_to_reset_boots_again_with_the_cmos_as_it_was(tmp_path: Path, sector: bytes, end: str) -> None:
+    """On ``soft``, where a boot takes a second; the ends are the board's. ROM and shadow RAM are new: the second boot
+    is a whole one."""
+    hypervisor = choose_hypervisor("soft")
+    reasons = {"keyboard controller": "i8042", "ACPI": "ACPI reset register"}
+    seen: list[Event] = []
+    with trio.fail_after(LIMIT_S):
+        async with open_vm(config_of(tmp_path, sector, end), hypervisor=hypervisor) as vm:
+            vm.events.listen(seen.append)
+            await vm.boot()
+            assert (await vm.wait()).kind == "poweroff"
+            assert vm.reboots == 1
+    check_console(tmp_path, "<again>")
+    told = [(each.event, each.properties) for each in seen if each.source == "vm"]
+    assert told[2:] == [
+        ("rebooting", {"reason": reasons.get(end, end)}),
+        ("rebooted", None),
+        ("shutdown", {"reason": "poweroff"}),
+    ]

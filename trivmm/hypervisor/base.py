@@ -45,6 +45,7 @@ __all__ = [
     "VcpuState",
     "VmBackend",
     "VmBackendState",
+    "triple_fault",
 ]
 
 
@@ -59,9 +60,14 @@ class Interrupted:
 INTERRUPTED: Final = Interrupted()
 
 
+def triple_fault(details: str) -> GuestRequest:
+    """The CPU met a fault that it could not deliver, nor that of the delivery: it stands still, and a PC resets it."""
+    return GuestRequest("reset", "triple fault", details)
+
+
 @attrs.frozen
 class Crashed:
-    """The vCPU can't go on: a triple fault, or its hypervisor gave up. ``reason`` in a few words, ``details`` as
+    """The vCPU can't go on: its hypervisor gave up. ``reason`` in a few words, ``details`` as
     :meth:`VcpuBackend.describe` told it in that moment."""
 
     reason: str

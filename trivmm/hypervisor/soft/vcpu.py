@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 from trivmm._native import ffi, lib
 from trivmm.bus.bus import Bus
 from trivmm.errors import HypervisorError
-from trivmm.hypervisor.base import INTERRUPTED, Crashed, Outcome, PvhEntry, ThreadVcpu, VcpuState
+from trivmm.hypervisor.base import INTERRUPTED, Crashed, Outcome, PvhEntry, ThreadVcpu, VcpuState, triple_fault
 from trivmm.hypervisor.soft import registers
 from trivmm.hypervisor.soft.accesses import Accesses, Undo
 from trivmm.hypervisor.soft.delivery import Event, Shutdown, deliver, syscall
@@ -150,7 +150,7 @@ class SoftVcpu(ThreadVcpu):
                         what = f"the soft CPU gave up (error {engine.failure} of its engine) at {engine.rip:#x}"
                         return Crashed(what, self.describe())
             except Shutdown:
-                return Crashed("triple fault", self.describe())
+                return triple_fault(self.describe())
 
     def finish(self, bus: Bus) -> Outcome:
         """Every stop lies between two instructions; only writes of the last one may still wait."""
