@@ -32,6 +32,7 @@ from trivmm.hypervisor.base import (
     INTERRUPTED,
     Crashed,
     Hypervisor,
+    LongModeEntry,
     Outcome,
     PvhEntry,
     TaskVcpu,
@@ -151,7 +152,7 @@ class ScriptedVcpu(TaskVcpu):
     def inject_nmi(self) -> None:
         self.calls.append("inject_nmi")
 
-    def set_boot_state(self, entry: PvhEntry) -> None:
+    def set_boot_state(self, entry: PvhEntry | LongModeEntry) -> None:
         self.calls.append("set_boot_state")
 
     def save(self) -> VcpuState:

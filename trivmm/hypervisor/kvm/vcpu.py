@@ -15,7 +15,16 @@ from trivmm._native import ffi, lib
 from trivmm.bus.bus import Bus
 from trivmm.bus.space import GuestRequest
 from trivmm.errors import HypervisorError
-from trivmm.hypervisor.base import INTERRUPTED, Crashed, Outcome, PvhEntry, ThreadVcpu, VcpuState, triple_fault
+from trivmm.hypervisor.base import (
+    INTERRUPTED,
+    Crashed,
+    LongModeEntry,
+    Outcome,
+    PvhEntry,
+    ThreadVcpu,
+    VcpuState,
+    triple_fault,
+)
 from trivmm.hypervisor.kvm import boot, cpuid
 from trivmm.hypervisor.kvm.calls import kvm_call
 from trivmm.hypervisor.kvm.report import extension
@@ -177,9 +186,12 @@ class KvmVcpu(ThreadVcpu):
 
     # --- state -----------------------------------------------------------------------------------------------
 
-    def set_boot_state(self, entry: PvhEntry) -> None:
+    def set_boot_state(self, entry: PvhEntry | LongModeEntry) -> None:
         self._open()
-        boot.set_pvh(self._fd, entry)
+        if isinstance(entry, PvhEntry):
+            boot.set_pvh(self._fd, entry)
+        else:
+            boot.set_long_mode(self._fd, entry)
 
     def save(self) -> VcpuState:
         self._open()

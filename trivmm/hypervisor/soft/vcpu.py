@@ -19,7 +19,16 @@ from typing import TYPE_CHECKING, Final
 from trivmm._native import ffi, lib
 from trivmm.bus.bus import Bus
 from trivmm.errors import HypervisorError
-from trivmm.hypervisor.base import INTERRUPTED, Crashed, Outcome, PvhEntry, ThreadVcpu, VcpuState, triple_fault
+from trivmm.hypervisor.base import (
+    INTERRUPTED,
+    Crashed,
+    LongModeEntry,
+    Outcome,
+    PvhEntry,
+    ThreadVcpu,
+    VcpuState,
+    triple_fault,
+)
 from trivmm.hypervisor.soft import registers
 from trivmm.hypervisor.soft.accesses import Accesses, Undo
 from trivmm.hypervisor.soft.delivery import Event, Shutdown, deliver, syscall
@@ -241,8 +250,11 @@ class SoftVcpu(ThreadVcpu):
 
     # --- registers -------------------------------------------------------------------------------------------
 
-    def set_boot_state(self, entry: PvhEntry) -> None:
-        registers.set_pvh(self._engine.reset(), entry)
+    def set_boot_state(self, entry: PvhEntry | LongModeEntry) -> None:
+        if isinstance(entry, PvhEntry):
+            registers.set_pvh(self._engine.reset(), entry)
+        else:
+            registers.set_long_mode(self._engine.reset(), entry)
         self._engine.commit()
         self._engine.flush()
         self._halted = False
