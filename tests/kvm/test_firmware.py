@@ -157,10 +157,9 @@ async def move_at(folder: Path, sector: bytes, hypervisor: Hypervisor, instant: 
     check_disk(folder)
 
 
-@pytest.mark.parametrize("instant", ["PCI: map device bdf=00:01.0", "Booting from 0000:7c00"])
-async def test_a_boot_that_is_moved_goes_on(
-    tmp_path: Path, sector: bytes, hypervisor: Hypervisor, instant: str
-) -> None:
+async def test_a_boot_that_is_moved_goes_on(tmp_path: Path, sector: bytes, hypervisor: Hypervisor) -> None:
+    """One in 32-bit mode, one in real mode; all the instants are slow tests."""
+    instant = "PCI: map device bdf=00:01.0" if hypervisor.name == "kvm" else "Booting from 0000:7c00"
     await move_at(tmp_path, sector, hypervisor, instant)
 
 
@@ -174,7 +173,13 @@ async def test_a_boot_that_is_moved_at_any_instant_goes_on(
 
 @pytest.mark.soft
 @NO_SOFT
-@pytest.mark.parametrize("end", ["triple fault", "keyboard controller", "port 0xcf9", "ACPI"])
+@pytest.mark.parametrize(
+    "end",
+    [
+        "triple fault",
+        *(pytest.param(end, marks=pytest.mark.slow) for end in ENDS if end not in ("off", "triple fault")),
+    ],
+)
 async def test_every_way_to_reset_boots_again_with_the_cmos_as_it_was(tmp_path: Path, sector: bytes, end: str) -> None:
     """On ``soft``, where a boot takes a second; the ends are the board's. ROM and shadow RAM are new: the second boot
     is a whole one."""

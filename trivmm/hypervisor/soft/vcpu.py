@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["SoftVcpu"]
 
 SLICE: Final = 20_000  # instructions between two looks at timers and interrupt sources: about 0.2 ms
-SLICE_MASKED: Final = 500  # the same while an interrupt waits for the guest to open its flag
+SLICE_MASKED: Final = 500  # the same while an interrupt waits for the guest to open its flag; twice that the next time
 HALT_SLICE_S: Final = 1.0  # a halted vCPU looks around at least this often, even if a wake were lost
 STATE_KIND: Final = f"soft/1/{'.'.join(map(str, ENGINE_VERSION))}"
 
@@ -67,6 +67,7 @@ class SoftVcpu(ThreadVcpu):
         # It translates code, and what a disk is read into may be code.
         self.write_hook = ffi.addressof(lib, "tv_soft_gate_code"), self._gate
         self._halted = False
+        self._masked = SLICE_MASKED
         self._kicked = False
         self._closed = False
         self._closing = threading.Lock()
@@ -184,13 +185,15 @@ class SoftVcpu(ThreadVcpu):
             lapic.nmi = False
             event = Event(NMI_VECTOR, "interrupt")
         elif not env.eflags & FLAG_IF:
-            return SLICE_MASKED
+            budget, self._masked = self._masked, min(2 * self._masked, SLICE)  # firmware masks for its whole life
+            return budget
         elif (vector := lapic.pending()) is not None:
             lapic.acknowledge(vector)
             event = Event(vector, "interrupt")
         else:
             event = Event(self._chips.acknowledge(), "interrupt")
         self._halted = False
+        self._masked = SLICE_MASKED
         self._deliver(event)
         return SLICE
 
