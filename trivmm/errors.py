@@ -129,7 +129,7 @@ class GuestMemoryError(TrivmmError):
 
 
 class GuestCrash(TrivmmError):
-    """The guest cannot go on: triple fault or hypervisor internal error.
+    """The guest cannot go on: it triple-faults after every reboot, or its hypervisor has an internal error.
 
     :ivar vcpu: index of the vCPU.
     :ivar reason: ``triple fault``, ``KVM internal error (emulation)``, …

@@ -7,7 +7,7 @@ Its devices answer what vCPUs ask on its bus, on their threads, and it is saved,
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import attrs
@@ -25,13 +25,14 @@ from trivmm.platform.pci import Bar, PciBus, PciHotplug
 from trivmm.platform.rom import Rom
 from trivmm.platform.serial import COM1_IRQ, Serial
 from trivmm.platform.sinks import ClientSink, LineConfig, Sink, open_sink
+from trivmm.state.platform import CmosState
 from trivmm.virtio.device import WorkerDevice
 from trivmm.virtio.kind import AnyKind
 from trivmm.virtio.kinds import KINDS, without
 from trivmm.virtio.pci import VirtioPciTransport
 from trivmm.virtio.port import Storage
 
-__all__ = ["Board", "DeviceSlot", "EventSink", "line_configs"]
+__all__ = ["Board", "DeviceSlot", "EventSink", "Kept", "line_configs"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,15 @@ class DeviceSlot:
     def bdf(self) -> str:
         """As Cloud Hypervisor spells it."""
         return f"0000:00:{self.pci_slot:02x}.0"
+
+
+@attrs.frozen(eq=False)
+class Kept:
+    """What a machine that is rebooted leaves to the one after it: the sinks of its console lines, which stay open, and
+    its CMOS."""
+
+    sinks: Mapping[str, Sink]
+    cmos: CmosState
 
 
 @attrs.define(eq=False)
@@ -132,11 +142,12 @@ class Board:
         sinks = {name: line.sink for name, line in self.lines.items()}
         return {name: sink.path for name, sink in sinks.items() if isinstance(sink, ClientSink) and sink.path}
 
-    def keep_sinks(self) -> dict[str, Sink]:
-        """For the board that comes after this one: they stay open when this one is closed."""
+    def keep(self) -> Kept:
+        """For the board that comes after this one."""
         for line in self.lines.values():
             line.keeps_sink = True
-        return {name: line.sink for name, line in self.lines.items() if line.sink is not None}
+        sinks = {name: line.sink for name, line in self.lines.items() if line.sink is not None}
+        return Kept(sinks, self.fixed["cmos"].save())
 
     def own_sinks(self) -> None:
         """From now on they are closed with the board. In the trio thread."""

@@ -84,7 +84,7 @@ def build_board(
 
 def open_sinks(config: VmConfig, kept: Mapping[str, Sink] | None = None) -> dict[str, Sink]:
     """The sinks of a board's console lines, for :func:`build_board`. In the trio thread. ``kept`` are those of the
-    board before (:meth:`Board.keep_sinks`), which was rebooted.
+    board before (:meth:`Board.keep`), which was rebooted.
 
     :raises ConfigError: when one can't be opened; those that were opened here are closed."""
     sinks: dict[str, Sink] = {}

@@ -16,7 +16,7 @@ from trivmm.config import VmConfig
 from trivmm.deadlines import Deadlines
 from trivmm.errors import WrongState
 from trivmm.hypervisor.base import Hypervisor
-from trivmm.machine.board import Board
+from trivmm.machine.board import Board, Kept
 from trivmm.machine.build import build_board, check_board, close_sinks, open_sinks
 from trivmm.machine.disks import Disks
 from trivmm.machine.machine import Machine, open_machine
@@ -74,13 +74,15 @@ class MachineHost:
         """Threads that outlived their deadline, by name."""
         return (() if self.board is None else tuple(self.board.stuck)) + self.kernel.stuck + self.storage.stuck
 
-    async def boot(self, config: VmConfig, kept: Mapping[str, Sink] | None = None) -> Machine:
-        """A machine with its payload loaded, its vCPUs parked. What is ``kept`` of the one before is closed when it
-        fails.
+    async def boot(self, config: VmConfig, kept: Kept | None = None) -> Machine:
+        """A machine with its payload loaded, its vCPUs parked. The sinks that are ``kept`` of the one before are closed
+        when it fails.
 
         :raises ConfigError: naming the field, the value and the remedy; nothing is left behind."""
-        board = await self._build(config, kept)
+        board = await self._build(config, None if kept is None else kept.sinks)
         try:
+            if kept is not None:
+                board.fixed["cmos"].after_reset(kept.cmos)
             await self._in_pieces(board.load_payload)  # seconds, where the kernel is to be unpacked
             return await self._house(board)
         except BaseException:

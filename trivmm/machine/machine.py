@@ -59,6 +59,7 @@ class Machine:
     wanted: Stage = attrs.field(default=Stage.PAUSED, init=False)  # by its owner: RUNNING or PAUSED
     guest_request: GuestRequest | None = attrs.field(default=None, init=False)
     crash: GuestCrash | None = attrs.field(default=None, init=False)
+    fault: GuestCrash | None = attrs.field(default=None, init=False)  # why the guest asks for a reset unasked
     vcpus: VcpuSet = attrs.field(default=attrs.Factory(lambda self: self._vcpus(), takes_self=True), init=False)
     interrupts: Interrupts = attrs.field(
         default=attrs.Factory(
@@ -142,6 +143,9 @@ class Machine:
     # --- from vCPU threads -----------------------------------------------------------------------------------
 
     def take_request(self, vcpu: int, request: GuestRequest) -> None:
+        if request.details:
+            self.fault = GuestCrash(vcpu, request.why, request.details)
+            logger.warning("vcpu%d: %s\n%s", vcpu, request.why, request.details)
         self._token.run_sync_soon(self._note_request, request)
 
     def take_crash(self, error: GuestCrash) -> None:

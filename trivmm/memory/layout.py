@@ -6,9 +6,12 @@ from typing import Final
 
 __all__ = ["ram_ranges"]
 
+BOOT_GDT: Final = 0x500
 PVH_START_INFO: Final = 0x6000
 PVH_MODLIST: Final = 0x6040
 PVH_MEMMAP: Final = 0x7000
+ZERO_PAGE: Final = 0x7000  # Linux' boot parameters, where it is booted by its own entry
+PAGE_TABLES: Final = 0xA000  # six pages, likewise
 CMDLINE_START: Final = 0x20000
 CMDLINE_MAX_SIZE: Final = 0x10000
 EBDA_START: Final = 0xA0000  # end of usable low RAM

@@ -19,6 +19,7 @@ from trivmm.machine.machine import Machine
 from trivmm.migration.progress import MigrationProgress
 from trivmm.migration.source.doubt import Doubt
 from trivmm.nursery.ownership import MIGRATION, Ownership
+from trivmm.vm.triplefaults import TripleFaults
 
 __all__ = ["ExitReason", "VmCore", "VmState"]
 
@@ -70,6 +71,7 @@ class VmCore:
     _exited: trio.Event = attrs.field(factory=trio.Event, init=False)
     _asked: trio.Event = attrs.field(factory=trio.Event, init=False)  # the guest wants something of its owner
     _migration: trio.CancelScope | None = attrs.field(default=None, init=False)
+    _triple_faults: TripleFaults = attrs.field(factory=TripleFaults, init=False)
     _console: ConsoleCursor | None = attrs.field(default=None, init=False)  # where wait_for_console goes on
 
     def _make_host(self) -> MachineHost:

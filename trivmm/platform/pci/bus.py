@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from typing import Final
 
 from trivmm.bus.lock import BoundedLock
-from trivmm.bus.space import AddressSpace, Effect
+from trivmm.bus.space import AddressSpace, Effect, GuestRequest
 from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError
 from trivmm.platform.pci.config_space import PciConfigSpace
@@ -28,6 +28,8 @@ __all__ = ["CONFIG_PORTS", "SLOTS", "PciBus", "pick_slots"]
 SLOTS: Final = 32
 CONFIG_ADDRESS: Final = 0xCF8
 CONFIG_PORTS: Final = (CONFIG_ADDRESS, 8)  # first port and count
+RESET_CONTROL: Final = 1  # offset of a byte register in the middle of the latch, which is written whole only
+RESET_CPU: Final = 1 << 2  # in which way (warm, hard, full) makes no difference here
 ENABLE: Final = 1 << 31
 QEMU_SUBSYSTEM: Final = (0x1AF4, 0x1100)
 
@@ -176,6 +178,8 @@ class PciBus:
     def read(self, offset: int, size: int) -> bytes:
         if offset % 4 + size > 4:
             return b"\xff" * size
+        if offset == RESET_CONTROL and size == 1:
+            return b"\0"
         if offset < 4:
             with self._lock:
                 return self._address.to_bytes(4, "little")[offset : offset + size]
@@ -188,6 +192,8 @@ class PciBus:
     def write(self, offset: int, data: bytes) -> Effect:
         if offset % 4 + len(data) > 4:
             return None
+        if offset == RESET_CONTROL and len(data) == 1:
+            return GuestRequest("reset", "port 0xcf9") if data[0] & RESET_CPU else None
         if offset < 4:
             with self._lock:
                 latch = bytearray(self._address.to_bytes(4, "little"))
