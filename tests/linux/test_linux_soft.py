@@ -1,7 +1,6 @@
-"""A distribution's Linux with its own drivers, on the soft CPU: boots, uses its devices, moves, takes disks that come and lets
-them go by ACPI hotplug, powers off when told.
+"""A distribution's Linux with its own drivers, on the soft CPU: boots, uses its devices, moves, powers off when told.
 
-The kernel is fetched by apt at each run; nothing of it is in the repository.
+Disks come and go by its own ACPI hotplug. The kernel is fetched by apt at each run; nothing of it is in the repository.
 """
 
 from __future__ import annotations

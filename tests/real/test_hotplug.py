@@ -1,4 +1,4 @@
-"""Every kind of device that can be plugged: its files, sockets and threads come and go with it, and move with the VM."""
+"""Every kind of device that can be plugged: its files, sockets and threads come and go with it, and move."""
 
 from __future__ import annotations
 
