@@ -22,6 +22,7 @@ __all__ = [
     "MigrationCancelled",
     "MigrationError",
     "MigrationInDoubt",
+    "NoSuchDevice",
     "NotSupported",
     "PastCommit",
     "PauseTimeout",
@@ -167,6 +168,14 @@ class VmNotCreated(TrivmmError):
 
     def __init__(self) -> None:
         super().__init__("VM is not created; create it first (vm.create, or --kernel on the command line)")
+
+
+class NoSuchDevice(TrivmmError):
+    """The VM has no device of this id."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"no device with id {shown(name)} to remove")
+        self.name = name
 
 
 class VmMigrating(TrivmmError):

@@ -356,7 +356,7 @@ def test_threads_share_the_bus(board: tuple[AddressSpace, PciBus, Guest, Functio
     for thread in threads:
         thread.join(60)
         assert not thread.is_alive()
-    bus.place()
+    bus.placement.place()
     for index, bar in function.config.bars.items():
         mapped = [each.start for each in mmio.ranges if each.name.endswith(f"BAR {index}")]
         assert mapped == ([] if bar.mapped is None else [bar.mapped])

@@ -38,14 +38,15 @@ def _set_event() -> trio.Event:
 @attrs.define(eq=False)
 class MachineHost:
     """``machine`` is the one that is there, ``board`` that one's, or the last one's. ``on_event(kind, device,
-    generation)`` tells of devices, ``on_guest_request()`` that the guest wants something of its owner; both in the trio
-    thread."""
+    generation)`` tells of devices, ``on_guest_request()`` that the guest wants something of its owner, ``on_removed(id,
+    bdf)`` that it has let go of a device; all in the trio thread."""
 
     hypervisor: Hypervisor
     deadlines: Deadlines
     nursery: trio.Nursery
     on_event: Callable[[str, str, int], None]
     on_guest_request: Callable[[], None]
+    on_removed: Callable[[str, str], None]
     kernel: KernelCalls = attrs.field(
         default=attrs.Factory(lambda self: KernelCalls(self.deadlines, self.hypervisor.threads), takes_self=True),
         init=False,
@@ -96,7 +97,7 @@ class MachineHost:
         try:
             prepare(board)
             # Cached when the VM was here before, perhaps: gone by COMMIT, when the guest waits for that.
-            await Disks(board.storages, self.storage).refresh(self.deadlines.handshake / 2)
+            await Disks(lambda: board.storages, self.storage).refresh(self.deadlines.handshake / 2)
             await self._in_pieces(board.check_payload)
             return await self._house(board, stage=Stage.UNLOCKED)
         except BaseException:
@@ -154,6 +155,7 @@ class MachineHost:
                 kernel=self.kernel,
                 storage=self.storage,
                 on_guest_request=self.on_guest_request,
+                on_removed=self.on_removed,
             ) as machine:
                 task_status.started(machine)
                 # If start() was cancelled meanwhile it waits for this task: leave before the shield, not after.

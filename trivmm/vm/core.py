@@ -75,7 +75,9 @@ class VmCore:
     _console: ConsoleCursor | None = attrs.field(default=None, init=False)  # where wait_for_console goes on
 
     def _make_host(self) -> MachineHost:
-        return MachineHost(self.hypervisor, self.deadlines, self._nursery, self._tell_of_device, self._ask_owner)
+        return MachineHost(
+            self.hypervisor, self.deadlines, self._nursery, self._tell_of_device, self._ask_owner, self._tell_of_removal
+        )
 
     @property
     def deadlines(self) -> Deadlines:
@@ -132,6 +134,9 @@ class VmCore:
     def _tell_of_device(self, event: str, device: str, generation: int) -> None:
         self._activated += event == "activated"
         self.events.emit("virtio-device", event, id=device, generation=str(generation))
+
+    def _tell_of_removal(self, name: str, bdf: str) -> None:
+        self._tell("device-removed", id=name, bdf=bdf)
 
     def _ask_owner(self) -> None:
         self._asked.set()

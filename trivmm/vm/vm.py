@@ -15,6 +15,7 @@ from trivmm.machine.build import close_sinks
 from trivmm.machine.machine import Machine
 from trivmm.vm.consoles import Consoles
 from trivmm.vm.core import ExitReason, VmState
+from trivmm.vm.devices import Devices
 from trivmm.vm.moves import Moves
 from trivmm.vm.triplefaults import LIMIT
 
@@ -23,7 +24,7 @@ __all__ = ["Vm"]
 logger = logging.getLogger(__name__)
 
 
-class Vm(Consoles, Moves):
+class Vm(Consoles, Devices, Moves):
     """One VM, from :func:`open_vm` (or ``open_incoming``) to the end of that block. Use from one trio program."""
 
     # --- verbs: need the lease -------------------------------------------------------------------------------
