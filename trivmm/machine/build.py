@@ -39,14 +39,15 @@ from trivmm.virtio.pci import VirtioPciTransport
 
 __all__ = ["build_board", "check_board", "close_sinks", "open_sinks"]
 
-EventSink = Callable[[str, str, int], None]
+EventSink = Callable[..., None]
+"""Called with what happened, the device's id, its generation, and properties of the event by name."""
 
 
 def build_board(
     config: VmConfig,
     hypervisor: Hypervisor,
     *,
-    on_event: EventSink = lambda kind, device, generation: None,
+    on_event: EventSink = lambda kind, device, generation, **properties: None,
     incoming: bool = False,
     sinks: Mapping[str, Sink] = MappingProxyType({}),
 ) -> Board:
@@ -202,6 +203,11 @@ def _plug(board: Board, kind: AnyKind, device: WorkerDevice, on_event: EventSink
     )
     device.on_broken = actor.fail
     device.on_config_change = transport.config_changed
+
+    def tell(event: str, **properties: str) -> None:
+        on_event(event, device.name, transport.state.generation, **properties)
+
+    device.on_event = tell
     board.devices.append(DeviceSlot(device, transport, actor, 0))
     placed = board.pci.add(transport, slot)
     board.devices[-1] = DeviceSlot(device, transport, actor, placed)

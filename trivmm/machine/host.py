@@ -44,7 +44,7 @@ class MachineHost:
     hypervisor: Hypervisor
     deadlines: Deadlines
     nursery: trio.Nursery
-    on_event: Callable[[str, str, int], None]
+    on_event: Callable[..., None]
     on_guest_request: Callable[[], None]
     kernel: KernelCalls = attrs.field(
         default=attrs.Factory(lambda self: KernelCalls(self.deadlines, self.hypervisor.threads), takes_self=True),

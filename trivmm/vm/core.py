@@ -127,9 +127,9 @@ class VmCore:
     def _tell(self, event: str, **properties: str) -> None:
         self.events.emit("vm", event, **properties)
 
-    def _tell_of_device(self, event: str, device: str, generation: int) -> None:
+    def _tell_of_device(self, event: str, device: str, generation: int, **properties: str) -> None:
         self._activated += event == "activated"
-        self.events.emit("virtio-device", event, id=device, generation=str(generation))
+        self.events.emit("virtio-device", event, id=device, generation=str(generation), **properties)
 
     def _ask_owner(self) -> None:
         self._asked.set()
