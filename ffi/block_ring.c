@@ -25,7 +25,8 @@ struct slot {
     uint32_t length;
     uint8_t write;
     uint16_t head;
-    uint64_t at; /* in the image */
+    uint32_t used; /* the length that is told */
+    uint64_t at;   /* in the image */
     uint8_t *status;
     uint64_t status_gpa;
     uint64_t since_ns;
@@ -98,8 +99,7 @@ static void answer(struct tv_block *block, struct slot *slot, int32_t result)
             tv_mark_dirty(queue->memory, slot->gpa[i], slot->iov[i].iov_len);
     *slot->status = status;
     tv_mark_dirty(queue->memory, slot->status_gpa, 1);
-    uint32_t written = slot->write ? 0 : slot->length;
-    tv_queue_push(queue, slot->head, failed && !slot->write ? 0 : written + 1);
+    tv_queue_push(queue, slot->head, failed && !slot->write ? 0 : slot->used);
 }
 
 /* Everything that is done. */
@@ -198,6 +198,7 @@ int tv_block_start(struct tv_block *block, const struct tv_chain *chain, int wri
     ring->unused_count--;
     ring->bytes += length;
     slot->length = (uint32_t)length;
+    slot->used = !write ? (uint32_t)length + 1 : chain->writable_bytes == 1; /* no gap before the status */
     slot->write = (uint8_t)write;
     slot->head = chain->head;
     slot->at = at;
