@@ -39,8 +39,8 @@ MAX_DISKS: Final = 24  # PCI slots 1..31 less console, rng and room for hotplug
 MAX_ID: Final = 128  # characters; an id names threads, log lines, counters and state
 OUR_IDS: Final = ("__", "_virtio-pci-")  # what the VMM's own entries in the device tree and the counters begin with
 CONSOLE_MODES: Final = ("Off", "Null", "Tty", "Pty", "File", "Socket")
-IMAGE_TYPES: Final = ("Raw", "Unknown")
-FOREIGN_IMAGES: Final = ("Qcow2", "Vhdx", "FixedVhd", "FlatVmdk")  # Cloud Hypervisor's others
+IMAGE_TYPES: Final = ("Raw", "Qcow2", "Unknown")
+FOREIGN_IMAGES: Final = ("Vhdx", "FixedVhd", "FlatVmdk")  # Cloud Hypervisor's others
 ALIGNMENT: Final = 2 << 20  # RAM sizes: one x86 large page, so that a region never splits one
 
 
@@ -133,10 +133,10 @@ def check_id(field: str, value: str | None) -> None:
 
 def _check_image_type(value: str) -> None:
     if value in FOREIGN_IMAGES:
-        remedy = "convert it (qemu-img convert -O raw OLD NEW) and give Raw"
-        raise NotSupported("disks.image_type", value, "only raw images are supported yet", remedy)
+        remedy = "convert it (qemu-img convert -O qcow2 OLD NEW) and give Qcow2"
+        raise NotSupported("disks.image_type", value, "only raw and qcow2 images are supported yet", remedy)
     if value not in IMAGE_TYPES:
-        raise ConfigError("disks.image_type", f"{value:.80}", "no such type", "give Raw, or leave it out")
+        raise ConfigError("disks.image_type", f"{value:.80}", "no such type", "give Raw or Qcow2, or leave it out")
 
 
 def _check_mode(field: str, mode: str, file: str | None, socket: str | None) -> None:
@@ -202,8 +202,9 @@ class PayloadConfig:
 
 @attrs.frozen(field_transformer=typed("disks."))
 class DiskConfig:
-    """``image_type``: ``Raw`` is obeyed, whatever the bytes look like. ``Unknown`` looks at them once, at the first
-    boot, refuses the formats that are not there yet, and then says ``Raw`` (see ``trivmm.virtio.block.formats``)."""
+    """``image_type``: ``Raw`` is obeyed, whatever the bytes look like; ``Qcow2`` must be one. ``Unknown`` looks at them
+    once, at the first boot, and then says what was found (``trivmm.virtio.block.formats``). ``backing_files``: where
+    those of a qcow2 image may lie, anywhere or only beneath its own folder (``trivmm.virtio.block.chain``)."""
 
     path: str = attrs.field(converter=_as_path)
     readonly: bool = False
@@ -213,6 +214,7 @@ class DiskConfig:
     queue_size: int = 128
     pci_device_id: int | None = None
     image_type: str = "Unknown"
+    backing_files: bool = False
 
     def __attrs_post_init__(self) -> None:
         check_id("disks.id", self.id)

@@ -35,7 +35,7 @@ def parse_image_type(option: str, text: str) -> str:
     """Cloud Hypervisor's words, and the API's. :raises ConfigError:"""
     made = IMAGE_TYPES.get(text.lower())
     if made is None:
-        raise ConfigError(option, text, "no such type", "give raw, or leave it out")
+        raise ConfigError(option, text, "no such type", "give raw or qcow2, or leave it out")
     return made
 
 
@@ -74,7 +74,6 @@ BLOCK: Final = DeviceKind(
             "queue_affinity": None,
             "disable_io_uring": NotYet(False, also=(True,)),  # neither is used here
             "disable_aio": NotYet(False, also=(True,)),
-            "backing_files": False,
             "sparse": True,
             "lock_granularity": "ByteRange",
         },
@@ -82,7 +81,7 @@ BLOCK: Final = DeviceKind(
     option=Option(
         "disk",
         "path=FILE[,readonly=on,id=…,serial=…]",
-        "raw images; several values, or the option again",
+        "raw and qcow2 images; several values, or the option again",
         keys={
             "path": ("path", as_text),
             "readonly": ("readonly", parse_toggle),
