@@ -17,7 +17,7 @@ from trivmm.syntax import parse_console, parse_pairs, split_commas
 from trivmm.unixsocket import SocketFd
 from trivmm.values import parse_size
 
-NAMES = "kernel cmdline initramfs cpus memory disk rng serial console"
+NAMES = "firmware kernel cmdline initramfs cpus memory disk rng serial console"
 
 
 def arguments(**given: Any) -> SimpleNamespace:

@@ -11,9 +11,11 @@ from trivmm.state.platform import (
     BoardState,
     CmosState,
     DebugPortState,
+    FwCfgState,
     GedState,
     PciBusState,
     PciConfigState,
+    PciHotplugState,
     SerialState,
 )
 from trivmm.state.strict import structure, unstructure
@@ -40,6 +42,8 @@ def a_board() -> BoardState:
         cmos=CmosState(0, bytes(CMOS_BYTES)),
         debug_port=DebugPortState(0, 0),
         ged=GedState(0),
+        hotplug=PciHotplugState(0, 0, 0, 0),
+        fw_cfg=FwCfgState(0, 0),
     )
 
 
