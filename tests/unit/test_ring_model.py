@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any, Final, TypeVar
+from collections.abc import Iterator
+from typing import Any, Final
 
 import pytest
 from hypothesis import given, settings
@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from trivmm._native import ffi, lib
 from trivmm.memory.guest import GuestMemory
 from trivmm.testing.ring_model import Broken, Chain, PlainRam, RingModel, Segment, Verdict, cannot_be
+from trivmm.testing.tape import Tape
 
 # Two regions that touch and one that stands alone; small, so that all of it is compared after each step.
 REGIONS: Final = {0x0000: 0x2000, 0x2000: 0x1000, 0x10_0000: 0x1000}
 DESC, AVAIL, USED = 0x0000, 0x1000, 0x1800
 TABLE = 0x2000  # for indirect ones
 DATA = 0x2800
-T = TypeVar("T")
 MET: Counter[Verdict | None] = Counter()
 
 
@@ -146,25 +146,6 @@ def memory() -> Iterator[GuestMemory]:
 
 
 # --- hostile drivers -------------------------------------------------------------------------------------------------
-
-
-class Tape:
-    """Bytes that stand for choices. Hypothesis draws and shrinks them as one value; a strategy a choice is ten times
-    slower. Past its end every choice is the first."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data, self._at = data, 0
-
-    def below(self, limit: int) -> int:
-        self._at += 1
-        return self._data[self._at - 1] % limit if self._at <= len(self._data) else 0
-
-    def of(self, choices: Sequence[T]) -> T:
-        return choices[self.below(len(choices))]
-
-    def mostly(self, good: T, others: Sequence[T]) -> T:
-        """Fifteen times in sixteen ``good``: with one thing wrong a ring gets further than with all of them."""
-        return self.of(others) if self.below(16) == 15 else good
 
 
 LENGTHS = [0, 1, 17, 128, 0x1000, 0x1001, 0x2000, 0x2001, 1 << 30, 0xFFFF_FFF0, 0xFFFF_FFFF]
