@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from trivmm.incoming import Incoming, open_incoming
     from trivmm.migration.destination.verdicts import Verdicts
     from trivmm.migration.progress import MigrationProgress, MigrationReport
+    from trivmm.virtio.net.config import NetConfig
     from trivmm.vm import ExitReason, PciDeviceInfo, Vm, VmState, open_vm
 
 __version__ = "0.1.0"
@@ -67,6 +68,7 @@ _HOME = {
     "trivmm.migration.destination.verdicts": "Verdicts",
     "trivmm.migration.progress": "MigrationProgress MigrationReport",
     "trivmm.vm": "ExitReason PciDeviceInfo Vm VmState open_vm",
+    "trivmm.virtio.net.config": "NetConfig",
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
 
@@ -91,6 +93,7 @@ __all__ = [
     "MigrationInDoubt",
     "MigrationProgress",
     "MigrationReport",
+    "NetConfig",
     "NoSuchDevice",
     "NotSupported",
     "PauseTimeout",

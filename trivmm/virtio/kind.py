@@ -78,6 +78,7 @@ class Contract:
 class Option:
     """``--name``; ``main`` is the key that a lone value was probably meant for. ``absent`` is the text that is assumed
     when the option is not given, None: there is no such device then. ``base`` are keys that need not be given.
+    ``plain`` is what the option means without a value, None: it wants one.
     ``custom`` reads an option that is no list of ``keys``."""
 
     name: str
@@ -86,6 +87,7 @@ class Option:
     keys: Keys
     main: str = ""
     absent: str | None = None
+    plain: str | None = None
     base: Mapping[str, object] = attrs.field(factory=dict)
     custom: Callable[[str, str, Keys], dict[str, Any]] | None = None
 

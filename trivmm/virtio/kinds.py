@@ -10,6 +10,7 @@ from trivmm.errors import ConfigError
 from trivmm.virtio.block.kind import BLOCK
 from trivmm.virtio.console.kind import CONSOLE
 from trivmm.virtio.kind import AnyKind
+from trivmm.virtio.net.kind import NET
 from trivmm.virtio.rng.kind import RNG
 
 __all__ = ["KINDS", "find", "hotplug_verbs", "kind_of", "names_of", "sections", "without"]
@@ -17,6 +18,7 @@ __all__ = ["KINDS", "find", "hotplug_verbs", "kind_of", "names_of", "sections", 
 KINDS: Final[list[AnyKind]] = [
     CONSOLE,
     BLOCK,
+    NET,
     RNG,
 ]
 
