@@ -82,6 +82,9 @@ class PlainRam:
 
     def device_writes(self, gpa: int, number: int, length: int) -> None:
         self.guest_writes(gpa, number.to_bytes(length, "little"))
+        self.mark(gpa, length)
+
+    def mark(self, gpa: int, length: int) -> None:
         self.written |= {(gpa + at) // 4096 for at in range(length)}
 
 
@@ -228,9 +231,9 @@ class RingModel:
     # --- used entries ----------------------------------------------------------------------------------------
 
     def push(self, head: int, length: int) -> None:
+        """Its page is marked when it is published: the driver does not look before."""
         slot = (self.next_used + self.pushed) % 0x10000 % self.size
-        self.ram.device_writes(self.used + 4 + 8 * slot, head, 4)
-        self.ram.device_writes(self.used + 8 + 8 * slot, length, 4)
+        self.ram.guest_writes(self.used + 4 + 8 * slot, head.to_bytes(4, "little") + length.to_bytes(4, "little"))
         self.pushed += 1
 
     def publish(self) -> bool:
@@ -238,6 +241,8 @@ class RingModel:
         if self.pushed == 0:
             return False
         new = [(self.next_used + each) % 0x10000 for each in range(self.pushed)]  # the used indices of these entries
+        for index in new:
+            self.ram.mark(self.used + 4 + 8 * (index % self.size), 8)
         self.next_used = (self.next_used + self.pushed) % 0x10000
         self.taken -= self.pushed
         self.pushed = 0
