@@ -1,6 +1,6 @@
-"""The ring walker against a minimal C loop on the same rings, and a doorbell's way to its worker against a bare epoll loop.
+"""The ring walker against a minimal C loop on the same rings, and a doorbell to its worker against a bare epoll loop.
 
-What the loops leave out is said in ``bare_ring.c`` and ``bare_doorbell.c``, which have both sides of a comparison in one
+What the loops leave out is said in ``bare_ring.c`` and ``bare_doorbell.c``. Each has both sides of a comparison in one
 program that takes turns between them. A whole turn of a worker is beside it: it also asks for silence and for
 notifications, and looks at the clock.
 
