@@ -12,6 +12,8 @@ over PCI), and reports in lines on COM1. Its words on the command line:
 ``window=1``    every other cycle through the PCI config-access capability
 ``race=1``      CPU 0 resets the rng while CPU 1 activates it, every 20 ms; ``race=2``: without a pause
 ``event_idx=1`` ``indirect=1``   negotiate these ring features
+``keys=1``      show what is typed on COM1, in a line ``TYPED …`` of its own
+``hostile=N``   a driver that lies to the rng in every way, from the seed N; the other devices are to notice nothing
 ``echo=1``      echo on the virtio console what is typed there
 ``sectors=N``   sectors to use of each disk, at most 4096; ``disks=N`` disks to cycle, 1 to 8
 ``net=1``       drive the network interface; ``net_mib=N`` to send the other end, which is one like this, in frames of
