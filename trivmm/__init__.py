@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from trivmm.incoming import Incoming, open_incoming
     from trivmm.migration.destination.verdicts import Verdicts
     from trivmm.migration.progress import MigrationProgress, MigrationReport
+    from trivmm.virtio.vsock.config import VsockConfig
     from trivmm.vm import ExitReason, Vm, VmState, open_vm
 
 __version__ = "0.1.0"
@@ -65,6 +66,7 @@ _HOME = {
     "trivmm.incoming": "Incoming open_incoming",
     "trivmm.migration.destination.verdicts": "Verdicts",
     "trivmm.migration.progress": "MigrationProgress MigrationReport",
+    "trivmm.virtio.vsock.config": "VsockConfig",
     "trivmm.vm": "ExitReason Vm VmState open_vm",
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
@@ -103,6 +105,7 @@ __all__ = [
     "VmConfig",
     "VmMigrating",
     "VmState",
+    "VsockConfig",
     "WrongState",
     "__version__",
     "choose_hypervisor",

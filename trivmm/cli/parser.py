@@ -59,7 +59,6 @@ REFUSED: Final = {
     "--tpm": "leave it out",
     "--user-device": "leave it out",
     "--vdpa": "leave it out",
-    "--vsock": "leave it out",
     "--watchdog": "leave it out",
 }
 

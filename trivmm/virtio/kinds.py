@@ -11,6 +11,7 @@ from trivmm.virtio.block.kind import BLOCK
 from trivmm.virtio.console.kind import CONSOLE
 from trivmm.virtio.kind import AnyKind
 from trivmm.virtio.rng.kind import RNG
+from trivmm.virtio.vsock.kind import VSOCK
 
 __all__ = ["KINDS", "names_of", "sections"]
 
@@ -18,6 +19,7 @@ KINDS: Final[list[AnyKind]] = [
     CONSOLE,
     BLOCK,
     RNG,
+    VSOCK,
 ]
 
 
