@@ -15,6 +15,7 @@ from trivmm.state.platform import (
     GedState,
     PciBusState,
     PciConfigState,
+    PciHotplugState,
     SerialState,
 )
 from trivmm.state.strict import structure, unstructure
@@ -41,6 +42,7 @@ def a_board() -> BoardState:
         cmos=CmosState(0, bytes(CMOS_BYTES)),
         debug_port=DebugPortState(0, 0),
         ged=GedState(0),
+        hotplug=PciHotplugState(0, 0, 0, 0),
         fw_cfg=FwCfgState(0, 0),
     )
 

@@ -11,7 +11,7 @@ from trivmm.config import DiskConfig
 from trivmm.errors import ConfigError
 from trivmm.notyet import NotYet
 from trivmm.syntax import as_text, parse_integer, parse_toggle
-from trivmm.virtio.kind import BUS_KEYS, BUS_NOT_YET, Contract, DeviceKind, Option, Place
+from trivmm.virtio.kind import BUS_KEYS, BUS_NOT_YET, Contract, DeviceKind, Hotplug, Option, Place
 
 if TYPE_CHECKING:
     from trivmm.virtio.device import WorkerDevice
@@ -116,4 +116,5 @@ BLOCK: Final = DeviceKind(
     bar_is_64bit=False,
     check=_check,
     as_built=_as_built,
+    hotplug=Hotplug("add-disk", "The disk could not be added to the VM"),
 )
