@@ -7,31 +7,17 @@
  *
  * It keeps to the credit that it was given and says what it gives. A transport reset ends all connections, as it does
  * for Linux. Starts once, never resets, never blocks its caller; an answer counts only when its interrupt came. */
-#include "driver.h"
+#include "vsock.h"
 
-#define DEVICE_ID 0x1053
 #define GUEST_PORTS 50000
-#define HOST 2
 #define CONNS 1024 /* a power of two */
-#define ECHO 1024  /* bytes that one echo has not sent back yet; a power of two */
+#define ECHO COPIED  /* bytes that one echo has not sent back yet; a power of two */
 #define ROOM 262144u /* what the others are promised: they keep nothing */
-#define BUFFER 16384 /* of one packet that comes */
-#define SLOTS 8      /* packets that go */
-#define LARGEST 16384
 #define PERIOD 65521 /* of the pattern: a prime, so that no packet's length divides it */
 #define A_STEP 16    /* packets each way */
 #define RETRY_MS 20
-#define HEADER 44
 
-enum op { REQUEST = 1, RESPONSE, RST, SHUTDOWN, RW, CREDIT_UPDATE, CREDIT_REQUEST };
 enum kind { FREE, ECHOES, CHECKS, SENDS, OUT_ASKED, OUT };
-
-struct header {
-    uint64_t src_cid, dst_cid;
-    uint32_t src_port, dst_port, len;
-    uint16_t type, op;
-    uint32_t flags, buf_alloc, fwd_cnt;
-} __attribute__((packed));
 
 struct conn {
     uint32_t kind, guest_port, host_port;
@@ -43,28 +29,11 @@ struct conn {
     uint8_t echo[ECHO];
 };
 
-struct buffers {
-    uint8_t bytes[QUEUE_SIZE][BUFFER];
-};
-
-static struct rings in_rings __attribute__((aligned(4096))), out_rings __attribute__((aligned(4096))),
-    event_rings __attribute__((aligned(4096)));
-static struct vdev events = {.rings = &event_rings};
-static struct vdev out = {.rings = &out_rings, .next = &events};
-static struct vdev in = {.rings = &in_rings, .next = &out};
-
-static struct buffers incoming;
-static struct {
-    struct header header;
-    uint8_t echo[ECHO];
-    uint32_t busy;
-} slots[SLOTS];
 static struct conn conns[CONNS];
 static uint16_t todo[CONNS]; /* those with something to send, in turn */
 static uint32_t todo_head, todo_used;
 static uint8_t pattern[PERIOD + LARGEST];
-static volatile uint32_t event_id;
-static uint64_t cid, retry_at;
+static uint64_t retry_at;
 static uint32_t next_port;
 static int started;
 
@@ -79,58 +48,10 @@ static void find(void)
         uint32_t x = i % PERIOD * 2654435761u;
         pattern[i] = (uint8_t)(x >> 24 ^ x >> 13);
     }
-    if (vdev_find(&in, DEVICE_ID, 0))
+    if (link_find())
         return;
     vsock_driver.wanted = 0;
     put_absent("vsock");
-}
-
-/* --- rings: several requests at a time, so not vdev_submit's ----------------------------------------------------- */
-
-static void offer(struct vdev *dev, uint16_t head)
-{
-    struct rings *rings = dev->rings;
-    rings->avail.ring[rings->avail.index % QUEUE_SIZE] = head;
-    barrier();
-    uint16_t before = rings->avail.index;
-    rings->avail.index = (uint16_t)(before + 1);
-    barrier();
-    int wanted = dev->features & EVENT_IDX ? rings->used.avail_event == before : !(rings->used.flags & 1);
-    if (wanted)
-        *(volatile uint16_t *)(dev->notify + dev->notify_off) = dev->queue;
-}
-
-/* 1: the next chain that came back, once an interrupt has told of it. */
-static int came_back(struct vdev *dev, uint32_t *head, uint32_t *length)
-{
-    struct rings *rings = dev->rings;
-    uint32_t seen = irq_count[dev->vector + 1];
-    if (rings->used.index == dev->next_used || seen == dev->irq_seen)
-        return 0;
-    barrier();
-    *head = rings->used.ring[dev->next_used % QUEUE_SIZE].id;
-    *length = rings->used.ring[dev->next_used % QUEUE_SIZE].len;
-    dev->next_used++;
-    if (rings->used.index != dev->next_used)
-        return 1; /* of the same interrupt, or a later one */
-    dev->irq_seen = seen;
-    rings->avail.used_event = dev->next_used; /* tell me of the next */
-    barrier();
-    if (rings->used.index != dev->next_used)
-        dev->irq_seen = seen - 1; /* it came before the wish */
-    return 1;
-}
-
-static void listen(uint32_t at)
-{
-    in.rings->desc[at] = (struct desc){(uint64_t)incoming.bytes[at], BUFFER, DESC_WRITE, 0};
-    offer(&in, (uint16_t)at);
-}
-
-static void listen_for_events(void)
-{
-    events.rings->desc[0] = (struct desc){(uint64_t)&event_id, sizeof event_id, DESC_WRITE, 0};
-    offer(&events, 0);
 }
 
 /* --- connections ------------------------------------------------------------------------------------------------- */
@@ -207,39 +128,21 @@ static uint32_t room_of(const struct conn *conn)
 
 /* --- what goes --------------------------------------------------------------------------------------------------- */
 
-static uint32_t free_slot(void)
-{
-    uint32_t at = 0;
-    while (at < SLOTS && slots[at].busy)
-        at++;
-    return at;
-}
-
 /* 1; 0 when every slot is on its way. */
 static int send(uint32_t guest_port, uint32_t host_port, enum op op, uint32_t flags, struct conn *conn,
                 const uint8_t *data, uint32_t length)
 {
-    uint32_t at = free_slot();
-    if (at == SLOTS)
-        return 0;
-    slots[at].busy = 1;
-    slots[at].header = (struct header){cid, HOST, guest_port, host_port, length, 1, (uint16_t)op, flags, 0, 0};
+    struct header header = {.src_port = guest_port, .dst_port = host_port, .len = length, .op = (uint16_t)op};
+    header.flags = flags;
+    int echoes = conn && conn->kind == ECHOES;
     if (conn) {
-        slots[at].header.buf_alloc = room_of(conn);
-        slots[at].header.fwd_cnt = conn->told = conn->forwarded;
+        header.buf_alloc = room_of(conn);
+        header.fwd_cnt = conn->forwarded;
     }
-    if (conn && conn->kind == ECHOES && length) {
-        for (uint32_t i = 0; i < length; i++)
-            slots[at].echo[i] = conn->echo[(conn->head + i) % ECHO];
-        data = slots[at].echo;
-    }
-    out.rings->desc[2 * at] = (struct desc){(uint64_t)&slots[at].header, HEADER, 0, 0};
-    if (length) {
-        out.rings->desc[2 * at].flags = DESC_NEXT;
-        out.rings->desc[2 * at].next = (uint16_t)(2 * at + 1);
-        out.rings->desc[2 * at + 1] = (struct desc){(uint64_t)data, length, 0, 0};
-    }
-    offer(&out, (uint16_t)(2 * at));
+    if (!link_send(&header, echoes ? conn->echo : data, echoes ? conn->head : 0, echoes ? ECHO : 0))
+        return 0;
+    if (conn)
+        conn->told = conn->forwarded;
     return 1;
 }
 
@@ -377,7 +280,7 @@ static void request(const struct header *header)
 
 static void take_packet(const struct header *header, const uint8_t *data, uint32_t length)
 {
-    if (length < HEADER || header->len != length - HEADER || header->src_cid != HOST || header->dst_cid != cid ||
+    if (length < HEADER || header->len != length - HEADER || header->src_cid != HOST || header->dst_cid != link_cid ||
         header->len > LARGEST) {
         device_error("VSOCK packet, op", header->op, header->len, length);
         return;
@@ -429,15 +332,13 @@ static void transport_reset(void)
 
 static void take_events(void)
 {
-    uint32_t head, length;
-    if (!came_back(&events, &head, &length))
+    uint32_t id, length;
+    if (!link_event(&id, &length))
         return;
-    if (length != sizeof event_id || event_id)
-        device_error("VSOCK event, id", event_id, 0, length);
+    if (length != sizeof id || id)
+        device_error("VSOCK event, id", id, 0, length);
     else
         transport_reset();
-    cid = *(volatile uint64_t *)in.config; /* virtio 1.2 section 5.10.6.7: it may be another now */
-    listen_for_events();
 }
 
 static void connect_out(void)
@@ -450,36 +351,21 @@ static void connect_out(void)
         owe(conn, REQUEST);
 }
 
-static void start(void)
+static void step(void)
 {
-    if (!vdev_reset(&in) || !vdev_start(&in, ring_features())) {
-        note_problem("vsock does not start, slot", in.slot, 0, common_read(&in, 0x14, 1));
+    const struct header *header;
+    uint32_t length;
+    if (!started && !link_start()) {
+        note_problem("vsock does not start, slot", link_slot(), 0, link_status());
         vsock_driver.wanted = 0;
         return;
     }
     started = 1;
-    cid = *(volatile uint64_t *)in.config;
-    for (struct vdev *dev = &in; dev; dev = dev->next)
-        dev->irq_seen = irq_count[dev->vector + 1];
-    for (uint32_t i = 0; i < QUEUE_SIZE; i++)
-        listen(i);
-    listen_for_events();
-}
-
-static void step(void)
-{
-    uint32_t head, length;
-    if (!started) {
-        start();
-        return;
-    }
-    while (came_back(&out, &head, &length))
-        slots[head / 2 % SLOTS].busy = 0;
+    link_step();
     take_events();
-    for (uint32_t left = A_STEP; left && free_slot() < SLOTS && came_back(&in, &head, &length); left--) {
-        take_packet((const struct header *)incoming.bytes[head % QUEUE_SIZE], incoming.bytes[head % QUEUE_SIZE] + HEADER,
-                    length);
-        listen(head % QUEUE_SIZE);
+    for (uint32_t left = A_STEP; left && link_has_room() && (header = link_next(&length)); left--) {
+        take_packet(header, (const uint8_t *)header + HEADER, length);
+        link_done();
     }
     connect_out();
     send_some();

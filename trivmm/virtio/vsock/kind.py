@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from trivmm.errors import ConfigError
 from trivmm.syntax import as_text, parse_integer
 from trivmm.unixsocket import MAX_UNIX_PATH, check_path
-from trivmm.virtio.kind import BUS_KEYS, Contract, DeviceKind, Option, Place
+from trivmm.virtio.kind import BUS_KEYS, Contract, DeviceKind, Hotplug, Option, Place
 from trivmm.virtio.vsock.config import VsockConfig
 
 if TYPE_CHECKING:
@@ -53,4 +53,5 @@ VSOCK: Final = DeviceKind(
     name="_vsock{}",
     make=_make,
     check=_check,
+    hotplug=Hotplug("add-vsock", "The vsock device could not be added to the VM"),
 )
