@@ -124,6 +124,15 @@ static void check_table(void)
     FUZZ_CHECK(vsock->replies_used <= TV_VSOCK_REPLIES);
 }
 
+/* Of what the guest sent: with the peers, or kept for them. */
+static uint64_t carried(void)
+{
+    uint64_t sum = vsock->counts.to_host;
+    for (uint32_t i = 0; i < TV_VSOCK_CONNECTIONS; i++)
+        sum += vsock->conns[i].backlog.used;
+    return sum;
+}
+
 static int lowest_descriptor(void)
 {
     int fd = dup(STDIN_FILENO);
@@ -155,6 +164,15 @@ static void reset(struct fuzz *fuzz)
         listen_with(fuzz, i);
     describe(TV_VSOCK_EVENT, 0, SENDING, 4, 2, 0);
     offer(TV_VSOCK_EVENT, 0);
+}
+
+/* Sockets that hold little: what they don't take is kept. */
+static void shrink_sockets(void)
+{
+    int least = 1;
+    for (uint32_t i = 0; i < TV_VSOCK_CONNECTIONS; i++)
+        if (vsock->conns[i].fd >= 0)
+            setsockopt(vsock->conns[i].fd, SOL_SOCKET, SO_SNDBUF, &least, sizeof least);
 }
 
 static void one_step(struct fuzz *fuzz)
@@ -207,13 +225,20 @@ static void one(struct fuzz *fuzz)
         toggle_service();
     start_device();
     reset(fuzz);
+    int small = fuzz_one_in(fuzz, 2);
+    offered = 0;
     if (fuzz_one_in(fuzz, 8))
         setrlimit(RLIMIT_NOFILE, &limit);
     for (int step = 0; step < STEPS; step++) {
+        uint64_t before = carried() - offered;
         one_step(fuzz);
+        before += offered; /* no byte that was not sent */
         run();
         take_given(fuzz);
         check_table();
+        FUZZ_CHECK(carried() <= before);
+        if (small)
+            shrink_sockets();
         if (worker->worker.queues[TV_VSOCK_RECEIVE].broken || worker->worker.queues[TV_VSOCK_TRANSMIT].broken) {
             broken++;
             reset(fuzz);

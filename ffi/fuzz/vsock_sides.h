@@ -35,6 +35,7 @@ static struct known {
     uint32_t guest, host;
 } known[KNOWN];
 static uint64_t packets, given;
+static uint64_t offered; /* bytes behind headers, in this case */
 
 /* --- the guest's memory ------------------------------------------------------------------------------------------ */
 
@@ -182,6 +183,7 @@ static void send_packet(struct fuzz *fuzz)
         describe(TV_VSOCK_TRANSMIT, 0, SENDING, length, 0, 0);
     }
     packets++;
+    offered += length > sizeof header ? length - sizeof header : 0;
     offer(TV_VSOCK_TRANSMIT, 0);
 }
 
