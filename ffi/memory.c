@@ -34,6 +34,19 @@ void tv_memory_unmap(void *mapped, uint64_t size)
     munmap(mapped, size);
 }
 
+/* Free the memory of whole pages: they read as zero from then on. Gives 0 or an errno, after which some may be gone.
+ * Whoever does it while the guest runs marks them dirty afterwards. Any thread; under the mapping is a memfd, which gets
+ * a hole there, and no process has the pages any more. */
+int tv_memory_give_back(struct tv_region *region, uint64_t offset, uint64_t len)
+{
+    int result;
+    __atomic_store_n(&region->given_back, 1, __ATOMIC_RELAXED);
+    do
+        result = madvise(region->hva + offset, len, MADV_REMOVE);
+    while (result && errno == EINTR);
+    return result ? errno : 0;
+}
+
 /* Copy into guest RAM and mark it dirty. 0, or -1 when the range is not inside one region. Any thread. */
 int tv_memory_write(struct tv_memory *mem, uint64_t gpa, const uint8_t *from, uint64_t len)
 {

@@ -16,12 +16,13 @@ from trivmm.errors import ConfigError, NotSupported
 from trivmm.syntax import parse_console, parse_pairs, split_commas
 from trivmm.unixsocket import SocketFd
 from trivmm.values import parse_size
+from trivmm.virtio.kinds import KINDS
 
-NAMES = "kernel cmdline initramfs cpus memory disk rng serial console"
+NAMES = ["kernel", "cmdline", "initramfs", "cpus", "memory", "serial"] + [kind.option.name for kind in KINDS]
 
 
 def arguments(**given: Any) -> SimpleNamespace:
-    return SimpleNamespace(**{**dict.fromkeys(NAMES.split()), "kernel": "/k", **given})
+    return SimpleNamespace(**{**dict.fromkeys(NAMES), "kernel": "/k", **given})
 
 
 @pytest.mark.parametrize(

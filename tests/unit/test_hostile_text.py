@@ -54,6 +54,7 @@ MINIMAL: Final[dict[str, dict[str, Any]]] = {
     "RngConfig": {"src": "/dev/urandom"},
     "SerialConfig": {"mode": "Null"},
     "ConsoleConfig": {"mode": "Null"},
+    "BalloonConfig": {"size": 0},
     "PayloadConfig": {"kernel": "/k"},
     "SendMigrationData": {"destination_url": "unix:/x"},
     "ReceiveMigrationData": {"receiver_url": "unix:/x"},

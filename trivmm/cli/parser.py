@@ -31,7 +31,6 @@ trivmm: a virtual machine monitor on trio
 
 # Cloud Hypervisor's options that do not exist here, each with what to do instead.
 REFUSED: Final = {
-    "--balloon": "leave it out",
     "--dbus-object-path": "use --api-socket",
     "--dbus-service-name": "use --api-socket",
     "--dbus-system-bus": "use --api-socket",

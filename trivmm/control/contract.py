@@ -40,7 +40,6 @@ NOT_YET_KEYS: Final[Mapping[str, Mapping[str, object]]] = {
     "VmConfig": {
         "rate_limit_groups": None,
         "net": None,
-        "balloon": None,
         "fs": None,
         "generic_vhost_user": None,
         "pmem": None,

@@ -104,6 +104,7 @@ NULL_IS_LEFT_OUT: Final = {
     ("PayloadConfig", "kernel"),
     ("PayloadConfig", "cmdline"),
     *(("VmConfig", kind.contract.section) for kind in KINDS if kind.contract.many),
+    *(("VmConfig", section) for section in sections()),
 }
 NESTED: Final[Mapping[str, str]] = {
     "payload": "PayloadConfig",

@@ -24,6 +24,7 @@ from trivmm.platform.line import Line
 from trivmm.platform.pci import Bar, PciBus
 from trivmm.platform.serial import COM1_IRQ, Serial
 from trivmm.platform.sinks import ClientSink, LineConfig, Sink, open_sink
+from trivmm.virtio.balloon.device import BalloonDevice
 from trivmm.virtio.device import WorkerDevice
 from trivmm.virtio.kinds import KINDS
 from trivmm.virtio.pci import VirtioPciTransport
@@ -198,6 +199,11 @@ class Board:
                 counted[f"__vcpu{cpu.index}"] = own
         counted["__bus"] = self.pio.counters() | self.mmio.counters() | self.pci.counters()
         return counted
+
+    @property
+    def balloon(self) -> BalloonDevice | None:
+        """The VM's, if it has one."""
+        return next((slot.backend for slot in self.devices if isinstance(slot.backend, BalloonDevice)), None)
 
     @property
     def storages(self) -> list[Storage]:

@@ -25,7 +25,8 @@ PAGE_SIZE: Final = 4096
 @attrs.frozen(eq=False)
 class MemoryRegion:
     """``slot`` is its number for the hypervisor; ``mapping`` a cffi ``void *`` that unmaps when it is released, ``hva``
-    the same as an int; ``dirty`` a cffi ``uint64_t *`` with a bit a page: the host writers' dirty bitmap."""
+    the same as an int; ``dirty`` a cffi ``uint64_t *`` with a bit a page: the host writers' dirty bitmap; ``native``
+    the C view (``struct tv_region *``), as long-lived as the memory's."""
 
     slot: int
     gpa: int
@@ -34,6 +35,12 @@ class MemoryRegion:
     mapping: Any
     hva: int
     dirty: Any
+    native: Any
+
+    @property
+    def given_back(self) -> bool:
+        """The guest has given memory of it back (a balloon): there may be holes."""
+        return bool(self.native.given_back)
 
     @property
     def pages(self) -> int:
@@ -86,7 +93,7 @@ class GuestMemory:
         native = self.native.regions[slot]
         native.gpa, native.size = gpa, size
         native.hva, native.dirty = ffi.cast("uint8_t *", hva), dirty
-        return MemoryRegion(slot, gpa, size, memfd, mapping, hva, dirty)
+        return MemoryRegion(slot, gpa, size, memfd, mapping, hva, dirty, ffi.addressof(native))
 
     @property
     def size(self) -> int:
