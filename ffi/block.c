@@ -1,9 +1,7 @@
-#define _GNU_SOURCE
 #include "block.h"
 
 #include <errno.h>
 #include <string.h>
-#include <unistd.h>
 
 #define SECTOR 512u
 #define T_IN 0u
@@ -13,7 +11,6 @@
 #define S_OK 0
 #define S_IOERR 1
 #define S_UNSUPP 2
-#define IOV_BATCH 256 /* segments of one preadv or pwritev; the kernel's limit is 1024 */
 #define FAILED 1      /* beside TV_STOPPED */
 #define FAST (1u << 16) /* bytes whose copying is no reason to publish what was served before */
 
@@ -24,32 +21,31 @@ struct header {
 };
 
 /* What is in the page cache is read while others wait to be published; a disk is not waited for with that. */
-static int64_t read_piece(struct tv_block *block, const struct iovec *iov, int count, int64_t at)
+static int64_t read_piece(struct tv_block *block, const struct iovec *iov, int count, uint64_t at)
 {
+    struct tv_image *image = block->image;
     if (block->worker.queues[0].pushed) {
-        int64_t moved = block->read(block->fd, iov, count, at, RWF_NOWAIT);
+        int64_t moved = image->ops->read(image, iov, count, at, TV_IMAGE_NOWAIT);
         if (moved > 0)
             return moved;
         tv_worker_publish(&block->worker);
     }
-    return block->read(block->fd, iov, count, at, 0);
+    return image->ops->read(image, iov, count, at, 0);
 }
 
-/* Move [offset, offset + length) of the chain's data from or to the file. 0, TV_STOPPED with some of it moved, or
+/* Move [offset, offset + length) of the chain's data from or to the image. 0, TV_STOPPED with some of it moved, or
  * FAILED with errno. */
 static int transfer(struct tv_block *block, struct tv_chain *chain, int in, uint64_t at, uint64_t offset,
                     uint64_t length)
 {
     struct iovec iov[TV_QUEUE_MAX];
+    struct tv_image *image = block->image;
     while (length) {
         if (tv_worker_stopping(&block->worker))
             return TV_STOPPED;
         uint64_t piece = length < TV_BLOCK_PIECE ? length : TV_BLOCK_PIECE;
-        uint32_t count = tv_chain_slice(chain, in, offset, piece, iov);
-        if (count > IOV_BATCH)
-            count = IOV_BATCH;
-        int64_t moved = in ? read_piece(block, iov, (int)count, (int64_t)at)
-                           : block->write(block->fd, iov, (int)count, (int64_t)at, 0);
+        int count = (int)tv_chain_slice(chain, in, offset, piece, iov);
+        int64_t moved = in ? read_piece(block, iov, count, at) : image->ops->write(image, iov, count, at);
         if (moved < 0 && errno == EINTR)
             continue;
         if (moved <= 0) {
@@ -68,7 +64,7 @@ static int sync_data(struct tv_block *block)
 {
     int result;
     do
-        result = fdatasync(block->fd);
+        result = block->image->ops->flush(block->image);
     while (result < 0 && errno == EINTR);
     return result;
 }
@@ -204,7 +200,5 @@ static int64_t serve(struct tv_worker *worker, struct tv_queue *queue, struct tv
 void tv_block_init(struct tv_block *block)
 {
     block->worker.serve = serve;
-    block->read = preadv2;
-    block->write = pwritev2;
     block->counts.read.least_ns = block->counts.write.least_ns = UINT64_MAX;
 }

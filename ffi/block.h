@@ -1,9 +1,10 @@
-/* virtio-blk (virtio 1.2 section 5.2) over a raw file or block device. One worker a queue, for requests side by side;
+/* virtio-blk (virtio 1.2 section 5.2) over an image of any format (image.h). One worker a queue, for requests side by side;
  * I/O in its thread, in pieces: between two of them a stop is seen, and the request goes back to be done as a whole by
  * whoever serves the queue next. Reading twice is harmless, and so is writing the same bytes twice: the driver, which
  * has not heard of the first time, touches neither buffer nor sectors meanwhile. */
 #ifndef TV_BLOCK_H
 #define TV_BLOCK_H
+#include "image.h"
 #include "worker.h"
 
 #define TV_BLOCK_PIECE (1u << 20) /* a fraction of device_stop even at a few MB/s; SIZE_MAX says it to the driver */
@@ -19,12 +20,9 @@ struct tv_block_counts {
     uint64_t flush_ops, errors;
 };
 
-typedef int64_t (*tv_block_move)(int fd, const struct iovec *iov, int count, int64_t at, int flags);
-
 struct tv_block {
     struct tv_worker worker;
-    int fd;
-    tv_block_move read, write; /* preadv2 and pwritev2, unless a test stands in for a slow disk */
+    struct tv_image *image; /* all workers' of the disk */
     uint8_t readonly;
     uint8_t write_through; /* the driver did not take FLUSH: a write is on the medium before it is answered */
     uint64_t sectors;      /* capacity in 512-byte sectors */

@@ -22,7 +22,11 @@ struct tv_region {
     uint64_t size;
     uint8_t *hva;
     uint64_t *dirty;
+<<<<<<< HEAD
     uint32_t given_back; /* atomic: its guest has given memory of it back (tv_memory_give_back) */
+=======
+    uint8_t rom; /* of the CPUs alone: a device, or the VMM on its behalf, finds nothing there */
+>>>>>>> main
 };
 
 /* Called before the guest can learn of what a device wrote, in the device's thread: by whoever publishes a used ring's
@@ -41,7 +45,7 @@ static inline struct tv_region *tv_region_of(struct tv_memory *mem, uint64_t gpa
 {
     for (uint32_t i = 0; i < mem->count; i++) {
         struct tv_region *region = &mem->regions[i];
-        if (gpa < region->gpa)
+        if (gpa < region->gpa || region->rom)
             continue;
         uint64_t offset = gpa - region->gpa;
         if (offset <= region->size && len <= region->size - offset)

@@ -187,17 +187,23 @@ class MemoryConfig:
 @attrs.frozen(field_transformer=typed("payload."))
 class PayloadConfig:
     """``kernel`` is a PVH ELF, or a bzImage with one in it, needed at boot and not before; ``initramfs`` a file handed
-    to it untouched."""
+    to it untouched. ``firmware``, instead of a kernel: a flat image for the top of 4 GiB, or a PVH ELF; it finds what
+    it boots itself, and command line and initramfs are not for it."""
 
     kernel: str = attrs.field(default="", converter=_as_path)
     cmdline: str = ""
     initramfs: str | None = attrs.field(default=None, converter=_as_path_or_none)
+    firmware: str | None = attrs.field(default=None, converter=_as_path_or_none)
+
+    def __attrs_post_init__(self) -> None:
+        if self.kernel and self.firmware is not None:
+            raise ConfigError("payload.firmware", self.firmware, "there is a kernel too", "give one of them")
 
 
 @attrs.frozen(field_transformer=typed("disks."))
 class DiskConfig:
     """``image_type``: ``Raw`` is obeyed, whatever the bytes look like. ``Unknown`` looks at them once, at the first
-    boot, refuses the formats that are not there yet, and then says ``Raw`` (see ``trivmm.virtio.block.image``)."""
+    boot, refuses the formats that are not there yet, and then says ``Raw`` (see ``trivmm.virtio.block.formats``)."""
 
     path: str = attrs.field(converter=_as_path)
     readonly: bool = False

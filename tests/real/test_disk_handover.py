@@ -34,7 +34,9 @@ from trivmm.errors import ConfigError, DeadlineError, MigrationError
 from trivmm.guest import probe_path
 from trivmm.migration.source import disks as flushes
 from trivmm.testing.scripted import Compute, ScriptedHypervisor
-from trivmm.virtio.block.image import FLOCK, Image
+from trivmm.virtio.block.file import FLOCK, ImageFile
+from trivmm.virtio.block.formats import open_image
+from trivmm.virtio.block.image import Image
 
 LIMIT_S = 60
 LOCKS = {fcntl.F_WRLCK: "lock", fcntl.F_RDLCK: "lock", fcntl.F_UNLCK: "unlock"}
@@ -84,7 +86,8 @@ class Storage:
 def _descriptors(vm: Vm) -> set[int]:
     board = vm.host.board
     images: list[Any] = [] if board is None else board.storages
-    return {fd for image in images for fd in (image.fd, image._sync_fd) if fd >= 0}
+    files = [file for image in images for file in image.files]
+    return {fd for file in files for fd in (file.fd, file.sync_fd) if fd >= 0}
 
 
 @pytest.fixture
@@ -323,8 +326,8 @@ async def test_a_vm_that_ends_while_its_storage_hangs_keeps_the_image_open(
                 assert board is not None
                 (image,) = board.storages
                 assert isinstance(image, Image)
-                os.fstat(image._sync_fd)
-                Image(config.disks[0].path, readonly=False, lock=True).close()
+                os.fstat(image.files[0].sync_fd)
+                ImageFile(config.disks[0].path, readonly=False, lock=True).close()
                 go.set()
                 while vm.host.storage.busy:  # noqa: ASYNC110 - its thread
                     await trio.sleep(0.001)
@@ -336,7 +339,7 @@ async def test_a_vm_that_ends_while_its_storage_hangs_keeps_the_image_open(
 def test_an_image_that_has_less_than_the_guest_was_told_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "disk.img"
     path.write_bytes(bytes(1 << 20))
-    image = Image(str(path), readonly=False, lock=True)
+    image = open_image(DiskConfig(str(path)), lock=True)
     image.refresh()
     os.truncate(path, 1 << 19)
     with pytest.raises(ConfigError, match=r"disks\.path = .*has shrunk to 524288 bytes, the guest was told of 1048576"):
@@ -362,6 +365,6 @@ def test_nothing_is_left_of_an_image_that_was_replaced_while_it_was_opened(
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", replaced)
         with pytest.raises(ConfigError, match="was replaced in this moment"):
-            Image(str(path), readonly=False, lock=True)
+            ImageFile(str(path), readonly=False, lock=True)
     assert len(opened) == 2
     assert os.listdir("/proc/self/fd") == before

@@ -17,7 +17,7 @@ from trivmm.control.schema import dump_config
 from trivmm.errors import ConfigError, NotSupported
 from trivmm.guest import probe_path
 from trivmm.testing.scripted import ScriptedHypervisor
-from trivmm.virtio.block.image import Image, foreign_format
+from trivmm.virtio.block.formats import foreign_format, open_image
 
 LIMIT_S = 60
 QCOW2 = b"QFI\xfb\0\0\0\x03"
@@ -65,14 +65,14 @@ def test_another_format_is_refused_by_name(tmp_path: Path, name: str, readonly: 
     path.write_bytes(IMAGES[name])
     before = os.listdir("/proc/self/fd")
     with pytest.raises(NotSupported) as caught:
-        Image(str(path), readonly=readonly, lock=True)
+        open_image(DiskConfig(str(path), readonly=readonly), lock=True)
     said = str(caught.value)
     assert said.startswith(f'disks.path = "{path}": a {name.partition(",")[0]} image; only raw ones')
     assert "qemu-img convert -O raw" in said
     assert "image_type=raw" in said
     assert "\n" not in said
     assert os.listdir("/proc/self/fd") == before
-    Image(str(path), readonly=readonly, lock=True, raw=True).close()  # said explicitly, obeyed
+    open_image(DiskConfig(str(path), readonly=readonly, image_type="Raw"), lock=True).close()  # said explicitly, obeyed
     assert path.read_bytes() == IMAGES[name]
 
 
@@ -81,7 +81,7 @@ def test_what_guests_keep_on_disks_is_raw(tmp_path: Path, name: str) -> None:
     path = tmp_path / "disk.img"
     path.write_bytes(RAW[name])
     for readonly in (False, True):
-        image = Image(str(path), readonly=readonly, lock=True)
+        image = open_image(DiskConfig(str(path), readonly=readonly), lock=True)
         assert image.sectors == len(RAW[name]) // 512
         image.close()
 

@@ -46,7 +46,7 @@ from trivmm.testing.middlebox import MiddleBox, Strike, middle_box
 from trivmm.testing.plugin import FakeVmm
 from trivmm.testing.processes import booted, outcome, receiving, state
 from trivmm.testing.scripted import ScriptedHypervisor
-from trivmm.virtio.block.image import Image
+from trivmm.virtio.block.file import ImageFile
 
 LIMIT_S = 60
 LIMITS = Deadlines(downtime=10, commit=0.4, resolve=0.5)
@@ -163,7 +163,7 @@ async def test_asking_again_about_one_that_never_ran_leaves_it_paused_with_its_l
         async with in_doubt(config, tmp_path, MessageType.REFUSED) as doubt:
             source = doubt.source
             doubt.box.down = False
-            other = Image(str(disk), readonly=False, lock=True)
+            other = ImageFile(str(disk), readonly=False, lock=True)
             with pytest.raises(ConfigError, match="in use by another"):
                 await source.resolve_migration()
             assert source.in_doubt
@@ -173,7 +173,7 @@ async def test_asking_again_about_one_that_never_ran_leaves_it_paused_with_its_l
             assert "serial.file" in found.reason
             assert (source.state, source.in_doubt) == (VmState.PAUSED, False)
             with pytest.raises(ConfigError, match="in use by another"):
-                Image(str(disk), readonly=False, lock=True)
+                ImageFile(str(disk), readonly=False, lock=True)
             with pytest.raises(WrongState, match="in doubt after a migration"):
                 await source.resolve_migration()
             await source.resume()
@@ -232,12 +232,12 @@ async def test_locks_that_went_to_a_third_party_are_no_question_for_the_destinat
     config = attrs.evolve(config, disks=(DiskConfig(str(disk)),))
     hypervisor = ScriptedHypervisor()
     url = f"unix:{tmp_path}/m.sock"
-    thieves: list[Image] = []
+    thieves: list[ImageFile] = []
     release = Machine.release_locks
 
     async def stolen(self: Machine, at_most_s: float) -> None:
         await release(self, at_most_s)
-        thieves.append(Image(str(disk), readonly=False, lock=True))
+        thieves.append(ImageFile(str(disk), readonly=False, lock=True))
         raise TrivmmError("and now it fails")
 
     with trio.fail_after(LIMIT_S), pytest.MonkeyPatch.context() as patch:

@@ -25,7 +25,7 @@ from trivmm import Deadlines, DiskConfig, MemoryConfig, PayloadConfig, SerialCon
 from trivmm.guest import parse_report, probe_cmdline, probe_path
 from trivmm.hypervisor.base import Hypervisor
 from trivmm.testing.road import open_road
-from trivmm.virtio.block.image import BLKFLSBUF
+from trivmm.virtio.block.file import BLKFLSBUF
 
 LIMIT_S = 120
 SIZE = 2 << 20

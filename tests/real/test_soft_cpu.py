@@ -20,7 +20,7 @@ from trivmm.bus.bus import Bus
 from trivmm.bus.space import AddressSpace, Range
 from trivmm.bus.ticket import Ticket
 from trivmm.errors import HypervisorError, NotSupported
-from trivmm.hypervisor.base import INTERRUPTED, Crashed, Outcome, VcpuState, VmBackendState
+from trivmm.hypervisor.base import INTERRUPTED, Crashed, Outcome, PvhEntry, VcpuState, VmBackendState
 from trivmm.memory.guest import GuestMemory
 from trivmm.nursery.vcpu import Vcpu, drive_thread
 from trivmm.testing.driver import MockDriver
@@ -225,7 +225,7 @@ def build(tmp_path: Path) -> Iterator[Build]:
         cpu = vm.create_vcpu(0)
         assert isinstance(cpu, SoftVcpu)
         guest = Guest(memory, vm, cpu, RecordingBus(answer))
-        cpu.set_boot_state(ENTRY, 0x6000)
+        cpu.set_boot_state(PvhEntry(ENTRY, 0x6000))
         guests.append(guest)
         return guest
 

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -282,18 +281,22 @@ async def test_work_that_was_queued_but_not_notified_is_served(
 
 
 def stand_in(device: BlockDevice, kind: int, move: Callable[..., int]) -> None:
-    """Workers made from now on call ``move(real, fd, iov, count, at, flags)`` where they would call preadv2 (or
-    pwritev2), which is ``real``."""
-    make, kept = device._make_worker, []
+    """Its image's reads (or writes) become ``move(real, iov, count, at, flags)``, where ``real(iov, count, at, flags)``
+    is the format's own."""
+    native = device.image.native
+    slow, own, name = ffi.new("struct tv_image_ops *", native.ops[0]), native.ops[0], "read" if kind == IN else "write"
 
-    def made(features: int) -> Any:
-        native = make(features)
-        name = "read" if kind == IN else "write"
-        kept.append(ffi.callback("tv_block_move", partial(move, getattr(native, name)), error=-1))
-        setattr(native, name, kept[-1])
-        return native
+    def called(image: Any, iov: Any, count: int, at: int, flags: int = 0) -> int:
+        def real(iov: Any, count: int, at: int, flags: int) -> int:
+            args = (flags,) if kind == IN else ()
+            return int(getattr(own, name)(image, iov, count, at, *args))
 
-    device._make_worker = made  # type: ignore[method-assign]
+        return move(real, iov, count, at, flags)
+
+    callback = ffi.callback(ffi.typeof(getattr(slow, name)), called, error=-1)
+    setattr(slow, name, callback)
+    native.ops = slow
+    device.image.stood_in = slow, callback  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("kind", [IN, OUT])
@@ -313,11 +316,11 @@ async def test_a_long_request_goes_back_when_its_worker_is_to_stop(tmp_path: Pat
     began, go = threading.Event(), threading.Event()
     pieces: list[int] = []
 
-    def slow(real: Any, fd: int, iov: Any, count: int, at: int, flags: int) -> int:
+    def slow(real: Any, iov: Any, count: int, at: int, flags: int) -> int:
         pieces.append(sum(int(iov[number].iov_len) for number in range(count)))
         began.set()
         assert go.wait(20)
-        return int(real(fd, iov, count, at, flags))
+        return int(real(iov, count, at, flags))
 
     stand_in(device, kind, slow)
     with trio.fail_after(20):
@@ -367,14 +370,14 @@ async def test_what_is_done_does_not_wait_for_the_disk(memory: GuestMemory, imag
         driver.offer(driver.chain(Descriptor(HEADER + 16 * number, 16), data, status, first=4 * number))
     waits, go = threading.Event(), threading.Event()
 
-    def cold(real: Any, fd: int, iov: Any, count: int, at: int, flags: int) -> int:
+    def cold(real: Any, iov: Any, count: int, at: int, flags: int) -> int:
         if at:
             if flags:
                 ffi.errno = errno.EAGAIN  # RWF_NOWAIT
                 return -1
             waits.set()
             assert go.wait(20)
-        return int(real(fd, iov, count, at, flags))
+        return int(real(iov, count, at, flags))
 
     stand_in(device, IN, cold)
     with trio.fail_after(20):

@@ -47,7 +47,7 @@ from trivmm.migration.progress import MigrationProgress, Phase
 from trivmm.platform.sinks import GuestOutput
 from trivmm.testing.scripted import Compute, Crash, IoOut, ScriptedHypervisor, Step
 from trivmm.testing.sides import lock_is_free, two_sides
-from trivmm.virtio.block.image import Image
+from trivmm.virtio.block.file import ImageFile
 from trivmm.virtio.pci.common_config import DEVICE_STATUS
 
 LIMIT_S = 60
@@ -143,7 +143,7 @@ async def test_a_start_that_hangs_leaves_the_source_paused_and_resume_needs_forc
             assert lock_is_free(config)  # both sides gave it up: whoever runs the VM takes it first
             with pytest.raises(TrivmmError, match="in doubt"):
                 await source.migrate_to("unix:/nowhere")
-            other = Image(config.disks[0].path, readonly=False, lock=True)
+            other = ImageFile(config.disks[0].path, readonly=False, lock=True)
             with pytest.raises(MigrationInDoubt, match="the VM is in doubt"):
                 await source.resume()
             with pytest.raises(ConfigError, match="in use by another"):

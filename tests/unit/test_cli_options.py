@@ -18,7 +18,11 @@ from trivmm.unixsocket import SocketFd
 from trivmm.values import parse_size
 from trivmm.virtio.kinds import KINDS
 
+<<<<<<< HEAD
 NAMES = ["kernel", "cmdline", "initramfs", "cpus", "memory", "serial"] + [kind.option.name for kind in KINDS]
+=======
+NAMES = "firmware kernel cmdline initramfs cpus memory disk rng serial console"
+>>>>>>> main
 
 
 def arguments(**given: Any) -> SimpleNamespace:

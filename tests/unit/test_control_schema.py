@@ -143,7 +143,11 @@ def test_a_vm_may_be_created_without_a_payload(body: dict[str, Any]) -> None:
     [
         ([], "body = []: not an object"),
         ({"payload": []}, "payload = []: not an object"),
-        ({"payload": {"firmware": "/f"}}, 'payload.firmware = "/f": not supported yet'),
+        ({"payload": {"igvm": "/f"}}, 'payload.igvm = "/f": not supported yet'),
+        (
+            {"payload": {"firmware": "/f", "kernel": "/k"}},
+            'payload.firmware = "/f": there is a kernel too; give one of',
+        ),
         ({"payload": {"kernel": 5}}, "payload.kernel = 5: wrong type; give text"),
         ({"payload": {"kernel": "a\0b"}}, 'payload.kernel = "a\\u0000b": wrong type'),
         ({"payload": {"kernel": "\ud800"}}, 'payload.kernel = "\\ud800": wrong type; give Unicode text'),

@@ -80,7 +80,7 @@ def test_a_vmlinux_of_many_pieces(tmp_path: Path, packing: str) -> None:
         nonlocal pieces
         pieces += 1
 
-    with open_kernel(str(path), checkpoint) as file:
+    with open_kernel(str(path), checkpoint=checkpoint) as file:
         assert file.size == len(vmlinux)
         assert file.read(0, len(ELF)) == ELF
         assert file.read(len(vmlinux) - MIB, MIB) == noise
@@ -98,7 +98,7 @@ def test_what_a_checkpoint_raises_ends_the_work(tmp_path: Path, packing: str) ->
         raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        open_kernel(str(path), checkpoint)
+        open_kernel(str(path), checkpoint=checkpoint)
 
 
 def test_no_setup_sectors_means_four(tmp_path: Path) -> None:

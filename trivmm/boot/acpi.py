@@ -20,10 +20,12 @@ from trivmm.platform.ged import GED_IRQ, GED_SIZE, POWER_BUTTON
 from trivmm.platform.pci import CONFIG_PORTS
 from trivmm.platform.serial import COM1, COM1_IRQ
 
-__all__ = ["acpi_tables"]
+__all__ = ["DSDT_POINTER", "DSDT_POINTER_32", "HEADER", "RSDP_SIZE", "XSDT_POINTER", "acpi_tables"]
 
 HEADER: Final = struct.Struct("<4sIBB6s8sI4sI")
 RSDP_SIZE: Final = 36
+XSDT_POINTER: Final = 24  # of the RSDP
+DSDT_POINTER, DSDT_POINTER_32 = 140, 40  # of the FADT; SeaBIOS looks at the short one
 CREATOR: Final = b"TRIV"
 ALIGNMENT: Final = 16
 
@@ -83,7 +85,8 @@ def _fadt(dsdt: int) -> bytes:
     table[116:128] = register
     table[128] = RESET
     table[131] = 5  # minor revision
-    struct.pack_into("<Q", table, 140, dsdt)
+    struct.pack_into("<I", table, DSDT_POINTER_32, dsdt)
+    struct.pack_into("<Q", table, DSDT_POINTER, dsdt)
     table[244:256] = table[256:268] = register  # sleep control, sleep status
     table[268:276] = b"TRIVMM\0\0"
     return _table(b"FACP", 6, bytes(table[HEADER.size :]))
@@ -107,6 +110,7 @@ def _namespace() -> bytes:
         aml.address_range(0x88, 2, 0, "H", 0, 0)
         + aml.io_ports(*CONFIG_PORTS)
         + aml.address_range(0x87, 0, READ_WRITE, "I", layout.BAR32_START, layout.BAR32_START + layout.BAR32_SIZE - 1)
+        + aml.address_range(0x87, 0, READ_WRITE, "I", layout.FIRMWARE_BARS_START, layout.FIRMWARE_BARS_END - 1)
         + aml.address_range(0x8A, 0, READ_WRITE, "Q", layout.BAR64_START, layout.BAR64_END - 1)
     )
     devices = (

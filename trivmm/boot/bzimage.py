@@ -62,11 +62,12 @@ def _nothing() -> None:
     pass
 
 
-def open_kernel(path: str, checkpoint: Callable[[], None] = _nothing) -> UserFile:
-    """The ELF file to load, open; ``checkpoint`` is called between pieces of work and may raise to end them.
+def open_kernel(path: str, field: str = "payload.kernel", checkpoint: Callable[[], None] = _nothing) -> UserFile:
+    """The ELF file to load, open; ``field`` names it in errors. ``checkpoint`` is called between pieces of work and may
+    raise to end them.
 
     :raises ConfigError: when it is neither an ELF file nor a bzImage that can be unpacked."""
-    file = UserFile("payload.kernel", path)
+    file = UserFile(field, path)
     try:
         head = file.read(0, min(file.size, HEADER))
         if head.startswith(b"\x7fELF"):

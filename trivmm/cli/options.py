@@ -84,10 +84,10 @@ RECEIVE: Final[Keys] = {
 
 
 def parse_vm(arguments: Any, *, terminal: bool = False) -> dict[str, Any]:
-    """The body of vm.create from parsed arguments (``kernel``, ``cmdline``, ``initramfs``, ``cpus``, ``memory``,
-    ``serial``, one of each kind of device; None where not given). ``terminal``: there is one, so the serial port
-    shows on it unless something else was said. :raises ConfigError:"""
-    payload = {"kernel": arguments.kernel, "cmdline": arguments.cmdline, "initramfs": arguments.initramfs}
+    """The body of vm.create from parsed arguments (``firmware``, ``kernel``, ``cmdline``, ``initramfs``, ``cpus``,
+    ``memory``, ``serial``, one of each kind of device; None where not given). ``terminal``: there is one, so
+    the serial port shows on it unless something else was said. :raises ConfigError:"""
+    payload = {name: getattr(arguments, name) for name in ("firmware", "kernel", "cmdline", "initramfs")}
     body: dict[str, Any] = {"payload": payload}
     cpus = parse_object("--cpus", arguments.cpus or "", CPUS, "boot")
     cpus.setdefault("boot_vcpus", 1)

@@ -36,7 +36,6 @@ REFUSED: Final = {
     "--dbus-system-bus": "use --api-socket",
     "--debug-console": "use --serial",
     "--device": "leave it out: VFIO is not there yet",
-    "--firmware": "give --kernel a PVH ELF",
     "--fs": "leave it out",
     "--fw-cfg-config": "leave it out",
     "--gdb": "leave it out",
@@ -115,6 +114,7 @@ def run_parser() -> Parser:
     parser.add_argument("-V", "--version", action="version", version=version_text(sys.argv[0]))
     vm = parser.add_argument_group("the VM")
     vm.add_argument("--kernel", metavar="FILE", help="a vmlinux with a PVH entry note, or a bzImage with one in it")
+    vm.add_argument("--firmware", metavar="FILE", help="instead of a kernel: a flat PC BIOS image, or a PVH ELF")
     vm.add_argument("--cmdline", metavar="TEXT", help="the kernel's command line")
     vm.add_argument("--initramfs", metavar="FILE")
     vm.add_argument("--cpus", metavar="boot=N[,max=N]", help="vCPUs (1)")

@@ -63,7 +63,7 @@ NOT_YET_KEYS: Final[Mapping[str, Mapping[str, object]]] = {
         "landlock_rules": None,
         "ivshmem": None,
     },
-    "PayloadConfig": {"firmware": None, "igvm": None, "host_data": None, "fw_cfg_config": None},
+    "PayloadConfig": {"igvm": None, "host_data": None, "fw_cfg_config": None},
     "CpusConfig": {
         "topology": None,
         "kvm_hyperv": False,

@@ -38,6 +38,7 @@ __all__ = [
     "Hypervisor",
     "Interrupted",
     "Outcome",
+    "PvhEntry",
     "TaskVcpu",
     "ThreadVcpu",
     "VcpuBackend",
@@ -69,6 +70,17 @@ class Crashed:
 
 Outcome: TypeAlias = Interrupted | Ticket | GuestRequest | Crashed
 """Why a vCPU came back: a kick, what a write asked of it (to park, to leave for the board's sake), or its end."""
+
+
+# --- boot ----------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class PvhEntry:
+    """The x86/HVM direct boot ABI (PVH): 32-bit protected mode, flat, EBX the start info."""
+
+    entry_gpa: int
+    start_info_gpa: int
 
 
 # --- state ---------------------------------------------------------------------------------------------------
@@ -111,8 +123,8 @@ class VcpuBackend(Protocol):
         """A non-maskable interrupt, taken when the vCPU next runs. A vCPU that waits for its INIT or SIPI gets none, as
         on hardware."""
 
-    def set_boot_state(self, entry_gpa: int, start_info_gpa: int) -> None:
-        """The boot vCPU's registers as the x86/HVM direct boot ABI (PVH) wants them."""
+    def set_boot_state(self, entry: PvhEntry) -> None:
+        """The boot vCPU's registers for what boots otherwise than from the reset vector."""
 
     def save(self) -> VcpuState: ...
 
@@ -177,8 +189,9 @@ class VmBackend(Protocol):
     live_copy: bool = True
     """Whether there is a dirty log; without one a VM is copied while it stands still."""
 
-    def add_memory(self, slot: int, gpa: int, size: int, hva: int) -> None:
-        """Give the guest RAM: ``size`` bytes at host address ``hva``, shared with the VMM."""
+    def add_memory(self, slot: int, gpa: int, size: int, hva: int, *, rom: bool = False) -> None:
+        """Give the guest memory: ``size`` bytes at host address ``hva``, shared with the VMM. ``rom``: it can't write
+        there, and is not logged; its writes are accesses of the bus."""
 
     def set_dirty_log(self, enabled: bool) -> None:
         """Start or stop logging of guest writes for every slot. Starting gives a log in which nothing is dirty."""

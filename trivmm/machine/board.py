@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import attrs
 
-from trivmm.boot.pvh import check_payload, load_payload
+from trivmm.boot.payload import check_payload, load_payload
 from trivmm.bus.bus import Bus
 from trivmm.bus.space import AddressSpace
 from trivmm.config import VmConfig
@@ -22,6 +22,7 @@ from trivmm.nursery.activation import ActivationActor
 from trivmm.platform.ged import GED_IRQ, POWER_BUTTON, Ged
 from trivmm.platform.line import Line
 from trivmm.platform.pci import Bar, PciBus
+from trivmm.platform.rom import Rom
 from trivmm.platform.serial import COM1_IRQ, Serial
 from trivmm.platform.sinks import ClientSink, LineConfig, Sink, open_sink
 from trivmm.virtio.balloon.device import BalloonDevice
@@ -62,6 +63,7 @@ class Board:
     pio: AddressSpace
     mmio: AddressSpace
     pci: PciBus
+    rom: Rom
     serial: Serial
     ged: Ged
     fixed: dict[str, Any]
@@ -87,8 +89,9 @@ class Board:
         :raises ConfigError: naming the payload's field and what is wrong with the file."""
         if not self.hypervisor.needs_payload:
             return
-        boot = load_payload(self.memory, self.config.payload, len(self.cpus), checkpoint)
-        self.cpus[0].set_boot_state(boot.entry_gpa, boot.start_info_gpa)
+        entry = load_payload(self.memory, self.config.payload, len(self.cpus), checkpoint)
+        if entry is not None:
+            self.cpus[0].set_boot_state(entry)
 
     def check_payload(self, checkpoint: Callable[[], None]) -> None:
         """A destination boots nothing now, but the guest may ask it for a reboot later. As slow as loading it.
@@ -197,7 +200,7 @@ class Board:
         for cpu in self.cpus:
             if own := cpu.counters():
                 counted[f"__vcpu{cpu.index}"] = own
-        counted["__bus"] = self.pio.counters() | self.mmio.counters() | self.pci.counters()
+        counted["__bus"] = self.pio.counters() | self.mmio.counters() | self.pci.counters() | self.rom.counters()
         return counted
 
     @property

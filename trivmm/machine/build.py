@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from trivmm._native import ffi, lib
+from trivmm.boot.firmware import firmware_items
+from trivmm.boot.payload import wants_rom
 from trivmm.bus.space import AddressSpace, BusDevice, Range
 from trivmm.config import VmConfig
 from trivmm.errors import ConfigError
@@ -23,9 +25,11 @@ from trivmm.nursery.activation import ActivationActor
 from trivmm.platform.acpi_port import ACPI_PORTS, AcpiPort
 from trivmm.platform.cmos import CMOS_PORTS, Cmos
 from trivmm.platform.debug_ports import DEBUG_CONSOLE_PORTS, DEBUG_PORTS, DebugConsole, DebugPort
+from trivmm.platform.fw_cfg import FW_CFG_PORTS, FwCfg
 from trivmm.platform.ged import GED_SIZE, Ged
 from trivmm.platform.i8042 import I8042, I8042_PORTS
 from trivmm.platform.pci import CONFIG_PORTS, PciBus
+from trivmm.platform.rom import Rom
 from trivmm.platform.serial import COM1, Serial
 from trivmm.platform.sinks import ClientSink, Sink, open_sink
 from trivmm.virtio.device import WorkerDevice
@@ -57,7 +61,8 @@ def build_board(
         serial = Serial(sinks.get("serial"))
         serial.keeps_sink = True
         undo.append(serial.close)
-        memory = GuestMemory(layout.ram_ranges(config.memory.size))
+        rom = (layout.ROM_START, layout.ROM_SIZE) if hypervisor.needs_payload and wants_rom(config.payload) else None
+        memory = GuestMemory(layout.ram_ranges(config.memory.size), rom)
         undo.append(memory.close)
         vm = hypervisor.open_vm()
         undo.append(vm.close)
@@ -106,9 +111,8 @@ def check_board(config: VmConfig, hypervisor: Hypervisor) -> None:
     """What can be seen without opening anything.
 
     :raises ConfigError: naming the field, the value and the remedy."""
-    if not config.payload.kernel:
-        remedy = "give the path of a PVH ELF kernel; firmware is not supported yet"
-        raise ConfigError("payload.kernel", None, "missing", remedy)
+    if not config.payload.kernel and config.payload.firmware is None:
+        raise ConfigError("payload.kernel", None, "missing", "give the path of a PVH ELF kernel, or firmware")
     for kind in KINDS:
         kind.check(kind.of(config))
     if config.cpus.boot_vcpus > hypervisor.max_vcpus:
@@ -140,10 +144,12 @@ def _host_memory() -> int | None:
 
 def _assemble(config: VmConfig, hypervisor: Hypervisor, memory: GuestMemory, vm: VmBackend, serial: Serial) -> Board:
     for region in memory.regions:
-        vm.add_memory(region.slot, region.gpa, region.size, region.hva)
+        vm.add_memory(region.slot, region.gpa, region.size, region.hva, rom=region.rom)
     pio, mmio = AddressSpace("pio"), AddressSpace("mmio")
-    pci = PciBus(mmio, config.deadlines)
-    cmos, debug_port = Cmos(config.memory.size), DebugPort()
+    has_rom = any(region.rom for region in memory.regions)
+    pci = PciBus(mmio, config.deadlines, for_firmware=has_rom)
+    cmos = Cmos(config.memory.size, config.cpus.boot_vcpus, for_firmware=has_rom)
+    debug_port, rom = DebugPort(), Rom()
     guest_log = logging.getLogger("trivmm.guest")
     ports: tuple[tuple[tuple[int, int], BusDevice, str], ...] = (
         (CONFIG_PORTS, pci, "pci"),
@@ -156,23 +162,28 @@ def _assemble(config: VmConfig, hypervisor: Hypervisor, memory: GuestMemory, vm:
     )
     for (first, count), device, name in ports:
         pio.insert(Range(first, count, device, name))
+    fw_cfg = FwCfg(firmware_items(memory.ram, config.cpus.boot_vcpus) if has_rom else {})
+    if has_rom:
+        pio.insert(Range(*FW_CFG_PORTS, fw_cfg, "fw_cfg"))
     vm.attach_pio_hook(*COM1, ffi.addressof(lib, "tv_uart_pio"), serial.native)
+    if has_rom:
+        mmio.insert(Range(layout.ROM_START, layout.ROM_SIZE, rom, "rom"))
     ged = Ged()  # nothing fails from here on: the board closes it
     mmio.insert(Range(layout.GED_START, GED_SIZE, ged, "ged"))
-    fixed = {"pci": pci, "serial": serial, "cmos": cmos, "debug_port": debug_port, "ged": ged}
-    return Board(config, hypervisor, memory, vm, pio, mmio, pci, serial, ged, fixed)
+    fixed = {"pci": pci, "serial": serial, "cmos": cmos, "debug_port": debug_port, "ged": ged, "fw_cfg": fw_cfg}
+    return Board(config, hypervisor, memory, vm, pio, mmio, pci, rom, serial, ged, fixed)
 
 
 def _plug_devices(board: Board, on_event: EventSink, incoming: bool, sinks: Mapping[str, Sink]) -> None:
     for kind, names in names_of(board.config).items():
-        configs = kind.of(board.config)
+        configs, built = kind.of(board.config), []
         for config, name in zip(configs, names, strict=True):
             sink = sinks.get(kind.contract.section) if kind.line(config) is not None else None
             device = kind.make(config, Place(board.memory, name, incoming, sink))
             for line in device.lines.values():
                 line.keeps_sink = True
             _plug(board, kind, device, on_event, config.pci_device_id)
-        built = [kind.as_built(config, name) for config, name in zip(configs, names, strict=True)]
+            built.append(kind.as_built(config, device))
         board.config = kind.put(board.config, built)
 
 

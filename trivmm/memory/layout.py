@@ -13,18 +13,25 @@ CMDLINE_START: Final = 0x20000
 CMDLINE_MAX_SIZE: Final = 0x10000
 EBDA_START: Final = 0xA0000  # end of usable low RAM
 ACPI_START: Final = EBDA_START  # the RSDP and all it leads to; RAM that the memory map leaves out
+SHADOW_START: Final = 0xC0000  # RAM that begins as a copy of a firmware image's end, as a PC's shadow RAM
+SHADOW_SIZE: Final = 0x40000
 HIGH_RAM_START: Final = 0x100000
 
 MMIO_HOLE_START: Final = 0xC000_0000  # 3 GiB
 BAR32_START: Final = 0xC000_0000
 BAR32_SIZE: Final = 640 << 20
 PCI_MMCONFIG_START: Final = 0xE800_0000
-# Ours: Cloud Hypervisor's platform devices end its address space, where here a BAR window does. The DSDT tells it.
-GED_START: Final = 0xFEB0_0000
+# Ours: SeaBIOS, which knows no other machine's windows, places BARs from here down, largest address first.
+FIRMWARE_BARS_START: Final = 0xF800_0000
+FIRMWARE_BARS_END: Final = 0xFEC0_0000
 IOAPIC_START: Final = 0xFEC0_0000
+# Ours: Cloud Hypervisor's platform devices end its address space, where here a BAR window does. The DSDT tells it.
+GED_START: Final = 0xFED0_0000
 LAPIC_START: Final = 0xFEE0_0000
 KVM_TSS_START: Final = 0xFEF0_0000
 KVM_IDENTITY_MAP: Final = 0xFEF0_3000
+ROM_SIZE: Final = 16 << 20
+ROM_START: Final = 0x1_0000_0000 - ROM_SIZE  # a firmware image lies at its end, where a CPU's reset vector points
 RAM_64BIT_START: Final = 0x1_0000_0000
 
 BAR64_END: Final = 1 << 40  # unicorn has 40 physical address bits, and so have small machines

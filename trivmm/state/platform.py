@@ -8,7 +8,7 @@ from typing import Annotated, Final
 import attrs
 
 from trivmm._native import lib
-from trivmm.values import U8, U32, U64, AtMost, Exactly
+from trivmm.values import U8, U16, U32, U64, AtMost, Exactly
 
 __all__ = [
     "CMOS_BYTES",
@@ -16,6 +16,7 @@ __all__ = [
     "BoardState",
     "CmosState",
     "DebugPortState",
+    "FwCfgState",
     "GedState",
     "LineInput",
     "LineOutput",
@@ -84,6 +85,14 @@ class GedState:
 
 
 @attrs.frozen
+class FwCfgState:
+    """The item that is being read, and how far."""
+
+    key: U16
+    offset: U32
+
+
+@attrs.frozen
 class BoardState:
     """Fields are named as ``Board.fixed`` names the parts."""
 
@@ -92,3 +101,4 @@ class BoardState:
     cmos: CmosState
     debug_port: DebugPortState
     ged: GedState
+    fw_cfg: FwCfgState

@@ -33,6 +33,7 @@ from trivmm.hypervisor.base import (
     Crashed,
     Hypervisor,
     Outcome,
+    PvhEntry,
     TaskVcpu,
     VcpuState,
     VmBackend,
@@ -143,7 +144,7 @@ class ScriptedVcpu(TaskVcpu):
     def inject_nmi(self) -> None:
         self.calls.append("inject_nmi")
 
-    def set_boot_state(self, entry_gpa: int, start_info_gpa: int) -> None:
+    def set_boot_state(self, entry: PvhEntry) -> None:
         self.calls.append("set_boot_state")
 
     def save(self) -> VcpuState:
@@ -247,7 +248,7 @@ class ScriptedVm(VmBackend):
         self._dirty: dict[int, set[int]] | None = None
         self._tokens = 0
 
-    def add_memory(self, slot: int, gpa: int, size: int, hva: int) -> None:
+    def add_memory(self, slot: int, gpa: int, size: int, hva: int, *, rom: bool = False) -> None:
         self._slots[slot] = (gpa, size, hva)
 
     def store(self, gpa: int, data: bytes) -> None:

@@ -12,7 +12,7 @@ from trivmm.errors import ConfigError, TrivmmError
 from trivmm.incoming import open_incoming
 from trivmm.testing.scripted import Script, ScriptedHypervisor
 from trivmm.unwrapped import unwrapped_nursery
-from trivmm.virtio.block.image import Image
+from trivmm.virtio.block.file import ImageFile
 from trivmm.vm import Vm, open_vm
 
 __all__ = ["lock_is_free", "two_sides"]
@@ -48,7 +48,7 @@ async def two_sides(
 
 def lock_is_free(config: VmConfig) -> bool:
     """Whether nobody holds the first disk's image."""
-    image = Image(config.disks[0].path, readonly=False, lock=False)
+    image = ImageFile(config.disks[0].path, readonly=False, lock=False)
     try:
         image.take_lock()
     except ConfigError:

@@ -11,6 +11,7 @@ from trivmm.state.platform import (
     BoardState,
     CmosState,
     DebugPortState,
+    FwCfgState,
     GedState,
     PciBusState,
     PciConfigState,
@@ -40,6 +41,7 @@ def a_board() -> BoardState:
         cmos=CmosState(0, bytes(CMOS_BYTES)),
         debug_port=DebugPortState(0, 0),
         ged=GedState(0),
+        fw_cfg=FwCfgState(0, 0),
     )
 
 

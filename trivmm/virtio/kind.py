@@ -113,7 +113,7 @@ def _nothing(configs: Sequence[Any]) -> None:
     return None
 
 
-def _same(config: Any, name: str) -> Any:
+def _same(config: Any, device: WorkerDevice) -> Any:
     return config
 
 
@@ -130,8 +130,8 @@ class DeviceKind(Generic[C]):
     """One kind. ``name`` is the id of a device that was given none; with ``{}``, its number.
 
     ``present`` says whether a configuration stands for a device at all; ``check`` looks at all of a VM's before
-    anything is opened; ``as_built`` is one as it stays from now on, at reboots and at a destination; ``line`` is that
-    of the device's console line."""
+    anything is opened; ``as_built`` is that of a device that was made, as it stays from now on, at reboots and at a
+    destination; ``line`` is that of the device's console line."""
 
     config: type[C]
     contract: Contract
@@ -142,7 +142,7 @@ class DeviceKind(Generic[C]):
     bar_is_64bit: bool = True
     present: Callable[[C], bool] = _always
     check: Callable[[Sequence[C]], None] = _nothing
-    as_built: Callable[[C, str], C] = _same
+    as_built: Callable[[C, WorkerDevice], C] = _same
     line: Callable[[C], LineConfig | None] = _no_line
 
     def of(self, config: VmConfig) -> tuple[C, ...]:

@@ -9,6 +9,7 @@ import struct
 from collections.abc import Callable
 from typing import Final
 
+from trivmm.hypervisor.base import PvhEntry
 from trivmm.hypervisor.kvm.calls import kvm_call
 
 __all__ = ["MSRS", "describe", "set_fpu", "set_lapic_lines", "set_pvh"]
@@ -45,9 +46,9 @@ MSRS: Final[list[tuple[int, int]]] = [
 ]
 
 
-def set_pvh(fd: int, entry_gpa: int, start_info_gpa: int) -> None:
+def set_pvh(fd: int, entry: PvhEntry) -> None:
     """:raises HypervisorError: when KVM refuses."""
-    regs = dict.fromkeys(REG_NAMES, 0) | {"rbx": start_info_gpa, "rip": entry_gpa, "rflags": 2}
+    regs = dict.fromkeys(REG_NAMES, 0) | {"rbx": entry.start_info_gpa, "rip": entry.entry_gpa, "rflags": 2}
     sregs = bytearray(SREGS_SIZE)
     kvm_call(fd, "KVM_GET_SREGS", sregs)
     code = SEGMENT.pack(0, 0xFFFF_FFFF, 0x08, 0xB, 1, 0, 1, 1, 0, 1, 0)

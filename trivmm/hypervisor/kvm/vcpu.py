@@ -15,7 +15,7 @@ from trivmm._native import ffi, lib
 from trivmm.bus.bus import Bus
 from trivmm.bus.space import GuestRequest
 from trivmm.errors import HypervisorError
-from trivmm.hypervisor.base import INTERRUPTED, Crashed, Outcome, ThreadVcpu, VcpuState
+from trivmm.hypervisor.base import INTERRUPTED, Crashed, Outcome, PvhEntry, ThreadVcpu, VcpuState
 from trivmm.hypervisor.kvm import boot, cpuid
 from trivmm.hypervisor.kvm.calls import kvm_call
 from trivmm.hypervisor.kvm.report import extension
@@ -177,9 +177,9 @@ class KvmVcpu(ThreadVcpu):
 
     # --- state -----------------------------------------------------------------------------------------------
 
-    def set_boot_state(self, entry_gpa: int, start_info_gpa: int) -> None:
+    def set_boot_state(self, entry: PvhEntry) -> None:
         self._open()
-        boot.set_pvh(self._fd, entry_gpa, start_info_gpa)
+        boot.set_pvh(self._fd, entry)
 
     def save(self) -> VcpuState:
         self._open()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from trivmm.hypervisor.base import PvhEntry
 from trivmm.hypervisor.soft.env import CS, HF_CS32, HF_PE, HF_SS32, RBX, Env
 
 __all__ = ["describe", "set_pvh", "set_reset"]
@@ -32,7 +33,7 @@ def set_reset(env: Env) -> None:
     env.eip, env.eflags = 0xFFF0, 2
 
 
-def set_pvh(env: Env, entry_gpa: int, start_info_gpa: int) -> None:
+def set_pvh(env: Env, entry: PvhEntry) -> None:
     """The x86/HVM direct boot ABI: flat 32-bit protected mode without paging, EBX the start info."""
     env.hflags = HF_PE | HF_CS32 | HF_SS32
     env.efer = 0
@@ -44,8 +45,8 @@ def set_pvh(env: Env, entry_gpa: int, start_info_gpa: int) -> None:
     env.segs[CS].selector, env.segs[CS].flags = 0x08, FLAT_CODE
     env.tr.base, env.tr.limit, env.tr.flags = 0, 0x67, BUSY_TSS
     env.gdt.limit = env.idt.limit = 0
-    env.regs[RBX] = start_info_gpa
-    env.eip, env.eflags = entry_gpa, 2
+    env.regs[RBX] = entry.start_info_gpa
+    env.eip, env.eflags = entry.entry_gpa, 2
 
 
 def describe(env: Env, rflags: int, code: bytes) -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 from trivmm._native import ffi, lib
 from trivmm.bus.bus import Bus
 from trivmm.errors import HypervisorError
-from trivmm.hypervisor.base import INTERRUPTED, Crashed, Outcome, ThreadVcpu, VcpuState
+from trivmm.hypervisor.base import INTERRUPTED, Crashed, Outcome, PvhEntry, ThreadVcpu, VcpuState
 from trivmm.hypervisor.soft import registers
 from trivmm.hypervisor.soft.accesses import Accesses, Undo
 from trivmm.hypervisor.soft.delivery import Event, Shutdown, deliver, syscall
@@ -53,7 +53,7 @@ class SoftVcpu(ThreadVcpu):
         self._chips = vm.chips
         self._accesses = Accesses(vm)
         self._engine = self._accesses.engine
-        self._engine.map_ram(tuple(vm.slots.values()))
+        self._engine.map_memory(tuple(vm.slots.values()))
         self._gate = self._engine.gate
         # It translates code, and what a disk is read into may be code.
         self.write_hook = ffi.addressof(lib, "tv_soft_gate_code"), self._gate
@@ -241,8 +241,8 @@ class SoftVcpu(ThreadVcpu):
 
     # --- registers -------------------------------------------------------------------------------------------
 
-    def set_boot_state(self, entry_gpa: int, start_info_gpa: int) -> None:
-        registers.set_pvh(self._engine.reset(), entry_gpa, start_info_gpa)
+    def set_boot_state(self, entry: PvhEntry) -> None:
+        registers.set_pvh(self._engine.reset(), entry)
         self._engine.commit()
         self._engine.flush()
         self._halted = False

@@ -29,16 +29,33 @@ SLOTS: Final = 32
 CONFIG_ADDRESS: Final = 0xCF8
 CONFIG_PORTS: Final = (CONFIG_ADDRESS, 8)  # first port and count
 ENABLE: Final = 1 << 31
+QEMU_SUBSYSTEM: Final = (0x1AF4, 0x1100)
 TURNS: Final = 3  # calls into the kernel, each a doorbell that moves, which a vCPU may have to wait out
 
 
+BAR_WINDOWS: Final = (
+    (layout.BAR32_START, layout.BAR32_START + layout.BAR32_SIZE),
+    (layout.FIRMWARE_BARS_START, layout.FIRMWARE_BARS_END),
+    (layout.BAR64_START, layout.BAR64_END),
+)
+
+
 class HostBridge:
-    """00:00.0, the ids of Cloud Hypervisor's root bridge; no BARs."""
+    """00:00.0, the ids of Cloud Hypervisor's root bridge; no BARs. ``for_firmware``: of QEMU's subsystem, without
+    which SeaBIOS reads no ``fw_cfg``."""
 
     name = "_pci_root"
 
-    def __init__(self, lock_s: float) -> None:
-        self.config = PciConfigSpace(vendor_id=0x8086, device_id=0x0D57, class_code=0x060000, lock_s=lock_s)
+    def __init__(self, lock_s: float, for_firmware: bool) -> None:
+        vendor, subsystem = QEMU_SUBSYSTEM if for_firmware else (0, 0)
+        self.config = PciConfigSpace(
+            vendor_id=0x8086,
+            device_id=0x0D57,
+            class_code=0x060000,
+            subsystem_vendor_id=vendor,
+            subsystem_id=subsystem,
+            lock_s=lock_s,
+        )
 
     def config_read(self, offset: int, size: int) -> bytes:
         return self.config.read(offset, size)
@@ -74,7 +91,7 @@ class _BarWindow:
 class PciBus:
     """A :class:`~trivmm.bus.space.BusDevice` for the ports :data:`CONFIG_PORTS`."""
 
-    def __init__(self, mmio: AddressSpace, deadlines: Deadlines) -> None:
+    def __init__(self, mmio: AddressSpace, deadlines: Deadlines, *, for_firmware: bool = False) -> None:
         self.refused_placements = 0
         self.functions: dict[int, PciFunction] = {}
         self._mmio = mmio
@@ -86,7 +103,7 @@ class PciBus:
         self._refused: dict[tuple[int, int], int] = {}  # (slot, bar) → address refused last
         self._next_bar32 = layout.BAR32_START
         self._next_bar64 = layout.BAR64_END
-        self.add(HostBridge(deadlines.lock), 0)
+        self.add(HostBridge(deadlines.lock, for_firmware), 0)
 
     # --- building ----------------------------------------------------------------------------------------
 
@@ -231,6 +248,4 @@ class PciBus:
 
 def _allowed(address: int, size: int) -> bool:
     """Whether a BAR may decode here: wholly inside one BAR window."""
-    return (address >= layout.BAR32_START and address + size <= layout.BAR32_START + layout.BAR32_SIZE) or (
-        address >= layout.BAR64_START and address + size <= layout.BAR64_END
-    )
+    return any(start <= address and address + size <= end for start, end in BAR_WINDOWS)

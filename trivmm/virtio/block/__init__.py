@@ -1,1 +1,1 @@
-"""virtio-blk: a raw file as a disk."""
+"""virtio-blk: an image as a disk."""

@@ -1,8 +1,7 @@
-"""virtio-blk (virtio 1.2 section 5.2): a raw file as a disk."""
+"""virtio-blk (virtio 1.2 section 5.2): an image as a disk."""
 
 from __future__ import annotations
 
-import os
 import struct
 from typing import Annotated, Any, Final
 
@@ -14,7 +13,8 @@ from trivmm.errors import ConfigError
 from trivmm.memory.guest import GuestMemory
 from trivmm.values import U64, Exactly
 from trivmm.virtio.block.counts import BlockCounts
-from trivmm.virtio.block.image import SECTOR, Image
+from trivmm.virtio.block.file import SECTOR
+from trivmm.virtio.block.formats import open_image
 from trivmm.virtio.device import RING_FEATURES, DeviceDescription, WorkerDevice
 from trivmm.virtio.queue import QueueWorker
 
@@ -56,7 +56,7 @@ class BlockDevice(WorkerDevice):
         if not MIN_QUEUE_SIZE <= size <= MAX_QUEUE_SIZE or size & (size - 1):
             limits = f"{MIN_QUEUE_SIZE} to {MAX_QUEUE_SIZE}"
             raise ConfigError("disks.queue_size", size, "not a queue size", f"give a power of two, {limits}")
-        self.image = Image(config.path, readonly=config.readonly, lock=lock, raw=config.image_type == "Raw")
+        self.image = open_image(config, lock=lock)
         self.storage = self.image
         self.queue_sizes = (size,) * config.num_queues
         self.features = RING_FEATURES | F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_FLUSH
@@ -70,14 +70,12 @@ class BlockDevice(WorkerDevice):
 
     def _identity(self, serial: str | None) -> bytes:
         """What GET_ID answers: the configured serial, or something stable about the file."""
-        if serial is None:
-            about = os.fstat(self.image.fd)
-            serial = f"{about.st_dev:x}{about.st_rdev:x}{about.st_ino:x}"
-        return serial.encode(errors="replace")[:ID_BYTES].ljust(ID_BYTES, b"\0")
+        text = self.image.identity if serial is None else serial
+        return text.encode(errors="replace")[:ID_BYTES].ljust(ID_BYTES, b"\0")
 
     def _make_worker(self, features: int) -> Any:
         native = ffi.new("struct tv_block *")
-        native.fd = self.image.fd
+        native.image = self.image.native
         native.readonly = self.image.readonly
         native.write_through = not features & F_FLUSH
         native.sectors = self._sectors
@@ -114,7 +112,9 @@ class BlockDevice(WorkerDevice):
 
     def counters(self) -> dict[str, int]:
         """Over all queues, since the machine was built. See :meth:`BlockCounts.shown`."""
-        return sum((BlockCounts.of(worker.native) for worker in self._workers), self._counted).shown()
+        return sum((BlockCounts.of(worker.native) for worker in self._workers), self._counted).shown() | (
+            self.image.counters()
+        )
 
     def close(self) -> None:
         self.image.close()

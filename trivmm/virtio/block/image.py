@@ -1,222 +1,111 @@
-"""The file behind a disk: opening it without ever creating or truncating, its format, its size, and its lock.
+"""A disk's image, whatever its format: what the device, the board and a migration ask of it.
 
-Only raw images can be opened, and none is taken for raw by mistake: where the configuration doesn't say ``Raw``, a file
-whose first bytes (for a fixed VHD: last sector) are another format's is refused by name. The guess is made once, before
-the guest first runs, and its result stays in the VM's configuration: what a guest writes into its own disk never shuts
-it out at a reboot or after a migration. Cloud Hypervisor and QEMU refuse a guest's writes to sector 0 of an image that
-they guessed, since a later guess could open a format that the guest forged, and with it another file of the host. Here
-no guess ever opens anything but raw, so the guest may write what it likes.
+**A new format** is a subclass of :class:`Image` beside that of :mod:`raw`, whose ``native`` begins with the table of C
+operations that ``ffi/image.h`` describes, and a case in ``open_image`` (:mod:`formats`), which opens the guest's own
+file and closes it if the subclass raises. Files that are only read (``readonly``) the subclass opens and
+closes itself, each an :class:`~trivmm.virtio.block.file.ImageFile`, until it has handed all of them, the guest's own
+first, to ``Image.__init__``. It sets ``owner``, ``native``, ``capacity`` and ``promised``, and has
 
-The lock is an *open file description* lock over the whole file: a write lock for a writable disk, a read lock for a
-read-only one. It belongs to the descriptor, not the process, so two VMs in one process exclude each other too, and
-the kernel drops it when the process dies, however it dies.
+- :meth:`Image._reread`: whoever had the lock before may have changed the files. What is cached in memory of them is
+  dropped, ``capacity`` is read again. A destination's image is opened while the source still writes into it, so nothing
+  that was read before the first lock is believed, and nothing is written before it: no "open" mark, no repair.
+- :meth:`Image._free`: no worker runs, the files are closed next. Nothing is written.
 
-An image on storage that two hosts have (a block device over a network, a shared file system) has a page cache on each.
-:meth:`Image.flush` before the lock is given up, and :meth:`Image.refresh` after it was taken, make them one. Flushes
-have a descriptor of their own: the kernel tells of a write that it could not do once per open file, and the guest's
-next flush is to hear of it too.
+Locks, flushes, and dropping the host's cache are here, for all files; a format writes through to its files before an
+operation returns, so that a flush of these is all there is to it.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import os
-import stat
-import struct
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, ClassVar
 
-from trivmm.config import DiskConfig
-from trivmm.errors import ConfigError, MigrationError, NotSupported, reason_of
+from trivmm.errors import ConfigError, TrivmmError
+from trivmm.virtio.block.file import SECTOR, ImageFile
 
-__all__ = ["SECTOR", "Image", "check_given_once", "foreign_format"]
-
-SECTOR: Final = 512
-BLKGETSIZE64: Final = 0x80081272
-BLKFLSBUF: Final = 0x1261  # write out and drop the page cache of a block device
-F_OFD_SETLK: Final = 37
-FLOCK: Final = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, len, pid
-QCOW: Final = b"QFI\xfb"  # docs/interop/qcow2.rst; the version is a big-endian integer after it
-VHD: Final = b"conectix"  # Virtual Hard Disk Image Format Specification: "Hard Disk Footer Format"
-SIGNATURES: Final = (
-    (0, b"vhdxfile", "VHDX"),  # MS-VHDX section 2.2.1
-    (0, VHD, "VHD"),  # a dynamic one has a copy of its footer here
-    (0, b"KDMV", "VMDK"),  # Virtual Disk Format 5.0: sparse extents, and text descriptors of any kind
-    (0, b"COWD", "VMDK"),
-    (0, b"# Disk DescriptorFile", "VMDK"),
-    (0, b"QED\0", "QED"),
-    (0x40, b"\x7f\x10\xda\xbe", "VDI"),
-    (0, b"WithoutFreeSpace", "Parallels"),
-    (0, b"WithouFreSpacExt", "Parallels"),
-)
-
-
-def foreign_format(first: bytes, last: bytes) -> str | None:
-    """Whose format an image is that is not raw, or None. ``first`` and ``last``: its sectors, or less of a short file.
-
-    What a guest itself keeps on a disk (partition tables, file systems, LUKS, archives) is raw."""
-    if first.startswith(QCOW):
-        return "qcow" if first[4:8] == b"\0\0\0\x01" else "qcow2"
-    for offset, magic, name in SIGNATURES:
-        if first[offset:].startswith(magic):
-            return name
-    # A fixed VHD is raw data and a footer, of 512 bytes, or of 511 where an old tool wrote it.
-    return "VHD" if last.startswith(VHD) or last[1:].startswith(VHD) else None
+__all__ = ["Image"]
 
 
 class Image:
-    """``fd`` is open from construction to :meth:`close`. ``promised`` is how many bytes the driver was told of."""
+    """A :class:`~trivmm.virtio.port.Storage`, open from construction to :meth:`close`.
 
-    def __init__(self, path: str, *, readonly: bool, lock: bool, raw: bool = False) -> None:
-        """``raw``: it is one, whatever it looks like.
+    :ivar native: ``struct tv_image *`` for all workers of the disk.
+    :ivar owner: the cffi object that ``native`` points into: it lives as long as this.
+    :ivar capacity: bytes that the guest sees.
+    :ivar promised: how many of these its driver was told of."""
 
-        :raises ConfigError: naming ``disks.path`` and what is wrong with it. :raises NotSupported: its format."""
-        self.path = path
-        self.readonly = readonly
-        self._sync_fd = -1
-        self._lost: str | None = None  # why what the guest wrote may be lost
-        self.fd = self._open()
-        try:
-            self.size = self.promised = self._measure()
-            self._sync_fd = self._open()
-            if not os.path.sameopenfile(self.fd, self._sync_fd):
-                raise ConfigError("disks.path", path, "was replaced in this moment", "leave it alone while a VM starts")
-            for fd in (self.fd, self._sync_fd):
-                os.set_blocking(fd, True)
-            if lock:
-                self.take_lock()
-            if not raw:
-                self._refuse_foreign()
-        except BaseException:
-            self.close()
-            raise
+    image_type: ClassVar[str]  # as DiskConfig spells it
+    native: Any
+    owner: Any
+    capacity: int
 
-    def _open(self) -> int:
-        flags = (os.O_RDONLY if self.readonly else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-        try:
-            return os.open(self.path, flags)
-        except (OSError, ValueError) as error:
-            raise self._mistake(error) from error
+    def __init__(self, files: Sequence[ImageFile]) -> None:
+        self.files = tuple(files)
+        self.promised = 0
 
-    def _mistake(self, error: OSError | ValueError) -> ConfigError:
-        number = getattr(error, "errno", None)
-        why = reason_of(error)
-        remedy = "give a raw image file"
-        if number == errno.ENOENT:
-            remedy = "create it (truncate -s 1G PATH), or correct the path"
-        elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
-            remedy = "make it readable and writable, or give readonly=on"
-        return ConfigError("disks.path", self.path, why, remedy)
+    @property
+    def path(self) -> str:
+        return self.files[0].path
 
-    def _refuse_foreign(self) -> None:
-        try:
-            first = os.pread(self.fd, SECTOR, 0)
-            last = os.pread(self.fd, SECTOR, max(0, self.size - SECTOR))
-        except OSError as error:
-            raise ConfigError(
-                "disks.path", self.path, f"cannot read it ({error.strerror})", "give a readable image"
-            ) from error
-        found = foreign_format(first, last)
-        if found is not None:
-            remedy = "convert it (qemu-img convert -O raw OLD NEW), or give image_type=raw if its very bytes are meant"
-            raise NotSupported("disks.path", self.path, f"a {found} image; only raw ones are supported yet", remedy)
-
-    def _measure(self) -> int:
-        mode = os.fstat(self.fd).st_mode
-        if stat.S_ISREG(mode):
-            return os.fstat(self.fd).st_size
-        if stat.S_ISBLK(mode):
-            size = bytearray(8)
-            fcntl.ioctl(self.fd, BLKGETSIZE64, size)
-            return int.from_bytes(size, "little")
-        kind = "a directory" if stat.S_ISDIR(mode) else "neither a file nor a block device"
-        raise ConfigError("disks.path", self.path, kind, "give a raw image file")
+    @property
+    def readonly(self) -> bool:
+        return self.files[0].readonly
 
     @property
     def sectors(self) -> int:
         """Whole sectors; the bytes of an incomplete last one are out of the guest's reach."""
-        return self.size // SECTOR
+        return self.capacity // SECTOR
 
-    # --- the lock, and what goes with it: these may wait for the storage ---------------------------------------
+    @property
+    def identity(self) -> str:
+        """Of the disk, for GET_ID, where no serial was given."""
+        return self.files[0].identity
+
+    def counters(self) -> dict[str, int]:
+        """What the format counts beside the disk's own. Any thread, while workers run."""
+        return {}
+
+    # --- Storage: these may wait for it ------------------------------------------------------------------------
 
     def take_lock(self) -> None:
-        """Idempotent. :raises ConfigError: when somebody else has it."""
-        kind = fcntl.F_RDLCK if self.readonly else fcntl.F_WRLCK
+        """Of each file: all or none. Idempotent. :raises ConfigError: when somebody else has one."""
         try:
-            fcntl.fcntl(self.fd, F_OFD_SETLK, FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise ConfigError(
-                    "disks.path", self.path, "in use by another VM or program", "stop that one, or give a copy"
-                ) from error
-            raise ConfigError(
-                "disks.path", self.path, f"cannot lock it ({error.strerror})", "give a local file"
-            ) from error
+            for file in self.files:
+                file.take_lock()
+        except TrivmmError:
+            self.release_lock()
+            raise
 
     def release_lock(self) -> None:
         """Idempotent; after :meth:`close` too, which has given it up."""
-        if self.fd >= 0:
-            fcntl.fcntl(self.fd, F_OFD_SETLK, FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0))
+        for file in self.files:
+            file.release_lock()
 
     def flush(self) -> None:
         """See :class:`trivmm.virtio.port.Storage`."""
-        try:
-            if self._lost is None and not self.readonly:
-                os.fdatasync(self._sync_fd)
-            if self._lost is None:
-                self._drop_cache()
-        except OSError as error:
-            self._lost = reason_of(error)
-        if self._lost is not None:
-            raise MigrationError(f"disks.path = {self.path}: what the guest wrote can't be flushed ({self._lost})")
+        for file in self.files:
+            file.flush()
 
     def refresh(self) -> None:
         """See :class:`trivmm.virtio.port.Storage`."""
-        try:
-            size = self._measure()
-            self._drop_cache()
-        except OSError as error:
-            raise ConfigError("disks.path", self.path, reason_of(error), "look after its storage") from error
-        if size < self.promised:
-            why = f"has shrunk to {size} bytes, the guest was told of {self.promised}"
+        for file in self.files:
+            file.refresh()
+        self._reread()
+        if self.capacity < self.promised:
+            why = f"has shrunk to {self.capacity} bytes, the guest was told of {self.promised}"
             raise ConfigError("disks.path", self.path, why, "give the whole image")
 
-    def _drop_cache(self) -> None:
-        """Drop the clean pages that this host has cached. Of a page that somebody has mapped the host keeps its copy.
-
-        :raises OSError:"""
-        if stat.S_ISBLK(os.fstat(self._sync_fd).st_mode):
-            try:
-                fcntl.ioctl(self._sync_fd, BLKFLSBUF, 0)
-                return
-            except PermissionError:
-                pass  # for root only; what follows is the same, for whoever may read the device
-        os.posix_fadvise(self._sync_fd, 0, 0, os.POSIX_FADV_DONTNEED)
-
     def close(self) -> None:
-        for fd in (self.fd, self._sync_fd):
-            if fd >= 0:
-                os.close(fd)
-        self.fd = self._sync_fd = -1
+        """Idempotent. No worker runs."""
+        self._free()
+        for file in self.files:
+            file.close()
 
+    # --- a format's own ----------------------------------------------------------------------------------------
 
-def check_given_once(disks: Sequence[DiskConfig]) -> None:
-    """Two disks on one image would spoil each other's data; the lock would call that "another VM".
+    def _reread(self) -> None:
+        """See the module's docstring. :raises TrivmmError: it is no image of this format any more."""
+        raise NotImplementedError
 
-    :raises ConfigError: naming both, unless both only read."""
-    seen: dict[tuple[object, ...], int] = {}
-    for index, disk in enumerate(disks):
-        try:
-            found = os.stat(disk.path)
-        except (OSError, ValueError):  # opening it says what is wrong
-            continue
-        which = ("device", found.st_rdev) if stat.S_ISBLK(found.st_mode) else ("file", found.st_dev, found.st_ino)
-        first = seen.setdefault(which, index)
-        if first != index and not (disk.readonly and disks[first].readonly):
-            raise ConfigError(
-                f"disks[{index}].path",
-                disk.path,
-                f"the same image as disks[{first}].path",
-                "give each disk its own, or give both readonly=on",
-            )
+    def _free(self) -> None:
+        """What ``native`` has beside files. Idempotent."""

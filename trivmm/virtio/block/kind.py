@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
@@ -46,14 +46,15 @@ def _make(config: DiskConfig, place: Place) -> WorkerDevice:
 
 
 def _check(disks: Sequence[DiskConfig]) -> None:
-    from trivmm.virtio.block.image import check_given_once
+    from trivmm.virtio.block.file import check_given_once
 
     check_given_once(disks)
 
 
-def _as_built(disk: DiskConfig, name: str) -> DiskConfig:
-    """Raw is said from now on: nobody guesses again once the guest can write there."""
-    return attrs.evolve(disk, id=name, image_type="Raw")
+def _as_built(disk: DiskConfig, device: WorkerDevice) -> DiskConfig:
+    """Its format is said from now on: nobody guesses again once the guest can write there."""
+    image: Any = device.storage
+    return attrs.evolve(disk, id=device.name, image_type=image.image_type)
 
 
 BLOCK: Final = DeviceKind(

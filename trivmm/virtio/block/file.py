@@ -1,0 +1,178 @@
+"""A file or block device behind a disk: opening it without ever creating or truncating, its size, and its lock.
+
+The lock is an *open file description* lock over the whole file: a write lock for a writable disk, a read lock for a
+read-only one. It belongs to the descriptor, not the process, so two VMs in one process exclude each other too, and
+the kernel drops it when the process dies, however it dies.
+
+An image on storage that two hosts have (a block device over a network, a shared file system) has a page cache on each.
+:meth:`ImageFile.flush` before the lock is given up, and :meth:`ImageFile.refresh` after it was taken, make them one.
+Flushes have a descriptor of their own: the kernel tells of a write that it could not do once per open file, and the
+guest's next flush is to hear of it too.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import struct
+from collections.abc import Sequence
+from typing import Final
+
+from trivmm.config import DiskConfig
+from trivmm.errors import ConfigError, MigrationError, reason_of
+
+__all__ = ["SECTOR", "ImageFile", "check_given_once"]
+
+SECTOR: Final = 512
+BLKGETSIZE64: Final = 0x80081272
+BLKFLSBUF: Final = 0x1261  # write out and drop the page cache of a block device
+F_OFD_SETLK: Final = 37
+FLOCK: Final = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, len, pid
+
+
+class ImageFile:
+    """``fd`` is open from construction to :meth:`close`; ``sync_fd`` is :meth:`flush`'s."""
+
+    def __init__(self, path: str, *, readonly: bool, lock: bool) -> None:
+        """:raises ConfigError: naming ``disks.path`` and what is wrong with it."""
+        self.path = path
+        self.readonly = readonly
+        self.sync_fd = -1
+        self._lost: str | None = None  # why what the guest wrote may be lost
+        self.fd = self._open()
+        try:
+            self.size = self._measure()
+            self.sync_fd = self._open()
+            if not os.path.sameopenfile(self.fd, self.sync_fd):
+                raise ConfigError("disks.path", path, "was replaced in this moment", "leave it alone while a VM starts")
+            for fd in (self.fd, self.sync_fd):
+                os.set_blocking(fd, True)
+            if lock:
+                self.take_lock()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> int:
+        flags = (os.O_RDONLY if self.readonly else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        try:
+            return os.open(self.path, flags)
+        except (OSError, ValueError) as error:
+            raise self._mistake(error) from error
+
+    def _mistake(self, error: OSError | ValueError) -> ConfigError:
+        number = getattr(error, "errno", None)
+        why = reason_of(error)
+        remedy = "give a raw image file"
+        if number == errno.ENOENT:
+            remedy = "create it (truncate -s 1G PATH), or correct the path"
+        elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
+            remedy = "make it readable and writable, or give readonly=on"
+        return ConfigError("disks.path", self.path, why, remedy)
+
+    def _measure(self) -> int:
+        mode = os.fstat(self.fd).st_mode
+        if stat.S_ISREG(mode):
+            return os.fstat(self.fd).st_size
+        if stat.S_ISBLK(mode):
+            size = bytearray(8)
+            fcntl.ioctl(self.fd, BLKGETSIZE64, size)
+            return int.from_bytes(size, "little")
+        kind = "a directory" if stat.S_ISDIR(mode) else "neither a file nor a block device"
+        raise ConfigError("disks.path", self.path, kind, "give a raw image file")
+
+    @property
+    def is_block_device(self) -> bool:
+        return stat.S_ISBLK(os.fstat(self.sync_fd).st_mode)
+
+    @property
+    def identity(self) -> str:
+        """Something stable about it, for GET_ID."""
+        about = os.fstat(self.fd)
+        return f"{about.st_dev:x}{about.st_rdev:x}{about.st_ino:x}"
+
+    # --- the lock, and what goes with it: these may wait for the storage ---------------------------------------
+
+    def take_lock(self) -> None:
+        """Idempotent. :raises ConfigError: when somebody else has it."""
+        kind = fcntl.F_RDLCK if self.readonly else fcntl.F_WRLCK
+        try:
+            fcntl.fcntl(self.fd, F_OFD_SETLK, FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise ConfigError(
+                    "disks.path", self.path, "in use by another VM or program", "stop that one, or give a copy"
+                ) from error
+            raise ConfigError(
+                "disks.path", self.path, f"cannot lock it ({error.strerror})", "give a local file"
+            ) from error
+
+    def release_lock(self) -> None:
+        """Idempotent; after :meth:`close` too, which has given it up."""
+        if self.fd >= 0:
+            fcntl.fcntl(self.fd, F_OFD_SETLK, FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0))
+
+    def flush(self) -> None:
+        """What was written is on the storage when this returns, and nothing cached here.
+
+        :raises MigrationError: it may be lost; said again at every later call."""
+        try:
+            if self._lost is None and not self.readonly:
+                os.fdatasync(self.sync_fd)
+            if self._lost is None:
+                self._drop_cache()
+        except OSError as error:
+            self._lost = reason_of(error)
+        if self._lost is not None:
+            raise MigrationError(f"disks.path = {self.path}: what the guest wrote can't be flushed ({self._lost})")
+
+    def refresh(self) -> None:
+        """What was cached here before the lock was taken is read anew; ``size`` too.
+
+        :raises ConfigError: it can't be looked at."""
+        try:
+            self.size = self._measure()
+            self._drop_cache()
+        except OSError as error:
+            raise ConfigError("disks.path", self.path, reason_of(error), "look after its storage") from error
+
+    def _drop_cache(self) -> None:
+        """Drop the clean pages that this host has cached. Of a page that somebody has mapped the host keeps its copy.
+
+        :raises OSError:"""
+        if self.is_block_device:
+            try:
+                fcntl.ioctl(self.sync_fd, BLKFLSBUF, 0)
+                return
+            except PermissionError:
+                pass  # for root only; what follows is the same, for whoever may read the device
+        os.posix_fadvise(self.sync_fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def close(self) -> None:
+        for fd in (self.fd, self.sync_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.fd = self.sync_fd = -1
+
+
+def check_given_once(disks: Sequence[DiskConfig]) -> None:
+    """Two disks on one image would spoil each other's data; the lock would call that "another VM".
+
+    :raises ConfigError: naming both, unless both only read."""
+    seen: dict[tuple[object, ...], int] = {}
+    for index, disk in enumerate(disks):
+        try:
+            found = os.stat(disk.path)
+        except (OSError, ValueError):  # opening it says what is wrong
+            continue
+        which = ("device", found.st_rdev) if stat.S_ISBLK(found.st_mode) else ("file", found.st_dev, found.st_ino)
+        first = seen.setdefault(which, index)
+        if first != index and not (disk.readonly and disks[first].readonly):
+            raise ConfigError(
+                f"disks[{index}].path",
+                disk.path,
+                f"the same image as disks[{first}].path",
+                "give each disk its own, or give both readonly=on",
+            )
