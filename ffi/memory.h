@@ -22,11 +22,8 @@ struct tv_region {
     uint64_t size;
     uint8_t *hva;
     uint64_t *dirty;
-<<<<<<< HEAD
     uint32_t given_back; /* atomic: its guest has given memory of it back (tv_memory_give_back) */
-=======
     uint8_t rom; /* of the CPUs alone: a device, or the VMM on its behalf, finds nothing there */
->>>>>>> main
 };
 
 /* Called before the guest can learn of what a device wrote, in the device's thread: by whoever publishes a used ring's

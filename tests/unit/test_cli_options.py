@@ -18,11 +18,8 @@ from trivmm.unixsocket import SocketFd
 from trivmm.values import parse_size
 from trivmm.virtio.kinds import KINDS
 
-<<<<<<< HEAD
-NAMES = ["kernel", "cmdline", "initramfs", "cpus", "memory", "serial"] + [kind.option.name for kind in KINDS]
-=======
-NAMES = "firmware kernel cmdline initramfs cpus memory disk rng serial console"
->>>>>>> main
+NAMES = ["firmware", "kernel", "cmdline", "initramfs", "cpus", "memory", "serial"]
+NAMES += [kind.option.name for kind in KINDS]
 
 
 def arguments(**given: Any) -> SimpleNamespace:

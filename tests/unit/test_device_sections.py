@@ -16,7 +16,7 @@ from trivmm.state.setup import config_from_setup, config_to_setup
 from trivmm.virtio.balloon.config import BalloonConfig
 from trivmm.virtio.kinds import KINDS, sections
 
-OPTIONS = ["kernel", "cmdline", "initramfs", "cpus", "memory", "serial", *(kind.option.name for kind in KINDS)]
+OPTIONS = [*"firmware kernel cmdline initramfs cpus memory serial".split(" "), *(kind.option.name for kind in KINDS)]
 
 
 def of_options(**given: Any) -> VmConfig:
