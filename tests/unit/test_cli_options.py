@@ -18,7 +18,7 @@ from trivmm.unixsocket import SocketFd
 from trivmm.values import parse_size
 from trivmm.virtio.kinds import KINDS
 
-NAMES = ["firmware", "kernel", "cmdline", "initramfs", "cpus", "memory", "serial"]
+NAMES = ["firmware", "kernel", "cmdline", "initramfs", "cpus", "memory", "serial", "pvpanic"]
 NAMES += [kind.option.name for kind in KINDS]
 
 

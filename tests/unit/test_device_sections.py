@@ -16,7 +16,8 @@ from trivmm.state.setup import config_from_setup, config_to_setup
 from trivmm.virtio.balloon.config import BalloonConfig
 from trivmm.virtio.kinds import KINDS, sections
 
-OPTIONS = [*"firmware kernel cmdline initramfs cpus memory serial".split(" "), *(kind.option.name for kind in KINDS)]
+OPTIONS = ["firmware", "kernel", "cmdline", "initramfs", "cpus", "memory", "serial", "pvpanic"]
+OPTIONS += [kind.option.name for kind in KINDS]
 
 
 def of_options(**given: Any) -> VmConfig:
@@ -53,6 +54,19 @@ def test_an_option_and_a_body_say_the_same(option: dict[str, Any], body: dict[st
     assert load_config(json.loads(json.dumps(dump_config(config)))) == config
     there = json.loads(json.dumps(config_to_setup(config, sections())))
     assert config_from_setup(there, sections()) == config
+
+
+@pytest.mark.parametrize("flag", ["pvpanic"])
+def test_a_device_that_is_there_or_not(flag: str) -> None:
+    config = of_body(**{flag: True})
+    assert getattr(config, flag)
+    assert of_options(**{flag: True}) == config
+    assert dump_config(config)[flag]
+    assert load_config(json.loads(json.dumps(dump_config(config)))) == config
+    assert config_from_setup(json.loads(json.dumps(config_to_setup(config, sections()))), sections()) == config
+    assert not dump_config(of_body(**{flag: False}))[flag]
+    with pytest.raises(ConfigError, match=rf"^{flag} = 1: wrong type; give true or false"):
+        of_body(**{flag: 1})
 
 
 def test_what_is_not_there_is_not_said() -> None:

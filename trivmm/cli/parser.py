@@ -52,7 +52,6 @@ REFUSED: Final = {
     "--platform": "leave it out",
     "--pmem": "give --disk path=…",
     "--pvmemcontrol": "leave it out",
-    "--pvpanic": "leave it out",
     "--rate-limit-group": "leave it out",
     "--restore": "leave it out: there are no snapshots yet",
     "--tpm": "leave it out",
@@ -125,6 +124,9 @@ def run_parser() -> Parser:
         option = kind.option
         several: dict[str, Any] = {"nargs": "+", "action": "extend"} if kind.contract.many else {}
         vm.add_argument(f"--{option.name}", metavar=option.metavar, help=option.help, **several)
+    vm.add_argument(
+        "--pvpanic", action="store_true", default=None, help="a device by which the guest says that it has panicked"
+    )
     vmm = parser.add_argument_group("the VMM")
     vmm.add_argument(
         "--api-socket", metavar="path=FILE|fd=N", help="serve the HTTP API on this unix socket, or on one passed in"

@@ -53,7 +53,6 @@ NOT_YET_KEYS: Final[Mapping[str, Mapping[str, object]]] = {
         "iommu": False,
         "watchdog": False,
         "rtc": None,
-        "pvpanic": False,
         "gdb": NotYet(False, said=False),  # only in builds for debugging
         "pci_segments": None,
         "platform": NotYetObject("PlatformConfig", said=False),

@@ -14,6 +14,7 @@ over PCI), and reports in lines on COM1. Its words on the command line:
 ``event_idx=1`` ``indirect=1``   negotiate these ring features
 ``echo=1``      echo on the virtio console what is typed there
 ``balloon=MiB`` give pages away from so much RAM behind that of ``mem=``; ``balloon_report=1`` report free ones too
+``pvpanic=N``   say N to pvpanic, again and again
 ``sectors=N``   sectors to use of each disk, at most 4096; ``disks=N`` disks to cycle, 1 to 8
 ``beat=ms``     heartbeat period; ``report=ms`` report period
 ``once=N``      power off after N activations; ``reboot=N`` reboots by the i8042

@@ -73,7 +73,9 @@ def save_board(board: Board) -> tuple[dict[str, SavedDevice], BoardState]:
         slot.backend.name: SavedDevice(*slot.transport.save(), unstructure(slot.backend.save()))
         for slot in board.devices
     }
-    return devices, BoardState(**{name: part.save() for name, part in board.fixed.items()})
+    parts: dict[str, Any] = dict.fromkeys(field.name for field in attrs.fields(BoardState))
+    parts |= {name: part.save() for name, part in board.fixed.items()}
+    return devices, BoardState(**parts)
 
 
 def check_state(board: Board, state: MachineState) -> dict[str, Any]:
@@ -92,9 +94,12 @@ def check_state(board: Board, state: MachineState) -> dict[str, Any]:
         where, slot = f"state.devices.{name}", mine[name]
         slot.transport.check(saved.life, saved.transport, where)
         own[name] = structure(f"{where}.own", saved.own, slot.backend.state_type)
-    parts = attrs.asdict(state.board, recurse=False)
-    for name, part in board.fixed.items():
-        part.check(parts[name], f"state.board.{name}")
+    for name, saved in attrs.asdict(state.board, recurse=False).items():
+        if (saved is None) == (name in board.fixed):
+            there = "a part of the machine" if name in board.fixed else "no part of the machine"
+            raise refused(f"state.board.{name}", saved, f"what it is here: {there}")
+        if saved is not None:
+            board.fixed[name].check(saved, f"state.board.{name}")
     return own
 
 

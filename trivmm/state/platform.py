@@ -22,6 +22,7 @@ __all__ = [
     "LineOutput",
     "PciBusState",
     "PciConfigState",
+    "PvpanicState",
     "SerialState",
 ]
 
@@ -93,8 +94,17 @@ class FwCfgState:
 
 
 @attrs.frozen
+class PvpanicState:
+    """``told``: bits of the words that the guest has said already (``Pvpanic``)."""
+
+    slot: U8
+    told: U8
+    config: PciConfigState
+
+
+@attrs.frozen
 class BoardState:
-    """Fields are named as ``Board.fixed`` names the parts."""
+    """Fields are named as ``Board.fixed`` names the parts; None where the board has no such part."""
 
     pci: PciBusState
     serial: SerialState
@@ -102,3 +112,4 @@ class BoardState:
     debug_port: DebugPortState
     ged: GedState
     fw_cfg: FwCfgState
+    pvpanic: PvpanicState | None

@@ -73,7 +73,14 @@ class VmCore:
     _console: ConsoleCursor | None = attrs.field(default=None, init=False)  # where wait_for_console goes on
 
     def _make_host(self) -> MachineHost:
-        return MachineHost(self.hypervisor, self.deadlines, self._nursery, self._tell_of_device, self._ask_owner)
+        return MachineHost(
+            self.hypervisor,
+            self.deadlines,
+            self._nursery,
+            self._tell_of_device,
+            self._ask_owner,
+            lambda word: self.events.emit("guest", "panic", event=word),
+        )
 
     @property
     def deadlines(self) -> Deadlines:
