@@ -78,6 +78,7 @@ static inline void tv_memory_before_told(struct tv_memory *mem)
 
 int tv_memory_give_back(struct tv_region *region, uint64_t offset, uint64_t len);
 void *tv_memory_map(int memfd, uint64_t size);
+void *tv_memory_map_private(int fd, uint64_t size);
 void tv_memory_unmap(void *mapped, uint64_t size);
 int tv_memory_write(struct tv_memory *mem, uint64_t gpa, const uint8_t *from, uint64_t len);
 int tv_memory_read(struct tv_memory *mem, uint64_t gpa, uint8_t *to, uint64_t len);

@@ -44,12 +44,17 @@ FOREIGN_IMAGES: Final = ("Qcow2", "Vhdx", "FixedVhd", "FlatVmdk")  # Cloud Hyper
 ALIGNMENT: Final = 2 << 20  # RAM sizes: one x86 large page, so that a region never splits one
 
 
+def _integers(value: object) -> bool:
+    return isinstance(value, tuple) and not any(not_integer(each) for each in value)
+
+
 CHECKS: Final[Mapping[str, Callable[[object], str | None]]] = {
     "bool": not_boolean,
     "int": not_integer,
     "str": not_text,
     "int | None": lambda value: None if value is None else not_integer(value),
     "str | None": lambda value: None if value is None else not_text(value),
+    "tuple[int, ...] | None": lambda value: None if value is None or _integers(value) else "a list of whole numbers",
     "tuple[DiskConfig, ...]": lambda value: None,  # the field's converter has looked at each
     "tuple[Any, ...]": lambda value: None if isinstance(value, tuple) else "a list",  # the board looks at each
 }

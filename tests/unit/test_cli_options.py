@@ -18,8 +18,8 @@ from trivmm.unixsocket import SocketFd
 from trivmm.values import parse_size
 from trivmm.virtio.kinds import KINDS
 
-NAMES = ["firmware", "kernel", "cmdline", "initramfs", "cpus", "memory", "serial", "pvpanic"]
-NAMES += [kind.option.name for kind in KINDS]
+BEFORE = ["firmware", "kernel", "cmdline", "initramfs", "cpus", "memory", "serial", "pvpanic"]
+NAMES = [*BEFORE, *(kind.option.name for kind in KINDS)]
 
 
 def arguments(**given: Any) -> SimpleNamespace:

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import pytest
 
-from trivmm.errors import ProtocolError
+from trivmm.bus.space import AddressSpace
+from trivmm.deadlines import Deadlines
+from trivmm.errors import ConfigError, ProtocolError
+from trivmm.platform.pci import PciBus
 from trivmm.platform.pvpanic import Pvpanic
 from trivmm.testing.states import sent
 
 
-def a_pvpanic(told: list[str], slot: int = 5) -> Pvpanic:
-    made = Pvpanic(told.append, lock_s=1)
-    made.slot = slot
-    return made
+def a_pvpanic(told: list[str]) -> Pvpanic:
+    return Pvpanic(told.append, lock_s=1)
+
+
+def test_a_destination_has_it_where_the_sender_has_it() -> None:
+    """Where devices have come and gone that may be another slot than the next one."""
+    bus = PciBus(AddressSpace("mmio"), Deadlines())
+    made = a_pvpanic([])
+    made.plug(bus)
+    assert bus.functions[1] is made
+    made.move(bus, 4)
+    assert (made.slot, sorted(bus.functions)) == (4, [0, 4])
+    made.move(bus, 4)
+    with pytest.raises(ConfigError, match="pci_device_id = 0"):
+        made.move(bus, 0)
 
 
 def test_it_is_cloud_hypervisors() -> None:
@@ -55,7 +69,6 @@ def test_what_was_told_travels() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"slot": 6}, "there.slot is 6, not 5, its PCI slot here"),
         ({"told": 8}, "there.told is 8, not less than 8"),
     ],
 )

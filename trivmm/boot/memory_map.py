@@ -10,7 +10,7 @@ __all__ = ["E820_RAM", "E820_RESERVED", "memory_map"]
 
 E820_RAM: Final = 1
 E820_RESERVED: Final = 2
-PCI_MMCONFIG_SIZE: Final = 256 << 20
+PCI_MMCONFIG_RESERVED: Final = 256 << 20  # room for more segments than there are
 
 
 def memory_map(ranges: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int, int], ...]:
@@ -23,5 +23,5 @@ def memory_map(ranges: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int, int
                 found.append((layout.HIGH_RAM_START, size - layout.HIGH_RAM_START, E820_RAM))
         else:
             found.append((gpa, size, E820_RAM))
-    found.append((layout.PCI_MMCONFIG_START, PCI_MMCONFIG_SIZE, E820_RESERVED))
+    found.append((layout.PCI_MMCONFIG_START, PCI_MMCONFIG_RESERVED, E820_RESERVED))
     return tuple(found)

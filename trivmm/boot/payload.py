@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from trivmm.boot import firmware, pvh
+from trivmm.boot import firmware, linux, pvh
+from trivmm.boot.elf import NoPvhEntry
 from trivmm.config import PayloadConfig
-from trivmm.hypervisor.base import PvhEntry
+from trivmm.hypervisor.base import LongModeEntry, PvhEntry
 from trivmm.memory.guest import GuestMemory
 
 __all__ = ["check_payload", "load_payload", "wants_rom"]
@@ -30,13 +31,19 @@ def wants_rom(payload: PayloadConfig) -> bool:
 
 def check_payload(payload: PayloadConfig, checkpoint: Callable[[], None] = _nothing) -> None:
     """:raises ConfigError: when there is nothing in the payload's file that could be booted."""
-    if not wants_rom(payload):
+    if wants_rom(payload):
+        return
+    try:
         pvh.check_payload(payload, checkpoint)
+    except NoPvhEntry:
+        if not payload.kernel or not linux.has_own_entry("payload.kernel", payload.kernel):
+            raise
+        linux.check_linux(payload.kernel)
 
 
 def load_payload(
     memory: GuestMemory, payload: PayloadConfig, vcpus: int = 1, checkpoint: Callable[[], None] = _nothing
-) -> PvhEntry | None:
+) -> PvhEntry | LongModeEntry | None:
     """Everything that the guest needs to start; gives where, None being the reset vector.
 
     ``vcpus`` are listed in the ACPI tables. ``checkpoint`` is called between pieces of work and may raise to end them.
@@ -47,4 +54,9 @@ def load_payload(
     if payload.firmware is not None and wants_rom(payload):
         firmware.load_firmware(memory, payload.firmware)
         return None
-    return pvh.load_payload(memory, payload, vcpus, checkpoint)
+    try:
+        return pvh.load_payload(memory, payload, vcpus, checkpoint)
+    except NoPvhEntry:
+        if not payload.kernel or not linux.has_own_entry("payload.kernel", payload.kernel):
+            raise
+        return linux.load_linux(memory, payload, vcpus, checkpoint)

@@ -21,6 +21,7 @@ from trivmm.virtio.kinds import KINDS
 
 __all__ = [
     "parse_deadlines",
+    "parse_device",
     "parse_event_monitor",
     "parse_receive",
     "parse_send",
@@ -106,15 +107,16 @@ def _devices(kind: AnyKind, given: str | list[str] | None) -> dict[str, Any]:
     """The section of one kind of devices; empty where there is none."""
     option, section = kind.option, kind.contract.section
     if isinstance(given, list):
-        return {section: [_device(kind, text) for text in given]}
+        return {section: [parse_device(kind, text) for text in given]}
     if given is None and option.absent is None:
         return {section: []} if kind.contract.many else {}
-    return {section: _device(kind, option.absent or "" if given is None else given)}
+    return {section: parse_device(kind, option.absent or "" if given is None else given)}
 
 
-def _device(kind: AnyKind, text: str) -> dict[str, Any]:
+def parse_device(kind: AnyKind, text: str, verb: str | None = None) -> dict[str, Any]:
+    """One of a kind, as its option has it, and the verb that adds it. :raises ConfigError:"""
     option = kind.option
-    name = f"--{option.name}"
+    name = verb or f"--{option.name}"
     made = {**option.base, **option.parse(name, text)}
     for key in kind.contract.required:
         if key not in made:

@@ -46,7 +46,6 @@ REFUSED: Final = {
     "--landlock": "leave it out: there is no sandbox yet",
     "--landlock-rules": "leave it out: there is no sandbox yet",
     "--memory-zone": "give --memory size=…",
-    "--net": "leave it out: there is no network yet",
     "--numa": "leave it out",
     "--pci-segment": "leave it out: there is one PCI bus",
     "--platform": "leave it out",
@@ -60,6 +59,14 @@ REFUSED: Final = {
     "--vsock": "leave it out",
     "--watchdog": "leave it out",
 }
+
+
+class _Several(argparse.Action):
+    """Collects values; ``const`` stands for an option without any."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        before = getattr(namespace, self.dest) or []
+        setattr(namespace, self.dest, [*before, *(values or [self.const])])
 
 
 class UsageError(Exception):
@@ -122,7 +129,9 @@ def run_parser() -> Parser:
     vm.add_argument("--serial", metavar=modes, help="the serial port (tty where stdout is a terminal, else null)")
     for kind in KINDS:
         option = kind.option
-        several: dict[str, Any] = {"nargs": "+", "action": "extend"} if kind.contract.many else {}
+        several: dict[str, Any] = {}
+        if kind.contract.many:
+            several = {"nargs": "+" if option.plain is None else "*", "action": _Several, "const": option.plain}
         vm.add_argument(f"--{option.name}", metavar=option.metavar, help=option.help, **several)
     vm.add_argument(
         "--pvpanic", action="store_true", default=None, help="a device by which the guest says that it has panicked"

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from trivmm.cli.move import watch_move
-from trivmm.cli.options import parse_receive, parse_send, parse_socket_path
+from trivmm.cli.options import parse_device, parse_receive, parse_send, parse_socket_path
 from trivmm.cli.parser import Parser, UsageError
 from trivmm.cli.table import table
 from trivmm.control.apierror import ApiError, ApiUnreachable, answer_of, messages_of
 from trivmm.control.contract import API_ROOT, NOT_YET_ROUTES
 from trivmm.errors import one_line, reason_of
 from trivmm.values import parse_size
+from trivmm.virtio.kinds import hotplug_verbs
 
 __all__ = ["remote"]
 
@@ -46,6 +47,8 @@ VERBS: Final[Mapping[str, tuple[str, str, str | None]]] = {
     "nmi": ("PUT", "vm.nmi", None),
     "power-button": ("PUT", "vm.power-button", None),
     "resize": ("PUT", "vm.resize", None),
+    **{verb: ("PUT", f"vm.{verb}", kind.option.metavar) for verb, kind in hotplug_verbs().items()},
+    "remove-device": ("PUT", "vm.remove-device", "the ID of a device"),
     "delete": ("PUT", "vm.delete", None),
     "shutdown-vmm": ("PUT", "vmm.shutdown", None),
     "send-migration": (
@@ -133,6 +136,10 @@ def _body(given: Any) -> bytes | None:
             return json.dumps(wanted).encode()
         case "resolve-migration":
             return json.dumps({"force": given.force}).encode()
+        case "remove-device":
+            return json.dumps({"id": argument}).encode()
+        case verb if verb in hotplug_verbs():
+            return json.dumps(parse_device(hotplug_verbs()[verb], argument or "", verb)).encode()
         case "send-migration":
             convert = parse_send
         case "receive-migration":

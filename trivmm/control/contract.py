@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from trivmm.notyet import NotYet, NotYetObject
-from trivmm.virtio.kinds import KINDS
+from trivmm.virtio.kinds import KINDS, hotplug_verbs
 
 __all__ = [
     "API_ROOT",
@@ -33,13 +33,13 @@ REQUIRED_KEYS: Final[Mapping[str, tuple[str, ...]]] = {
     **{kind.contract.schema: kind.contract.required for kind in KINDS},
     "SendMigrationData": ("destination_url",),
     "ReceiveMigrationData": ("receiver_url",),
+    "VmRemoveDevice": ("id",),
 }
 
 
 NOT_YET_KEYS: Final[Mapping[str, Mapping[str, object]]] = {
     "VmConfig": {
         "rate_limit_groups": None,
-        "net": None,
         "fs": None,
         "generic_vhost_user": None,
         "pmem": None,
@@ -140,14 +140,13 @@ NOT_YET_ROUTES: Final = frozenset(
         "vm.add-vdpa",
         "vm.add-vsock",
         "vm.coredump",
-        "vm.remove-device",
         "vm.resize-disk",
         "vm.resize-zone",
         "vm.restore",
         "vm.snapshot",
     }
-)
-"""All are PUT."""
+) - {f"vm.{verb}" for verb in hotplug_verbs()}
+"""All are PUT. What adds a device is there for the kinds that say so."""
 
 
 def markdown_not_yet() -> str:

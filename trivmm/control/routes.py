@@ -1,9 +1,10 @@
 """The API's routes: a table from name to verb, and the codes that Cloud Hypervisor answers with.
 
 200 with a JSON body, 204 without one (vmm.shutdown: 200 without one, as there); 400 for what the client got wrong
-(malformed body, wrong method); 404 for an unknown route and where there is no VM to look at or to boot; 501 for a route
-of the contract that does not exist here yet; 500 for everything else, a wrong state included. An error's body is a JSON
-array of strings, outermost to root cause, the first two in Cloud Hypervisor's words.
+(malformed body, wrong method); 404 for an unknown route, where there is no VM to look at or to boot, and for a device
+that it does not have; 501 for a route of the contract that does not exist here yet; 500 for everything else, a wrong
+state included. An error's body is a JSON array of strings, outermost to root cause, the first two in Cloud Hypervisor's
+words.
 """
 
 from __future__ import annotations
@@ -23,15 +24,19 @@ from trivmm.control.progress import progress_body
 from trivmm.control.schema import (
     dump_config,
     load_config,
+    load_device,
     load_receive,
+    load_remove,
     load_resize,
     load_resolve,
     load_send,
     parse_json,
 )
 from trivmm.control.unknown import Unknown, UnknownKeys
-from trivmm.errors import ConfigError, TrivmmError, VmNotCreated, WrongState, shown
+from trivmm.errors import ConfigError, NoSuchDevice, TrivmmError, VmNotCreated, WrongState, shown
 from trivmm.events import Subscription
+from trivmm.virtio.kind import AnyKind
+from trivmm.virtio.kinds import hotplug_verbs
 from trivmm.vm import VmState
 from trivmm.vmm import Vmm
 
@@ -121,6 +126,21 @@ async def _resize(vmm: Vmm, data: Any) -> Response:
     return Response(204)
 
 
+async def _add(vmm: Vmm, config: Any) -> Response:
+    """200 with where it is, 204 where that is on paper."""
+    info = await vmm.add_device(config)
+    return Response(204) if info is None else Response.of(attrs.asdict(info))
+
+
+def _adding(kind: AnyKind, fails: str) -> Route:
+    return Route("PUT", _add, partial(load_device, kind), fails)
+
+
+async def _remove(vmm: Vmm, data: Any) -> Response:
+    await vmm.remove_device(data.id)
+    return Response(204)
+
+
 async def _cancel(vmm: Vmm, _: None) -> Response:
     vmm.cancel_migration()
     return Response(204)
@@ -177,6 +197,8 @@ ROUTES: Final[Mapping[str, Route]] = {
     "vm.nmi": _verb("nmi", "Error triggering NMI"),
     "vm.power-button": _verb("power_button", "Error triggering power button"),
     "vm.resize": Route("PUT", _resize, load_resize, "The VM could not be resized"),
+    **{f"vm.{verb}": _adding(kind, kind.hotplug.fails) for verb, kind in hotplug_verbs().items() if kind.hotplug},
+    "vm.remove-device": Route("PUT", _remove, load_remove, "The device could not be removed from the VM"),
     "vm.send-migration": Route("PUT", _send, load_send, "Error dispatching the migration worker", 500),
     "vm.receive-migration": Route("PUT", _receive, load_receive, "Error receiving migration", 500),
     "vm.migration-progress": Route("GET", _progress, fails="The migration's progress is not available"),
@@ -217,6 +239,8 @@ class Router:
             return error_response(400, "Bad Request", f"{name} takes no body")
         try:
             return await route.run(self.vmm, argument)
+        except NoSuchDevice as error:
+            return error_response(404, API_ERROR, route.fails, *_chain(error))
         except VmNotCreated as error:
             return error_response(route.without_vm, API_ERROR, route.fails, *_chain(error))
         except WrongState as error:

@@ -31,16 +31,20 @@ from trivmm.notyet import NotYet, NotYetObject
 from trivmm.state.jsontext import MAX_DEPTH, is_too_deep
 from trivmm.state.strict import Unfit, first_fault, make_converter
 from trivmm.values import not_integer, not_text
+from trivmm.virtio.kind import AnyKind
 from trivmm.virtio.kinds import KINDS, sections
 
 __all__ = [
     "ReceiveMigrationData",
+    "RemoveDeviceData",
     "ResizeData",
     "ResolveMigrationData",
     "SendMigrationData",
     "dump_config",
     "load_config",
+    "load_device",
     "load_receive",
+    "load_remove",
     "load_resize",
     "load_resolve",
     "load_send",
@@ -80,6 +84,11 @@ class ResizeData:
 
 
 @attrs.frozen
+class RemoveDeviceData:
+    id: str
+
+
+@attrs.frozen
 class _Destination:
     destination_url: str
 
@@ -96,6 +105,7 @@ CLASSES: Final[Mapping[str, tuple[type, ...]]] = {
     "SendMigrationData": (_Destination, SendOptions),
     "ReceiveMigrationData": (ReceiveMigrationData,),
     "VmResize": (ResizeData,),
+    "VmRemoveDevice": (RemoveDeviceData,),
 }
 OURS: Final[Mapping[str, tuple[type, ...]]] = {"ResolveMigrationData": (ResolveMigrationData,)}
 # The fields of Cloud Hypervisor's structs that are options there, but not None in our classes.
@@ -161,6 +171,16 @@ def _listed(section: str, item: Any) -> list[tuple[str, Any]]:
     if isinstance(item, list):
         return [(f"{section}[{index}]", each) for index, each in enumerate(item)]
     return [(section, item)]
+
+
+def load_device(kind: AnyKind, value: object, unknown: Unknown | None = None) -> Any:
+    """The body of a verb that adds a device: its kind's schema. :raises ConfigError: as :func:`load_config`."""
+    return _load(kind.contract.schema, kind.config, value, unknown)
+
+
+def load_remove(value: object, unknown: Unknown | None = None) -> RemoveDeviceData:
+    """:raises ConfigError: as :func:`load_config`."""
+    return _load("VmRemoveDevice", RemoveDeviceData, value, unknown)
 
 
 def load_receive(value: object, unknown: Unknown | None = None) -> ReceiveMigrationData:

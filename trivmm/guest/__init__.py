@@ -16,6 +16,9 @@ over PCI), and reports in lines on COM1. Its words on the command line:
 ``balloon=MiB`` give pages away from so much RAM behind that of ``mem=``; ``balloon_report=1`` report free ones too
 ``pvpanic=N``   say N to pvpanic, again and again
 ``sectors=N``   sectors to use of each disk, at most 4096; ``disks=N`` disks to cycle, 1 to 8
+``net=1``       drive the network interface; ``net_mib=N`` to send the other end, which is one like this, in frames of
+                ``net_frame=bytes`` (1400), received into buffers of ``net_buffer=bytes`` (65536). With ``net_ip=N`` it
+                answers ARP and pings there; with ``net_gateway=N`` and ``net_port=N`` it asks a UDP server that echoes
 ``beat=ms``     heartbeat period; ``report=ms`` report period
 ``once=N``      power off after N activations; ``reboot=N`` reboots by the i8042
 ``corrupt=1``   self-test: spoil two pages, which must be reported as LOST and STALE

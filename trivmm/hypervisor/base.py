@@ -20,6 +20,7 @@ Implementations derive from the protocols. What a back end need not have, has a 
 
 from __future__ import annotations
 
+import struct
 import time
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Final, Literal, Protocol, TypeAlias
@@ -33,10 +34,12 @@ from trivmm.values import AtMost, Name
 
 __all__ = [
     "INTERRUPTED",
+    "LONG_MODE_GDT",
     "AnyVcpu",
     "Crashed",
     "Hypervisor",
     "Interrupted",
+    "LongModeEntry",
     "Outcome",
     "PvhEntry",
     "TaskVcpu",
@@ -45,6 +48,7 @@ __all__ = [
     "VcpuState",
     "VmBackend",
     "VmBackendState",
+    "triple_fault",
 ]
 
 
@@ -59,9 +63,14 @@ class Interrupted:
 INTERRUPTED: Final = Interrupted()
 
 
+def triple_fault(details: str) -> GuestRequest:
+    """The CPU met a fault that it could not deliver, nor that of the delivery: it stands still, and a PC resets it."""
+    return GuestRequest("reset", "triple fault", details)
+
+
 @attrs.frozen
 class Crashed:
-    """The vCPU can't go on: a triple fault, or its hypervisor gave up. ``reason`` in a few words, ``details`` as
+    """The vCPU can't go on: its hypervisor gave up. ``reason`` in a few words, ``details`` as
     :meth:`VcpuBackend.describe` told it in that moment."""
 
     reason: str
@@ -81,6 +90,21 @@ class PvhEntry:
 
     entry_gpa: int
     start_info_gpa: int
+
+
+@attrs.frozen
+class LongModeEntry:
+    """64-bit mode with ``page_tables_gpa`` in CR3, flat, interrupts off, RSI the zero page: Linux' 64-bit entry, which
+    wants 0x10 and 0x18 to be its segments (``gdt_gpa``: :data:`LONG_MODE_GDT` goes there)."""
+
+    entry_gpa: int
+    zero_page_gpa: int
+    page_tables_gpa: int
+    gdt_gpa: int
+
+
+LONG_MODE_GDT: Final = struct.pack("<5Q", 0, 0, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF, 0)
+"""64-bit code at 0x10, flat data at 0x18."""
 
 
 # --- state ---------------------------------------------------------------------------------------------------
@@ -123,7 +147,7 @@ class VcpuBackend(Protocol):
         """A non-maskable interrupt, taken when the vCPU next runs. A vCPU that waits for its INIT or SIPI gets none, as
         on hardware."""
 
-    def set_boot_state(self, entry: PvhEntry) -> None:
+    def set_boot_state(self, entry: PvhEntry | LongModeEntry) -> None:
         """The boot vCPU's registers for what boots otherwise than from the reset vector."""
 
     def save(self) -> VcpuState: ...

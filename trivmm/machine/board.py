@@ -7,7 +7,7 @@ Its devices answer what vCPUs ask on its bus, on their threads, and it is saved,
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import attrs
@@ -21,18 +21,20 @@ from trivmm.memory.guest import GuestMemory
 from trivmm.nursery.activation import ActivationActor
 from trivmm.platform.ged import GED_IRQ, POWER_BUTTON, Ged
 from trivmm.platform.line import Line
-from trivmm.platform.pci import Bar, PciBus
+from trivmm.platform.pci import Bar, PciBus, PciHotplug
 from trivmm.platform.pvpanic import PVPANIC, Pvpanic
 from trivmm.platform.rom import Rom
 from trivmm.platform.serial import COM1_IRQ, Serial
 from trivmm.platform.sinks import ClientSink, LineConfig, Sink, open_sink
+from trivmm.state.platform import CmosState
 from trivmm.virtio.balloon.device import BalloonDevice
 from trivmm.virtio.device import WorkerDevice
-from trivmm.virtio.kinds import KINDS
+from trivmm.virtio.kind import AnyKind
+from trivmm.virtio.kinds import KINDS, without
 from trivmm.virtio.pci import VirtioPciTransport
 from trivmm.virtio.port import Storage
 
-__all__ = ["Board", "DeviceSlot", "line_configs"]
+__all__ = ["Board", "DeviceSlot", "EventSink", "Kept", "line_configs"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,16 +48,32 @@ EventSink = Callable[[str, str, int], None]
 class DeviceSlot:
     """One virtio device: what it does, how the guest talks to it, and where it stands in its life."""
 
+    kind: AnyKind
     backend: WorkerDevice
     transport: VirtioPciTransport
     actor: ActivationActor
     pci_slot: int
 
+    @property
+    def bdf(self) -> str:
+        """As Cloud Hypervisor spells it."""
+        return f"0000:00:{self.pci_slot:02x}.0"
+
+
+@attrs.frozen(eq=False)
+class Kept:
+    """What a machine that is rebooted leaves to the one after it: the sinks of its console lines, which stay open, and
+    its CMOS."""
+
+    sinks: Mapping[str, Sink]
+    cmos: CmosState
+
 
 @attrs.define(eq=False)
 class Board:
-    """``devices`` in the order of their PCI slots. ``stuck`` names threads that outlived their deadline; ``in_use``
-    says that one of them works on the board itself: then it stays open."""
+    """``config`` is what it is built of. ``devices`` in the order in which they were plugged; a list that changes is
+    another one, so whoever goes through it, in whatever thread, sees one state of it. ``stuck`` names threads that
+    outlived their deadline; ``in_use`` says that one of them works on the board itself: then it stays open."""
 
     config: VmConfig
     hypervisor: Hypervisor
@@ -67,10 +85,13 @@ class Board:
     rom: Rom
     serial: Serial
     ged: Ged
+    hotplug: PciHotplug
     fixed: dict[str, Any]
+    on_event: EventSink = lambda kind, device, generation: None
     cpus: list[AnyVcpu] = attrs.field(factory=list)
     devices: list[DeviceSlot] = attrs.field(factory=list)
     stuck: list[str] = attrs.field(factory=list)
+    buses: list[Bus] = attrs.field(factory=list)
     in_use: bool = False
     _connected: set[int] = attrs.field(factory=set)  # ISA lines
     _closed: bool = False
@@ -78,7 +99,9 @@ class Board:
 
     def bus(self) -> Bus:
         """For one vCPU."""
-        return Bus(self.pio, self.mmio, self.hypervisor.clock)
+        made = Bus(self.pio, self.mmio, self.hypervisor.clock)
+        self.buses.append(made)
+        return made
 
     # --- boot ------------------------------------------------------------------------------------------------
 
@@ -121,11 +144,12 @@ class Board:
         sinks = {name: line.sink for name, line in self.lines.items()}
         return {name: sink.path for name, sink in sinks.items() if isinstance(sink, ClientSink) and sink.path}
 
-    def keep_sinks(self) -> dict[str, Sink]:
-        """For the board that comes after this one: they stay open when this one is closed."""
+    def keep(self) -> Kept:
+        """For the board that comes after this one."""
         for line in self.lines.values():
             line.keeps_sink = True
-        return {name: line.sink for name, line in self.lines.items() if line.sink is not None}
+        sinks = {name: line.sink for name, line in self.lines.items() if line.sink is not None}
+        return Kept(sinks, self.fixed["cmos"].save())
 
     def own_sinks(self) -> None:
         """From now on they are closed with the board. In the trio thread."""
@@ -136,6 +160,30 @@ class Board:
         """A saved state of the console lines was not used, or one was loaded: they go on."""
         for line in self.lines.values():
             line.thaw()
+
+    # --- hotplug ---------------------------------------------------------------------------------------------
+
+    @property
+    def removable_slots(self) -> int:
+        """A bit each."""
+        return sum(1 << slot.pci_slot for slot in self.devices if slot.kind.hotplug is not None)
+
+    @property
+    def kept_config(self) -> VmConfig:
+        """What its next boot builds: without the devices that are to go, let go of by the guest or not."""
+        config, leaving = self.config, self.hotplug.leaving
+        for slot in self.devices:
+            if slot.pci_slot in leaving:
+                config = without(config, slot.backend.name)
+        return config
+
+    def take_out(self, gone: DeviceSlot) -> None:
+        """A device that is on the bus no more."""
+        self.devices = [slot for slot in self.devices if slot is not gone]
+        self.config = without(self.config, gone.backend.name)
+        self.hotplug.freed(gone.pci_slot)
+
+    # --- the guest's ends ------------------------------------------------------------------------------------
 
     def power_button(self) -> None:
         """The guest finds a press when it next looks, whether it runs or not."""
@@ -189,7 +237,7 @@ class Board:
                 "id": transport,
                 "resources": [_bar_resource(bar) for bar in slot.transport.config.bars.values()],
                 "children": [name],
-                "pci_bdf": f"0000:00:{slot.pci_slot:02x}.0",
+                "pci_bdf": slot.bdf,
             }
             status = slot.transport.state.stage.value
             tree[name] = {"id": name, "resources": [], "parent": transport, "children": [], "status": status}
@@ -207,7 +255,8 @@ class Board:
         for cpu in self.cpus:
             if own := cpu.counters():
                 counted[f"__vcpu{cpu.index}"] = own
-        counted["__bus"] = self.pio.counters() | self.mmio.counters() | self.pci.counters() | self.rom.counters()
+        spaces = self.pio.counters() | self.mmio.counters() | self.rom.counters()
+        counted["__bus"] = spaces | self.pci.counters() | self.hotplug.counters()
         return counted
 
     @property

@@ -36,13 +36,17 @@ def describe(board: Board) -> dict[str, Any]:
         slot.backend.name: DeviceSetup(slot.pci_slot, unstructure(slot.backend.describe())) for slot in board.devices
     }
     made: dict[str, Any] = unstructure(
-        MachineSetup(config_to_setup(board.config, sections()), board.vm.name, _ram(board), devices)
+        MachineSetup(config_to_setup(board.config, sections()), board.vm.name, _ram(board), devices, _pvpanic(board))
     )
     return made
 
 
 def _ram(board: Board) -> tuple[tuple[int, int], ...]:
     return tuple((region.gpa, region.size) for region in board.memory.regions)
+
+
+def _pvpanic(board: Board) -> int | None:
+    return None if board.pvpanic is None else board.pvpanic.slot
 
 
 def check_setup(board: Board, value: object) -> None:
@@ -62,6 +66,10 @@ def check_setup(board: Board, value: object) -> None:
         if described.slot != slot.pci_slot:
             raise MigrationError(f"{name}: the sender's PCI slot is {described.slot}, here it is {slot.pci_slot}")
         slot.backend.become(structure(f"SETUP.devices.{name}.device", described.device, slot.backend.description_type))
+    if (setup.pvpanic is None) != (board.pvpanic is None):
+        raise refused("SETUP.pvpanic", setup.pvpanic, "what the configuration says")
+    if board.pvpanic is not None and setup.pvpanic is not None:
+        board.pvpanic.move(board.pci, setup.pvpanic)
 
 
 # --- STATE ---------------------------------------------------------------------------------------------------

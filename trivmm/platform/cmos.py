@@ -112,6 +112,12 @@ class Cmos:
             value = value // 10 << 4 | value % 10
         return value | (afternoon if index == 0x04 else 0)
 
+    def after_reset(self, before: CmosState) -> None:
+        """A battery keeps these bytes. But RAM begins anew here: there is nothing to go on with as the shutdown status
+        asks for."""
+        self._data[:] = before.data
+        self._data[SHUTDOWN_STATUS_NO_NMI & 0x7F] = 0
+
     def save(self) -> CmosState:
         return CmosState(self._index, bytes(self._data))
 

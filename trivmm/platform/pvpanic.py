@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Final
 
 from trivmm.bus.space import Effect
-from trivmm.platform.pci import PciConfigSpace
+from trivmm.platform.pci import PciBus, PciConfigSpace
 from trivmm.state.platform import PvpanicState
 from trivmm.state.strict import refused
 
@@ -31,7 +31,7 @@ OTHER_PERIPHERAL: Final = 0x088000  # PCI class
 
 
 class Pvpanic:
-    """A ``PciFunction``. ``tell(word)`` is called in any thread. The board sets ``slot`` when it is plugged in."""
+    """A ``PciFunction``, in ``slot`` once it is plugged in. ``tell(word)`` is called in any thread."""
 
     name = PVPANIC
 
@@ -44,6 +44,16 @@ class Pvpanic:
         self._tell = tell
         self._told: dict[str, object] = {}
         self._counts = dict.fromkeys(TOLD, 0)
+
+    def plug(self, bus: PciBus, slot: int | None = None) -> None:
+        """:raises ConfigError: when the slot is taken, or none is left."""
+        self.slot = bus.add(self, slot)
+
+    def move(self, bus: PciBus, slot: int) -> None:
+        """To where the sender has it, which may have had other devices before. :raises ConfigError: it is taken."""
+        if slot != self.slot:
+            bus.remove(self.slot)
+            self.plug(bus, slot)
 
     def config_read(self, offset: int, size: int) -> bytes:
         return self.config.read(offset, size)
@@ -75,12 +85,10 @@ class Pvpanic:
 
     def save(self) -> PvpanicState:
         told = sum(1 << bit for bit, word in enumerate(TOLD) if word in self._told)
-        return PvpanicState(self.slot, told, self.config.save())
+        return PvpanicState(told, self.config.save())
 
     def check(self, state: PvpanicState, where: str) -> None:
-        """:raises ProtocolError: when it is another place on the bus, or another device's registers."""
-        if state.slot != self.slot:
-            raise refused(f"{where}.slot", state.slot, f"{self.slot}, its PCI slot here")
+        """:raises ProtocolError: when it says what no guest can have done."""
         if state.told >> len(TOLD):
             raise refused(f"{where}.told", state.told, f"less than {1 << len(TOLD)}")
         self.config.check(state.config, f"{where}.config")

@@ -22,6 +22,7 @@ __all__ = [
     "LineOutput",
     "PciBusState",
     "PciConfigState",
+    "PciHotplugState",
     "PvpanicState",
     "SerialState",
 ]
@@ -48,6 +49,17 @@ class PciBusState:
 
     address: U32
     host_bridge: PciConfigState
+
+
+@attrs.frozen
+class PciHotplugState:
+    """A bit a slot: ``up`` and ``down`` are what the guest has not read of what came and what is to go; ``asked`` what
+    is to go and is there, ``ejected`` what the guest has let go of and is not free yet."""
+
+    up: U32
+    down: U32
+    asked: U32
+    ejected: U32
 
 
 @attrs.frozen
@@ -97,7 +109,6 @@ class FwCfgState:
 class PvpanicState:
     """``told``: bits of the words that the guest has said already (``Pvpanic``)."""
 
-    slot: U8
     told: U8
     config: PciConfigState
 
@@ -111,5 +122,6 @@ class BoardState:
     cmos: CmosState
     debug_port: DebugPortState
     ged: GedState
+    hotplug: PciHotplugState
     fw_cfg: FwCfgState
     pvpanic: PvpanicState | None

@@ -52,7 +52,20 @@ def replay_book(book: Book, folder: Path) -> dict[str, dict[str, Answer]]:
     image = folder / "d.img"
     image.write_bytes(bytes(1 << 20))
     config = {**book.config, "disks": [{**each, "path": str(image)} for each in book.config["disks"]]}
-    return trio.run(replay_in_states, book.requests, folder, config)
+    return trio.run(replay_in_states, [_elsewhere(each, folder) for each in book.requests], folder, config)
+
+
+def _elsewhere(recorded: Recorded, folder: Path) -> Recorded:
+    """A disk that is added, which was in ``/tmp``, is in ``folder``."""
+    body = recorded["body"]
+    if route_of(recorded) != "vm.add-disk":
+        return recorded
+    image = folder / "added.img"
+    image.write_bytes(bytes(1 << 20))
+    moved = {**body, "path": str(image)}
+    length = f"Content-Length: {len(json.dumps(moved, separators=(',', ':')))}"
+    headers = [length if each.startswith("Content-Length:") else each for each in recorded["headers"]]
+    return {**recorded, "headers": headers, "body": moved}
 
 
 def texts_of(answer: Answer) -> list[str]:

@@ -15,6 +15,7 @@ from trivmm.state.platform import (
     GedState,
     PciBusState,
     PciConfigState,
+    PciHotplugState,
     SerialState,
 )
 from trivmm.state.strict import structure, unstructure
@@ -42,6 +43,7 @@ def a_board() -> BoardState:
         debug_port=DebugPortState(0, 0),
         ged=GedState(0),
         pvpanic=None,
+        hotplug=PciHotplugState(0, 0, 0, 0),
         fw_cfg=FwCfgState(0, 0),
     )
 

@@ -66,11 +66,15 @@ class WorkerDevice:
         """The C struct of a new worker, initialised."""
         raise NotImplementedError
 
+    def _worker_of(self, queues: Sequence[int], features: int) -> Any:
+        """The same, of the worker that these queues, by index, have in common."""
+        return self._make_worker(features)
+
     async def activate(self, setup: DriverSetup, handles: Sequence[QueueHandle], workers: trio.Nursery) -> None:
         """:raises ValueError: when a queue's rings don't lie in RAM."""
         self._queues = list(setup.queues)
         for indices in self._shared_out([index for index, _ in setup.enabled()]):
-            native = self._make_worker(setup.features)
+            native = self._worker_of(indices, setup.features)
             name = f"{self.name}_q{'+'.join(map(str, indices))}"
             queues = {index: setup.queues[index] for index in indices}
             worker = QueueWorker(name, native, self.memory, queues, handles, setup.features, self._broken)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeAlias, Type
 import attrs
 
 from trivmm.config import VmConfig
+from trivmm.errors import ConfigError
 from trivmm.notyet import NotYet
 from trivmm.syntax import Keys, as_text, parse_integer, parse_object, parse_toggle
 
@@ -30,6 +31,7 @@ __all__ = [
     "Contract",
     "DeviceConfig",
     "DeviceKind",
+    "Hotplug",
     "Option",
     "Place",
 ]
@@ -76,6 +78,7 @@ class Contract:
 class Option:
     """``--name``; ``main`` is the key that a lone value was probably meant for. ``absent`` is the text that is assumed
     when the option is not given, None: there is no such device then. ``base`` are keys that need not be given.
+    ``plain`` is what the option means without a value, None: it wants one.
     ``custom`` reads an option that is no list of ``keys``."""
 
     name: str
@@ -84,6 +87,7 @@ class Option:
     keys: Keys
     main: str = ""
     absent: str | None = None
+    plain: str | None = None
     base: Mapping[str, object] = attrs.field(factory=dict)
     custom: Callable[[str, str, Keys], dict[str, Any]] | None = None
 
@@ -97,6 +101,15 @@ class Option:
         """How the help spells a JSON key."""
         words = [word for word in self.metavar.replace("[", ",").split(",") if word.partition("=")[0] == key]
         return words[0] if words else f"{key}=…"
+
+
+@attrs.frozen
+class Hotplug:
+    """One can be added to a VM that runs, by the API's ``vm.VERB``, and taken away. ``fails`` is what an error of that
+    says first, in Cloud Hypervisor's words."""
+
+    verb: str
+    fails: str
 
 
 @attrs.frozen
@@ -131,7 +144,8 @@ class DeviceKind(Generic[C]):
 
     ``present`` says whether a configuration stands for a device at all; ``check`` looks at all of a VM's before
     anything is opened; ``as_built`` is that of a device that was made, as it stays from now on, at reboots and at a
-    destination; ``line`` is that of the device's console line."""
+    destination; ``line`` is that of the device's console line; ``hotplug`` how it is added to a VM that runs, None: it
+    is there from boot to the end."""
 
     config: type[C]
     contract: Contract
@@ -144,6 +158,7 @@ class DeviceKind(Generic[C]):
     check: Callable[[Sequence[C]], None] = _nothing
     as_built: Callable[[C, WorkerDevice], C] = _same
     line: Callable[[C], LineConfig | None] = _no_line
+    hotplug: Hotplug | None = None
 
     def of(self, config: VmConfig) -> tuple[C, ...]:
         """This kind's configurations in a VM's, in their order."""
@@ -162,6 +177,24 @@ class DeviceKind(Generic[C]):
             return attrs.evolve(config, virtio=virtio)
         value: Any = tuple(mine) if self.contract.many else mine[0] if mine else getattr(config, self.contract.section)
         return attrs.evolve(config, **{self.contract.section: value})
+
+    def grown(self, config: VmConfig, one: C) -> VmConfig:
+        """``config`` with one more. :raises ConfigError: there can't be more."""
+        mine = self.of(config)
+        if mine and not self.contract.many:
+            raise ConfigError(self.contract.section, one, "there is one already", "remove it first")
+        if self.contract.section not in NAMED:
+            return attrs.evolve(config, virtio=(*config.virtio, one))
+        value: Any = (*mine, one) if self.contract.many else one
+        return attrs.evolve(config, **{self.contract.section: value})
+
+    def shrunk(self, config: VmConfig, index: int) -> VmConfig:
+        """``config`` without one of :meth:`of`."""
+        gone = self.of(config)[index]
+        if self.contract.section not in NAMED:
+            return attrs.evolve(config, virtio=tuple(each for each in config.virtio if each is not gone))
+        left: Any = tuple(each for each in self.of(config) if each is not gone) if self.contract.many else None
+        return attrs.evolve(config, **{self.contract.section: left})
 
 
 AnyKind: TypeAlias = DeviceKind[Any]

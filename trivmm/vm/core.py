@@ -19,6 +19,7 @@ from trivmm.machine.machine import Machine
 from trivmm.migration.progress import MigrationProgress
 from trivmm.migration.source.doubt import Doubt
 from trivmm.nursery.ownership import MIGRATION, Ownership
+from trivmm.vm.triplefaults import TripleFaults
 
 __all__ = ["ExitReason", "VmCore", "VmState"]
 
@@ -70,6 +71,7 @@ class VmCore:
     _exited: trio.Event = attrs.field(factory=trio.Event, init=False)
     _asked: trio.Event = attrs.field(factory=trio.Event, init=False)  # the guest wants something of its owner
     _migration: trio.CancelScope | None = attrs.field(default=None, init=False)
+    _triple_faults: TripleFaults = attrs.field(factory=TripleFaults, init=False)
     _console: ConsoleCursor | None = attrs.field(default=None, init=False)  # where wait_for_console goes on
 
     def _make_host(self) -> MachineHost:
@@ -79,6 +81,7 @@ class VmCore:
             self._nursery,
             self._tell_of_device,
             self._ask_owner,
+            self._tell_of_removal,
             lambda word: self.events.emit("guest", "panic", event=word),
         )
 
@@ -140,6 +143,9 @@ class VmCore:
     def _tell_of_device(self, event: str, device: str, generation: int) -> None:
         self._activated += event == "activated"
         self.events.emit("virtio-device", event, id=device, generation=str(generation))
+
+    def _tell_of_removal(self, name: str, bdf: str) -> None:
+        self._tell("device-removed", id=name, bdf=bdf)
 
     def _ask_owner(self) -> None:
         self._asked.set()

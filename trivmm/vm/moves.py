@@ -77,7 +77,8 @@ class Moves(VmCore):
                     self._migration = scope
                     if on_accepted is not None:
                         on_accepted()
-                    report = await send(machine, dialer, options, note)
+                    async with machine.hotplug.ejector.held():  # the destination builds what there is at the start
+                        report = await send(machine, dialer, options, note)
                 if scope.cancelled_caught:
                     raise MigrationCancelled("the migration was cancelled; the VM runs here")
             except MigrationInDoubt as error:
@@ -158,5 +159,6 @@ class Moves(VmCore):
     def adopt(self) -> None:
         """The machine that a migration brought runs here now (or stays paused, as it was sent)."""
         assert self.host.machine is not None
+        self.config = self.host.machine.board.kept_config
         self._enter(VmState.RUNNING if self.host.machine.wanted is Stage.RUNNING else VmState.PAUSED)
         self._tell("migration-receive-finished")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import trio
 
@@ -13,7 +14,7 @@ from trivmm.events import EventBus
 from trivmm.hypervisor.base import Hypervisor
 from trivmm.migration.source.sender import socket_dialer
 from trivmm.unwrapped import unwrapped_nursery
-from trivmm.vm import Dial, Vm, open_vm
+from trivmm.vm import Dial, PciDeviceInfo, Vm, open_vm
 from trivmm.vmm.core import VmmEnd, VmmOptions
 from trivmm.vmm.moves import VmmMoves
 from trivmm.vmm.slot import Result
@@ -75,6 +76,15 @@ class Vmm(VmmMoves):
     async def power_button(self) -> None:
         self._changing("power-button")
         await self.vm.power_button()
+
+    async def add_device(self, config: Any) -> PciDeviceInfo | None:
+        """See :meth:`Vm.add_device`."""
+        self._changing("add-device")
+        return await self.vm.add_device(config)
+
+    async def remove_device(self, name: str) -> None:
+        self._changing("remove-device")
+        await self.vm.remove_device(name)
 
     async def resize(self, vcpus: int | None, ram: int | None, balloon: int | None) -> None:
         """The balloon; else as far as there is nothing to do: hotplug of vCPUs and memory is not there yet. A VM that

@@ -20,7 +20,6 @@ import struct
 from collections.abc import Sequence
 from typing import Final
 
-from trivmm.config import DiskConfig
 from trivmm.errors import ConfigError, MigrationError, reason_of
 
 __all__ = ["SECTOR", "ImageFile", "check_given_once"]
@@ -35,9 +34,10 @@ FLOCK: Final = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, le
 class ImageFile:
     """``fd`` is open from construction to :meth:`close`; ``sync_fd`` is :meth:`flush`'s."""
 
-    def __init__(self, path: str, *, readonly: bool, lock: bool) -> None:
-        """:raises ConfigError: naming ``disks.path`` and what is wrong with it."""
+    def __init__(self, path: str, *, readonly: bool, lock: bool, field: str = "disks.path") -> None:
+        """:raises ConfigError: naming ``field`` and what is wrong with the file."""
         self.path = path
+        self.field = field
         self.readonly = readonly
         self.sync_fd = -1
         self._lost: str | None = None  # why what the guest wrote may be lost
@@ -46,7 +46,7 @@ class ImageFile:
             self.size = self._measure()
             self.sync_fd = self._open()
             if not os.path.sameopenfile(self.fd, self.sync_fd):
-                raise ConfigError("disks.path", path, "was replaced in this moment", "leave it alone while a VM starts")
+                raise ConfigError(field, path, "was replaced in this moment", "leave it alone while a VM starts")
             for fd in (self.fd, self.sync_fd):
                 os.set_blocking(fd, True)
             if lock:
@@ -70,7 +70,7 @@ class ImageFile:
             remedy = "create it (truncate -s 1G PATH), or correct the path"
         elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
             remedy = "make it readable and writable, or give readonly=on"
-        return ConfigError("disks.path", self.path, why, remedy)
+        return ConfigError(self.field, self.path, why, remedy)
 
     def _measure(self) -> int:
         mode = os.fstat(self.fd).st_mode
@@ -81,7 +81,7 @@ class ImageFile:
             fcntl.ioctl(self.fd, BLKGETSIZE64, size)
             return int.from_bytes(size, "little")
         kind = "a directory" if stat.S_ISDIR(mode) else "neither a file nor a block device"
-        raise ConfigError("disks.path", self.path, kind, "give a raw image file")
+        raise ConfigError(self.field, self.path, kind, "give a raw image file")
 
     @property
     def is_block_device(self) -> bool:
@@ -103,10 +103,10 @@ class ImageFile:
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise ConfigError(
-                    "disks.path", self.path, "in use by another VM or program", "stop that one, or give a copy"
+                    self.field, self.path, "in use by another VM or program", "stop that one, or give a copy"
                 ) from error
             raise ConfigError(
-                "disks.path", self.path, f"cannot lock it ({error.strerror})", "give a local file"
+                self.field, self.path, f"cannot lock it ({error.strerror})", "give a local file"
             ) from error
 
     def release_lock(self) -> None:
@@ -126,7 +126,7 @@ class ImageFile:
         except OSError as error:
             self._lost = reason_of(error)
         if self._lost is not None:
-            raise MigrationError(f"disks.path = {self.path}: what the guest wrote can't be flushed ({self._lost})")
+            raise MigrationError(f"{self.field} = {self.path}: what the guest wrote can't be flushed ({self._lost})")
 
     def refresh(self) -> None:
         """What was cached here before the lock was taken is read anew; ``size`` too.
@@ -136,7 +136,7 @@ class ImageFile:
             self.size = self._measure()
             self._drop_cache()
         except OSError as error:
-            raise ConfigError("disks.path", self.path, reason_of(error), "look after its storage") from error
+            raise ConfigError(self.field, self.path, reason_of(error), "look after its storage") from error
 
     def _drop_cache(self) -> None:
         """Drop the clean pages that this host has cached. Of a page that somebody has mapped the host keeps its copy.
@@ -157,22 +157,20 @@ class ImageFile:
         self.fd = self.sync_fd = -1
 
 
-def check_given_once(disks: Sequence[DiskConfig]) -> None:
-    """Two disks on one image would spoil each other's data; the lock would call that "another VM".
+def check_given_once(given: Sequence[tuple[str, str, bool]], remedy: str) -> None:
+    """Two devices on one image would spoil each other's data; the lock would call that "another VM". ``given``: where
+    each stands in the configuration, its path, and whether it is only read.
 
     :raises ConfigError: naming both, unless both only read."""
-    seen: dict[tuple[object, ...], int] = {}
-    for index, disk in enumerate(disks):
+    seen: dict[tuple[object, ...], tuple[str, bool]] = {}
+    for where, path, readonly in given:
         try:
-            found = os.stat(disk.path)
+            found = os.stat(path)
         except (OSError, ValueError):  # opening it says what is wrong
             continue
+        if stat.S_ISDIR(found.st_mode):  # a new file in it
+            continue
         which = ("device", found.st_rdev) if stat.S_ISBLK(found.st_mode) else ("file", found.st_dev, found.st_ino)
-        first = seen.setdefault(which, index)
-        if first != index and not (disk.readonly and disks[first].readonly):
-            raise ConfigError(
-                f"disks[{index}].path",
-                disk.path,
-                f"the same image as disks[{first}].path",
-                "give each disk its own, or give both readonly=on",
-            )
+        first, first_readonly = seen.setdefault(which, (where, readonly))
+        if first != where and not (readonly and first_readonly):
+            raise ConfigError(where, path, f"the same image as {first}", remedy)

@@ -11,7 +11,7 @@ from trivmm.config import DiskConfig
 from trivmm.errors import ConfigError
 from trivmm.notyet import NotYet
 from trivmm.syntax import as_text, parse_integer, parse_toggle
-from trivmm.virtio.kind import BUS_KEYS, BUS_NOT_YET, Contract, DeviceKind, Option, Place
+from trivmm.virtio.kind import BUS_KEYS, BUS_NOT_YET, Contract, DeviceKind, Hotplug, Option, Place
 
 if TYPE_CHECKING:
     from trivmm.virtio.device import WorkerDevice
@@ -48,7 +48,8 @@ def _make(config: DiskConfig, place: Place) -> WorkerDevice:
 def _check(disks: Sequence[DiskConfig]) -> None:
     from trivmm.virtio.block.file import check_given_once
 
-    check_given_once(disks)
+    given = [(f"disks[{index}].path", disk.path, disk.readonly) for index, disk in enumerate(disks)]
+    check_given_once(given, "give each disk its own, or give both readonly=on")
 
 
 def _as_built(disk: DiskConfig, device: WorkerDevice) -> DiskConfig:
@@ -116,4 +117,5 @@ BLOCK: Final = DeviceKind(
     bar_is_64bit=False,
     check=_check,
     as_built=_as_built,
+    hotplug=Hotplug("add-disk", "The disk could not be added to the VM"),
 )
