@@ -57,13 +57,18 @@ def replay_book(book: Book, folder: Path) -> dict[str, dict[str, Answer]]:
 
 
 def _elsewhere(recorded: Recorded, folder: Path) -> Recorded:
-    """A disk that is added, which was in ``/tmp``, is in ``folder``."""
-    body = recorded["body"]
-    if route_of(recorded) != "vm.add-disk":
+    """A disk that is added, which was in ``/tmp``, is in ``folder``; so is what a network interface is tied to, since
+    whether a tap can be made is the host's affair."""
+    body, name = recorded["body"], route_of(recorded)
+    if name == "vm.add-disk":
+        image = folder / "added.img"
+        image.write_bytes(bytes(1 << 20))
+        moved = {**body, "path": str(image)}
+    elif name == "vm.add-net":
+        moved = {key: value for key, value in body.items() if key not in ("tap", "ip", "mask", "num_queues")}
+        moved["link"] = f"connect:{folder}/nobody.sock"
+    else:
         return recorded
-    image = folder / "added.img"
-    image.write_bytes(bytes(1 << 20))
-    moved = {**body, "path": str(image)}
     length = f"Content-Length: {len(json.dumps(moved, separators=(',', ':')))}"
     headers = [length if each.startswith("Content-Length:") else each for each in recorded["headers"]]
     return {**recorded, "headers": headers, "body": moved}
