@@ -19,7 +19,9 @@ from trivmm.config import (
     CpusConfig,
     MemoryConfig,
     PayloadConfig,
+    RateLimiterConfig,
     SerialConfig,
+    TokenBucketConfig,
     VmConfig,
 )
 from trivmm.control.contract import NOT_YET_KEYS, REQUIRED_KEYS
@@ -104,6 +106,8 @@ CLASSES: Final[Mapping[str, tuple[type, ...]]] = {
     "MemoryConfig": (MemoryConfig,),
     "SerialConfig": (SerialConfig,),
     **{kind.contract.schema: (kind.config,) for kind in KINDS},
+    "RateLimiterConfig": (RateLimiterConfig,),
+    "TokenBucket": (TokenBucketConfig,),
     "SendMigrationData": (_Destination, SendOptions),
     "ReceiveMigrationData": (ReceiveMigrationData,),
     "VmResize": (ResizeData,),
@@ -115,6 +119,7 @@ NULL_IS_LEFT_OUT: Final = {
     ("VmConfig", "payload"),
     ("PayloadConfig", "kernel"),
     ("PayloadConfig", "cmdline"),
+    ("TokenBucket", "one_time_burst"),
     *(("VmConfig", kind.contract.section) for kind in KINDS if kind.contract.many),
 }
 NESTED: Final[Mapping[str, str]] = {
@@ -124,6 +129,11 @@ NESTED: Final[Mapping[str, str]] = {
     "serial": "SerialConfig",
     **{kind.contract.section: kind.contract.schema for kind in KINDS if not kind.contract.many},
 }
+INNER: Final[Mapping[str, str]] = {
+    "rate_limiter_config": "RateLimiterConfig",
+    "bandwidth": "TokenBucket",
+    "ops": "TokenBucket",
+}  # objects in the objects of devices
 LISTED: Final[Mapping[str, str]] = {kind.contract.section: kind.contract.schema for kind in KINDS if kind.contract.many}
 BEYOND: Final = sections()  # of devices that have no field in VmConfig
 
@@ -243,7 +253,15 @@ def dump_config(config: VmConfig) -> dict[str, Any]:
 
 
 def _dumped(schema: str, config: Any) -> dict[str, Any]:
-    return {key: item for key, item in attrs.asdict(config).items() if item is not None} | _said(schema)
+    return _without_null(attrs.asdict(config)) | _said(schema)
+
+
+def _without_null(item: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_null(value) if isinstance(value, dict) else value
+        for key, value in item.items()
+        if value is not None
+    }
 
 
 def _said(schema: str) -> dict[str, Any]:
@@ -302,6 +320,8 @@ def _nested(schema: str, key: str, item: object, where: str, unknown: Unknown) -
         return [_checked(LISTED[key], each, f"{where}[{index}]", unknown) for index, each in enumerate(item)]
     if schema == "VmConfig" and key in NESTED:
         return _checked(NESTED[key], item, where, unknown)
+    if key in INNER and item is not None:
+        return _checked(INNER[key], item, where, unknown)
     return item
 
 

@@ -57,16 +57,16 @@ def replay_book(book: Book, folder: Path) -> dict[str, dict[str, Answer]]:
 
 
 def _elsewhere(recorded: Recorded, folder: Path) -> Recorded:
-    """A disk that is added, which was in ``/tmp``, is in ``folder``; so is what a network interface is tied to, since
-    whether a tap can be made is the host's affair."""
-    body, name = recorded["body"], route_of(recorded)
-    if name == "vm.add-disk":
+    """A device that is added has what it opens in ``folder``: a disk an image, a network interface a socket, since a
+    tap is not everybody's to make."""
+    body, route = recorded["body"], route_of(recorded)
+    if route == "vm.add-disk":
         image = folder / "added.img"
         image.write_bytes(bytes(1 << 20))
         moved = {**body, "path": str(image)}
-    elif name == "vm.add-net":
-        moved = {key: value for key, value in body.items() if key not in ("tap", "ip", "mask", "num_queues")}
-        moved["link"] = f"connect:{folder}/nobody.sock"
+    elif route == "vm.add-net":
+        own = {key: item for key, item in body.items() if key not in ("tap", "ip", "mask")}
+        moved = {**own, "num_queues": 2, "link": f"listen:{folder}/added.sock"}
     else:
         return recorded
     length = f"Content-Length: {len(json.dumps(moved, separators=(',', ':')))}"
