@@ -1,8 +1,8 @@
 """virtio-blk under load: requests and bytes a second of one guest, on TriVMM's device and on QEMU's, side by side.
 
 The probe guest keeps its queue full of random reads or writes and looks at the used ring without interrupts, so what is
-measured is the device. Each image lies on tmpfs, and in a file of the folder for temporary files (--disk): with the page
-cache, and past it. QEMU has a thread of its own for the disk, and the faster of its two ways of I/O.
+measured is the device. Each image lies on tmpfs, and in a file of the folder for temporary files (--disk): with the
+page cache, and past it. QEMU has a thread of its own for the disk, and the faster of its two ways of I/O.
 
     python benchmarks/disks.py [--runs 5] [--disk FOLDER] [--seconds 2] [--json]
 """
@@ -41,16 +41,8 @@ class Load:
     depth: int = 16
 
     def cmdline(self) -> str:
-        return probe_cmdline(
-            cpus=2,
-            report=200,
-            rate=0,
-            mem=2,
-            cycle="load",
-            load_kib=self.kib,
-            load_write=int(self.write),
-            load_depth=self.depth,
-        )
+        load = {"load_kib": self.kib, "load_write": int(self.write), "load_depth": self.depth}
+        return probe_cmdline(cpus=2, report=200, rate=0, mem=2, cycle="load", **load)
 
 
 CACHED: Final = (
