@@ -9,7 +9,7 @@ through here too, so both refuse the same things in the same words.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 import attrs
@@ -51,6 +51,8 @@ __all__ = [
     "load_resolve",
     "load_send",
     "parse_json",
+    "with_descriptors",
+    "without_descriptors",
 ]
 
 T = TypeVar("T")
@@ -119,6 +121,7 @@ NULL_IS_LEFT_OUT: Final = {
     ("PayloadConfig", "cmdline"),
     ("TokenBucket", "one_time_burst"),
     *(("VmConfig", kind.contract.section) for kind in KINDS if kind.contract.many),
+    *(("VmConfig", section) for section in sections()),
 }
 NESTED: Final[Mapping[str, str]] = {
     "payload": "PayloadConfig",
@@ -185,6 +188,32 @@ def _listed(section: str, item: Any) -> list[tuple[str, Any]]:
 def load_device(kind: AnyKind, value: object, unknown: Unknown | None = None) -> Any:
     """The body of a verb that adds a device: its kind's schema. :raises ConfigError: as :func:`load_config`."""
     return _load(kind.contract.schema, kind.config, value, unknown)
+
+
+def with_descriptors(kind: AnyKind, body: Any, fds: Sequence[int]) -> Any:
+    """The body of a verb that adds a device, with the descriptors that came along with it in their place: numbers that
+    a client has for them mean nothing here. :raises ConfigError: it names some, and none came."""
+    key = kind.descriptors
+    if not key or not isinstance(body, dict):
+        return body
+    if not fds and body.get(key) is not None:
+        raise _not_passed(key, body[key])
+    return {**body, key: list(fds)} if fds else body
+
+
+def without_descriptors(body: Any) -> Any:
+    """A body with which none come. :raises ConfigError: it names some."""
+    for kind in KINDS:
+        found = body.get(kind.contract.section) if kind.descriptors and isinstance(body, dict) else None
+        for index, each in enumerate(found if isinstance(found, list) else ()):
+            if isinstance(each, dict) and each.get(kind.descriptors) is not None:
+                raise _not_passed(f"{kind.contract.section}[{index}].{kind.descriptors}", each[kind.descriptors])
+    return body
+
+
+def _not_passed(where: str, value: object) -> ConfigError:
+    remedy = "pass them along with a request that adds the device (SCM_RIGHTS)"
+    return ConfigError(where, value, "numbers of descriptors mean nothing to another process", remedy)
 
 
 def load_remove(value: object, unknown: Unknown | None = None) -> RemoveDeviceData:

@@ -6,6 +6,7 @@
 #define MAX_DISKS 8
 #define MAX_QUEUES 4
 #define MAX_SECTORS 4096
+#define MAX_PLUGGED 4
 #define CLEARED 8 /* sectors of a discard or write-zeroes: a block of the host's file system, where it is aligned */
 #define T_IN 0
 #define T_OUT 1
@@ -45,8 +46,8 @@ struct disk {
 extern struct driver blk_driver;
 
 static struct device_counters counters_of_blk;
-static struct rings rings[MAX_DISKS][MAX_QUEUES] __attribute__((aligned(4096)));
-static struct disk disks[MAX_DISKS];
+static struct rings rings[MAX_DISKS + MAX_PLUGGED][MAX_QUEUES] __attribute__((aligned(4096)));
+static struct disk disks[MAX_DISKS + MAX_PLUGGED]; /* those that came later last */
 static uint32_t sectors = 256, wanted_disks = 1, wanted_queues = 1, clears;
 static volatile uint64_t discards, zeroings, queues_used; /* queues_used: bits */
 
@@ -174,41 +175,52 @@ static void check(struct cycle *cycle, uint32_t length)
     }
 }
 
-static int disk_find(uint32_t number)
+static struct vdev *disk_init(uint32_t number)
 {
     struct disk *disk = &disks[number];
-    struct vdev *dev = &disk->cycle.dev;
     disk->number = number;
     disk->cycle.counters = &counters_of_blk;
     disk->cycle.submit = submit;
     disk->cycle.check = check;
+    struct vdev *dev = &disk->cycle.dev;
     dev->rings = &rings[number][0];
-    disk->queues = wanted_queues;
+    disk->queues = number < MAX_DISKS ? wanted_queues : 1;
     for (uint32_t i = 1; i < disk->queues; i++) {
         disk->more[i - 1].rings = &rings[number][i];
         (i > 1 ? &disk->more[i - 2] : dev)->next = &disk->more[i - 1];
     }
-    if (!vdev_find(dev, BLK_ID, number))
-        return 0;
-    if (disk->queues > 1 && *(volatile uint16_t *)(dev->config + NUM_QUEUES) < disk->queues) {
-        device_error("BLK queues", number, disk->queues, *(volatile uint16_t *)(dev->config + NUM_QUEUES));
-        return 0;
-    }
     disk->cycle.features = (clears ? F_DISCARD | F_WRITE_ZEROES : 0) | (disk->queues > 1 ? F_MQ : 0);
-    disk->sectors = sectors;
+    return dev;
+}
+
+static void look_at_size(struct disk *disk)
+{
+    const struct vdev *dev = &disk->cycle.dev;
+    disk->sectors = !sectors || sectors > MAX_SECTORS ? MAX_SECTORS : sectors;
     if (dev->config) {
         uint64_t low = *(volatile uint32_t *)dev->config, high = *(volatile uint32_t *)(dev->config + 4);
         uint64_t capacity = low | high << 32;
         if (capacity && capacity < disk->sectors)
             disk->sectors = (uint32_t)capacity;
     }
-    return 1;
+}
+
+static int disk_find(uint32_t number)
+{
+    if (!vdev_find(disk_init(number), BLK_ID, number))
+        return 0;
+    look_at_size(&disks[number]);
+    const struct disk *disk = &disks[number];
+    if (disk->queues == 1)
+        return 1;
+    uint32_t there = *(volatile uint16_t *)(disk->cycle.dev.config + NUM_QUEUES);
+    if (there < disk->queues)
+        device_error("BLK queues of disk", number, disk->queues, there);
+    return there >= disk->queues;
 }
 
 static void find(void)
 {
-    if (!sectors || sectors > MAX_SECTORS)
-        sectors = MAX_SECTORS;
     if (!wanted_disks || wanted_disks > MAX_DISKS)
         wanted_disks = MAX_DISKS;
     if (!wanted_queues || wanted_queues > MAX_QUEUES)
@@ -226,6 +238,58 @@ static void step(void)
 {
     for (uint32_t number = 0; number < wanted_disks; number++)
         cycle_step(&disks[number].cycle);
+}
+
+/* --- disks that come and go ------------------------------------------------------------------------------------- */
+
+static struct disk *plugged_in(uint32_t slot)
+{
+    for (uint32_t number = MAX_DISKS; number < MAX_DISKS + MAX_PLUGGED; number++)
+        if (disks[number].cycle.dev.slot == slot)
+            return &disks[number];
+    return NULL;
+}
+
+int blk_plug(uint32_t slot)
+{
+    struct disk *disk = plugged_in(0);
+    if (!disk || pci_read(slot, 0, 4) != ((uint32_t)BLK_ID << 16 | 0x1af4))
+        return 0;
+    if (!vdev_at(disk_init((uint32_t)(disk - disks)), slot)) {
+        disk->cycle.dev.slot = 0;
+        return 0;
+    }
+    look_at_size(disk);
+    for (uint32_t sector = 0; sector < MAX_SECTORS; sector++)
+        disk->generation[sector] = disk->content[sector] = 0;
+    disk->cycle.state = CYCLE_RESET;
+    disk->cycle.ios = disk->queue = 0;
+    disk->cycle.asked = NULL;
+    disk->turn = TURN_WRITE;
+    return 1;
+}
+
+void blk_step_plugged(void)
+{
+    for (uint32_t number = MAX_DISKS; number < MAX_DISKS + MAX_PLUGGED; number++)
+        if (disks[number].cycle.dev.slot)
+            cycle_step(&disks[number].cycle);
+}
+
+int blk_unplug(uint32_t slot)
+{
+    struct disk *disk = plugged_in(slot);
+    if (disk && disk->cycle.state != CYCLE_RESET)
+        return 0;
+    blk_forget(slot);
+    return 1;
+}
+
+void blk_forget(uint32_t slot)
+{
+    struct disk *disk = plugged_in(slot);
+    if (disk)
+        disk->cycle.dev.slot = 0;
 }
 
 static void report(void)
