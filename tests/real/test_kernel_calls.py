@@ -89,9 +89,9 @@ class Kernel(ScriptedHypervisor):
 
 
 def _entered(name: str) -> Callable[..., Any]:
-    def call(self: _Vm, *args: Any) -> Any:
+    def call(self: _Vm, *args: Any, **words: Any) -> Any:
         self.kernel.enter(name)
-        return getattr(ScriptedVm, name)(self, *args)
+        return getattr(ScriptedVm, name)(self, *args, **words)
 
     return call
 

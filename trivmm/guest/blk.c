@@ -5,7 +5,6 @@
 #define SECTOR 512
 #define MAX_DISKS 8
 #define MAX_SECTORS 4096
-#define MAX_PLUGGED 4
 
 struct disk {
     struct cycle cycle; /* first: a cycle's disk is at the same address */
@@ -25,8 +24,8 @@ struct disk {
 extern struct driver blk_driver;
 
 static struct device_counters counters_of_blk;
-static struct rings rings[MAX_DISKS + MAX_PLUGGED] __attribute__((aligned(4096)));
-static struct disk disks[MAX_DISKS + MAX_PLUGGED]; /* those that came later last */
+static struct rings rings[MAX_DISKS] __attribute__((aligned(4096)));
+static struct disk disks[MAX_DISKS];
 static uint32_t sectors = 256, wanted_disks = 1;
 
 /* Differs from disk to disk, so that a sector of the wrong one is seen. */
@@ -136,11 +135,11 @@ static void step(void)
         cycle_step(&disks[number].cycle);
 }
 
-/* --- disks that come and go ------------------------------------------------------------------------------------- */
+/* --- disks that come and go, beside those that were there from boot ---------------------------------------------- */
 
 static struct disk *plugged_in(uint32_t slot)
 {
-    for (uint32_t number = MAX_DISKS; number < MAX_DISKS + MAX_PLUGGED; number++)
+    for (uint32_t number = wanted_disks; number < MAX_DISKS; number++)
         if (disks[number].cycle.dev.slot == slot)
             return &disks[number];
     return NULL;
@@ -165,7 +164,7 @@ int blk_plug(uint32_t slot)
 
 void blk_step_plugged(void)
 {
-    for (uint32_t number = MAX_DISKS; number < MAX_DISKS + MAX_PLUGGED; number++)
+    for (uint32_t number = wanted_disks; number < MAX_DISKS; number++)
         if (disks[number].cycle.dev.slot)
             cycle_step(&disks[number].cycle);
 }
