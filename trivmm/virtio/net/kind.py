@@ -94,4 +94,5 @@ NET: Final = DeviceKind(
     pci_class=NETWORK,
     check=_check,
     hotplug=Hotplug("add-net", "The network device could not be added to the VM"),
+    descriptors="fds",
 )
