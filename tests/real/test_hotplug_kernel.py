@@ -10,6 +10,7 @@ import trio
 
 from trivmm import DeadlineError, Deadlines, DiskConfig, MemoryConfig, PayloadConfig, Vm, VmConfig
 from trivmm.guest import probe_path
+from trivmm.testing.cancel_walk import Walk, cancel_walk
 from trivmm.testing.scripted import ScriptedVm
 from trivmm.testing.sides import lock_is_free
 from trivmm.testing.told_guest import ToldGuest, eject
@@ -86,6 +87,34 @@ async def test_who_is_cancelled_while_the_kernel_hangs_has_it_or_not(sight: Sigh
             assert "_disk0" in vm.info()["device_tree"]
             assert not sight.is_free
         assert sight.is_free
+
+
+async def test_who_is_cancelled_at_any_await_has_it_or_not(sight: Sight) -> None:
+    seen = set()
+
+    async def world(walk: Walk[object]) -> None:
+        async with opened(sight.config, sight.kernel) as vm:
+            vm.host.storage.threaded = True
+            await vm.boot()
+            await walk.run(lambda: vm.add_device(sight.disk))
+            there = "_disk0" in vm.info()["device_tree"]
+            seen.add((there, walk.cancelled))
+            assert there is not sight.is_free
+            assert [disk.id for disk in vm.config.disks] == ["_disk0"] * there
+            if there:
+                await walk_away(vm, sight)
+            assert await vm.add_device(sight.disk) is not None
+        assert sight.is_free
+
+    with trio.fail_after(LIMIT_S):
+        assert await cancel_walk(world) >= 2  # opening it, plugging it
+    assert (True, False) in seen
+
+
+async def walk_away(vm: Vm, sight: Sight) -> None:
+    await vm.remove_device("_disk0")
+    await sight.guest.does(eject(1 << SLOT))
+    await until_gone(vm)
 
 
 async def test_one_that_comes_too_late_is_withdrawn(sight: Sight) -> None:
