@@ -44,7 +44,7 @@ class Sight:
 async def sight(tmp_path: Path) -> Sight:
     image = tmp_path / "disk.img"
     image.write_bytes(bytes(1 << 20))
-    config = VmConfig(PayloadConfig(str(probe_path())), memory=MemoryConfig(4 << 20), deadlines=Deadlines(kernel=20))
+    config = VmConfig(PayloadConfig(str(probe_path())), memory=MemoryConfig(16 << 20), deadlines=Deadlines(kernel=20))
     guest = ToldGuest()
     return Sight(config, DiskConfig(str(image)), guest, Kernel(guest.cpu(0)))
 
@@ -149,7 +149,15 @@ async def test_a_vm_that_ends_in_the_middle_of_it_leaves_nothing(sight: Sight) -
 
                 nursery.start_soon(add)
                 await sight.kernel.hanging.wait()
-                nursery.start_soon(trio.to_thread.run_sync, sight.kernel.let_go)
+                tasks = vm.host.machine.hotplug.tasks  # type: ignore[union-attr]
+                assert tasks is not None
+
+                async def let_go_at_the_end() -> None:
+                    while not tasks.closed:  # noqa: ASYNC110 - nobody tells of it
+                        await trio.sleep(0.001)
+                    sight.kernel.let_go()
+
+                nursery.start_soon(let_go_at_the_end)
         assert sight.is_free
         assert ("close",) in sight.kernel.vms[-1].calls
 
