@@ -48,7 +48,7 @@ def build_board(
     config: VmConfig,
     hypervisor: Hypervisor,
     *,
-    on_event: EventSink = lambda kind, device, generation: None,
+    on_event: EventSink = lambda kind, device, generation, **properties: None,
     incoming: bool = False,
     sinks: Mapping[str, Sink] = MappingProxyType({}),
 ) -> Board:
@@ -246,4 +246,9 @@ def plug(board: Board, kind: AnyKind, device: WorkerDevice, number: int) -> Devi
     )
     device.on_broken = actor.fail
     device.on_config_change = transport.config_changed
+
+    def tell(event: str, **properties: str) -> None:
+        board.on_event(event, device.name, transport.state.generation, **properties)
+
+    device.on_event = tell
     return DeviceSlot(kind, device, transport, actor, number)

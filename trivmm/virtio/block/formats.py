@@ -53,7 +53,7 @@ def open_image(config: DiskConfig, *, lock: bool) -> Image:
     """The image of a disk, as its ``image_type`` says, locked or not.
 
     :raises ConfigError: naming ``disks.path`` and what is wrong with it. :raises NotSupported: its format."""
-    file = ImageFile(config.path, readonly=config.readonly, lock=lock)
+    file = ImageFile(config.path, readonly=config.readonly, lock=lock, direct=config.direct)
     try:
         if config.image_type != "Raw":
             _refuse_foreign(file)
