@@ -24,6 +24,9 @@ MODULES = (
     "button",
     "evdev",
     "virtio_console",
+    "vsock",
+    "vmw_vsock_virtio_transport_common",
+    "vmw_vsock_virtio_transport",
 )
 
 
@@ -90,10 +93,23 @@ class Linux:
 
 
 @pytest.fixture(scope="session")
-def linux(tmp_path_factory: pytest.TempPathFactory) -> Linux:
-    folder = tmp_path_factory.mktemp("linux")
-    root = fetch_kernel(folder)
+def linux_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fetch_kernel(tmp_path_factory.mktemp("linux"))
+
+
+def _linux(root: Path, folder: Path, init: str) -> Linux:
+    """With an init of this folder's."""
     found = Linux(next(root.glob("boot/vmlinuz-*")), folder / "initramfs")
-    run("gcc", "-O1", "-static", "-o", str(folder / "init"), str(Path(__file__).with_name("init.c")), folder=folder)
+    run("gcc", "-O1", "-static", "-o", str(folder / "init"), str(Path(__file__).with_name(init)), folder=folder)
     make_initramfs(root, folder / "init", found.initramfs)
     return found
+
+
+@pytest.fixture(scope="session")
+def linux(linux_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Linux:
+    return _linux(linux_root, tmp_path_factory.mktemp("init"), "init.c")
+
+
+@pytest.fixture(scope="session")
+def linux_vsock(linux_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Linux:
+    return _linux(linux_root, tmp_path_factory.mktemp("vsock"), "vsock_init.c")
