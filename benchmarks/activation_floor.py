@@ -1,8 +1,8 @@
 """Activation cycles a second of one device, against a bare C loop of the same exits.
 
 A guest of a few hundred bytes resets a disk, negotiates, sets up its queue and writes DRIVER_OK, for ever, and polls
-for nothing: what it does between two activations is the same 26 exits in both. In the bare loop each is answered at
-once from a variable. Here a reset stops a worker's thread and an activation starts one, while the vCPU waits for either.
+for nothing: between two activations it makes the same 26 exits in both. In the bare loop each is answered at once, from
+a variable. Here a reset stops a worker, a thread, and an activation starts one, while the vCPU waits for either.
 
     python benchmarks/activation_floor.py [--runs 5] [--seconds 2] [--json]
 """
