@@ -36,7 +36,9 @@ def open_files() -> set[str]:
     return found
 
 
-@pytest.fixture(params=[False, True], ids=["inline", "threads"], autouse=True)
+@pytest.fixture(
+    params=[pytest.param(False, id="inline", marks=pytest.mark.slow), pytest.param(True, id="threads")], autouse=True
+)
 def threaded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether such calls are made in threads, though vCPUs are scripted."""
     make = KernelCalls.__init__
