@@ -68,15 +68,26 @@ def make_initramfs(root: Path, init: Path, into: Path) -> None:
 
 @attrs.frozen
 class Linux:
+    """``disk_initramfs`` is around init_disk.c; ``files``: a tree of them, of the package's own."""
+
     kernel: Path
     initramfs: Path
+    disk_initramfs: Path
+    files: Path
 
 
 @pytest.fixture(scope="session")
 def linux(tmp_path_factory: pytest.TempPathFactory) -> Linux:
     folder = tmp_path_factory.mktemp("linux")
     root = fetch(folder)
-    found = Linux(next(root.glob("boot/vmlinuz-*")), folder / "initramfs")
-    run("gcc", "-O1", "-static", "-o", str(folder / "init"), str(Path(__file__).with_name("init.c")), folder=folder)
-    make_initramfs(root, folder / "init", found.initramfs)
+    found = Linux(
+        next(root.glob("boot/vmlinuz-*")),
+        folder / "initramfs",
+        folder / "disk_initramfs",
+        next(root.glob("lib/modules/*/kernel/crypto")),
+    )
+    for name, into in (("init", found.initramfs), ("init_disk", found.disk_initramfs)):
+        source = str(Path(__file__).with_name(f"{name}.c"))
+        run("gcc", "-O1", "-static", "-o", str(folder / name), source, folder=folder)
+        make_initramfs(root, folder / name, into)
     return found
