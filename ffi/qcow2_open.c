@@ -163,8 +163,13 @@ static int load(struct tv_qcow2 *image, struct tv_qcow2_error *error)
     return image->writable ? load_for_writing(image, error) : 0;
 }
 
-static const struct tv_image_ops OPS = {qcow2_read_image, qcow2_write_image, qcow2_flush_image, qcow2_discard_image,
-                                       qcow2_zero_image};
+static const struct tv_image_ops OPS = {
+    .read = qcow2_read_image,
+    .write = qcow2_write_image,
+    .flush = qcow2_flush_image,
+    .discard = qcow2_discard_image,
+    .write_zeroes = qcow2_zero_image,
+};
 
 /* `fd` stays the caller's, open as long as the image is, and for writing if `writable`; the caller holds a lock that
  * keeps others from writing. NULL, with `error`. May wait for the storage. */

@@ -162,7 +162,7 @@ def test_a_vm_may_be_created_without_a_payload(body: dict[str, Any]) -> None:
         (minimal(cpus={"boot_vcpus": 0, "max_vcpus": 1}), "cpus.boot_vcpus = 0: out of range"),
         (minimal(disks={}), "disks = {}: not a list"),
         (minimal(disks=[{"path": "a"}, {"path": "b", "readonly": 1}]), "disks[1].readonly = 1: wrong type"),
-        (minimal(disks=[{"path": "a", "direct": True}]), "disks[0].direct = true: not supported yet"),
+        (minimal(disks=[{"path": "a", "vhost_user": True}]), "disks[0].vhost_user = true: not supported yet"),
         (minimal(disks=[{"path": "a", "image_type": "Vhdx"}]), 'disks.image_type = "Vhdx": only raw and qcow2'),
         (minimal(disks=[{"path": "a", "image_type": "raw"}]), 'disks.image_type = "raw": no such type'),
         (minimal(disks=[{"path": "a", "image_type": None}]), "disks[0].image_type = null: wrong type"),

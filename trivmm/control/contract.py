@@ -31,6 +31,7 @@ REQUIRED_KEYS: Final[Mapping[str, tuple[str, ...]]] = {
     "MemoryConfig": ("size",),
     "SerialConfig": ("mode",),
     **{kind.contract.schema: kind.contract.required for kind in KINDS},
+    "TokenBucket": ("size", "refill_time"),
     "SendMigrationData": ("destination_url",),
     "ReceiveMigrationData": ("receiver_url",),
     "VmRemoveDevice": ("id",),

@@ -20,6 +20,8 @@ over PCI), and reports in lines on COM1. Its words on the command line:
 ``beat=ms``     heartbeat period; ``report=ms`` report period
 ``once=N``      power off after N activations; ``reboot=N`` reboots by the i8042
 ``corrupt=1``   self-test: spoil two pages, which must be reported as LOST and STALE
+``plug=1``      serve PCI hotplug: use disks that come, eject those that are to go; ``plug=2``: never eject;
+                ``plug=3``: eject in the middle of whatever goes on
 ``tsc_khz=N``   the TSC's frequency
 ==============  ====================================================================================================
 

@@ -1,6 +1,6 @@
 /* Every driver, in the order of their steps. */
 #include "driver.h"
 
-extern struct driver rng_driver, blk_driver, echo_driver, net_driver;
+extern struct driver rng_driver, blk_driver, echo_driver, net_driver, plug_driver;
 
-struct driver *const drivers[] = {&rng_driver, &blk_driver, &echo_driver, &net_driver, NULL};
+struct driver *const drivers[] = {&rng_driver, &blk_driver, &echo_driver, &net_driver, &plug_driver, NULL};

@@ -23,6 +23,7 @@ __all__ = [
     "PciBusState",
     "PciConfigState",
     "PciHotplugState",
+    "PmTimerState",
     "SerialState",
 ]
 
@@ -105,6 +106,11 @@ class FwCfgState:
 
 
 @attrs.frozen
+class PmTimerState:
+    ticks: U32
+
+
+@attrs.frozen
 class BoardState:
     """Fields are named as ``Board.fixed`` names the parts."""
 
@@ -115,3 +121,4 @@ class BoardState:
     ged: GedState
     hotplug: PciHotplugState
     fw_cfg: FwCfgState
+    pm_timer: PmTimerState

@@ -54,7 +54,7 @@ def open_image(config: DiskConfig, *, lock: bool) -> Image:
     """The image of a disk, as its ``image_type`` says, locked or not.
 
     :raises ConfigError: naming ``disks.path`` and what is wrong with it. :raises NotSupported: its format."""
-    file = ImageFile(config.path, readonly=config.readonly, lock=lock)
+    file = ImageFile(config.path, readonly=config.readonly, lock=lock, direct=config.direct)
     try:
         found = None if config.image_type == "Raw" else _look(file)
         if config.image_type == "Qcow2" and found != "qcow2":
