@@ -253,11 +253,11 @@ class DiskConfig:
     queue_size: int = 128
     pci_device_id: int | None = None
     image_type: str = "Unknown"
-    backing_files: bool = False
     direct: bool = False
     sparse: bool = True
     disable_io_uring: bool = False
     rate_limiter_config: RateLimiterConfig | None = None
+    backing_files: bool = False
 
     def __attrs_post_init__(self) -> None:
         check_id("disks.id", self.id)

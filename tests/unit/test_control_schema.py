@@ -31,6 +31,7 @@ from trivmm.control.unknown import MAX_KEY, MAX_KINDS, UnknownKeys
 from trivmm.errors import ConfigError, NotSupported
 from trivmm.migration.options import SendOptions, TimeoutStrategy
 from trivmm.virtio.kinds import sections
+from trivmm.virtio.vsock.config import VsockConfig
 
 DATA = Path(__file__).parent.parent / "data"
 CONTRACT: dict[str, Any] = yaml.safe_load((DATA / "cloud-hypervisor.openapi.yaml").read_text())
@@ -203,7 +204,7 @@ def test_refusals_are_one_line_and_name_the_path(body: Any, said: str) -> None:
 
 def test_what_is_not_there_yet_has_its_own_class() -> None:
     with pytest.raises(NotSupported):
-        load_config(minimal(vsock={"cid": 3, "socket": "/s"}))
+        load_config(minimal(tpm={"socket": "/s"}))
 
 
 def test_send_and_receive() -> None:
@@ -324,7 +325,7 @@ KEYS = sorted({key for schema in CLASSES for key in CONTRACT["components"]["sche
 
 
 FULL = {
-    **dump_config(VmConfig(PayloadConfig("/k", "c", "/i"), disks=["a", "b"])),
+    **dump_config(VmConfig(PayloadConfig("/k", "c", "/i"), disks=["a", "b"], virtio=[VsockConfig(3, "/v")])),
     "platform": {"num_pci_segments": 1},
 }
 OBJECTS = {  # where an object stands in FULL → its schema

@@ -49,7 +49,6 @@ NOT_YET_KEYS: Final[Mapping[str, Mapping[str, object]]] = {
         "devices": None,
         "user_devices": None,
         "vdpa": None,
-        "vsock": None,
         "pvmemcontrol": None,
         "numa": None,
         "iommu": False,

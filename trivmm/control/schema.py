@@ -121,6 +121,7 @@ NULL_IS_LEFT_OUT: Final = {
     ("PayloadConfig", "cmdline"),
     ("TokenBucket", "one_time_burst"),
     *(("VmConfig", kind.contract.section) for kind in KINDS if kind.contract.many),
+    *(("VmConfig", section) for section in sections()),
 }
 NESTED: Final[Mapping[str, str]] = {
     "payload": "PayloadConfig",

@@ -1,6 +1,8 @@
 /* Every driver, in the order of their steps. */
 #include "driver.h"
 
-extern struct driver rng_driver, blk_driver, echo_driver, net_driver, plug_driver;
+extern struct driver rng_driver, blk_driver, echo_driver, net_driver, vsock_driver, plug_driver, hostile_driver;
 
-struct driver *const drivers[] = {&rng_driver, &blk_driver, &echo_driver, &net_driver, &plug_driver, NULL};
+struct driver *const drivers[] = {
+    &rng_driver, &blk_driver, &echo_driver, &net_driver, &vsock_driver, &plug_driver, &hostile_driver, NULL,
+};

@@ -12,6 +12,7 @@ from trivmm.virtio.console.kind import CONSOLE
 from trivmm.virtio.kind import AnyKind
 from trivmm.virtio.net.kind import NET
 from trivmm.virtio.rng.kind import RNG
+from trivmm.virtio.vsock.kind import VSOCK
 
 __all__ = ["KINDS", "find", "hotplug_verbs", "kind_of", "names_of", "sections", "without"]
 
@@ -20,6 +21,7 @@ KINDS: Final[list[AnyKind]] = [
     BLOCK,
     NET,
     RNG,
+    VSOCK,
 ]
 
 

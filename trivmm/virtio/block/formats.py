@@ -61,6 +61,9 @@ def open_image(config: DiskConfig, *, lock: bool) -> Image:
             what = "a raw one" if found is None else f"a {found} image"
             raise ConfigError("disks.path", file.path, f"no qcow2 image but {what}", "give the image_type that it has")
         if found == "qcow2":
+            if config.direct:
+                remedy = "leave it out, or convert the image (qemu-img convert -O raw OLD NEW)"
+                raise NotSupported("disks.direct", True, "not for qcow2 images yet", remedy)
             return Qcow2Image(file, config, lock=lock)
         if found is not None:
             remedy = (
