@@ -88,8 +88,11 @@ def make_initramfs(root: Path, init: Path, into: Path) -> None:
 
 @attrs.frozen
 class Linux:
+    """``files``: a tree of them, of the package's own."""
+
     kernel: Path
     initramfs: Path
+    files: Path
 
 
 @pytest.fixture(scope="session")
@@ -99,7 +102,8 @@ def linux_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _linux(root: Path, folder: Path, init: str) -> Linux:
     """With an init of this folder's."""
-    found = Linux(next(root.glob("boot/vmlinuz-*")), folder / "initramfs")
+    files = next(root.glob("lib/modules/*/kernel/crypto"))
+    found = Linux(next(root.glob("boot/vmlinuz-*")), folder / "initramfs", files)
     run("gcc", "-O1", "-static", "-o", str(folder / "init"), str(Path(__file__).with_name(init)), folder=folder)
     make_initramfs(root, folder / "init", found.initramfs)
     return found
@@ -113,3 +117,8 @@ def linux(linux_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Linux:
 @pytest.fixture(scope="session")
 def linux_vsock(linux_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Linux:
     return _linux(linux_root, tmp_path_factory.mktemp("vsock"), "vsock_init.c")
+
+
+@pytest.fixture(scope="session")
+def linux_disk(linux_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Linux:
+    return _linux(linux_root, tmp_path_factory.mktemp("disk"), "init_disk.c")
