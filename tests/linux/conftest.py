@@ -24,6 +24,9 @@ MODULES = (
     "button",
     "evdev",
     "virtio_console",
+    "failover",
+    "net_failover",
+    "virtio_net",
 )
 
 
