@@ -27,6 +27,9 @@ MODULES = (
     "vsock",
     "vmw_vsock_virtio_transport_common",
     "vmw_vsock_virtio_transport",
+    "failover",
+    "net_failover",
+    "virtio_net",
 )
 
 
