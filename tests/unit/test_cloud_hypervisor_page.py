@@ -19,6 +19,7 @@ TELLING: Final = {  # how an event's name stands in the source → (its source, 
     r'emit\("vm", "([a-z-]+)"': ("vm", ""),
     r'tell_of_receiving\("([a-z-]+)"': ("vm", "migration-receive-"),
     r'emit\("vmm", "([a-z-]+)"': ("vmm", ""),
+    r'emit\("guest", "([a-z-]+)"': ("guest", ""),
     r'Event\("vmm", "([a-z-]+)"': ("vmm", ""),
     r'on_event\("([a-z-]+)"': ("virtio-device", ""),
 }

@@ -49,7 +49,6 @@ REFUSED: Final = {
     "--numa": "leave it out",
     "--pci-segment": "leave it out: there is one PCI bus",
     "--platform": "leave it out",
-    "--pmem": "give --disk path=…",
     "--pvmemcontrol": "leave it out",
     "--rate-limit-group": "leave it out",
     "--restore": "leave it out: there are no snapshots yet",
@@ -57,7 +56,6 @@ REFUSED: Final = {
     "--user-device": "leave it out",
     "--vdpa": "leave it out",
     "--vsock": "leave it out",
-    "--watchdog": "leave it out",
 }
 
 
@@ -129,6 +127,9 @@ def run_parser() -> Parser:
     vm.add_argument("--serial", metavar=modes, help="the serial port (tty where stdout is a terminal, else null)")
     for kind in KINDS:
         option = kind.option
+        if kind.contract.flag:
+            vm.add_argument(f"--{option.name}", action="store_true", default=None, help=option.help)
+            continue
         several: dict[str, Any] = {}
         if kind.contract.many:
             several = {"nargs": "+" if option.plain is None else "*", "action": _Several, "const": option.plain}

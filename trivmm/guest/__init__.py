@@ -14,6 +14,8 @@ over PCI), and reports in lines on COM1. Its words on the command line:
 ``event_idx=1`` ``indirect=1``   negotiate these ring features
 ``echo=1``      echo on the virtio console what is typed there
 ``balloon=MiB`` give pages away from so much RAM behind that of ``mem=``; ``balloon_report=1`` report free ones too
+``pmem=N``      store in, and check, N pages of the persistent memory, and flush it
+``watchdog=N``  ping the watchdog N times, and then no more
 ``pvpanic=N``   say N to pvpanic, again and again
 ``sectors=N``   sectors to use of each disk, at most 4096; ``disks=N`` disks to cycle, 1 to 8
 ``net=1``       drive the network interface; ``net_mib=N`` to send the other end, which is one like this, in frames of

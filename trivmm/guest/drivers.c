@@ -1,8 +1,8 @@
 /* Every driver, in the order of their steps. */
 #include "driver.h"
 
-extern struct driver rng_driver, blk_driver, echo_driver, net_driver, balloon_driver, pvpanic_driver;
+extern struct driver rng_driver, blk_driver, echo_driver, net_driver, balloon_driver, pvpanic_driver, pmem_driver, watchdog_driver;
 
 struct driver *const drivers[] = {
-    &rng_driver, &blk_driver, &echo_driver, &net_driver, &balloon_driver, &pvpanic_driver, NULL,
+    &rng_driver, &blk_driver, &echo_driver, &net_driver, &balloon_driver, &pvpanic_driver, &pmem_driver, &watchdog_driver, NULL,
 };

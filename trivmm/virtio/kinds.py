@@ -12,7 +12,9 @@ from trivmm.virtio.block.kind import BLOCK
 from trivmm.virtio.console.kind import CONSOLE
 from trivmm.virtio.kind import AnyKind
 from trivmm.virtio.net.kind import NET
+from trivmm.virtio.pmem.kind import PMEM
 from trivmm.virtio.rng.kind import RNG
+from trivmm.virtio.watchdog.kind import WATCHDOG
 
 __all__ = ["KINDS", "find", "hotplug_verbs", "kind_of", "names_of", "sections", "without"]
 
@@ -21,7 +23,9 @@ KINDS: Final[list[AnyKind]] = [
     BLOCK,
     NET,
     RNG,
+    PMEM,
     BALLOON,
+    WATCHDOG,
 ]
 
 
