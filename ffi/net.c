@@ -238,14 +238,13 @@ static enum delivered deliver(struct tv_net_worker *self, struct tv_queue *queue
         struct tv_chain *chain = used ? &self->worker.chain : &self->first;
         uint32_t before = used ? 0 : TV_NET_HEADER, left = length - done;
         int got = used && !mergeable ? 0 : tv_queue_pop(queue, chain);
-        if (got < 0)
-            return BROKEN;
-        if (!got) {
+        if (got <= 0) {
             int never = used && (!mergeable || used == queue->size);
             tv_queue_rewind(queue, (uint16_t)used);
-            return never ? TOO_LONG : NO_BUFFER;
+            return got < 0 ? BROKEN : never ? TOO_LONG : NO_BUFFER;
         }
         if (chain->writable_bytes <= before) {
+            tv_queue_rewind(queue, (uint16_t)(used + 1));
             queue->broken = TV_BROKEN_REQUEST; /* no room for a header, or for anything */
             return BROKEN;
         }

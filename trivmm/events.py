@@ -8,7 +8,7 @@ when the bus closes.
 Sources and events: ``vmm`` starting, shutdown; ``vm`` booting, booted, pausing, paused, resuming, resumed, resizing,
 resized, rebooting, rebooted, shutdown, deleted, migration-started, migration-memory-iteration, migration-finished,
 migration-failed, migration-receive-ready, -started, -finished, -failed; ``virtio-device`` activated, reset, failed,
-stuck; ``guest`` panic.
+stuck, io-error; ``guest`` panic.
 """
 
 from __future__ import annotations

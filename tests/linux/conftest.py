@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import attrs
@@ -33,7 +34,7 @@ def run(*command: str, folder: Path, data: bytes | None = None) -> bytes:
     return done.stdout
 
 
-def fetch(folder: Path) -> Path:
+def fetch_kernel(folder: Path) -> Path:
     """The unpacked package. Skips where there is no apt, or nowhere to fetch from."""
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if missing:
@@ -41,11 +42,27 @@ def fetch(folder: Path) -> Path:
     try:
         depends = run("apt-cache", "depends", PACKAGE, folder=folder).decode()
         package = next(line.split()[-1] for line in depends.splitlines() if "Depends: linux-image-" in line)
-        run("apt-get", "download", package, folder=folder)
     except (OSError, StopIteration) as error:
         pytest.skip(f"cannot fetch {PACKAGE}: {error}")
+    return fetch(folder, package)
+
+
+def fetch(folder: Path, package: str) -> Path:
+    """An unpacked package; skips as above."""
+    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
+        pytest.skip(f"needs apt-get and dpkg-deb to fetch {package}")
+    try:
+        run("apt-get", "download", package, folder=folder)
+    except OSError as error:
+        pytest.skip(f"cannot fetch {package}: {error}")
     run("dpkg-deb", "-x", next(folder.glob("*.deb")).name, "root", folder=folder)
     return folder / "root"
+
+
+@pytest.fixture(scope="session")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Fetches one by its name."""
+    return lambda name: fetch(tmp_path_factory.mktemp(name), name)
 
 
 def _entry(name: str, mode: int, data: bytes = b"", device: tuple[int, int] = (0, 0)) -> bytes:
@@ -75,7 +92,7 @@ class Linux:
 @pytest.fixture(scope="session")
 def linux(tmp_path_factory: pytest.TempPathFactory) -> Linux:
     folder = tmp_path_factory.mktemp("linux")
-    root = fetch(folder)
+    root = fetch_kernel(folder)
     found = Linux(next(root.glob("boot/vmlinuz-*")), folder / "initramfs")
     run("gcc", "-O1", "-static", "-o", str(folder / "init"), str(Path(__file__).with_name("init.c")), folder=folder)
     make_initramfs(root, folder / "init", found.initramfs)

@@ -1,6 +1,6 @@
 /* The init of a Linux guest: loads the drivers, then writes, reads back and asks for random bytes, and powers off when
  * the power button is pressed. Every round is a line, on the serial port and on the virtio console, so that a lost or a
- * doubled one is seen. */
+ * doubled one is seen. After the rounds it uses a disk that comes, until that is taken away again, twice. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -48,6 +48,31 @@ static int open_soon(const char *path, int flags)
     return -1;
 }
 
+/* A disk that comes while this runs: it is written and read until it goes. */
+static void use_plugged(char *out, char *in)
+{
+    const struct timespec pause = {0, 100000000};
+    int disk = -1;
+
+    printf("GUEST wants a disk\n");
+    for (int tries = 0; disk < 0 && tries < 3000; tries++) {
+        disk = open("/dev/vdb", O_RDWR | O_DIRECT);
+        if (disk < 0)
+            nanosleep(&pause, NULL);
+    }
+    for (unsigned long round = 0;; round++) {
+        off_t at = (off_t)(round % 64) * BLOCK;
+        memset(out, (int)('a' + round % 26), BLOCK);
+        snprintf(out, BLOCK, "plugged %lu", round);
+        if (pwrite(disk, out, BLOCK, at) != BLOCK || fsync(disk) || pread(disk, in, BLOCK, at) != BLOCK)
+            break;
+        printf("GUEST plugged %lu %s\n", round, memcmp(in, out, BLOCK) ? "bad" : "good");
+        nanosleep(&pause, NULL);
+    }
+    printf("GUEST disk gone: %s\n", strerror(errno));
+    close(disk);
+}
+
 /* Whether the button is pressed within five minutes. */
 static int pressed(int button)
 {
@@ -93,6 +118,8 @@ int main(void)
             printf("GUEST typed %.*s on %d x %d\n", typed, in, size.ws_col, size.ws_row);
         nanosleep(&pause, NULL);
     }
+    use_plugged(out, in);
+    use_plugged(out, in);
     sync();
     printf("GUEST done\n");
     printf(pressed(button) ? "GUEST power button\n" : "GUEST problem: no power button\n");

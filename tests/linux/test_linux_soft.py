@@ -1,6 +1,6 @@
 """A distribution's Linux with its own drivers, on the soft CPU: boots, uses its devices, moves, powers off when told.
 
-The kernel is fetched by apt at each run; nothing of it is in the repository.
+Disks come and go by its own ACPI hotplug. The kernel is fetched by apt at each run; nothing of it is in the repository.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from trivmm import (
     DiskConfig,
     MemoryConfig,
     PayloadConfig,
+    PciDeviceInfo,
     SerialConfig,
+    Vm,
     VmConfig,
     open_incoming,
     open_vm,
@@ -35,6 +37,16 @@ LIMIT_S = 900
 CMDLINE = "console=ttyS0 mitigations=off panic=-1 cryptomgr.notests"
 MOVES_AT = (10, 20, 30)  # rounds of the guest
 LAST = 59
+
+
+async def move(stack: AsyncExitStack, vm: Vm, url: str) -> Vm:
+    """Where it is then."""
+    incoming = await stack.enter_async_context(open_incoming(url, hypervisor=SoftHypervisor()))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(incoming.receive)
+        await vm.migrate_to(incoming.url)
+    assert (await vm.wait()).kind == "migrated"
+    return incoming.vm
 
 
 async def test_linux_boots_uses_its_devices_and_moves(linux: Any, tmp_path: Path) -> None:
@@ -58,18 +70,26 @@ async def test_linux_boots_uses_its_devices_and_moves(linux: Any, tmp_path: Path
                 console_of(vm.host.machine.board).resize(100 + number, 30)
                 await vm.wait_for_console(f"GUEST round {at} ")  # its worker thread has had time to look at the size
                 await vm.feed_console(b"word %d" % number, "console")
-                listening = open_incoming(f"unix:{tmp_path}/{number}.sock", hypervisor=SoftHypervisor())
-                incoming = await stack.enter_async_context(listening)
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(incoming.receive)
-                    await vm.migrate_to(incoming.url)
-                assert (await vm.wait()).kind == "migrated"
-                vm = incoming.vm
+                vm = await move(stack, vm, f"unix:{tmp_path}/{number}.sock")
+            for number, plugged in enumerate((tmp_path / "first.img", tmp_path / "second.img")):
+                plugged.write_bytes(bytes(1 << 20))
+                await vm.wait_for_console("GUEST wants a disk")
+                assert await vm.add_device(DiskConfig(str(plugged))) == PciDeviceInfo("_disk1", "0000:00:04.0")
+                await vm.wait_for_console("GUEST plugged 3 good")
+                if number:
+                    vm = await move(stack, vm, f"unix:{tmp_path}/plugged.sock")
+                    await vm.wait_for_console("GUEST plugged 6 good")
+                await vm.remove_device("_disk1")
+                await vm.wait_for_console("GUEST disk gone")
+                while "_disk1" in vm.info()["device_tree"]:
+                    await vm.console_output()
+                assert plugged.read_bytes().startswith(b"plugged 0\0")
             await vm.wait_for_console("GUEST done")
             await vm.power_button()
             assert (await vm.wait()).kind == "poweroff"
     said = serial.read_text(errors="replace")
     assert "GUEST problem" not in said
+    assert not re.search(r"GUEST plugged \d+ bad", said)
     assert said.count("GUEST power button") == 1
     rounds = re.findall(r"GUEST round (\d+) disk (\w+) rng (-?\d+)", said)
     assert rounds == [(str(number), "good", "8") for number in range(LAST + 1)]

@@ -47,7 +47,11 @@ FRESH_COUNTERS = {  # Cloud Hypervisor's answer for a disk that has done nothing
     "write_latency_max": NONE_YET,
     "write_latency_avg": 1844674407370955,
     "flush_ops": 0,
+    "discard_ops": 0,
+    "write_zeroes_ops": 0,
     "errors": 0,
+    "io_errors": 0,
+    "limited": 0,
 }
 
 
@@ -295,6 +299,7 @@ def stand_in(device: BlockDevice, kind: int, move: Callable[..., int]) -> None:
 
     callback = ffi.callback(ffi.typeof(getattr(slow, name)), called, error=-1)
     setattr(slow, name, callback)
+    slow.where = ffi.NULL  # the kernel would not ask it
     native.ops = slow
     device.image.stood_in = slow, callback  # type: ignore[attr-defined]
 

@@ -56,7 +56,7 @@ OUTCOMES: Final = {
     "add-net tap=,ip=192.168.4.1,mask=255.255.255.0,num_queues=4": None,
     "add-pmem file=/tmp/p.img,size=1G": None,
     "add-fs tag=t,socket=/tmp/fs.sock": "fs",
-    "add-vsock cid=3,socket=/tmp/v.sock": "vsock",
+    "add-vsock cid=3,socket=/tmp/v.sock": None,
     "add-device path=/sys/bus/pci/devices/0000:00:01.0": "devices",
     "add-vdpa path=/dev/vhost-vdpa-0": "vdpa",
     "send-migration destination_url=unix:/tmp/m": None,

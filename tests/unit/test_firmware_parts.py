@@ -15,6 +15,7 @@ from trivmm.memory import layout
 from trivmm.memory.guest import GuestMemory
 from trivmm.platform.cmos import Cmos
 from trivmm.platform.fw_cfg import FwCfg
+from trivmm.platform.pm_timer import PmTimer
 from trivmm.state.platform import FwCfgState
 
 MIB = 1 << 20
@@ -170,3 +171,16 @@ def test_the_shutdown_status_is_a_firmwares_own() -> None:
         cmos.write(0, b"\x8f")
     assert bare.write(1, b"\0") is not None
     assert bios.write(1, b"\0") is None
+
+
+def test_the_pm_timer_goes_on_where_it_stood() -> None:
+    now = [5_000_000_000]
+    timer, other = PmTimer(lambda: now[0]), PmTimer(lambda: now[0] + 77_000_000_000)
+    now[0] += 1_000_000_000
+    assert timer.read(0, 4) == (3_579_545).to_bytes(4, "little")
+    assert timer.read(1, 2) == (3_579_545).to_bytes(4, "little")[1:3]
+    other.load(timer.save())
+    now[0] += 2_000_000_000
+    assert abs(int.from_bytes(other.read(0, 4), "little") - 3 * 3_579_545) <= 1
+    now[0] += 3600 * 1_000_000_000  # wraps after twenty minutes
+    assert len(timer.read(0, 4)) == 4

@@ -52,6 +52,7 @@ MINIMAL: Final[dict[str, dict[str, Any]]] = {
     "MemoryConfig": {"size": 2 << 20},
     "DiskConfig": {"path": "/d"},
     "RngConfig": {"src": "/dev/urandom"},
+    "VsockConfig": {"cid": 3, "socket": "/v"},
     "SerialConfig": {"mode": "Null"},
     "ConsoleConfig": {"mode": "Null"},
     "BalloonConfig": {"size": 0},

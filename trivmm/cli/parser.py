@@ -55,7 +55,6 @@ REFUSED: Final = {
     "--tpm": "leave it out",
     "--user-device": "leave it out",
     "--vdpa": "leave it out",
-    "--vsock": "leave it out",
 }
 
 

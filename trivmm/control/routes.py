@@ -31,6 +31,8 @@ from trivmm.control.schema import (
     load_resolve,
     load_send,
     parse_json,
+    with_descriptors,
+    without_descriptors,
 )
 from trivmm.control.unknown import Unknown, UnknownKeys
 from trivmm.errors import ConfigError, NoSuchDevice, TrivmmError, VmNotCreated, WrongState, shown
@@ -53,7 +55,8 @@ class Route:
     """``load`` turns the body into the verb's argument, and tells a collector the keys that it doesn't know; None: the
     route takes no body; where that is ``optional``, none is ``{}``. ``fails`` is what its errors say first;
     ``without_vm`` the code where there is none, and ``not_booted`` where the one that is there is in a state that won't
-    do. ``unknown``: it takes the router's collector as its argument."""
+    do. ``unknown``: it takes the router's collector as its argument. ``adds``: the kind of device that it adds; its
+    argument is that configuration, and the descriptors that came along."""
 
     method: str
     run: Callable[[Vmm, Any], Awaitable[Response]]
@@ -63,6 +66,16 @@ class Route:
     not_booted: int = 500
     optional: bool = False
     unknown: bool = False
+    adds: AnyKind | None = None
+
+    def argument(self, request: Request, unknown: Unknown) -> object:
+        """:raises ConfigError:"""
+        if self.load is None:
+            return unknown if self.unknown else None
+        body = {} if self.optional and not request.body else parse_json(request.body)
+        if self.adds is None:
+            return self.load(without_descriptors(body), unknown)
+        return self.load(with_descriptors(self.adds, body, request.passed.fds), unknown), request.passed
 
 
 async def _ping(vmm: Vmm, unknown: UnknownKeys) -> Response:
@@ -126,14 +139,15 @@ async def _resize(vmm: Vmm, data: Any) -> Response:
     return Response(204)
 
 
-async def _add(vmm: Vmm, config: Any) -> Response:
+async def _add(vmm: Vmm, added: Any) -> Response:
     """200 with where it is, 204 where that is on paper."""
-    info = await vmm.add_device(config)
+    config, passed = added
+    info = await vmm.add_device(config, passed)
     return Response(204) if info is None else Response.of(attrs.asdict(info))
 
 
 def _adding(kind: AnyKind, fails: str) -> Route:
-    return Route("PUT", _add, partial(load_device, kind), fails)
+    return Route("PUT", _add, partial(load_device, kind), fails, adds=kind)
 
 
 async def _remove(vmm: Vmm, data: Any) -> Response:
@@ -228,15 +242,12 @@ class Router:
         if request.method != route.method:
             asked = shown(request.method)[1:-1]
             return error_response(400, "Bad Request", f"{name} takes {route.method}, not {asked}")
-        argument: object = self.unknown if route.unknown else None
-        if route.load is not None:
-            try:
-                body = {} if route.optional and not request.body else parse_json(request.body)
-                argument = route.load(body, self.unknown)
-            except ConfigError as error:
-                return error_response(400, "Bad Request", *_chain(error))
-        elif request.method == "PUT" and request.body:
+        if route.load is None and request.method == "PUT" and request.body:
             return error_response(400, "Bad Request", f"{name} takes no body")
+        try:
+            argument = route.argument(request, self.unknown)
+        except ConfigError as error:
+            return error_response(400, "Bad Request", *_chain(error))
         try:
             return await route.run(self.vmm, argument)
         except NoSuchDevice as error:

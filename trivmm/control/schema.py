@@ -9,7 +9,7 @@ through here too, so both refuse the same things in the same words.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 import attrs
@@ -19,7 +19,9 @@ from trivmm.config import (
     CpusConfig,
     MemoryConfig,
     PayloadConfig,
+    RateLimiterConfig,
     SerialConfig,
+    TokenBucketConfig,
     VmConfig,
 )
 from trivmm.control.contract import NOT_YET_KEYS, REQUIRED_KEYS
@@ -49,6 +51,8 @@ __all__ = [
     "load_resolve",
     "load_send",
     "parse_json",
+    "with_descriptors",
+    "without_descriptors",
 ]
 
 T = TypeVar("T")
@@ -102,6 +106,8 @@ CLASSES: Final[Mapping[str, tuple[type, ...]]] = {
     "MemoryConfig": (MemoryConfig,),
     "SerialConfig": (SerialConfig,),
     **{kind.contract.schema: (kind.config,) for kind in KINDS if not kind.contract.flag},
+    "RateLimiterConfig": (RateLimiterConfig,),
+    "TokenBucket": (TokenBucketConfig,),
     "SendMigrationData": (_Destination, SendOptions),
     "ReceiveMigrationData": (ReceiveMigrationData,),
     "VmResize": (ResizeData,),
@@ -113,6 +119,7 @@ NULL_IS_LEFT_OUT: Final = {
     ("VmConfig", "payload"),
     ("PayloadConfig", "kernel"),
     ("PayloadConfig", "cmdline"),
+    ("TokenBucket", "one_time_burst"),
     *(("VmConfig", kind.contract.section) for kind in KINDS if kind.contract.many),
     *(("VmConfig", section) for section in sections()),
 }
@@ -124,6 +131,11 @@ NESTED: Final[Mapping[str, str]] = {
     **{kind.contract.section: kind.contract.schema for kind in KINDS if not kind.contract.many | kind.contract.flag},
 }
 FLAGS: Final = {kind.contract.section for kind in KINDS if kind.contract.flag}
+INNER: Final[Mapping[str, str]] = {
+    "rate_limiter_config": "RateLimiterConfig",
+    "bandwidth": "TokenBucket",
+    "ops": "TokenBucket",
+}  # objects in the objects of devices
 LISTED: Final[Mapping[str, str]] = {kind.contract.section: kind.contract.schema for kind in KINDS if kind.contract.many}
 BEYOND: Final = sections()  # of devices that have no field in VmConfig
 
@@ -179,6 +191,32 @@ def load_device(kind: AnyKind, value: object, unknown: Unknown | None = None) ->
     return _load(kind.contract.schema, kind.config, value, unknown)
 
 
+def with_descriptors(kind: AnyKind, body: Any, fds: Sequence[int]) -> Any:
+    """The body of a verb that adds a device, with the descriptors that came along with it in their place: numbers that
+    a client has for them mean nothing here. :raises ConfigError: it names some, and none came."""
+    key = kind.descriptors
+    if not key or not isinstance(body, dict):
+        return body
+    if not fds and body.get(key) is not None:
+        raise _not_passed(key, body[key])
+    return {**body, key: list(fds)} if fds else body
+
+
+def without_descriptors(body: Any) -> Any:
+    """A body with which none come. :raises ConfigError: it names some."""
+    for kind in KINDS:
+        found = body.get(kind.contract.section) if kind.descriptors and isinstance(body, dict) else None
+        for index, each in enumerate(found if isinstance(found, list) else ()):
+            if isinstance(each, dict) and each.get(kind.descriptors) is not None:
+                raise _not_passed(f"{kind.contract.section}[{index}].{kind.descriptors}", each[kind.descriptors])
+    return body
+
+
+def _not_passed(where: str, value: object) -> ConfigError:
+    remedy = "pass them along with a request that adds the device (SCM_RIGHTS)"
+    return ConfigError(where, value, "numbers of descriptors mean nothing to another process", remedy)
+
+
 def load_remove(value: object, unknown: Unknown | None = None) -> RemoveDeviceData:
     """:raises ConfigError: as :func:`load_config`."""
     return _load("VmRemoveDevice", RemoveDeviceData, value, unknown)
@@ -220,7 +258,15 @@ def dump_config(config: VmConfig) -> dict[str, Any]:
 
 
 def _dumped(schema: str, config: Any) -> dict[str, Any]:
-    return {key: item for key, item in attrs.asdict(config).items() if item is not None} | _said(schema)
+    return _without_null(attrs.asdict(config)) | _said(schema)
+
+
+def _without_null(item: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_null(value) if isinstance(value, dict) else value
+        for key, value in item.items()
+        if value is not None
+    }
 
 
 def _said(schema: str) -> dict[str, Any]:
@@ -283,6 +329,8 @@ def _nested(schema: str, key: str, item: object, where: str, unknown: Unknown) -
         return [_checked(LISTED[key], each, f"{where}[{index}]", unknown) for index, each in enumerate(item)]
     if schema == "VmConfig" and key in NESTED:
         return _checked(NESTED[key], item, where, unknown)
+    if key in INNER and item is not None:
+        return _checked(INNER[key], item, where, unknown)
     return item
 
 

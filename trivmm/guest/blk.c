@@ -5,6 +5,7 @@
 #define SECTOR 512
 #define MAX_DISKS 8
 #define MAX_SECTORS 4096
+#define MAX_PLUGGED 4
 
 struct disk {
     struct cycle cycle; /* first: a cycle's disk is at the same address */
@@ -24,8 +25,8 @@ struct disk {
 extern struct driver blk_driver;
 
 static struct device_counters counters_of_blk;
-static struct rings rings[MAX_DISKS] __attribute__((aligned(4096)));
-static struct disk disks[MAX_DISKS];
+static struct rings rings[MAX_DISKS + MAX_PLUGGED] __attribute__((aligned(4096)));
+static struct disk disks[MAX_DISKS + MAX_PLUGGED]; /* those that came later last */
 static uint32_t sectors = 256, wanted_disks = 1;
 
 /* Differs from disk to disk, so that a sector of the wrong one is seen. */
@@ -85,31 +86,39 @@ static void check(struct cycle *cycle, uint32_t length)
     }
 }
 
-static int disk_find(uint32_t number)
+static struct vdev *disk_init(uint32_t number)
 {
     struct disk *disk = &disks[number];
-    struct vdev *dev = &disk->cycle.dev;
     disk->number = number;
     disk->cycle.counters = &counters_of_blk;
     disk->cycle.submit = submit;
     disk->cycle.check = check;
-    dev->rings = &rings[number];
-    if (!vdev_find(dev, BLK_ID, number))
-        return 0;
-    disk->sectors = sectors;
+    disk->cycle.dev.rings = &rings[number];
+    return &disk->cycle.dev;
+}
+
+static void look_at_size(struct disk *disk)
+{
+    const struct vdev *dev = &disk->cycle.dev;
+    disk->sectors = !sectors || sectors > MAX_SECTORS ? MAX_SECTORS : sectors;
     if (dev->config) {
         uint64_t low = *(volatile uint32_t *)dev->config, high = *(volatile uint32_t *)(dev->config + 4);
         uint64_t capacity = low | high << 32;
         if (capacity && capacity < disk->sectors)
             disk->sectors = (uint32_t)capacity;
     }
+}
+
+static int disk_find(uint32_t number)
+{
+    if (!vdev_find(disk_init(number), BLK_ID, number))
+        return 0;
+    look_at_size(&disks[number]);
     return 1;
 }
 
 static void find(void)
 {
-    if (!sectors || sectors > MAX_SECTORS)
-        sectors = MAX_SECTORS;
     if (!wanted_disks || wanted_disks > MAX_DISKS)
         wanted_disks = MAX_DISKS;
     for (uint32_t number = 0; number < wanted_disks; number++) {
@@ -125,6 +134,56 @@ static void step(void)
 {
     for (uint32_t number = 0; number < wanted_disks; number++)
         cycle_step(&disks[number].cycle);
+}
+
+/* --- disks that come and go ------------------------------------------------------------------------------------- */
+
+static struct disk *plugged_in(uint32_t slot)
+{
+    for (uint32_t number = MAX_DISKS; number < MAX_DISKS + MAX_PLUGGED; number++)
+        if (disks[number].cycle.dev.slot == slot)
+            return &disks[number];
+    return NULL;
+}
+
+int blk_plug(uint32_t slot)
+{
+    struct disk *disk = plugged_in(0);
+    if (!disk || pci_read(slot, 0, 4) != ((uint32_t)BLK_ID << 16 | 0x1af4))
+        return 0;
+    if (!vdev_at(disk_init((uint32_t)(disk - disks)), slot)) {
+        disk->cycle.dev.slot = 0;
+        return 0;
+    }
+    look_at_size(disk);
+    for (uint32_t sector = 0; sector < MAX_SECTORS; sector++)
+        disk->generation[sector] = disk->in_doubt[sector] = 0;
+    disk->cycle.state = CYCLE_RESET;
+    disk->cycle.ios = disk->writing = 0;
+    return 1;
+}
+
+void blk_step_plugged(void)
+{
+    for (uint32_t number = MAX_DISKS; number < MAX_DISKS + MAX_PLUGGED; number++)
+        if (disks[number].cycle.dev.slot)
+            cycle_step(&disks[number].cycle);
+}
+
+int blk_unplug(uint32_t slot)
+{
+    struct disk *disk = plugged_in(slot);
+    if (disk && disk->cycle.state != CYCLE_RESET)
+        return 0;
+    blk_forget(slot);
+    return 1;
+}
+
+void blk_forget(uint32_t slot)
+{
+    struct disk *disk = plugged_in(slot);
+    if (disk)
+        disk->cycle.dev.slot = 0;
 }
 
 static void report(void)

@@ -21,6 +21,12 @@ struct driver {
 
 extern struct driver *const drivers[]; /* ends with NULL */
 
+/* blk.c: a disk that has come to a slot; 1 it is one. Each is cycled by blk_step_plugged. */
+int blk_plug(uint32_t slot);
+void blk_step_plugged(void);
+int blk_unplug(uint32_t slot); /* 1 it is at rest, and forgotten */
+void blk_forget(uint32_t slot);
+
 /* What a driver of its own kind counts; `cycle` adds all of its kind. */
 struct device_counters {
     volatile uint64_t activations, ios, stuck, needs_reset, raced;

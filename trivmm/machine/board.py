@@ -42,7 +42,8 @@ logger = logging.getLogger(__name__)
 SERIAL: Final = "__serial"  # ids of Cloud Hypervisor's, which a configuration can't give to anything else
 IOAPIC: Final = "__ioapic"
 
-EventSink = Callable[[str, str, int], None]
+EventSink = Callable[..., None]
+"""Called with what happened, the device's id, its generation, and properties of the event by name."""
 
 
 @attrs.frozen(eq=False)
@@ -88,7 +89,7 @@ class Board:
     ged: Ged
     hotplug: PciHotplug
     fixed: dict[str, Any]
-    on_event: EventSink = lambda kind, device, generation: None
+    on_event: EventSink = lambda kind, device, generation, **properties: None
     cpus: list[AnyVcpu] = attrs.field(factory=list)
     devices: list[DeviceSlot] = attrs.field(factory=list)
     stuck: list[str] = attrs.field(factory=list)

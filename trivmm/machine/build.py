@@ -32,6 +32,7 @@ from trivmm.platform.fw_cfg import FW_CFG_PORTS, FwCfg
 from trivmm.platform.ged import GED_SIZE, Ged
 from trivmm.platform.i8042 import I8042, I8042_PORTS
 from trivmm.platform.pci import CONFIG_PORTS, HOTPLUG_SIZE, Ecam, PciBus, PciHotplug, pick_slots
+from trivmm.platform.pm_timer import PM_TIMER_PORTS, PmTimer
 from trivmm.platform.pvpanic import Pvpanic
 from trivmm.platform.rom import Rom
 from trivmm.platform.serial import COM1, Serial
@@ -48,7 +49,7 @@ def build_board(
     config: VmConfig,
     hypervisor: Hypervisor,
     *,
-    on_event: EventSink = lambda kind, device, generation: None,
+    on_event: EventSink = lambda kind, device, generation, **properties: None,
     on_panic: Callable[[str], None] = lambda word: None,
     incoming: bool = False,
     sinks: Mapping[str, Sink] = MappingProxyType({}),
@@ -161,7 +162,7 @@ def _assemble(
     has_rom = any(region.rom for region in memory.regions)
     pci = PciBus(mmio, config.deadlines, for_firmware=has_rom)
     cmos = Cmos(config.memory.size, config.cpus.boot_vcpus, for_firmware=has_rom)
-    debug_port, rom = DebugPort(), Rom()
+    debug_port, rom, pm_timer = DebugPort(), Rom(), PmTimer()
     guest_log = logging.getLogger("trivmm.guest")
     ports: tuple[tuple[tuple[int, int], BusDevice, str], ...] = (
         (CONFIG_PORTS, pci, "pci"),
@@ -169,6 +170,7 @@ def _assemble(
         (CMOS_PORTS, cmos, "cmos"),
         (I8042_PORTS, I8042(), "i8042"),
         (ACPI_PORTS, AcpiPort(), "acpi"),
+        (PM_TIMER_PORTS, pm_timer, "pm timer"),
         (DEBUG_PORTS, debug_port, "debug port"),
         (DEBUG_CONSOLE_PORTS, DebugConsole(guest_log.info), "debug console"),
     )
@@ -193,6 +195,7 @@ def _assemble(
         "ged": ged,
         "hotplug": hotplug,
         "fw_cfg": fw_cfg,
+        "pm_timer": pm_timer,
     }
     board = Board(config, hypervisor, memory, vm, pio, mmio, pci, rom, serial, ged, hotplug, fixed, on_event)
     return board
@@ -256,4 +259,9 @@ def plug(board: Board, kind: AnyKind, device: WorkerDevice, number: int) -> Devi
     device.on_broken = actor.fail
     device.on_request = lambda request: board.on_request(request)
     device.on_config_change = transport.config_changed
+
+    def tell(event: str, **properties: str) -> None:
+        board.on_event(event, device.name, transport.state.generation, **properties)
+
+    device.on_event = tell
     return DeviceSlot(kind, device, transport, actor, number)

@@ -44,7 +44,7 @@ class MachineHost:
     hypervisor: Hypervisor
     deadlines: Deadlines
     nursery: trio.Nursery
-    on_event: Callable[[str, str, int], None]
+    on_event: Callable[..., None]
     on_guest_request: Callable[[], None]
     on_removed: Callable[[str, str], None]
     on_panic: Callable[[str], None] = lambda word: None

@@ -23,6 +23,7 @@ __all__ = [
     "PciBusState",
     "PciConfigState",
     "PciHotplugState",
+    "PmTimerState",
     "PvpanicState",
     "SerialState",
 ]
@@ -106,6 +107,11 @@ class FwCfgState:
 
 
 @attrs.frozen
+class PmTimerState:
+    ticks: U32
+
+
+@attrs.frozen
 class PvpanicState:
     """``told``: bits of the words that the guest has said already (``Pvpanic``)."""
 
@@ -124,4 +130,5 @@ class BoardState:
     ged: GedState
     hotplug: PciHotplugState
     fw_cfg: FwCfgState
+    pm_timer: PmTimerState
     pvpanic: PvpanicState | None

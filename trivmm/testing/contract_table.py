@@ -56,13 +56,18 @@ def replay_book(book: Book, folder: Path) -> dict[str, dict[str, Answer]]:
 
 
 def _elsewhere(recorded: Recorded, folder: Path) -> Recorded:
-    """A disk that is added, which was in ``/tmp``, is in ``folder``."""
-    body = recorded["body"]
-    if route_of(recorded) != "vm.add-disk":
+    """A device that is added has what it opens in ``folder``: a disk an image, a network interface a socket, since a
+    tap is not everybody's to make."""
+    body, route = recorded["body"], route_of(recorded)
+    if route == "vm.add-disk":
+        image = folder / "added.img"
+        image.write_bytes(bytes(1 << 20))
+        moved = {**body, "path": str(image)}
+    elif route == "vm.add-net":
+        own = {key: item for key, item in body.items() if key not in ("tap", "ip", "mask")}
+        moved = {**own, "num_queues": 2, "link": f"listen:{folder}/added.sock"}
+    else:
         return recorded
-    image = folder / "added.img"
-    image.write_bytes(bytes(1 << 20))
-    moved = {**body, "path": str(image)}
     length = f"Content-Length: {len(json.dumps(moved, separators=(',', ':')))}"
     headers = [length if each.startswith("Content-Length:") else each for each in recorded["headers"]]
     return {**recorded, "headers": headers, "body": moved}

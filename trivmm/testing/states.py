@@ -16,6 +16,7 @@ from trivmm.state.platform import (
     PciBusState,
     PciConfigState,
     PciHotplugState,
+    PmTimerState,
     SerialState,
 )
 from trivmm.state.strict import structure, unstructure
@@ -45,6 +46,7 @@ def a_board() -> BoardState:
         pvpanic=None,
         hotplug=PciHotplugState(0, 0, 0, 0),
         fw_cfg=FwCfgState(0, 0),
+        pm_timer=PmTimerState(0),
     )
 
 

@@ -43,8 +43,9 @@ class WorkerDevice:
     """Base of the devices. Implements what it can of ``DeviceBackend``; subclasses say what a worker is made of.
 
     Set by the board: ``on_broken`` tells the actor that a queue's driver is at fault, ``on_config_change`` tells
-    the driver that the configuration space has changed, ``on_request`` the machine what is to become of it (a reset, or
-    its end). All are called in the trio thread."""
+    the driver that the configuration space has changed, ``on_event(event, **properties)`` the VM's observers of
+    something that happened to the device, ``on_request`` the machine what is to become of it (a reset, or its end). All
+    are called in the trio thread."""
 
     device_type: int
     features: int
@@ -59,6 +60,7 @@ class WorkerDevice:
         self.on_broken: Callable[[str], None] = lambda problem: None
         self.on_config_change: Callable[[], None] = lambda: None
         self.on_request: Callable[[GuestRequest], None] = lambda request: None
+        self.on_event: Callable[..., None] = lambda event, **properties: None
         self._workers: list[QueueWorker] = []
         self._queues: list[QueueState] = []
 
@@ -81,11 +83,14 @@ class WorkerDevice:
             native = self._worker_of(indices, setup.features)
             name = f"{self.name}_q{'+'.join(map(str, indices))}"
             queues = {index: setup.queues[index] for index in indices}
-            worker = QueueWorker(name, native, self.memory, queues, handles, setup.features, self._broken)
+            worker = QueueWorker(name, native, self.memory, queues, handles, setup.features, self._broken, self._news)
             self._workers.append(worker)
             # Not ``start``: cancelled at the wrong moment it would wait for the worker, which shields itself.
             workers.start_soon(worker.run, name=name)
         await trio.lowlevel.checkpoint()
+
+    def _news(self, worker: QueueWorker) -> None:
+        """A worker's thread is back, and before it goes on: what its handler set ``news`` for, if it did."""
 
     def _broken(self, problem: str) -> None:
         self.on_broken(problem)

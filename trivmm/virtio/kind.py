@@ -147,7 +147,8 @@ class DeviceKind(Generic[C]):
     ``present`` says whether a configuration stands for a device at all; ``check`` looks at all of a VM's before
     anything is opened; ``as_built`` is that of a device that was made, as it stays from now on, at reboots and at a
     destination; ``line`` is that of the device's console line; ``hotplug`` how it is added to a VM that runs, None: it
-    is there from boot to the end."""
+    is there from boot to the end. ``descriptors`` is its field for open descriptors, which the API takes along with a
+    request and not by number; empty: it has none."""
 
     config: type[C]
     contract: Contract
@@ -161,6 +162,7 @@ class DeviceKind(Generic[C]):
     as_built: Callable[[C, WorkerDevice], C] = _same
     line: Callable[[C], LineConfig | None] = _no_line
     hotplug: Hotplug | None = None
+    descriptors: str = ""
 
     def of(self, config: VmConfig) -> tuple[C, ...]:
         """This kind's configurations in a VM's, in their order."""
@@ -170,6 +172,14 @@ class DeviceKind(Generic[C]):
         else:
             found = tuple(each for each in config.virtio if type(each) is self.config)
         return tuple(each for each in found if self.present(each))
+
+    def descriptors_of(self, config: VmConfig) -> set[int]:
+        """That this kind's devices were given."""
+        return (
+            {fd for each in self.of(config) for fd in getattr(each, self.descriptors) or ()}
+            if self.descriptors
+            else set()
+        )
 
     def put(self, config: VmConfig, mine: Sequence[C]) -> VmConfig:
         """``config`` with these instead of :meth:`of`'s, as many."""

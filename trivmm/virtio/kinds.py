@@ -14,6 +14,7 @@ from trivmm.virtio.kind import AnyKind
 from trivmm.virtio.net.kind import NET
 from trivmm.virtio.pmem.kind import PMEM
 from trivmm.virtio.rng.kind import RNG
+from trivmm.virtio.vsock.kind import VSOCK
 from trivmm.virtio.watchdog.kind import WATCHDOG
 
 __all__ = ["KINDS", "find", "hotplug_verbs", "kind_of", "names_of", "sections", "without"]
@@ -24,6 +25,7 @@ KINDS: Final[list[AnyKind]] = [
     NET,
     RNG,
     PMEM,
+    VSOCK,
     BALLOON,
     WATCHDOG,
 ]

@@ -140,9 +140,9 @@ class VmCore:
     def _tell(self, event: str, **properties: str) -> None:
         self.events.emit("vm", event, **properties)
 
-    def _tell_of_device(self, event: str, device: str, generation: int) -> None:
+    def _tell_of_device(self, event: str, device: str, generation: int, **properties: str) -> None:
         self._activated += event == "activated"
-        self.events.emit("virtio-device", event, id=device, generation=str(generation))
+        self.events.emit("virtio-device", event, id=device, generation=str(generation), **properties)
 
     def _tell_of_removal(self, name: str, bdf: str) -> None:
         self._tell("device-removed", id=name, bdf=bdf)

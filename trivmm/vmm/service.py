@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import trio
 
@@ -14,12 +15,22 @@ from trivmm.events import EventBus
 from trivmm.hypervisor.base import Hypervisor
 from trivmm.migration.source.sender import socket_dialer
 from trivmm.unwrapped import unwrapped_nursery
+from trivmm.virtio.kinds import KINDS
 from trivmm.vm import Dial, PciDeviceInfo, Vm, open_vm
 from trivmm.vmm.core import VmmEnd, VmmOptions
 from trivmm.vmm.moves import VmmMoves
-from trivmm.vmm.slot import Result
+from trivmm.vmm.slot import Result, Slot
 
 __all__ = ["Vmm", "open_vmm"]
+
+
+class Takeable(Protocol):
+    """Open descriptors that are somebody's until they are taken."""
+
+    @property
+    def fds(self) -> tuple[int, ...]: ...
+
+    def take(self) -> tuple[int, ...]: ...
 
 
 class Vmm(VmmMoves):
@@ -77,10 +88,25 @@ class Vmm(VmmMoves):
         self._changing("power-button")
         await self.vm.power_button()
 
-    async def add_device(self, config: Any) -> PciDeviceInfo | None:
-        """See :meth:`Vm.add_device`."""
+    async def add_device(self, config: Any, passed: Takeable | None = None) -> PciDeviceInfo | None:
+        """See :meth:`Vm.add_device`. ``passed`` are descriptors that ``config`` names: taken where it is added, and
+        kept as long as the VM's configuration has them."""
         self._changing("add-device")
-        return await self.vm.add_device(config)
+        slot, vm = self._slot, self.vm
+        try:
+            return await vm.add_device(config)
+        finally:
+            if passed is not None and slot is not None:
+                self._keep(slot, vm, passed)
+
+    @staticmethod
+    def _keep(slot: Slot, vm: Vm, passed: Takeable) -> None:
+        named = {fd for kind in KINDS for fd in kind.descriptors_of(vm.config)}
+        if named.intersection(passed.fds):
+            slot.descriptors += passed.take()
+        for fd in [fd for fd in slot.descriptors if fd not in named]:  # of devices that were removed
+            slot.descriptors.remove(fd)
+            os.close(fd)
 
     async def remove_device(self, name: str) -> None:
         self._changing("remove-device")

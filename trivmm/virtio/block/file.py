@@ -21,10 +21,10 @@ from collections.abc import Sequence
 from typing import Final
 
 from trivmm.errors import ConfigError, MigrationError, reason_of
+from trivmm.virtio.block.geometry import SECTOR
 
 __all__ = ["SECTOR", "ImageFile", "check_given_once"]
 
-SECTOR: Final = 512
 BLKGETSIZE64: Final = 0x80081272
 BLKFLSBUF: Final = 0x1261  # write out and drop the page cache of a block device
 F_OFD_SETLK: Final = 37
@@ -32,22 +32,27 @@ FLOCK: Final = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, le
 
 
 class ImageFile:
-    """``fd`` is open from construction to :meth:`close`; ``sync_fd`` is :meth:`flush`'s."""
+    """``fd`` is open from construction to :meth:`close`; ``sync_fd`` is :meth:`flush`'s; ``direct_fd`` is for I/O past
+    the page cache, -1 unless it was asked for."""
 
-    def __init__(self, path: str, *, readonly: bool, lock: bool, field: str = "disks.path") -> None:
+    def __init__(
+        self, path: str, *, readonly: bool, lock: bool, direct: bool = False, field: str = "disks.path"
+    ) -> None:
         """:raises ConfigError: naming ``field`` and what is wrong with the file."""
         self.path = path
         self.field = field
         self.readonly = readonly
-        self.sync_fd = -1
+        self.sync_fd = self.direct_fd = -1
         self._lost: str | None = None  # why what the guest wrote may be lost
         self.fd = self._open()
         try:
             self.size = self._measure()
             self.sync_fd = self._open()
-            if not os.path.sameopenfile(self.fd, self.sync_fd):
+            if direct:
+                self.direct_fd = self._open_direct()
+            if not all(os.path.sameopenfile(self.fd, fd) for fd in self._fds[1:]):
                 raise ConfigError(field, path, "was replaced in this moment", "leave it alone while a VM starts")
-            for fd in (self.fd, self.sync_fd):
+            for fd in self._fds:
                 os.set_blocking(fd, True)
             if lock:
                 self.take_lock()
@@ -55,8 +60,23 @@ class ImageFile:
             self.close()
             raise
 
-    def _open(self) -> int:
-        flags = (os.O_RDONLY if self.readonly else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+    @property
+    def _fds(self) -> list[int]:
+        """Those that are open."""
+        return [fd for fd in (self.fd, self.sync_fd, self.direct_fd) if fd >= 0]
+
+    def _open_direct(self) -> int:
+        try:
+            return self._open(os.O_DIRECT)
+        except ConfigError as error:
+            cause = error.__cause__
+            if not isinstance(cause, OSError) or cause.errno != errno.EINVAL:
+                raise
+            problem = f"{self.path} lies on a file system that has no direct I/O"
+            raise ConfigError("disks.direct", True, problem, "leave it out") from cause
+
+    def _open(self, more: int = 0) -> int:
+        flags = (os.O_RDONLY if self.readonly else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY | more
         try:
             return os.open(self.path, flags)
         except (OSError, ValueError) as error:
@@ -82,6 +102,19 @@ class ImageFile:
             return int.from_bytes(size, "little")
         kind = "a directory" if stat.S_ISDIR(mode) else "neither a file nor a block device"
         raise ConfigError(self.field, self.path, kind, "give a raw image file")
+
+    def resize(self, size: int) -> None:
+        """Of a file; a block device has the size that it has, which is looked at anew.
+
+        :raises ConfigError: it can't be."""
+        try:
+            if not self.is_block_device:
+                os.ftruncate(self.fd, size)
+            self.size = self._measure()
+        except OSError as error:
+            raise ConfigError("desired_size", size, reason_of(error), "give a size that its storage has") from error
+        if self.size < size:
+            raise ConfigError("desired_size", size, f"the device has {self.size} bytes", "make the device larger first")
 
     @property
     def is_block_device(self) -> bool:
@@ -151,10 +184,10 @@ class ImageFile:
         os.posix_fadvise(self.sync_fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
-        for fd in (self.fd, self.sync_fd):
-            if fd >= 0:
-                os.close(fd)
-        self.fd = self.sync_fd = -1
+        fds = self._fds
+        self.fd = self.sync_fd = self.direct_fd = -1
+        for fd in fds:
+            os.close(fd)
 
 
 def check_given_once(given: Sequence[tuple[str, str, bool]], remedy: str) -> None:

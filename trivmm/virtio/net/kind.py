@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from trivmm.errors import ConfigError
 from trivmm.syntax import as_text, parse_integer, parse_toggle, split_commas
-from trivmm.virtio.kind import BUS_KEYS, BUS_NOT_YET, Contract, DeviceKind, Option, Place
+from trivmm.virtio.kind import BUS_KEYS, BUS_NOT_YET, Contract, DeviceKind, Hotplug, Option, Place
 from trivmm.virtio.net.config import NetConfig, split_link
 
 if TYPE_CHECKING:
@@ -93,4 +93,6 @@ NET: Final = DeviceKind(
     make=_make,
     pci_class=NETWORK,
     check=_check,
+    hotplug=Hotplug("add-net", "The network device could not be added to the VM"),
+    descriptors="fds",
 )
