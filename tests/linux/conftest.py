@@ -24,6 +24,14 @@ MODULES = (
     "button",
     "evdev",
     "virtio_console",
+    "virtio_balloon",
+    "libnvdimm",
+    "nd_btt",
+    "nd_pmem",
+    "nd_virtio",
+    "virtio_pmem",
+    "pvpanic",
+    "pvpanic-pci",
 )
 
 
@@ -90,10 +98,23 @@ class Linux:
 
 
 @pytest.fixture(scope="session")
-def linux(tmp_path_factory: pytest.TempPathFactory) -> Linux:
-    folder = tmp_path_factory.mktemp("linux")
-    root = fetch_kernel(folder)
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The unpacked package, fetched once."""
+    return fetch_kernel(tmp_path_factory.mktemp("linux"))
+
+
+def make_linux(root: Path, folder: Path, source: str) -> Linux:
     found = Linux(next(root.glob("boot/vmlinuz-*")), folder / "initramfs")
-    run("gcc", "-O1", "-static", "-o", str(folder / "init"), str(Path(__file__).with_name("init.c")), folder=folder)
+    run("gcc", "-O1", "-static", "-o", str(folder / "init"), str(Path(__file__).with_name(source)), folder=folder)
     make_initramfs(root, folder / "init", found.initramfs)
     return found
+
+
+@pytest.fixture(scope="session")
+def linux(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Linux:
+    return make_linux(root, tmp_path_factory.mktemp("init"), "init.c")
+
+
+@pytest.fixture(scope="session")
+def linux_of_devices(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Linux:
+    return make_linux(root, tmp_path_factory.mktemp("devices"), "devices.c")
