@@ -46,7 +46,7 @@ struct disk {
 extern struct driver blk_driver;
 
 static struct device_counters counters_of_blk;
-static struct rings rings[MAX_DISKS + MAX_PLUGGED][MAX_QUEUES] __attribute__((aligned(4096)));
+static struct rings rings[MAX_DISKS * MAX_QUEUES + MAX_PLUGGED] __attribute__((aligned(4096)));
 static struct disk disks[MAX_DISKS + MAX_PLUGGED]; /* those that came later last */
 static uint32_t sectors = 256, wanted_disks = 1, wanted_queues = 1, clears;
 static volatile uint64_t discards, zeroings, queues_used; /* queues_used: bits */
@@ -183,10 +183,11 @@ static struct vdev *disk_init(uint32_t number)
     disk->cycle.submit = submit;
     disk->cycle.check = check;
     struct vdev *dev = &disk->cycle.dev;
-    dev->rings = &rings[number][0];
+    struct rings *mine = &rings[number < MAX_DISKS ? number * MAX_QUEUES : MAX_DISKS * (MAX_QUEUES - 1) + number];
+    dev->rings = mine;
     disk->queues = number < MAX_DISKS ? wanted_queues : 1;
     for (uint32_t i = 1; i < disk->queues; i++) {
-        disk->more[i - 1].rings = &rings[number][i];
+        disk->more[i - 1].rings = mine + i;
         (i > 1 ? &disk->more[i - 2] : dev)->next = &disk->more[i - 1];
     }
     disk->cycle.features = (clears ? F_DISCARD | F_WRITE_ZEROES : 0) | (disk->queues > 1 ? F_MQ : 0);
