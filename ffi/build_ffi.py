@@ -34,7 +34,7 @@ ffibuilder.set_source(
     include_dirs=[_relative(HERE)],
     depends=[_relative(path) for path in sorted(HERE.glob("*.h"))],
     extra_compile_args=["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Wno-unused-parameter"],
-    libraries=["pthread"],
+    libraries=["pthread", "dl"],
 )
 
 if __name__ == "__main__":

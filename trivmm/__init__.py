@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from trivmm.migration.destination.verdicts import Verdicts
     from trivmm.migration.progress import MigrationProgress, MigrationReport
     from trivmm.virtio.net.config import NetConfig
+    from trivmm.virtio.vsock.config import VsockConfig
     from trivmm.vm import ExitReason, PciDeviceInfo, Vm, VmState, open_vm
 
 __version__ = "0.1.0"
@@ -69,6 +70,7 @@ _HOME = {
     "trivmm.migration.progress": "MigrationProgress MigrationReport",
     "trivmm.vm": "ExitReason PciDeviceInfo Vm VmState open_vm",
     "trivmm.virtio.net.config": "NetConfig",
+    "trivmm.virtio.vsock.config": "VsockConfig",
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
 
@@ -109,6 +111,7 @@ __all__ = [
     "VmConfig",
     "VmMigrating",
     "VmState",
+    "VsockConfig",
     "WrongState",
     "__version__",
     "choose_hypervisor",

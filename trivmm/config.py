@@ -43,8 +43,8 @@ MAX_TOKENS: Final = (1 << 63) - 1  # bytes or operations of a rate limiter, or m
 MAX_ID: Final = 128  # characters; an id names threads, log lines, counters and state
 OUR_IDS: Final = ("__", "_virtio-pci-")  # what the VMM's own entries in the device tree and the counters begin with
 CONSOLE_MODES: Final = ("Off", "Null", "Tty", "Pty", "File", "Socket")
-IMAGE_TYPES: Final = ("Raw", "Unknown")
-FOREIGN_IMAGES: Final = ("Qcow2", "Vhdx", "FixedVhd", "FlatVmdk")  # Cloud Hypervisor's others
+IMAGE_TYPES: Final = ("Raw", "Qcow2", "Unknown")
+FOREIGN_IMAGES: Final = ("Vhdx", "FixedVhd", "FlatVmdk")  # Cloud Hypervisor's others
 ALIGNMENT: Final = 2 << 20  # RAM sizes: one x86 large page, so that a region never splits one
 
 
@@ -148,10 +148,10 @@ def check_id(field: str, value: str | None) -> None:
 
 def _check_image_type(value: str) -> None:
     if value in FOREIGN_IMAGES:
-        remedy = "convert it (qemu-img convert -O raw OLD NEW) and give Raw"
-        raise NotSupported("disks.image_type", value, "only raw images are supported yet", remedy)
+        remedy = "convert it (qemu-img convert -O qcow2 OLD NEW) and give Qcow2"
+        raise NotSupported("disks.image_type", value, "only raw and qcow2 images are supported yet", remedy)
     if value not in IMAGE_TYPES:
-        raise ConfigError("disks.image_type", f"{value:.80}", "no such type", "give Raw, or leave it out")
+        raise ConfigError("disks.image_type", f"{value:.80}", "no such type", "give Raw or Qcow2, or leave it out")
 
 
 def _check_mode(field: str, mode: str, file: str | None, socket: str | None) -> None:
@@ -241,8 +241,9 @@ class RateLimiterConfig:
 @attrs.frozen(field_transformer=typed("disks."))
 class DiskConfig:
     """``direct``: past the host's page cache. ``sparse``: what the guest discards or fills with zeroes becomes a hole.
-    ``image_type``: ``Raw`` is obeyed, whatever the bytes look like. ``Unknown`` looks at them once, at the first
-    boot, refuses the formats that are not there yet, and then says ``Raw`` (see ``trivmm.virtio.block.formats``)."""
+    ``image_type``: ``Raw`` is obeyed, whatever the bytes look like; ``Qcow2`` must be one. ``Unknown`` looks at them
+    once, at the first boot, and then says what was found (``trivmm.virtio.block.formats``). ``backing_files``: where
+    those of a qcow2 image may lie, anywhere or only beneath its own folder (``trivmm.virtio.block.chain``)."""
 
     path: str = attrs.field(converter=_as_path)
     readonly: bool = False
@@ -256,6 +257,7 @@ class DiskConfig:
     sparse: bool = True
     disable_io_uring: bool = False
     rate_limiter_config: RateLimiterConfig | None = None
+    backing_files: bool = False
 
     def __attrs_post_init__(self) -> None:
         check_id("disks.id", self.id)
@@ -313,6 +315,7 @@ class VmConfig:
     rng: RngConfig = attrs.field(factory=RngConfig)
     serial: SerialConfig = attrs.field(factory=SerialConfig)
     console: ConsoleConfig = attrs.field(factory=ConsoleConfig)
+    pvpanic: bool = False
     virtio: tuple[Any, ...] = attrs.field(default=(), converter=_as_tuple)
     deadlines: Deadlines = attrs.field(factory=Deadlines)
 

@@ -6,7 +6,7 @@
  * end. It is told with its number, and the exit code is 1. Otherwise the last line of stdout is a summary.
  *
  * Its head says, each on a line of its own, for `python -m trivmm.testing.fuzz`, which builds and runs it:
- *     links: ring.c worker.c      files of ffi/ that it is linked with (also `links: -lpthread`)
+ *     links: ring.c worker.c      files of ffi/ that it is linked with (also `links: -lpthread`; several such lines)
  *     short: 20000                cases of a run of a second or two
  *     full: 1000000               cases of a thorough one
  */

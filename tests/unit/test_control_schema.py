@@ -30,7 +30,9 @@ from trivmm.control.schema import (
 from trivmm.control.unknown import MAX_KEY, MAX_KINDS, UnknownKeys
 from trivmm.errors import ConfigError, NotSupported
 from trivmm.migration.options import SendOptions, TimeoutStrategy
+from trivmm.virtio.balloon.config import BalloonConfig
 from trivmm.virtio.kinds import sections
+from trivmm.virtio.vsock.config import VsockConfig
 
 DATA = Path(__file__).parent.parent / "data"
 CONTRACT: dict[str, Any] = yaml.safe_load((DATA / "cloud-hypervisor.openapi.yaml").read_text())
@@ -163,7 +165,7 @@ def test_a_vm_may_be_created_without_a_payload(body: dict[str, Any]) -> None:
         (minimal(disks={}), "disks = {}: not a list"),
         (minimal(disks=[{"path": "a"}, {"path": "b", "readonly": 1}]), "disks[1].readonly = 1: wrong type"),
         (minimal(disks=[{"path": "a", "vhost_user": True}]), "disks[0].vhost_user = true: not supported yet"),
-        (minimal(disks=[{"path": "a", "image_type": "Qcow2"}]), 'disks.image_type = "Qcow2": only raw images'),
+        (minimal(disks=[{"path": "a", "image_type": "Vhdx"}]), 'disks.image_type = "Vhdx": only raw and qcow2'),
         (minimal(disks=[{"path": "a", "image_type": "raw"}]), 'disks.image_type = "raw": no such type'),
         (minimal(disks=[{"path": "a", "image_type": None}]), "disks[0].image_type = null: wrong type"),
         (minimal(net=[{"tap": "t", "vhost_user": True}]), "net[0].vhost_user = true: not supported yet"),
@@ -203,7 +205,7 @@ def test_refusals_are_one_line_and_name_the_path(body: Any, said: str) -> None:
 
 def test_what_is_not_there_yet_has_its_own_class() -> None:
     with pytest.raises(NotSupported):
-        load_config(minimal(vsock={"cid": 3, "socket": "/s"}))
+        load_config(minimal(tpm={"socket": "/s"}))
 
 
 def test_send_and_receive() -> None:
@@ -324,7 +326,9 @@ KEYS = sorted({key for schema in CLASSES for key in CONTRACT["components"]["sche
 
 
 FULL = {
-    **dump_config(VmConfig(PayloadConfig("/k", "c", "/i"), disks=["a", "b"])),
+    **dump_config(
+        VmConfig(PayloadConfig("/k", "c", "/i"), disks=["a", "b"], virtio=[VsockConfig(3, "/v"), BalloonConfig()])
+    ),
     "platform": {"num_pci_segments": 1},
 }
 OBJECTS = {  # where an object stands in FULL → its schema

@@ -93,8 +93,7 @@ def sources() -> Path:
 
 
 def _said(text: str, key: str) -> list[str]:
-    found = re.search(rf"^ \* {key}: (.+)$", text, re.MULTILINE)
-    return found[1].split() if found else []
+    return " ".join(re.findall(rf"^ \* {key}: (.+)$", text, re.MULTILINE)).split()
 
 
 def find(ffi: Path, names: Sequence[str] = ()) -> list[Harness]:

@@ -37,7 +37,7 @@ def parse_image_type(option: str, text: str) -> str:
     """Cloud Hypervisor's words, and the API's. :raises ConfigError:"""
     made = IMAGE_TYPES.get(text.lower())
     if made is None:
-        raise ConfigError(option, text, "no such type", "give raw, or leave it out")
+        raise ConfigError(option, text, "no such type", "give raw or qcow2, or leave it out")
     return made
 
 
@@ -50,7 +50,8 @@ def _make(config: DiskConfig, place: Place) -> WorkerDevice:
 def _check(disks: Sequence[DiskConfig]) -> None:
     from trivmm.virtio.block.file import check_given_once
 
-    check_given_once(disks)
+    given = [(f"disks[{index}].path", disk.path, disk.readonly) for index, disk in enumerate(disks)]
+    check_given_once(given, "give each disk its own, or give both readonly=on")
 
 
 def _as_built(disk: DiskConfig, device: WorkerDevice) -> DiskConfig:
@@ -73,14 +74,13 @@ BLOCK: Final = DeviceKind(
             "rate_limit_group": None,
             "queue_affinity": None,
             "disable_aio": NotYet(False, also=(True,)),  # it is not used here
-            "backing_files": False,
             "lock_granularity": "ByteRange",
         },
     ),
     option=Option(
         "disk",
         "path=FILE[,readonly=on,direct=on,bw_size=…,bw_refill_time=MS,…]",
-        "raw images; several values, or the option again",
+        "raw and qcow2 images; several values, or the option again",
         keys={
             "path": ("path", as_text),
             "readonly": ("readonly", parse_toggle),
