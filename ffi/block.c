@@ -191,6 +191,7 @@ static int64_t serve(struct tv_worker *worker, struct tv_queue *queue, struct tv
 {
     struct tv_block *block = (struct tv_block *)worker;
     struct header header;
+    worker->taken_ns = tv_now_ns();
     if (!chain->writable_bytes) {
         queue->broken = TV_BROKEN_REQUEST; /* no room for the status byte */
         return 0;

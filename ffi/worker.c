@@ -9,7 +9,9 @@
 #define POLL_SLICE_MS 1000     /* a lost kick costs at most this */
 #define TV_TURN_CHAINS 256     /* of one descriptor, before the next one's turn */
 #define TV_TURN_NS 1000000u    /* the same in time, looked at between two chains */
-#define TV_BATCH_NS 50000u     /* so long a served chain waits for others, and for as long as the last one takes */
+#define TV_BATCH_NS 50000u     /* so long a served chain waits for others, and for as long as the last ones take */
+#define TV_STRIDE 16           /* quick chains between two looks at the clock, which costs more than some of them */
+#define TV_QUICK_NS 10000u     /* they are, when so many took no longer */
 
 /* Before the run: a queue, of which this takes a copy, and its doorbell. Gives its number here, which is its
  * doorbell's; -1 when its rings make no sense (tv_queue_open) or there are too many. */
@@ -68,9 +70,10 @@ void tv_worker_serve(struct tv_worker *worker, uint32_t at)
 {
     struct tv_queue *queue = &worker->queues[at];
     struct tv_chain *chain = &worker->chain;
-    uint64_t began = tv_now_ns(), batch = began, now = 0;
+    uint64_t began = tv_now_ns(), batch = began, looked = began;
+    uint32_t stride = 1, unseen = 0; /* chains from one look at the clock to the next, and since the last one */
     for (uint32_t left = TV_TURN_CHAINS; !tv_worker_stopping(worker); left--) {
-        if (!left || batch - began > TV_TURN_NS) {
+        if (!left || looked - began > TV_TURN_NS) {
             worker->due |= 1u << at;
             break;
         }
@@ -81,29 +84,30 @@ void tv_worker_serve(struct tv_worker *worker, uint32_t at)
             tv_queue_publish(queue); /* first: the driver may have nothing more before it hears of these */
             if (!tv_queue_rearm(queue))
                 return;
-            now = 0;
+            stride = 1;
             continue;
         }
         tv_queue_disarm(queue);
-        worker->taken_ns = now ? now : tv_now_ns();
         int64_t length = worker->serve(worker, queue, chain);
-        if (length == TV_TAKEN) {
-            now = 0;
-            continue;
-        }
-        if (length < 0) {
+        if (length < 0 && length != TV_TAKEN) {
             tv_queue_rewind(queue, 1); /* not armed: the driver has nothing to tell that others won't */
             if (length == TV_AGAIN)
                 worker->due |= 1u << at;
             break;
         }
-        tv_queue_push(queue, chain->head, (uint32_t)length);
+        if (length != TV_TAKEN)
+            tv_queue_push(queue, chain->head, (uint32_t)length);
         if (queue->broken)
             break;
-        now = tv_now_ns(); /* one look at the clock a chain: the next one's begin */
+        if (++unseen < stride)
+            continue;
+        uint64_t now = tv_now_ns();
+        stride = now - looked > TV_QUICK_NS ? 1 : stride < TV_STRIDE ? 2 * stride : TV_STRIDE;
+        unseen = 0;
+        looked = now;
         if (now - batch > TV_BATCH_NS) {
             tv_queue_publish(queue);
-            batch = now = tv_now_ns();
+            batch = now;
         }
     }
     tv_queue_publish(queue);

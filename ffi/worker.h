@@ -61,7 +61,7 @@ struct tv_worker {
     uint64_t later_ns;
     uint64_t wakeups;
     struct tv_chain chain; /* of the turn that is under way */
-    uint64_t taken_ns;     /* when it was taken (tv_now_ns) */
+    uint64_t taken_ns;     /* for a device that measures its requests: when it began with the last one */
 };
 
 static inline uint64_t tv_now_ns(void)

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import select
 import signal
 import struct
@@ -196,6 +197,20 @@ def test_the_terminal_is_raw_for_the_guest_and_restored(tmp_path: Path, options:
         assert terminal.end() == 0
         assert b"PROBE off" in terminal.seen
         assert terminal.seen.count(NOTICE) == 1
+
+
+def test_a_session_at_a_terminal(tmp_path: Path) -> None:
+    """What is typed is the guest's, Ctrl-C, Ctrl-Z and Ctrl-\\ too; the escape leaves; the terminal is as it was."""
+    with Terminal(tmp_path, *guest_options(keys=1), "--serial", "tty") as terminal:
+        terminal.until(b"PROBE t=")
+        for typed, shown in ((b"hello", b"hello"), (b"\x03", b"^C"), (b"\x1a\x1c", b"^Z^\\"), (b"\x01\x01", b"^A")):
+            seen = len(terminal.seen)
+            terminal.type(typed)
+            while b"".join(re.findall(rb"TYPED (.*?)\r?\n", terminal.seen[seen:])) != shown:
+                assert terminal.look(), terminal.seen
+        terminal.type(b"\x01x")
+        assert terminal.end() == 0
+        assert b"Traceback" not in terminal.seen
 
 
 def test_ctrl_a_x_leaves(tmp_path: Path) -> None:

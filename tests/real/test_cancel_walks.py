@@ -36,7 +36,7 @@ def open_files() -> set[str]:
 def config(tmp_path: Path) -> VmConfig:
     disk = tmp_path / "disk.img"
     disk.write_bytes(bytes(1 << 20))
-    return VmConfig(PayloadConfig(str(probe_path())), memory=MemoryConfig(4 << 20), disks=(DiskConfig(str(disk)),))
+    return VmConfig(PayloadConfig(str(probe_path())), memory=MemoryConfig(8 << 20), disks=(DiskConfig(str(disk)),))
 
 
 def all_closed(hypervisor: ScriptedHypervisor) -> bool:

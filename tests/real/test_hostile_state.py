@@ -28,6 +28,8 @@ from trivmm.memory import layout
 from trivmm.state.codec import state_from_json, state_to_json
 from trivmm.state.machine import MachineState
 from trivmm.state.stage import Stage
+from trivmm.state.virtio import LifeStage
+from trivmm.testing.driver import until
 from trivmm.testing.script_driver import ScriptDriver
 from trivmm.testing.scripted import Compute, ScriptedHypervisor
 
@@ -303,6 +305,32 @@ async def live_with(config: VmConfig, value: dict[str, Any], fallback: dict[str,
 async def test_each_good_state_works(config: VmConfig, goods: list[dict[str, Any]]) -> None:
     for each in goods:
         assert await live_with(config, each, each)
+
+
+@pytest.mark.parametrize("register", ["desc_gpa", "avail_gpa", "used_gpa"])
+@pytest.mark.parametrize("gpa", [RAM, RAM - 16, (1 << 64) - 16])
+async def test_rings_outside_ram_cost_their_own_device_and_nothing_else(
+    config: VmConfig, good: dict[str, Any], register: str, gpa: int
+) -> None:
+    """They are not refused: a guest that leaves its device no bus master can bring this about by itself, and is to be
+    moved all the same. The device needs a reset, as it would have where the guest set it up."""
+    value = changed(good, (f"{QUEUE}.{register}", gpa))
+    guest = Guest()
+    board = a_board(config, guest)
+    slots = {slot.backend.name: slot for slot in board.devices}
+    try:
+        async with house(board, guest, Stage.UNLOCKED) as machine:
+            await machine.load(state_from_json(value))
+            await machine.take_locks()
+            await machine.start()
+            with trio.fail_after(LIMIT_S):
+                await until(lambda: slots[RNG].transport.state.stage is LifeStage.NEEDS_RESET)
+                assert slots[DISK].transport.state.stage is LifeStage.ACTIVE
+                await machine.resume()
+                await guest.done.wait()
+            assert guest.found == [(0, 15)] * 3, "a reset leads out"
+    finally:
+        board.close()
 
 
 def paths(value: Any, path: str = "") -> Iterator[str]:

@@ -124,7 +124,7 @@ def test_a_type_that_is_none_is_a_mistake(image_type: str) -> None:
 def config(tmp_path: Path) -> VmConfig:
     disk = tmp_path / "disk.img"
     disk.write_bytes(bytes(SIZE))
-    return VmConfig(PayloadConfig(str(probe_path())), memory=MemoryConfig(4 << 20), disks=(DiskConfig(str(disk)),))
+    return VmConfig(PayloadConfig(str(probe_path())), memory=MemoryConfig(8 << 20), disks=(DiskConfig(str(disk)),))
 
 
 def image_type(config: VmConfig) -> object:

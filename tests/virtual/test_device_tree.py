@@ -24,7 +24,7 @@ BAR_SIZE = 0x80000
 
 @pytest.fixture
 def config(tmp_path: Path) -> VmConfig:
-    return VmConfig(PayloadConfig(str(probe_path())), memory=MemoryConfig(4 << 20), disks=disks(tmp_path, None))
+    return VmConfig(PayloadConfig(str(probe_path())), memory=MemoryConfig(8 << 20), disks=disks(tmp_path, None))
 
 
 def disks(folder: Path, *ids: str | None) -> tuple[DiskConfig, ...]:

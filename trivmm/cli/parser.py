@@ -31,7 +31,6 @@ trivmm: a virtual machine monitor on trio
 
 # Cloud Hypervisor's options that do not exist here, each with what to do instead.
 REFUSED: Final = {
-    "--balloon": "leave it out",
     "--dbus-object-path": "use --api-socket",
     "--dbus-service-name": "use --api-socket",
     "--dbus-system-bus": "use --api-socket",
@@ -52,7 +51,6 @@ REFUSED: Final = {
     "--platform": "leave it out",
     "--pmem": "give --disk path=…",
     "--pvmemcontrol": "leave it out",
-    "--pvpanic": "leave it out",
     "--rate-limit-group": "leave it out",
     "--restore": "leave it out: there are no snapshots yet",
     "--tpm": "leave it out",
@@ -134,6 +132,9 @@ def run_parser() -> Parser:
         if kind.contract.many:
             several = {"nargs": "+" if option.plain is None else "*", "action": _Several, "const": option.plain}
         vm.add_argument(f"--{option.name}", metavar=option.metavar, help=option.help, **several)
+    vm.add_argument(
+        "--pvpanic", action="store_true", default=None, help="a device by which the guest says that it has panicked"
+    )
     vmm = parser.add_argument_group("the VMM")
     vmm.add_argument(
         "--api-socket", metavar="path=FILE|fd=N", help="serve the HTTP API on this unix socket, or on one passed in"

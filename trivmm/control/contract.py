@@ -41,7 +41,6 @@ REQUIRED_KEYS: Final[Mapping[str, tuple[str, ...]]] = {
 NOT_YET_KEYS: Final[Mapping[str, Mapping[str, object]]] = {
     "VmConfig": {
         "rate_limit_groups": None,
-        "balloon": None,
         "fs": None,
         "generic_vhost_user": None,
         "pmem": None,
@@ -54,7 +53,6 @@ NOT_YET_KEYS: Final[Mapping[str, Mapping[str, object]]] = {
         "iommu": False,
         "watchdog": False,
         "rtc": None,
-        "pvpanic": False,
         "gdb": NotYet(False, said=False),  # only in builds for debugging
         "pci_segments": None,
         "platform": NotYetObject("PlatformConfig", said=False),

@@ -243,6 +243,7 @@ def dump_config(config: VmConfig) -> dict[str, Any]:
     for key, schema in NESTED.items():
         if key not in BEYOND:
             made[key] = _dumped(schema, getattr(config, key))
+    made["pvpanic"] = config.pvpanic
     made["payload"] = {key: item for key, item in made["payload"].items() if item != ""}
     for kind in KINDS:
         contract, found = kind.contract, kind.of(config)

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from trivmm.config import VmConfig
 from trivmm.errors import ConfigError
+from trivmm.virtio.balloon.kind import BALLOON
 from trivmm.virtio.block.kind import BLOCK
 from trivmm.virtio.console.kind import CONSOLE
 from trivmm.virtio.kind import AnyKind
@@ -22,6 +23,7 @@ KINDS: Final[list[AnyKind]] = [
     NET,
     RNG,
     VSOCK,
+    BALLOON,
 ]
 
 
@@ -34,6 +36,9 @@ def names_of(config: VmConfig) -> dict[AnyKind, list[str]]:
     for index, each in enumerate(config.virtio):
         if type(each) not in beyond:
             raise _misplaced(index, each, beyond)
+    for kind in KINDS:
+        if not kind.contract.many and len(kind.of(config)) > 1:
+            raise ConfigError(kind.contract.section, len(kind.of(config)), "a VM has one at most", "give one")
     given = {each.id for kind in KINDS for each in kind.of(config)}
     names: dict[AnyKind, list[str]] = {}
     for kind in KINDS:
