@@ -235,7 +235,8 @@ class Board:
 
     def device_tree(self) -> dict[str, Any]:
         """Nodes by id, as Cloud Hypervisor's: ``id``, ``resources``, ``children``, ``parent`` below another node and
-        ``pci_bdf`` on PCI. Ours beside them: ``status``, where a device stands in its life."""
+        ``pci_bdf`` on PCI. Ours beside them: ``status``, where a device stands in its life, and ``removal`` of one that
+        is to go: ``asked`` for, or ``ejected`` by the guest and being taken away."""
         tree: dict[str, Any] = {name: {"id": name, "resources": [], "children": []} for name in (IOAPIC, SERIAL)}
         for slot in self.devices:
             name, transport = slot.backend.name, f"_virtio-pci-{slot.backend.name}"
@@ -246,13 +247,10 @@ class Board:
                 "pci_bdf": slot.bdf,
             }
             status = slot.transport.state.stage.value
-            tree[name] = {
-                "id": name,
-                "resources": slot.backend.resources,
-                "parent": transport,
-                "children": [],
-                "status": status,
-            }
+            own = slot.backend.resources
+            tree[name] = {"id": name, "resources": own, "parent": transport, "children": [], "status": status}
+            if slot.pci_slot in self.hotplug.leaving:
+                tree[name]["removal"] = "ejected" if slot.pci_slot in self.hotplug.ejected else "asked"
         if (pvpanic := self.pvpanic) is not None:
             bars = [_bar_resource(bar) for bar in pvpanic.config.bars.values()]
             where = f"0000:00:{pvpanic.slot:02x}.0"
