@@ -21,11 +21,11 @@ from pathlib import Path
 import attrs
 import trio
 from results import Figure, median, parser_for, show
-from rings import HEADERS, STATUS, Burst, active
+from rings import HEADERS, STATUS, Burst
 
 from trivmm.config import DiskConfig
 from trivmm.memory.guest import GuestMemory
-from trivmm.testing.driver import WRITE, Descriptor, MockDriver
+from trivmm.testing.driver import WRITE, Descriptor, MockDriver, activated
 from trivmm.testing.images import qemu_img, why_no_qemu_img
 from trivmm.virtio.block.device import BlockDevice
 
@@ -93,7 +93,7 @@ async def ours(path: Path, kind: str, work: Work) -> float:
         return REQUESTS / took
 
     config = DiskConfig(str(path), queue_size=64, image_type=kind.capitalize())
-    async with active(BlockDevice(config, memory, "_disk0"), driver):
+    async with activated(BlockDevice(config, memory, "_disk0"), driver):
         rate = await trio.to_thread.run_sync(run)
     driver.close()
     memory.close()
