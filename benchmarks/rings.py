@@ -2,7 +2,7 @@
 
 The mock driver offers a burst, rings the doorbell once and waits for the interrupt that tells of its last chain. Chains
 of the entropy device, whose source is /dev/zero, cost next to nothing themselves: their figure is that of the walker,
-the used ring the used ring and the interrupts. The disk's are 4 KiB reads of an image that the host has in its page cache, and, where
+the used ring and the interrupts. The disk's are 4 KiB reads of an image that the host has in its page cache, and, where
 the folder for temporary files can do that, past it: with io_uring and by the thread alone, in turns.
 
     python benchmarks/rings.py [--runs 5] [--json]
