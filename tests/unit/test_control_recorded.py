@@ -56,7 +56,7 @@ OUTCOMES: Final = {
     "add-disk path=/tmp/d.img,readonly=on,id=d0,num_queues=2,queue_size=128": None,
     "add-net tap=tap0,mac=12:34:56:78:90:ab,mtu=1500": None,
     "add-net tap=,ip=192.168.4.1,mask=255.255.255.0,num_queues=4": None,
-    "add-pmem file=/tmp/p.img,size=1G": "pmem",
+    "add-pmem file=/tmp/p.img,size=1G": None,
     "add-fs tag=t,socket=/tmp/fs.sock": "fs",
     "add-vsock cid=3,socket=/tmp/v.sock": None,
     "add-device path=/sys/bus/pci/devices/0000:00:01.0": "devices",

@@ -75,7 +75,7 @@ CLASSES: Final[Mapping[str, tuple[type, ...]]] = {
     "CpusConfig": (CpusConfig,),
     "MemoryConfig": (MemoryConfig,),
     "SerialConfig": (SerialConfig,),
-    **{kind.contract.schema: (kind.config,) for kind in KINDS},
+    **{kind.contract.schema: (kind.config,) for kind in KINDS if not kind.contract.flag},
     "RateLimiterConfig": (RateLimiterConfig,),
     "TokenBucket": (TokenBucketConfig,),
     "SendMigrationData": (_Destination, SendOptions),
@@ -99,8 +99,9 @@ NESTED: Final[Mapping[str, str]] = {
     "cpus": "CpusConfig",
     "memory": "MemoryConfig",
     "serial": "SerialConfig",
-    **{kind.contract.section: kind.contract.schema for kind in KINDS if not kind.contract.many},
+    **{kind.contract.section: kind.contract.schema for kind in KINDS if not kind.contract.many | kind.contract.flag},
 }
+FLAGS: Final = {kind.contract.section for kind in KINDS if kind.contract.flag}
 INNER: Final[Mapping[str, str]] = {
     "rate_limiter_config": "RateLimiterConfig",
     "bandwidth": "TokenBucket",
@@ -223,7 +224,9 @@ def dump_config(config: VmConfig) -> dict[str, Any]:
     made["payload"] = {key: item for key, item in made["payload"].items() if item != ""}
     for kind in KINDS:
         contract, found = kind.contract, kind.of(config)
-        if contract.many and found:
+        if contract.flag:
+            made[contract.section] = bool(found)
+        elif contract.many and found:
             made[contract.section] = [_dumped(contract.schema, each) for each in found]
         elif contract.section in BEYOND and found:
             made[contract.section] = _dumped(contract.schema, found[0])
@@ -292,6 +295,10 @@ _LEFT_OUT: Final = object()
 def _nested(schema: str, key: str, item: object, where: str, unknown: Unknown) -> object:
     if item is None and (schema, key) in NULL_IS_LEFT_OUT:
         return _LEFT_OUT
+    if schema == "VmConfig" and key in FLAGS:
+        if not isinstance(item, bool):
+            raise ConfigError(where, item, "wrong type", "give true or false")
+        return {} if item else _LEFT_OUT
     if schema == "VmConfig" and key in LISTED:
         if not isinstance(item, list):
             raise ConfigError(where, item, "not a list", f"give a list of {key}")
