@@ -184,10 +184,7 @@ async def test_queues_of_a_disk_share_its_limit(blocks: BlockDriver, image: Path
     other = BlockDriver(MockDriver(blocks.driver.memory, base=half + 0x10000, size=64), base=half)
     async with (
         activated(device, blocks.driver.setup(FEATURES), [blocks.driver.handle]),
-    async with (
-        activated(device, blocks.driver.setup(FEATURES), [blocks.driver.handle]),
         activated(device, other.driver.setup(FEATURES), [other.driver.handle]),
-    ):
     ):
         assert (await blocks.do(GET_ID, room=20)).status == 0
         assert (await other.do(GET_ID, room=20)).status == 0
