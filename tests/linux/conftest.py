@@ -30,6 +30,14 @@ MODULES = (
     "failover",
     "net_failover",
     "virtio_net",
+    "virtio_balloon",
+    "libnvdimm",
+    "nd_btt",
+    "nd_pmem",
+    "nd_virtio",
+    "virtio_pmem",
+    "pvpanic",
+    "pvpanic-pci",
 )
 
 
@@ -125,3 +133,8 @@ def linux_vsock(linux_root: Path, tmp_path_factory: pytest.TempPathFactory) -> L
 @pytest.fixture(scope="session")
 def linux_disk(linux_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Linux:
     return _linux(linux_root, tmp_path_factory.mktemp("disk"), "init_disk.c")
+
+
+@pytest.fixture(scope="session")
+def linux_devices(linux_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Linux:
+    return _linux(linux_root, tmp_path_factory.mktemp("devices"), "devices.c")

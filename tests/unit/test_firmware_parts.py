@@ -184,6 +184,7 @@ def test_the_pm_timer_goes_on_where_it_stood() -> None:
     assert timer.read(0, 4) == (3_579_545).to_bytes(4, "little")
     assert timer.read(1, 2) == (3_579_545).to_bytes(4, "little")[1:3]
     other.load(timer.save())
+    assert other.save() == timer.save()
     now[0] += 2_000_000_000
     assert abs(int.from_bytes(other.read(0, 4), "little") - 3 * 3_579_545) <= 1
     now[0] += 3600 * 1_000_000_000  # wraps after twenty minutes
