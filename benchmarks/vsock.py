@@ -58,10 +58,10 @@ async def measure(program: Path, *words: object) -> float:
 
 async def guest(program: Path, path: Path, runs: int) -> list[Figure]:
     figures: dict[str, list[float]] = {name: [] for name in ("copy", "read", "write", "dial", "connect")}
-    cmdline = probe_cmdline(cpus=2, mem=1, rate=0, report=1000, vsock=1, event_idx=1)
+    cmdline = probe_cmdline(cpus=1, mem=1, rate=0, report=1000, vsock=1, event_idx=1)
     config = VmConfig(
         PayloadConfig(str(probe_path()), cmdline),
-        cpus=CpusConfig(2),
+        cpus=CpusConfig(1),
         memory=MemoryConfig(64 << 20),
         virtio=[VsockConfig(3, path)],
     )
