@@ -14,9 +14,10 @@ import attrs
 
 from trivmm.boot.payload import check_payload, load_payload
 from trivmm.bus.bus import Bus
-from trivmm.bus.space import AddressSpace
+from trivmm.bus.space import AddressSpace, GuestRequest
 from trivmm.config import VmConfig
 from trivmm.hypervisor.base import AnyVcpu, Hypervisor, VmBackend
+from trivmm.memory.device_memory import DeviceMemory
 from trivmm.memory.guest import GuestMemory
 from trivmm.nursery.activation import ActivationActor
 from trivmm.platform.ged import GED_IRQ, POWER_BUTTON, Ged
@@ -94,6 +95,10 @@ class Board:
     stuck: list[str] = attrs.field(factory=list)
     buses: list[Bus] = attrs.field(factory=list)
     in_use: bool = False
+    on_request: Callable[[GuestRequest], None] = lambda request: None  # the machine's: what a device asks of it
+    device_memory: DeviceMemory = attrs.field(
+        default=attrs.Factory(lambda self: DeviceMemory(self.vm, self.memory), takes_self=True), init=False
+    )
     _connected: set[int] = attrs.field(factory=set)  # ISA lines
     _closed: bool = False
     _freed: bool = False
@@ -242,7 +247,13 @@ class Board:
                 "pci_bdf": slot.bdf,
             }
             status = slot.transport.state.stage.value
-            tree[name] = {"id": name, "resources": [], "parent": transport, "children": [], "status": status}
+            tree[name] = {
+                "id": name,
+                "resources": slot.backend.resources,
+                "parent": transport,
+                "children": [],
+                "status": status,
+            }
             if slot.pci_slot in self.hotplug.leaving:
                 tree[name]["removal"] = "ejected" if slot.pci_slot in self.hotplug.ejected else "asked"
         if (pvpanic := self.pvpanic) is not None:
@@ -262,6 +273,11 @@ class Board:
         spaces = self.pio.counters() | self.mmio.counters() | self.rom.counters()
         counted["__bus"] = spaces | self.pci.counters() | self.hotplug.counters()
         return counted
+
+    def guest_runs(self, running: bool) -> None:
+        """See :meth:`WorkerDevice.guest_runs`."""
+        for slot in self.devices:
+            slot.backend.guest_runs(running)
 
     @property
     def pvpanic(self) -> Pvpanic | None:
@@ -319,6 +335,7 @@ class Board:
         self._freed = True
         self.vm.close()
         if not self.stuck:
+            self.device_memory.close()
             self.memory.close()
 
 

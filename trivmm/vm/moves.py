@@ -73,6 +73,7 @@ class Moves(VmCore):
             machine = self._machine_in("migrate", VmState.RUNNING, VmState.PAUSED)
             if self.in_doubt:
                 raise WrongState("migrate", "Paused, in doubt", "resolved, resumed or shut down by you first")
+            machine.describe()  # a device that can't move says so here, and nobody is dialled
             self._tell("migration-started")
             try:
                 with trio.CancelScope() as scope:
