@@ -9,16 +9,23 @@ import sys
 import threading
 
 
-def say() -> None:
+def say(guest: socket.socket) -> None:
     with guest.makefile("wb") as stream:
         shutil.copyfileobj(sys.stdin.buffer, stream)
     guest.shutdown(socket.SHUT_WR)
 
 
-with socket.socket(socket.AF_UNIX) as guest, guest.makefile("rb") as answer:
-    guest.connect(sys.argv[1])
-    guest.sendall(b"CONNECT %d\n" % int(sys.argv[2]))
-    if not answer.readline().startswith(b"OK "):  # it ends without a word when the guest does not listen there
-        sys.exit(f"port {sys.argv[2]}: refused")
-    threading.Thread(target=say, daemon=True).start()
-    shutil.copyfileobj(answer, sys.stdout.buffer)
+def main(path: str, port: str) -> int:
+    with socket.socket(socket.AF_UNIX) as guest, guest.makefile("rb") as answer:
+        guest.connect(path)
+        guest.sendall(b"CONNECT %d\n" % int(port))
+        if not answer.readline().startswith(b"OK "):  # it ends without a word when the guest does not listen there
+            print(f"port {port}: refused", file=sys.stderr)
+            return 1
+        threading.Thread(target=say, args=(guest,), daemon=True).start()
+        shutil.copyfileobj(answer, sys.stdout.buffer)
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
