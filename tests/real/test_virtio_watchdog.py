@@ -112,4 +112,4 @@ async def test_a_state_goes_on_where_it_was(
     assert target.save() == state
     target.guest_runs(True)
     monkeypatch.setattr(module.time, "monotonic", lambda: began + 1002)
-    assert target.save().idle_ms - state.idle_ms == 2000
+    assert abs(target.save().idle_ms - state.idle_ms - 2000) <= 1

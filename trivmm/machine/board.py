@@ -247,13 +247,8 @@ class Board:
                 "pci_bdf": slot.bdf,
             }
             status = slot.transport.state.stage.value
-            tree[name] = {
-                "id": name,
-                "resources": slot.backend.resources,
-                "parent": transport,
-                "children": [],
-                "status": status,
-            }
+            own = slot.backend.resources
+            tree[name] = {"id": name, "resources": own, "parent": transport, "children": [], "status": status}
             if slot.pci_slot in self.hotplug.leaving:
                 tree[name]["removal"] = "ejected" if slot.pci_slot in self.hotplug.ejected else "asked"
         if (pvpanic := self.pvpanic) is not None:
