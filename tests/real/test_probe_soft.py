@@ -50,6 +50,30 @@ async def test_devices_cycle(tmp_path: Path, options: dict[str, int]) -> None:
     assert report.dirtied > 0
 
 
+async def test_a_disk_comes_is_used_and_goes(tmp_path: Path) -> None:
+    serial, image = tmp_path / "serial.txt", tmp_path / "plugged.img"
+    image.write_bytes(bytes(1 << 20))
+    config = VmConfig(
+        PayloadConfig(str(probe_path()), probe_cmdline(cpus=1, report=50, mem=8, cycle="rng", plug=1)),
+        memory=MemoryConfig(64 << 20),
+        serial=SerialConfig("File", str(serial)),
+    )
+    with trio.fail_after(BOUND_S):
+        async with open_vm(config, hypervisor=SoftHypervisor()) as vm:
+            await vm.boot()
+            for turn in range(2):
+                with vm.events.subscribe() as events:
+                    await vm.add_device(DiskConfig(str(image), id="plugged"))
+                    while (report := parse_report(serial.read_text(errors="replace"))).blk_ios < 20 * (turn + 1):
+                        assert (report.problems, report.errors) == ((), 0)
+                        await vm.console_output()
+                    await vm.remove_device("plugged")
+                    async for event in events:
+                        if event.event == "device-removed":
+                            break
+            assert any(image.read_bytes())
+
+
 async def test_the_guest_sees_what_is_spoiled(tmp_path: Path) -> None:
     report = await last_words(tmp_path, corrupt=1, once=1)
     assert report.errors == 2

@@ -56,6 +56,7 @@ MINIMAL: Final[dict[str, dict[str, Any]]] = {
     "SerialConfig": {"mode": "Null"},
     "ConsoleConfig": {"mode": "Null"},
     "BalloonConfig": {"size": 0},
+    "PmemConfig": {"file": "/p"},
     "PayloadConfig": {"kernel": "/k"},
     "SendMigrationData": {"destination_url": "unix:/x"},
     "ReceiveMigrationData": {"receiver_url": "unix:/x"},

@@ -103,9 +103,12 @@ def parse_vm(arguments: Any, *, terminal: bool = False) -> dict[str, Any]:
     return body
 
 
-def _devices(kind: AnyKind, given: str | list[str] | None) -> dict[str, Any]:
-    """The section of one kind of devices; empty where there is none."""
+def _devices(kind: AnyKind, given: Any) -> dict[str, Any]:
+    """The section of one kind of devices, ``given`` as text, a list of texts, or whether it is; empty where there is
+    none."""
     option, section = kind.option, kind.contract.section
+    if kind.contract.flag:
+        return {section: True} if given else {}
     if isinstance(given, list):
         return {section: [parse_device(kind, text) for text in given]}
     if given is None and option.absent is None:

@@ -49,14 +49,12 @@ REFUSED: Final = {
     "--numa": "leave it out",
     "--pci-segment": "leave it out: there is one PCI bus",
     "--platform": "leave it out",
-    "--pmem": "give --disk path=…",
     "--pvmemcontrol": "leave it out",
     "--rate-limit-group": "leave it out",
     "--restore": "leave it out: there are no snapshots yet",
     "--tpm": "leave it out",
     "--user-device": "leave it out",
     "--vdpa": "leave it out",
-    "--watchdog": "leave it out",
 }
 
 
@@ -128,6 +126,9 @@ def run_parser() -> Parser:
     vm.add_argument("--serial", metavar=modes, help="the serial port (tty where stdout is a terminal, else null)")
     for kind in KINDS:
         option = kind.option
+        if kind.contract.flag:
+            vm.add_argument(f"--{option.name}", action="store_true", default=None, help=option.help)
+            continue
         several: dict[str, Any] = {}
         if kind.contract.many:
             several = {"nargs": "+" if option.plain is None else "*", "action": _Several, "const": option.plain}

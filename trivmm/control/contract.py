@@ -30,11 +30,12 @@ REQUIRED_KEYS: Final[Mapping[str, tuple[str, ...]]] = {
     "CpusConfig": ("boot_vcpus", "max_vcpus"),
     "MemoryConfig": ("size",),
     "SerialConfig": ("mode",),
-    **{kind.contract.schema: kind.contract.required for kind in KINDS},
+    **{kind.contract.schema: kind.contract.required for kind in KINDS if not kind.contract.flag},
     "TokenBucket": ("size", "refill_time"),
     "SendMigrationData": ("destination_url",),
     "ReceiveMigrationData": ("receiver_url",),
     "VmRemoveDevice": ("id",),
+    "VmResizeDisk": ("id", "desired_size"),
 }
 
 
@@ -43,7 +44,6 @@ NOT_YET_KEYS: Final[Mapping[str, Mapping[str, object]]] = {
         "rate_limit_groups": None,
         "fs": None,
         "generic_vhost_user": None,
-        "pmem": None,
         "debug_console": NotYetObject("DebugConsoleConfig"),
         "devices": None,
         "user_devices": None,
@@ -51,7 +51,6 @@ NOT_YET_KEYS: Final[Mapping[str, Mapping[str, object]]] = {
         "pvmemcontrol": None,
         "numa": None,
         "iommu": False,
-        "watchdog": False,
         "rtc": None,
         "gdb": NotYet(False, said=False),  # only in builds for debugging
         "pci_segments": None,
@@ -86,7 +85,7 @@ NOT_YET_KEYS: Final[Mapping[str, Mapping[str, object]]] = {
         "thp": True,
         "zones": None,
     },
-    **{kind.contract.schema: kind.contract.not_yet for kind in KINDS},
+    **{kind.contract.schema: kind.contract.not_yet for kind in KINDS if not kind.contract.flag},
     "DebugConsoleConfig": {"mode": "Off", "file": None, "iobase": 233},
     "PlatformConfig": {
         "num_pci_segments": 1,
@@ -140,7 +139,6 @@ NOT_YET_ROUTES: Final = frozenset(
         "vm.add-vdpa",
         "vm.add-vsock",
         "vm.coredump",
-        "vm.resize-disk",
         "vm.resize-zone",
         "vm.restore",
         "vm.snapshot",

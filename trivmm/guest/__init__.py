@@ -17,6 +17,8 @@ over PCI), and reports in lines on COM1. Its words on the command line:
 ``echo=1``      echo on the virtio console what is typed there
 ``vsock=1``       serve vsock ports 1 (echo), 2 (checks a pattern), 3 (sends it); ``vsock_out=N`` connects to the host's
 ``balloon=MiB`` give pages away from so much RAM behind that of ``mem=``; ``balloon_report=1`` report free ones too
+``pmem=N``      store in, and check, N pages of the persistent memory, and flush it
+``watchdog=N``  ping the watchdog N times, and then no more
 ``pvpanic=N``   say N to pvpanic, again and again
 ``sectors=N``   sectors to use of each disk, at most 4096; ``disks=N`` disks to cycle, 1 to 8, by ``blk_queues=N`` of
                 their queues, 1 to 4; ``blk_clear=1``: discard and zero blocks, too

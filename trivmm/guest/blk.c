@@ -6,7 +6,6 @@
 #define MAX_DISKS 8
 #define MAX_QUEUES 4
 #define MAX_SECTORS 4096
-#define MAX_PLUGGED 4
 #define CLEARED 8 /* sectors of a discard or write-zeroes: a block of the host's file system, where it is aligned */
 #define T_IN 0
 #define T_OUT 1
@@ -46,8 +45,8 @@ struct disk {
 extern struct driver blk_driver;
 
 static struct device_counters counters_of_blk;
-static struct rings rings[MAX_DISKS + MAX_PLUGGED][MAX_QUEUES] __attribute__((aligned(4096)));
-static struct disk disks[MAX_DISKS + MAX_PLUGGED]; /* those that came later last */
+static struct rings rings[MAX_DISKS][MAX_QUEUES] __attribute__((aligned(4096)));
+static struct disk disks[MAX_DISKS];
 static uint32_t sectors = 256, wanted_disks = 1, wanted_queues = 1, clears;
 static volatile uint64_t discards, zeroings, queues_used; /* queues_used: bits */
 
@@ -240,11 +239,11 @@ static void step(void)
         cycle_step(&disks[number].cycle);
 }
 
-/* --- disks that come and go ------------------------------------------------------------------------------------- */
+/* --- disks that come and go, beside those that were there from boot ---------------------------------------------- */
 
 static struct disk *plugged_in(uint32_t slot)
 {
-    for (uint32_t number = MAX_DISKS; number < MAX_DISKS + MAX_PLUGGED; number++)
+    for (uint32_t number = wanted_disks; number < MAX_DISKS; number++)
         if (disks[number].cycle.dev.slot == slot)
             return &disks[number];
     return NULL;
@@ -271,7 +270,7 @@ int blk_plug(uint32_t slot)
 
 void blk_step_plugged(void)
 {
-    for (uint32_t number = MAX_DISKS; number < MAX_DISKS + MAX_PLUGGED; number++)
+    for (uint32_t number = wanted_disks; number < MAX_DISKS; number++)
         if (disks[number].cycle.dev.slot)
             cycle_step(&disks[number].cycle);
 }

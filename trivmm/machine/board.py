@@ -14,9 +14,10 @@ import attrs
 
 from trivmm.boot.payload import check_payload, load_payload
 from trivmm.bus.bus import Bus
-from trivmm.bus.space import AddressSpace
+from trivmm.bus.space import AddressSpace, GuestRequest
 from trivmm.config import VmConfig
 from trivmm.hypervisor.base import AnyVcpu, Hypervisor, VmBackend
+from trivmm.memory.device_memory import DeviceMemory
 from trivmm.memory.guest import GuestMemory
 from trivmm.nursery.activation import ActivationActor
 from trivmm.platform.ged import GED_IRQ, POWER_BUTTON, Ged
@@ -94,6 +95,10 @@ class Board:
     stuck: list[str] = attrs.field(factory=list)
     buses: list[Bus] = attrs.field(factory=list)
     in_use: bool = False
+    on_request: Callable[[GuestRequest], None] = lambda request: None  # the machine's: what a device asks of it
+    device_memory: DeviceMemory = attrs.field(
+        default=attrs.Factory(lambda self: DeviceMemory(self.vm, self.memory), takes_self=True), init=False
+    )
     _connected: set[int] = attrs.field(factory=set)  # ISA lines
     _closed: bool = False
     _freed: bool = False
@@ -230,7 +235,8 @@ class Board:
 
     def device_tree(self) -> dict[str, Any]:
         """Nodes by id, as Cloud Hypervisor's: ``id``, ``resources``, ``children``, ``parent`` below another node and
-        ``pci_bdf`` on PCI. Ours beside them: ``status``, where a device stands in its life."""
+        ``pci_bdf`` on PCI. Ours beside them: ``status``, where a device stands in its life, and ``removal`` of one that
+        is to go: ``asked`` for, or ``ejected`` by the guest and being taken away."""
         tree: dict[str, Any] = {name: {"id": name, "resources": [], "children": []} for name in (IOAPIC, SERIAL)}
         for slot in self.devices:
             name, transport = slot.backend.name, f"_virtio-pci-{slot.backend.name}"
@@ -241,7 +247,10 @@ class Board:
                 "pci_bdf": slot.bdf,
             }
             status = slot.transport.state.stage.value
-            tree[name] = {"id": name, "resources": [], "parent": transport, "children": [], "status": status}
+            own = slot.backend.resources
+            tree[name] = {"id": name, "resources": own, "parent": transport, "children": [], "status": status}
+            if slot.pci_slot in self.hotplug.leaving:
+                tree[name]["removal"] = "ejected" if slot.pci_slot in self.hotplug.ejected else "asked"
         if (pvpanic := self.pvpanic) is not None:
             bars = [_bar_resource(bar) for bar in pvpanic.config.bars.values()]
             where = f"0000:00:{pvpanic.slot:02x}.0"
@@ -259,6 +268,11 @@ class Board:
         spaces = self.pio.counters() | self.mmio.counters() | self.rom.counters()
         counted["__bus"] = spaces | self.pci.counters() | self.hotplug.counters()
         return counted
+
+    def guest_runs(self, running: bool) -> None:
+        """See :meth:`WorkerDevice.guest_runs`."""
+        for slot in self.devices:
+            slot.backend.guest_runs(running)
 
     @property
     def pvpanic(self) -> Pvpanic | None:
@@ -316,6 +330,7 @@ class Board:
         self._freed = True
         self.vm.close()
         if not self.stuck:
+            self.device_memory.close()
             self.memory.close()
 
 

@@ -246,6 +246,8 @@ def plug(board: Board, kind: AnyKind, device: WorkerDevice, number: int) -> Devi
             device, board.vm, board.config.deadlines, pci_class=kind.pci_class, bar_is_64bit=kind.bar_is_64bit
         )
         undo.append(transport.close)
+        device.plug(board.device_memory)
+        undo.append(device.unplug)
         board.pci.add(transport, number)
     except BaseException:
         for step in reversed(undo):
@@ -255,6 +257,7 @@ def plug(board: Board, kind: AnyKind, device: WorkerDevice, number: int) -> Devi
         device, transport.state, transport.handles, board.config.deadlines, transport.reset_registers, board.on_event
     )
     device.on_broken = actor.fail
+    device.on_request = lambda request: board.on_request(request)
     device.on_config_change = transport.config_changed
 
     def tell(event: str, **properties: str) -> None:

@@ -12,8 +12,10 @@ from trivmm.virtio.block.kind import BLOCK
 from trivmm.virtio.console.kind import CONSOLE
 from trivmm.virtio.kind import AnyKind
 from trivmm.virtio.net.kind import NET
+from trivmm.virtio.pmem.kind import PMEM
 from trivmm.virtio.rng.kind import RNG
 from trivmm.virtio.vsock.kind import VSOCK
+from trivmm.virtio.watchdog.kind import WATCHDOG
 
 __all__ = ["KINDS", "find", "hotplug_verbs", "kind_of", "names_of", "sections", "without"]
 
@@ -22,8 +24,10 @@ KINDS: Final[list[AnyKind]] = [
     BLOCK,
     NET,
     RNG,
+    PMEM,
     VSOCK,
     BALLOON,
+    WATCHDOG,
 ]
 
 
