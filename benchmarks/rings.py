@@ -63,8 +63,9 @@ class Burst:
 
 
 @asynccontextmanager
-async def active(device: WorkerDevice, driver: MockDriver) -> AsyncIterator[None]:
-    features = F_VERSION_1 | (F_EVENT_IDX if driver.event_idx else 0)
+async def active(device: WorkerDevice, driver: MockDriver, more: int = 0) -> AsyncIterator[None]:
+    """``more``: features besides."""
+    features = F_VERSION_1 | more | (F_EVENT_IDX if driver.event_idx else 0)
     async with trio.open_nursery() as workers:
         await device.activate(driver.setup(features), [driver.handle], workers)
         try:
