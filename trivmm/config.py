@@ -315,6 +315,7 @@ class VmConfig:
     rng: RngConfig = attrs.field(factory=RngConfig)
     serial: SerialConfig = attrs.field(factory=SerialConfig)
     console: ConsoleConfig = attrs.field(factory=ConsoleConfig)
+    pvpanic: bool = False
     virtio: tuple[Any, ...] = attrs.field(default=(), converter=_as_tuple)
     deadlines: Deadlines = attrs.field(factory=Deadlines)
 

@@ -15,13 +15,13 @@ import pytest
 import trio
 
 from trivmm import Deadlines, MemoryConfig, NetConfig, PayloadConfig, SerialConfig, Vm, VmConfig
-from trivmm.errors import ConfigError
 from trivmm.guest import ProbeReport, parse_report, probe_cmdline, probe_path
 from trivmm.testing.road import open_road
-from trivmm.virtio.net.tap import open_taps
+from trivmm.virtio.net.tap import why_no_tap
 
 pytestmark = pytest.mark.kvm
 
+NO_TAP = why_no_tap()
 LIMIT_S = 120
 TAP = f"tvk{os.getpid() % 100000}"
 
@@ -39,15 +39,6 @@ def why_no_passt() -> str | None:
     if shutil.which("passt") is None:
         return "passt is not installed: apt-get install passt"
     return None if default_route() else "this host has no default route for passt to use"
-
-
-def why_no_tap() -> str | None:
-    try:
-        for fd in open_taps(NetConfig(tap=TAP)):
-            os.close(fd)
-    except ConfigError as error:
-        return f"a tap can't be made here ({error.problem}): run as root, or with CAP_NET_ADMIN"
-    return None
 
 
 @asynccontextmanager
@@ -116,7 +107,7 @@ def ping(address: str, data: bytes) -> bytes:
                 return got[8:]
 
 
-@pytest.mark.skipif(why_no_tap() is not None, reason=str(why_no_tap()))
+@pytest.mark.skipif(NO_TAP is not None, reason=f"no tap can be made here ({NO_TAP}): run as root")
 async def test_arp_udp_and_a_ping_over_a_tap_before_and_after_a_move(tmp_path: Path) -> None:
     net = NetConfig(tap=TAP, ip="10.213.8.1", mask="255.255.255.0")
     with trio.fail_after(LIMIT_S):

@@ -24,6 +24,20 @@ MODULES = (
     "button",
     "evdev",
     "virtio_console",
+    "vsock",
+    "vmw_vsock_virtio_transport_common",
+    "vmw_vsock_virtio_transport",
+    "failover",
+    "net_failover",
+    "virtio_net",
+    "virtio_balloon",
+    "libnvdimm",
+    "nd_btt",
+    "nd_pmem",
+    "nd_virtio",
+    "virtio_pmem",
+    "pvpanic",
+    "pvpanic-pci",
 )
 
 
@@ -85,26 +99,42 @@ def make_initramfs(root: Path, init: Path, into: Path) -> None:
 
 @attrs.frozen
 class Linux:
-    """``disk_initramfs`` is around init_disk.c; ``files``: a tree of them, of the package's own."""
+    """``files``: a tree of them, of the package's own."""
 
     kernel: Path
     initramfs: Path
-    disk_initramfs: Path
     files: Path
 
 
 @pytest.fixture(scope="session")
-def linux(tmp_path_factory: pytest.TempPathFactory) -> Linux:
-    folder = tmp_path_factory.mktemp("linux")
-    root = fetch_kernel(folder)
-    found = Linux(
-        next(root.glob("boot/vmlinuz-*")),
-        folder / "initramfs",
-        folder / "disk_initramfs",
-        next(root.glob("lib/modules/*/kernel/crypto")),
-    )
-    for name, into in (("init", found.initramfs), ("init_disk", found.disk_initramfs)):
-        source = str(Path(__file__).with_name(f"{name}.c"))
-        run("gcc", "-O1", "-static", "-o", str(folder / name), source, folder=folder)
-        make_initramfs(root, folder / name, into)
+def linux_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fetch_kernel(tmp_path_factory.mktemp("linux"))
+
+
+def _linux(root: Path, folder: Path, init: str) -> Linux:
+    """With an init of this folder's."""
+    files = next(root.glob("lib/modules/*/kernel/crypto"))
+    found = Linux(next(root.glob("boot/vmlinuz-*")), folder / "initramfs", files)
+    run("gcc", "-O1", "-static", "-o", str(folder / "init"), str(Path(__file__).with_name(init)), folder=folder)
+    make_initramfs(root, folder / "init", found.initramfs)
     return found
+
+
+@pytest.fixture(scope="session")
+def linux(linux_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Linux:
+    return _linux(linux_root, tmp_path_factory.mktemp("init"), "init.c")
+
+
+@pytest.fixture(scope="session")
+def linux_vsock(linux_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Linux:
+    return _linux(linux_root, tmp_path_factory.mktemp("vsock"), "vsock_init.c")
+
+
+@pytest.fixture(scope="session")
+def linux_disk(linux_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Linux:
+    return _linux(linux_root, tmp_path_factory.mktemp("disk"), "init_disk.c")
+
+
+@pytest.fixture(scope="session")
+def linux_devices(linux_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Linux:
+    return _linux(linux_root, tmp_path_factory.mktemp("devices"), "devices.c")

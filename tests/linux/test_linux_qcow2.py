@@ -53,10 +53,10 @@ def make_image(folder: Path, files: Path, compression: str) -> Path:
     return made
 
 
-def run_guest(linux: Any, disk: Path, *words: str) -> Iterator[str]:
+def run_guest(linux_disk: Any, disk: Path, *words: str) -> Iterator[str]:
     """What it says, line by line; killed when nobody listens any more."""
-    command = [sys.executable, "-m", "trivmm", "--hypervisor", "soft", "--kernel", str(linux.kernel)]
-    command += ["--initramfs", str(linux.disk_initramfs), "--cmdline", " ".join([CMDLINE, *words])]
+    command = [sys.executable, "-m", "trivmm", "--hypervisor", "soft", "--kernel", str(linux_disk.kernel)]
+    command += ["--initramfs", str(linux_disk.initramfs), "--cmdline", " ".join([CMDLINE, *words])]
     command += ["--memory", "size=256M", "--serial", "tty", "--console", "off"]
     command += ["--disk", f"path={disk},image_type=qcow2,backing_files=on"]
     with subprocess.Popen(
@@ -88,10 +88,10 @@ def check(disk: Path) -> None:
 
 
 @pytest.mark.parametrize("compression", ["zlib", "zstd"])
-def test_linux_reads_what_qemu_reads_and_the_other_way_round(linux: Any, tmp_path: Path, compression: str) -> None:
-    disk = make_image(tmp_path, linux.files, compression)
+def test_linux_reads_what_qemu_reads_and_the_other_way_round(linux_disk: Any, tmp_path: Path, compression: str) -> None:
+    disk = make_image(tmp_path, linux_disk.files, compression)
     before = summed_up(disk)
-    said = "".join(run_guest(linux, disk, "mode=use"))
+    said = "".join(run_guest(linux_disk, disk, "mode=use"))
     assert "GUEST done" in said
     assert re.findall(r"GUEST found (.*)", said) == [before]
     assert int(re.findall(r"GUEST copied (\d+)", said)[0]) >= 20
@@ -103,11 +103,11 @@ def test_linux_reads_what_qemu_reads_and_the_other_way_round(linux: Any, tmp_pat
         subprocess.run(["e2fsck", "-fn", disk.with_suffix(".raw")], check=True, timeout=LIMIT_S, capture_output=True)
 
 
-def test_what_linux_had_made_durable_is_there_after_the_vmm_was_killed(linux: Any, tmp_path: Path) -> None:
-    disk = make_image(tmp_path, linux.files, "zlib")
+def test_what_linux_had_made_durable_is_there_after_the_vmm_was_killed(linux_disk: Any, tmp_path: Path) -> None:
+    disk = make_image(tmp_path, linux_disk.files, "zlib")
     kept = 0
     for wanted in (40, 90):
-        for line in run_guest(linux, disk, "mode=write"):
+        for line in run_guest(linux_disk, disk, "mode=write"):
             if found := re.match(r"GUEST kept (\d+)", line):
                 kept = int(found[1])
                 if kept >= wanted:
@@ -117,6 +117,6 @@ def test_what_linux_had_made_durable_is_there_after_the_vmm_was_killed(linux: An
         with ImageDriver(disk, image_type="Qcow2", backing_files=True) as driver:  # what the next start does
             driver.image.flush()
         check(disk)
-    said = "".join(run_guest(linux, disk, "mode=verify", f"kept={kept}"))
+    said = "".join(run_guest(linux_disk, disk, "mode=verify", f"kept={kept}"))
     assert f"GUEST whole {kept}" in said
     check(disk)

@@ -17,7 +17,7 @@ from trivmm._native import ffi
 from trivmm.config import DiskConfig
 from trivmm.errors import ConfigError
 from trivmm.memory.guest import GuestMemory
-from trivmm.testing.blocks import FLUSH, IN, OUT, BlockDriver, worked_by
+from trivmm.testing.blocks import FLUSH, IN, OUT, BlockDriver, has_direct, worked_by
 from trivmm.testing.driver import MockDriver
 from trivmm.virtio.block.device import BlockDevice
 from trivmm.virtio.queue import F_VERSION_1
@@ -35,16 +35,6 @@ def blocks() -> Iterator[BlockDriver]:
     yield BlockDriver(driver, slot_bytes=0x8000)
     driver.close()
     memory.close()
-
-
-def has_direct(folder: Path) -> bool:
-    path = folder / "probe"
-    path.write_bytes(bytes(PAGE))
-    try:
-        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
-    except OSError:
-        return False
-    return True
 
 
 @pytest.fixture

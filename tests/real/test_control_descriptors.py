@@ -18,30 +18,20 @@ from trivmm.control.descriptors import MAX_KEPT
 from trivmm.control.routes import Router
 from trivmm.control.server import open_server
 from trivmm.deadlines import Deadlines
-from trivmm.errors import ConfigError
 from trivmm.guest import probe_cmdline, probe_path
 from trivmm.hypervisor.base import Hypervisor
 from trivmm.hypervisor.select import choose_hypervisor
 from trivmm.testing.control import FakeHypervisor
 from trivmm.testing.driver import until
 from trivmm.virtio.net.config import NetConfig
-from trivmm.virtio.net.tap import open_taps
+from trivmm.virtio.net.tap import open_taps, why_no_tap
 from trivmm.vmm import Vmm, open_vmm
 
+NO_TAP = why_no_tap()
 LIMIT_S = 60
 TAP = f"tvd{os.getpid() % 100000}"
 
-
-def why_no_tap() -> str | None:
-    try:
-        for fd in open_taps(NetConfig(tap=TAP)):
-            os.close(fd)
-    except ConfigError as error:
-        return f"a tap can't be made here ({error.problem}): run as root, or with CAP_NET_ADMIN"
-    return None
-
-
-needs_tap = pytest.mark.skipif(why_no_tap() is not None, reason=str(why_no_tap()))
+needs_tap = pytest.mark.skipif(NO_TAP is not None, reason=f"no tap can be made here ({NO_TAP}): run as root")
 
 
 @asynccontextmanager

@@ -19,6 +19,7 @@ from trivmm.testing.scripted import ScriptedHypervisor
 from trivmm.testing.told_guest import PCIU, ToldGuest, eject, hotplug_read
 from trivmm.virtio.kinds import hotplug_verbs, kind_of
 from trivmm.virtio.net.config import NetConfig
+from trivmm.virtio.vsock.config import VsockConfig
 from trivmm.vm import Vm
 
 LIMIT_S = 60
@@ -36,7 +37,11 @@ def a_net(folder: Path) -> NetConfig:
     return NetConfig(link=f"listen:{folder}/net.sock")
 
 
-SAMPLES: dict[str, Callable[[Path], Any]] = {"add-disk": a_disk, "add-net": a_net}
+def a_vsock(folder: Path) -> VsockConfig:
+    return VsockConfig(3, f"{folder}/vsock.sock")
+
+
+SAMPLES: dict[str, Callable[[Path], Any]] = {"add-disk": a_disk, "add-net": a_net, "add-vsock": a_vsock}
 
 
 def test_every_verb_has_a_sample() -> None:

@@ -22,9 +22,10 @@ from trivmm.state.virtio import NO_VECTOR, QueueState
 from trivmm.testing.driver import WRITE, Descriptor, MockDriver, until
 from trivmm.virtio.net.config import NetConfig
 from trivmm.virtio.net.device import NetDevice
-from trivmm.virtio.net.tap import IFF_TAP, IFREQ, TUN, TUNGETIFF, TUNSETIFF, open_taps
+from trivmm.virtio.net.tap import IFF_TAP, IFREQ, TUN, TUNGETIFF, TUNSETIFF, open_taps, why_no_tap
 from trivmm.virtio.setup import DriverSetup
 
+NO_TAP = why_no_tap()
 LIMIT_S = 30
 VERSION_1 = 1 << 32
 ETH_P_ALL = 3
@@ -32,17 +33,7 @@ IFF_DETACH_QUEUE = 0x400
 NAME = f"tvt{os.getpid() % 100000}"
 FRAME = bytes.fromhex("ffffffffffff52540000000a88b5") + b"x" * 100
 
-
-def why_no_tap() -> str | None:
-    try:
-        for fd in open_taps(NetConfig(tap=NAME)):
-            os.close(fd)
-    except ConfigError as error:
-        return f"a tap can't be made here ({error.problem}): run as root, or with CAP_NET_ADMIN"
-    return None
-
-
-pytestmark = pytest.mark.skipif(why_no_tap() is not None, reason=str(why_no_tap()))
+pytestmark = pytest.mark.skipif(NO_TAP is not None, reason=f"no tap can be made here ({NO_TAP}): run as root")
 
 
 @asynccontextmanager

@@ -30,6 +30,7 @@ from trivmm.control.schema import (
 from trivmm.control.unknown import MAX_KEY, MAX_KINDS, UnknownKeys
 from trivmm.errors import ConfigError, NotSupported
 from trivmm.migration.options import SendOptions, TimeoutStrategy
+from trivmm.virtio.balloon.config import BalloonConfig
 from trivmm.virtio.kinds import sections
 from trivmm.virtio.vsock.config import VsockConfig
 
@@ -325,7 +326,9 @@ KEYS = sorted({key for schema in CLASSES for key in CONTRACT["components"]["sche
 
 
 FULL = {
-    **dump_config(VmConfig(PayloadConfig("/k", "c", "/i"), disks=["a", "b"], virtio=[VsockConfig(3, "/v")])),
+    **dump_config(
+        VmConfig(PayloadConfig("/k", "c", "/i"), disks=["a", "b"], virtio=[VsockConfig(3, "/v"), BalloonConfig()])
+    ),
     "platform": {"num_pci_segments": 1},
 }
 OBJECTS = {  # where an object stands in FULL → its schema

@@ -55,6 +55,8 @@ MINIMAL: Final[dict[str, dict[str, Any]]] = {
     "VsockConfig": {"cid": 3, "socket": "/v"},
     "SerialConfig": {"mode": "Null"},
     "ConsoleConfig": {"mode": "Null"},
+    "BalloonConfig": {"size": 0},
+    "PmemConfig": {"file": "/p"},
     "PayloadConfig": {"kernel": "/k"},
     "SendMigrationData": {"destination_url": "unix:/x"},
     "ReceiveMigrationData": {"receiver_url": "unix:/x"},

@@ -101,6 +101,7 @@ EXCUSED: dict[str, str] = {
     "nursery/ownership.py:Ownership.free": CALLER,
     "nursery/vcpus.py:_drive": "a vCPU's thread: request_stop and the kick end it, within vcpu_stop",
     "virtio/device.py:WorkerDevice.stop": CALLER,
+    "virtio/pmem/device.py:PmemDevice._watch": SCOPE,
     "virtio/pci/msix.py:_readable": "select.poll() makes an object; it is asked with timeout 0",
     "virtio/queue/worker.py:QueueWorker.run": THREAD,
     "signals.py:Told.wait": "waits for a signal as long as the process lives",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,10 @@ from trivmm import (
     Vm,
     VmConfig,
     VmMigrating,
-    VmState,
     WrongState,
     open_vm,
 )
+from trivmm.machine.machine import Machine
 from trivmm.memory import layout
 from trivmm.nursery.ownership import MIGRATION
 from trivmm.platform.ged import PCI_DEVICES_CHANGED
@@ -275,6 +276,7 @@ async def test_a_device_goes_when_its_guest_ejects_it(world: World, autojump_clo
     with vm.events.subscribe() as events:
         await vm.remove_device("card")
         assert vm.config.virtio == (), "gone from the configuration at once"
+        assert vm.info()["device_tree"]["card"]["removal"] == "asked"
         assert await guest.does(hotplug_read(PCID)) == 1 << slot
         assert await guest.does(driver.status()) == 15, "and works on until the guest lets go of it"
         await guest.does(eject(1 << slot))
@@ -379,9 +381,10 @@ async def test_a_device_that_does_not_stop_is_named_and_in_no_other_ones_way(
     assert machine is not None
     assert [slot.actor.stuck is None for slot in machine.board.devices] == [True, False]
     assert "close" not in CARDS.log["slow"], "while something of it may still run"
+    accepted: list[int] = []
     with pytest.raises(DeadlineError, match=r"quiesce.*PCI slots \[2\] are being ejected"):
-        async with machine.hotplug.ejector.held():
-            raise AssertionError("it is not to be had")
+        await world.vm.migrate_to("unix:/nowhere", on_accepted=lambda: accepted.append(1))
+    assert accepted == [], "it is refused before it begins"
     back.set()
     await world.until_gone("slow")
     assert CARDS.log["slow"][-1] == "close"
@@ -455,7 +458,8 @@ async def test_while_a_migration_owns_the_vm_nothing_comes_or_is_asked_for(world
             await world.guest.does(eject(1 << slot))
             await trio.sleep(1)
             assert await world.ids_at(slot) == NOBODY
-            assert "card" in world.vm.info()["device_tree"], "the destination builds it: it goes where the VM runs"
+            tree = world.vm.info()["device_tree"]
+            assert tree["card"]["removal"] == "ejected", "the destination builds it: it goes where the VM runs"
             assert machine.board.hotplug.save().ejected == 1 << slot
     await world.until_gone("card")
 
@@ -485,36 +489,52 @@ async def test_a_vm_that_is_gone_or_in_doubt_gets_nothing(world: World, autojump
 # --- cancelled, or ended, at every await ------------------------------------------------------------------------
 
 
-async def test_adding_and_removing_cancelled_at_every_await(autojump_clock: Clock) -> None:
+def _gate_closes_and_opens(machine: Machine, slot: int) -> None:
+    machine.gate.shut()
+    machine.hotplug.ejector.reopen()
+    for each in machine.board.devices:
+        each.actor.reopen()
+
+
+def _asked_again(machine: Machine, slot: int) -> None:
+    with suppress(NoSuchDevice):  # after the last step
+        machine.hotplug.ask("card")
+
+
+def _ejected_again(machine: Machine, slot: int) -> None:
+    machine.board.hotplug.write(8, (1 << slot).to_bytes(4, "little"))
+
+
+def _reset_by_a_vcpu(machine: Machine, slot: int) -> None:
+    for each in machine.board.devices:
+        each.transport.bar_write(0, 0x14, b"\0")
+        each.transport.bar_write(0, 0x14, b"\x0f")
+
+
+@pytest.mark.parametrize("strike", [_gate_closes_and_opens, _asked_again, _ejected_again, _reset_by_a_vcpu])
+async def test_whatever_is_done_at_every_await_of_an_ejection(
+    strike: Callable[[Machine, int], None], autojump_clock: Clock
+) -> None:
     async def world_of(walk: Walk[None]) -> None:
         async with a_world() as world:
-            vm = world.vm
-
-            async def life() -> None:
-                await vm.add_device(CardConfig("a"))
-                await vm.add_device(CardConfig("b"))
-                await vm.remove_device("a")
-                await vm.remove_device("b")
-
-            await walk.run(life)
-            there = {name for name in ("a", "b") if name in vm.info()["device_tree"]}
-            assert there == set(CARDS.open), "either all of it or nothing"
-            machine = vm.host.machine
+            (slot,) = await world.add("card")
+            await world.driven(slot)
+            CARDS.on_stop["card"] = partial(trio.sleep, 0.01)
+            await world.vm.remove_device("card")
+            machine = world.vm.host.machine
             assert machine is not None
-            leaving = {
-                slot.backend.name for slot in machine.board.devices if slot.pci_slot in machine.board.hotplug.leaving
-            }
-            assert {each.id for each in vm.config.virtio} == there - leaving
-            await world.guest.does(eject(NOBODY))
-            for name in leaving:
-                await world.until_gone(name)
-            for name in there - leaving:
-                await vm.remove_device(name)
-            assert await vm.add_device(CardConfig("c")) is not None
-            assert vm.state is VmState.RUNNING
+
+            async def ejection() -> None:
+                await world.guest.does(eject(1 << slot))
+                await world.until_gone("card")
+
+            await walk.run(ejection, strike=partial(strike, machine, slot), of=[f"ejecting slot {slot}"])
+            assert await world.add("next") == [slot]
+            await world.driven(slot)
+        assert CARDS.log["card"].count("close") == 1
         CARDS.log.clear()
 
-    await cancel_walk(world_of)
+    assert await cancel_walk(world_of) >= 1
 
 
 async def test_the_vm_ended_at_every_step_of_an_ejection(autojump_clock: Clock) -> None:

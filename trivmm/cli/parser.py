@@ -31,7 +31,6 @@ trivmm: a virtual machine monitor on trio
 
 # Cloud Hypervisor's options that do not exist here, each with what to do instead.
 REFUSED: Final = {
-    "--balloon": "leave it out",
     "--dbus-object-path": "use --api-socket",
     "--dbus-service-name": "use --api-socket",
     "--dbus-system-bus": "use --api-socket",
@@ -50,15 +49,12 @@ REFUSED: Final = {
     "--numa": "leave it out",
     "--pci-segment": "leave it out: there is one PCI bus",
     "--platform": "leave it out",
-    "--pmem": "give --disk path=…",
     "--pvmemcontrol": "leave it out",
-    "--pvpanic": "leave it out",
     "--rate-limit-group": "leave it out",
     "--restore": "leave it out: there are no snapshots yet",
     "--tpm": "leave it out",
     "--user-device": "leave it out",
     "--vdpa": "leave it out",
-    "--watchdog": "leave it out",
 }
 
 
@@ -130,10 +126,16 @@ def run_parser() -> Parser:
     vm.add_argument("--serial", metavar=modes, help="the serial port (tty where stdout is a terminal, else null)")
     for kind in KINDS:
         option = kind.option
+        if kind.contract.flag:
+            vm.add_argument(f"--{option.name}", action="store_true", default=None, help=option.help)
+            continue
         several: dict[str, Any] = {}
         if kind.contract.many:
             several = {"nargs": "+" if option.plain is None else "*", "action": _Several, "const": option.plain}
         vm.add_argument(f"--{option.name}", metavar=option.metavar, help=option.help, **several)
+    vm.add_argument(
+        "--pvpanic", action="store_true", default=None, help="a device by which the guest says that it has panicked"
+    )
     vmm = parser.add_argument_group("the VMM")
     vmm.add_argument(
         "--api-socket", metavar="path=FILE|fd=N", help="serve the HTTP API on this unix socket, or on one passed in"

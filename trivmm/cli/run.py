@@ -49,7 +49,10 @@ __all__ = ["RunOptions", "parse_run", "run", "serve"]
 logger = logging.getLogger(__name__)
 
 SWITCH_INTERVAL_S: Final = 1e-4  # the GIL's: with the default 5 ms two busy vCPU threads starve each other
-VM_OPTIONS: Final = ("cmdline", "initramfs", "cpus", "memory", "serial", *(kind.option.name for kind in KINDS))
+VM_OPTIONS: Final = (
+    *("cmdline", "initramfs", "cpus", "memory", "serial", "pvpanic"),
+    *(kind.option.name for kind in KINDS),
+)
 
 
 @attrs.frozen

@@ -30,21 +30,20 @@ REQUIRED_KEYS: Final[Mapping[str, tuple[str, ...]]] = {
     "CpusConfig": ("boot_vcpus", "max_vcpus"),
     "MemoryConfig": ("size",),
     "SerialConfig": ("mode",),
-    **{kind.contract.schema: kind.contract.required for kind in KINDS},
+    **{kind.contract.schema: kind.contract.required for kind in KINDS if not kind.contract.flag},
     "TokenBucket": ("size", "refill_time"),
     "SendMigrationData": ("destination_url",),
     "ReceiveMigrationData": ("receiver_url",),
     "VmRemoveDevice": ("id",),
+    "VmResizeDisk": ("id", "desired_size"),
 }
 
 
 NOT_YET_KEYS: Final[Mapping[str, Mapping[str, object]]] = {
     "VmConfig": {
         "rate_limit_groups": None,
-        "balloon": None,
         "fs": None,
         "generic_vhost_user": None,
-        "pmem": None,
         "debug_console": NotYetObject("DebugConsoleConfig"),
         "devices": None,
         "user_devices": None,
@@ -52,9 +51,7 @@ NOT_YET_KEYS: Final[Mapping[str, Mapping[str, object]]] = {
         "pvmemcontrol": None,
         "numa": None,
         "iommu": False,
-        "watchdog": False,
         "rtc": None,
-        "pvpanic": False,
         "gdb": NotYet(False, said=False),  # only in builds for debugging
         "pci_segments": None,
         "platform": NotYetObject("PlatformConfig", said=False),
@@ -88,7 +85,7 @@ NOT_YET_KEYS: Final[Mapping[str, Mapping[str, object]]] = {
         "thp": True,
         "zones": None,
     },
-    **{kind.contract.schema: kind.contract.not_yet for kind in KINDS},
+    **{kind.contract.schema: kind.contract.not_yet for kind in KINDS if not kind.contract.flag},
     "DebugConsoleConfig": {"mode": "Off", "file": None, "iobase": 233},
     "PlatformConfig": {
         "num_pci_segments": 1,
@@ -142,7 +139,6 @@ NOT_YET_ROUTES: Final = frozenset(
         "vm.add-vdpa",
         "vm.add-vsock",
         "vm.coredump",
-        "vm.resize-disk",
         "vm.resize-zone",
         "vm.restore",
         "vm.snapshot",

@@ -40,6 +40,7 @@ __all__ = [
     "ReceiveMigrationData",
     "RemoveDeviceData",
     "ResizeData",
+    "ResizeDiskData",
     "ResolveMigrationData",
     "SendMigrationData",
     "dump_config",
@@ -48,6 +49,7 @@ __all__ = [
     "load_receive",
     "load_remove",
     "load_resize",
+    "load_resize_disk",
     "load_resolve",
     "load_send",
     "parse_json",
@@ -93,6 +95,14 @@ class RemoveDeviceData:
 
 
 @attrs.frozen
+class ResizeDiskData:
+    """``desired_size`` in bytes."""
+
+    id: str
+    desired_size: int
+
+
+@attrs.frozen
 class _Destination:
     destination_url: str
 
@@ -105,12 +115,13 @@ CLASSES: Final[Mapping[str, tuple[type, ...]]] = {
     "CpusConfig": (CpusConfig,),
     "MemoryConfig": (MemoryConfig,),
     "SerialConfig": (SerialConfig,),
-    **{kind.contract.schema: (kind.config,) for kind in KINDS},
+    **{kind.contract.schema: (kind.config,) for kind in KINDS if not kind.contract.flag},
     "RateLimiterConfig": (RateLimiterConfig,),
     "TokenBucket": (TokenBucketConfig,),
     "SendMigrationData": (_Destination, SendOptions),
     "ReceiveMigrationData": (ReceiveMigrationData,),
     "VmResize": (ResizeData,),
+    "VmResizeDisk": (ResizeDiskData,),
     "VmRemoveDevice": (RemoveDeviceData,),
 }
 OURS: Final[Mapping[str, tuple[type, ...]]] = {"ResolveMigrationData": (ResolveMigrationData,)}
@@ -128,8 +139,9 @@ NESTED: Final[Mapping[str, str]] = {
     "cpus": "CpusConfig",
     "memory": "MemoryConfig",
     "serial": "SerialConfig",
-    **{kind.contract.section: kind.contract.schema for kind in KINDS if not kind.contract.many},
+    **{kind.contract.section: kind.contract.schema for kind in KINDS if not kind.contract.many | kind.contract.flag},
 }
+FLAGS: Final = {kind.contract.section for kind in KINDS if kind.contract.flag}
 INNER: Final[Mapping[str, str]] = {
     "rate_limiter_config": "RateLimiterConfig",
     "bandwidth": "TokenBucket",
@@ -231,6 +243,11 @@ def load_resize(value: object, unknown: Unknown | None = None) -> ResizeData:
     return _load("VmResize", ResizeData, value, unknown)
 
 
+def load_resize_disk(value: object, unknown: Unknown | None = None) -> ResizeDiskData:
+    """:raises ConfigError: as :func:`load_config`."""
+    return _load("VmResizeDisk", ResizeDiskData, value, unknown)
+
+
 def load_resolve(value: object, unknown: Unknown | None = None) -> ResolveMigrationData:
     """The body of vm.resolve-migration, which may be empty. :raises ConfigError: as :func:`load_config`."""
     return _load("ResolveMigrationData", ResolveMigrationData, value, unknown)
@@ -243,10 +260,13 @@ def dump_config(config: VmConfig) -> dict[str, Any]:
     for key, schema in NESTED.items():
         if key not in BEYOND:
             made[key] = _dumped(schema, getattr(config, key))
+    made["pvpanic"] = config.pvpanic
     made["payload"] = {key: item for key, item in made["payload"].items() if item != ""}
     for kind in KINDS:
         contract, found = kind.contract, kind.of(config)
-        if contract.many and found:
+        if contract.flag:
+            made[contract.section] = bool(found)
+        elif contract.many and found:
             made[contract.section] = [_dumped(contract.schema, each) for each in found]
         elif contract.section in BEYOND and found:
             made[contract.section] = _dumped(contract.schema, found[0])
@@ -315,6 +335,10 @@ _LEFT_OUT: Final = object()
 def _nested(schema: str, key: str, item: object, where: str, unknown: Unknown) -> object:
     if item is None and (schema, key) in NULL_IS_LEFT_OUT:
         return _LEFT_OUT
+    if schema == "VmConfig" and key in FLAGS:
+        if not isinstance(item, bool):
+            raise ConfigError(where, item, "wrong type", "give true or false")
+        return {} if item else _LEFT_OUT
     if schema == "VmConfig" and key in LISTED:
         if not isinstance(item, list):
             raise ConfigError(where, item, "not a list", f"give a list of {key}")

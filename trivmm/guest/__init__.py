@@ -16,7 +16,14 @@ over PCI), and reports in lines on COM1. Its words on the command line:
 ``hostile=N``   a driver that lies to the rng in every way, from the seed N; the other devices are to notice nothing
 ``echo=1``      echo on the virtio console what is typed there
 ``vsock=1``       serve vsock ports 1 (echo), 2 (checks a pattern), 3 (sends it); ``vsock_out=N`` connects to the host's
-``sectors=N``   sectors to use of each disk, at most 4096; ``disks=N`` disks to cycle, 1 to 8
+``balloon=MiB`` give pages away from so much RAM behind that of ``mem=``; ``balloon_report=1`` report free ones too
+``pmem=N``      store in, and check, N pages of the persistent memory, and flush it
+``watchdog=N``  ping the watchdog N times, and then no more
+``pvpanic=N``   say N to pvpanic, again and again
+``sectors=N``   sectors to use of each disk, at most 4096; ``disks=N`` disks to cycle, 1 to 8, by ``blk_queues=N`` of
+                their queues, 1 to 4; ``blk_clear=1``: discard and zero blocks, too
+``cycle=load``  random reads of ``load_kib=N`` (4, to 64), or with ``load_write=1`` writes, of the first disk,
+                ``load_depth=N`` of them at once (16): for benchmarks; a block of 4 KiB begins with its number
 ``net=1``       drive the network interface; ``net_mib=N`` to send the other end, which is one like this, in frames of
                 ``net_frame=bytes`` (1400), received into buffers of ``net_buffer=bytes`` (65536). With ``net_ip=N`` it
                 answers ARP and pings there; with ``net_gateway=N`` and ``net_port=N`` it asks a UDP server that echoes

@@ -37,6 +37,7 @@ enum cycle_state { CYCLE_RESET, CYCLE_START, CYCLE_SUBMIT, CYCLE_WAIT };
 /* A device that is cycled. `submit` offers one request; `check` looks at what came back of it, `length` bytes. */
 struct cycle {
     struct vdev dev;
+    struct vdev *asked; /* set by `submit`: the queue that has the request, where it is not the first */
     struct device_counters *counters;
     void (*submit)(struct cycle *cycle);
     void (*check)(struct cycle *cycle, uint32_t length);

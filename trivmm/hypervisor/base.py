@@ -40,6 +40,7 @@ __all__ = [
     "Hypervisor",
     "Interrupted",
     "LongModeEntry",
+    "MemoryFault",
     "Outcome",
     "PvhEntry",
     "TaskVcpu",
@@ -129,6 +130,13 @@ class VmBackendState:
     blobs: Blobs
 
 
+class MemoryFault(Protocol):
+    """Asked when the guest may have touched a page that is gone: gives why it can't go on, or None where that is not
+    it. ``stopped``: an access has failed; else the CPU went on, with zeros. Any thread."""
+
+    def __call__(self, *, stopped: bool) -> str | None: ...
+
+
 # --- protocols -----------------------------------------------------------------------------------------------
 
 
@@ -216,6 +224,15 @@ class VmBackend(Protocol):
     def add_memory(self, slot: int, gpa: int, size: int, hva: int, *, rom: bool = False) -> None:
         """Give the guest memory: ``size`` bytes at host address ``hva``, shared with the VMM. ``rom``: it can't write
         there, and is not logged; its writes are accesses of the bus."""
+
+    memory_fault: MemoryFault | None = None
+    """Who knows why memory that the guest has may be gone (``trivmm.memory.device_memory``), once there is such."""
+
+    def add_device_memory(self, slot: int, gpa: int, size: int, hva: int) -> None:
+        """As :meth:`add_memory`, of memory that no dirty log covers. :raises HypervisorError: not any more."""
+
+    def remove_device_memory(self, slot: int, gpa: int, size: int) -> None:
+        """Take it away again. The guest does not use it. :raises HypervisorError: it can't be, any more."""
 
     def set_dirty_log(self, enabled: bool) -> None:
         """Start or stop logging of guest writes for every slot. Starting gives a log in which nothing is dirty."""

@@ -14,18 +14,21 @@ import attrs
 
 from trivmm.boot.payload import check_payload, load_payload
 from trivmm.bus.bus import Bus
-from trivmm.bus.space import AddressSpace
+from trivmm.bus.space import AddressSpace, GuestRequest
 from trivmm.config import VmConfig
 from trivmm.hypervisor.base import AnyVcpu, Hypervisor, VmBackend
+from trivmm.memory.device_memory import DeviceMemory
 from trivmm.memory.guest import GuestMemory
 from trivmm.nursery.activation import ActivationActor
 from trivmm.platform.ged import GED_IRQ, POWER_BUTTON, Ged
 from trivmm.platform.line import Line
 from trivmm.platform.pci import Bar, PciBus, PciHotplug
+from trivmm.platform.pvpanic import PVPANIC, Pvpanic
 from trivmm.platform.rom import Rom
 from trivmm.platform.serial import COM1_IRQ, Serial
 from trivmm.platform.sinks import ClientSink, LineConfig, Sink, open_sink
 from trivmm.state.platform import CmosState
+from trivmm.virtio.balloon.device import BalloonDevice
 from trivmm.virtio.device import WorkerDevice
 from trivmm.virtio.kind import AnyKind
 from trivmm.virtio.kinds import KINDS, without
@@ -92,6 +95,10 @@ class Board:
     stuck: list[str] = attrs.field(factory=list)
     buses: list[Bus] = attrs.field(factory=list)
     in_use: bool = False
+    on_request: Callable[[GuestRequest], None] = lambda request: None  # the machine's: what a device asks of it
+    device_memory: DeviceMemory = attrs.field(
+        default=attrs.Factory(lambda self: DeviceMemory(self.vm, self.memory), takes_self=True), init=False
+    )
     _connected: set[int] = attrs.field(factory=set)  # ISA lines
     _closed: bool = False
     _freed: bool = False
@@ -228,7 +235,8 @@ class Board:
 
     def device_tree(self) -> dict[str, Any]:
         """Nodes by id, as Cloud Hypervisor's: ``id``, ``resources``, ``children``, ``parent`` below another node and
-        ``pci_bdf`` on PCI. Ours beside them: ``status``, where a device stands in its life."""
+        ``pci_bdf`` on PCI. Ours beside them: ``status``, where a device stands in its life, and ``removal`` of one that
+        is to go: ``asked`` for, or ``ejected`` by the guest and being taken away."""
         tree: dict[str, Any] = {name: {"id": name, "resources": [], "children": []} for name in (IOAPIC, SERIAL)}
         for slot in self.devices:
             name, transport = slot.backend.name, f"_virtio-pci-{slot.backend.name}"
@@ -239,18 +247,42 @@ class Board:
                 "pci_bdf": slot.bdf,
             }
             status = slot.transport.state.stage.value
-            tree[name] = {"id": name, "resources": [], "parent": transport, "children": [], "status": status}
+            own = slot.backend.resources
+            tree[name] = {"id": name, "resources": own, "parent": transport, "children": [], "status": status}
+            if slot.pci_slot in self.hotplug.leaving:
+                tree[name]["removal"] = "ejected" if slot.pci_slot in self.hotplug.ejected else "asked"
+        if (pvpanic := self.pvpanic) is not None:
+            bars = [_bar_resource(bar) for bar in pvpanic.config.bars.values()]
+            where = f"0000:00:{pvpanic.slot:02x}.0"
+            tree[PVPANIC] = {"id": PVPANIC, "resources": bars, "children": [], "pci_bdf": where}
         return tree
 
     def counters(self) -> dict[str, dict[str, int]]:
         counted = {slot.backend.name: slot.backend.counters() | slot.actor.counters() for slot in self.devices}
         counted[SERIAL] = self.serial.counters()
+        if self.pvpanic is not None:
+            counted[PVPANIC] = self.pvpanic.counters()
         for cpu in self.cpus:
             if own := cpu.counters():
                 counted[f"__vcpu{cpu.index}"] = own
         spaces = self.pio.counters() | self.mmio.counters() | self.rom.counters()
         counted["__bus"] = spaces | self.pci.counters() | self.hotplug.counters()
         return counted
+
+    def guest_runs(self, running: bool) -> None:
+        """See :meth:`WorkerDevice.guest_runs`."""
+        for slot in self.devices:
+            slot.backend.guest_runs(running)
+
+    @property
+    def pvpanic(self) -> Pvpanic | None:
+        """The VM's, if it has one."""
+        return self.fixed.get("pvpanic")
+
+    @property
+    def balloon(self) -> BalloonDevice | None:
+        """The VM's, if it has one."""
+        return next((slot.backend for slot in self.devices if isinstance(slot.backend, BalloonDevice)), None)
 
     @property
     def storages(self) -> list[Storage]:
@@ -298,6 +330,7 @@ class Board:
         self._freed = True
         self.vm.close()
         if not self.stuck:
+            self.device_memory.close()
             self.memory.close()
 
 

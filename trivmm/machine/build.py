@@ -33,6 +33,7 @@ from trivmm.platform.ged import GED_SIZE, Ged
 from trivmm.platform.i8042 import I8042, I8042_PORTS
 from trivmm.platform.pci import CONFIG_PORTS, HOTPLUG_SIZE, Ecam, PciBus, PciHotplug, pick_slots
 from trivmm.platform.pm_timer import PM_TIMER_PORTS, PmTimer
+from trivmm.platform.pvpanic import Pvpanic
 from trivmm.platform.rom import Rom
 from trivmm.platform.serial import COM1, Serial
 from trivmm.platform.sinks import ClientSink, Sink, open_sink
@@ -49,12 +50,13 @@ def build_board(
     hypervisor: Hypervisor,
     *,
     on_event: EventSink = lambda kind, device, generation, **properties: None,
+    on_panic: Callable[[str], None] = lambda word: None,
     incoming: bool = False,
     sinks: Mapping[str, Sink] = MappingProxyType({}),
 ) -> Board:
     """Build everything, or nothing, of a configuration that passed :func:`check_board`. ``incoming``: image locks and
     the sinks of console lines wait for COMMIT. ``sinks`` are what :func:`open_sinks` gave; they stay the caller's until
-    :meth:`Board.own_sinks`, since only the trio thread may close them.
+    :meth:`Board.own_sinks`, since only the trio thread may close them. ``on_panic(word)`` is called in any thread.
 
     :raises ConfigError: naming the field, the value and the remedy.
     :raises HypervisorError: when the host refuses."""
@@ -71,6 +73,8 @@ def build_board(
         board = _assemble(config, hypervisor, memory, vm, serial, on_event)
         undo = [board.close]
         _plug_devices(board, incoming, sinks)
+        if config.pvpanic:
+            _plug_pvpanic(board, on_panic)
         for index in range(config.cpus.boot_vcpus):
             cpu = vm.create_vcpu(index)
             board.cpus.append(cpu)
@@ -214,6 +218,12 @@ def _plug_devices(board: Board, incoming: bool, sinks: Mapping[str, Sink]) -> No
         board.config = kind.put(board.config, built)
 
 
+def _plug_pvpanic(board: Board, on_panic: Callable[[str], None]) -> None:
+    pvpanic = Pvpanic(on_panic, board.config.deadlines.lock)
+    pvpanic.plug(board.pci)
+    board.fixed = {"pvpanic": pvpanic, **board.fixed}  # loaded before the PCI bus, which places its BAR
+
+
 def as_plugged(kind: AnyKind, config: Any, device: WorkerDevice, number: int) -> Any:
     """A device's configuration as it stays from now on: at reboots, and wherever it moves to, whatever comes and goes
     beside it, it has its name and its slot."""
@@ -236,6 +246,8 @@ def plug(board: Board, kind: AnyKind, device: WorkerDevice, number: int) -> Devi
             device, board.vm, board.config.deadlines, pci_class=kind.pci_class, bar_is_64bit=kind.bar_is_64bit
         )
         undo.append(transport.close)
+        device.plug(board.device_memory)
+        undo.append(device.unplug)
         board.pci.add(transport, number)
     except BaseException:
         for step in reversed(undo):
@@ -245,6 +257,7 @@ def plug(board: Board, kind: AnyKind, device: WorkerDevice, number: int) -> Devi
         device, transport.state, transport.handles, board.config.deadlines, transport.reset_registers, board.on_event
     )
     device.on_broken = actor.fail
+    device.on_request = lambda request: board.on_request(request)
     device.on_config_change = transport.config_changed
 
     def tell(event: str, **properties: str) -> None:

@@ -39,7 +39,7 @@ def _set_event() -> trio.Event:
 class MachineHost:
     """``machine`` is the one that is there, ``board`` that one's, or the last one's. ``on_event(kind, device,
     generation)`` tells of devices, ``on_guest_request()`` that the guest wants something of its owner, ``on_removed(id,
-    bdf)`` that it has let go of a device; all in the trio thread."""
+    bdf)`` that it has let go of a device, ``on_panic(word)`` what it says of itself; all in the trio thread."""
 
     hypervisor: Hypervisor
     deadlines: Deadlines
@@ -47,6 +47,7 @@ class MachineHost:
     on_event: Callable[..., None]
     on_guest_request: Callable[[], None]
     on_removed: Callable[[str, str], None]
+    on_panic: Callable[[str], None] = lambda word: None
     kernel: KernelCalls = attrs.field(
         default=attrs.Factory(lambda self: KernelCalls(self.deadlines, self.hypervisor.threads), takes_self=True),
         init=False,
@@ -61,6 +62,7 @@ class MachineHost:
     board: Board | None = attrs.field(default=None, init=False)
     new_board: trio.Event = attrs.field(factory=trio.Event, init=False)  # set, and replaced, with every board
     closing: bool = attrs.field(default=False, init=False)  # the nursery's owner ends it
+    _token: trio.lowlevel.TrioToken = attrs.field(factory=trio.lowlevel.current_trio_token, init=False)
     _ended: trio.Event = attrs.field(factory=_set_event, init=False)  # everything of the machine is closed and freed
     _end: trio.Event = attrs.field(factory=trio.Event, init=False)
 
@@ -109,7 +111,14 @@ class MachineHost:
         sinks = {} if incoming else open_sinks(config, kept)
 
         def work() -> Board:
-            return build_board(config, self.hypervisor, on_event=self.on_event, incoming=incoming, sinks=sinks)
+            return build_board(
+                config,
+                self.hypervisor,
+                on_event=self.on_event,
+                on_panic=lambda word: self._token.run_sync_soon(self.on_panic, word),
+                incoming=incoming,
+                sinks=sinks,
+            )
 
         try:
             board = await self.kernel.call("building the machine", work, late=Board.close)

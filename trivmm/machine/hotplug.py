@@ -139,6 +139,7 @@ class Hotplug:
     def _unplug(self, slot: DeviceSlot) -> None:
         """Nothing of the guest or of the kernel leads to it when this returns. In a thread; safe to be made again."""
         self.board.pci.remove(slot.pci_slot)
+        slot.backend.unplug()
         slot.transport.disconnect_interrupts()
         self._outwait_accesses()
 

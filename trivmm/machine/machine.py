@@ -161,8 +161,7 @@ class Machine:
     def _note_request(self, request: GuestRequest) -> None:
         if self.guest_request is None or request.kind == "crash":
             self.guest_request = request
-        for vcpu in self.vcpus.vcpus:
-            vcpu.request_pause()  # the others stop too: the machine waits for its owner
+        self.vcpus.request_pause()  # the others stop too: the machine waits for its owner
         self.on_guest_request()
 
     # --- the owner's verbs -----------------------------------------------------------------------------------
@@ -186,8 +185,8 @@ class Machine:
 
     async def nmi(self) -> None:
         """Give every vCPU a non-maskable interrupt; a paused machine takes it when it resumes.
-
-        :raises PauseTimeout: naming who did not stop for it; nobody got one, the machine runs."""
+        :raises PauseTimeout: naming who did not stop for it; nobody got one, the machine runs.
+        :raises HypervisorError: at the first vCPU that could not be given one; those before it have theirs."""
         before = self.stage
         try:
             await self.ladder.down(Stage.PAUSED, lambda: math.inf)  # a back end takes it only between two runs
@@ -203,14 +202,13 @@ class Machine:
 
     async def _pause_vcpus(self, at_most_s: float) -> None:
         await self.vcpus.pause(at_most_s=at_most_s)
+        self.board.guest_runs(False)
 
     async def _resume_vcpus(self) -> None:
         """Only where the guest has not asked for a verdict."""
-        if self.guest_request is None:
-            self.vcpus.resume()
-        else:
-            for vcpu in self.vcpus.vcpus:
-                vcpu.request_pause()
+        runs = self.guest_request is None
+        self.board.guest_runs(runs)
+        (self.vcpus.resume if runs else self.vcpus.request_pause)()
 
     async def _attach(self) -> None:
         """Only says so: on the way up the guest comes first. Interrupts that it waits for are kept meanwhile, and come
@@ -394,6 +392,7 @@ async def open_machine(
     calls = kernel or KernelCalls(deadlines, threads), storage or KernelCalls(deadlines, threads, "storage")
     machine = Machine(board, deadlines, *calls, on_guest_request, vcpu_type, on_removed)
     machine.ladder.fall(stage)
+    board.on_request = machine._note_request
     machine.gate.shut()
     async with open_tree(machine) as tasks:
         machine.hotplug.tasks = tasks

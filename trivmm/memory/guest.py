@@ -25,8 +25,9 @@ PAGE_SIZE: Final = 4096
 @attrs.frozen(eq=False)
 class MemoryRegion:
     """``slot`` is its number for the hypervisor; ``mapping`` a cffi ``void *`` that unmaps when it is released, ``hva``
-    the same as an int; ``dirty`` a cffi ``uint64_t *`` with a bit a page: the host writers' dirty bitmap. ``rom``: what
-    the guest writes there is dropped, and devices find nothing there at all."""
+    the same as an int; ``dirty`` a cffi ``uint64_t *`` with a bit a page: the host writers' dirty bitmap; ``native``
+    the C view (``struct tv_region *``), as long-lived as the memory's. ``rom``: what the guest writes there is dropped,
+    and devices find nothing there at all."""
 
     slot: int
     gpa: int
@@ -35,7 +36,13 @@ class MemoryRegion:
     mapping: Any
     hva: int
     dirty: Any
+    native: Any
     rom: bool = False
+
+    @property
+    def given_back(self) -> bool:
+        """The guest has given memory of it back (a balloon): there may be holes."""
+        return bool(self.native.given_back)
 
     @property
     def pages(self) -> int:
@@ -89,7 +96,7 @@ class GuestMemory:
         native = self.native.regions[slot]
         native.gpa, native.size, native.rom = gpa, size, rom
         native.hva, native.dirty = ffi.cast("uint8_t *", hva), dirty
-        return MemoryRegion(slot, gpa, size, memfd, mapping, hva, dirty, rom)
+        return MemoryRegion(slot, gpa, size, memfd, mapping, hva, dirty, ffi.addressof(native), rom)
 
     @property
     def size(self) -> int:

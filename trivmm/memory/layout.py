@@ -42,6 +42,10 @@ RAM_64BIT_START: Final = 0x1_0000_0000
 BAR64_END: Final = 1 << 40  # unicorn has 40 physical address bits, and so have small machines
 BAR64_SIZE: Final = 64 << 30
 BAR64_START: Final = BAR64_END - BAR64_SIZE
+# Memory that devices bring (virtio-pmem) lies below that window and above RAM, from the top down. Cloud Hypervisor's is
+# among the BARs: here no BAR can be moved over it.
+DEVICE_MEMORY_END: Final = BAR64_START
+DEVICE_MEMORY_ALIGNMENT: Final = 2 << 20
 
 
 def ram_ranges(size: int) -> tuple[tuple[int, int], ...]:

@@ -74,7 +74,7 @@ class Ejector:
                 if self._gate_open and not self._holders:
                     for slot in set(self.target.ejected) - self._serving:
                         self._serving.add(slot)
-                        nursery.start_soon(self._serve, slot)
+                        nursery.start_soon(self._serve, slot, name=f"ejecting slot {slot}")
 
     async def _serve(self, slot: int) -> None:
         try:

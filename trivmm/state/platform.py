@@ -24,6 +24,7 @@ __all__ = [
     "PciConfigState",
     "PciHotplugState",
     "PmTimerState",
+    "PvpanicState",
     "SerialState",
 ]
 
@@ -111,8 +112,16 @@ class PmTimerState:
 
 
 @attrs.frozen
+class PvpanicState:
+    """``told``: bits of the words that the guest has said already (``Pvpanic``)."""
+
+    told: U8
+    config: PciConfigState
+
+
+@attrs.frozen
 class BoardState:
-    """Fields are named as ``Board.fixed`` names the parts."""
+    """Fields are named as ``Board.fixed`` names the parts; None where the board has no such part."""
 
     pci: PciBusState
     serial: SerialState
@@ -122,3 +131,4 @@ class BoardState:
     hotplug: PciHotplugState
     fw_cfg: FwCfgState
     pm_timer: PmTimerState
+    pvpanic: PvpanicState | None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Final
 
 import attrs
@@ -22,6 +24,7 @@ __all__ = [
     "WRITE_ZEROES",
     "Answer",
     "BlockDriver",
+    "has_direct",
     "ranges",
     "worked_by",
 ]
@@ -37,6 +40,17 @@ LIMIT_S: Final = 20.0
 def ranges(*each: tuple[int, int, int]) -> bytes:
     """The data of a discard or write-zeroes: (sector, sectors, flags) of each."""
     return b"".join(struct.pack("<QII", *one) for one in each)
+
+
+def has_direct(folder: Path) -> bool:
+    """Whether files there can be read past the page cache."""
+    path = folder / "probe"
+    path.write_bytes(bytes(4096))
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
+    except OSError:
+        return False
+    return True
 
 
 @attrs.frozen

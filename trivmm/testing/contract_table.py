@@ -24,8 +24,7 @@ __all__ = ["REASONS", "Book", "agree", "markdown", "read_book", "replay_book", "
 REASONS: Final[Mapping[str, str]] = {
     "a": "The verb does not exist here yet: 501 in every state, with its name.",
     "b": "A key asks for what does not exist here yet: it is refused by name, before the state is looked at.",
-    "c": "There is no balloon yet, so none can be asked for on paper either.",
-    "d": "A route of ours.",
+    "c": "A route of ours.",
 }
 OURS: Final = frozenset({"vm.migration-progress", "vm.cancel-migration", "events"})
 NO_SUCH_KEYS: Final = ("connections = 4: not supported yet", "local = true: not supported yet")
@@ -95,9 +94,7 @@ def why(recorded: Recorded, ours: Answer) -> str | None:
         return "a"
     if ours.code == "400" and texts[1].startswith(NO_SUCH_KEYS):
         return "b"
-    if route == "vm.resize" and ours.code == "500" and texts[2].startswith("desired_balloon = "):
-        return "c"
-    return "d" if route in OURS and ours.code != "404" else None
+    return "c" if route in OURS and ours.code != "404" else None
 
 
 def markdown(book: Book, ours: Mapping[str, Mapping[str, Answer]]) -> str:

@@ -196,6 +196,9 @@ class MiniBoard:
     def storages(self) -> list[Storage]:
         return []
 
+    def guest_runs(self, running: bool) -> None:
+        return None
+
     def give_locks(self) -> None:
         return None
 

@@ -261,6 +261,14 @@ class ScriptedVm(VmBackend):
     def add_memory(self, slot: int, gpa: int, size: int, hva: int, *, rom: bool = False) -> None:
         self._slots[slot] = (gpa, size, hva)
 
+    def add_device_memory(self, slot: int, gpa: int, size: int, hva: int) -> None:
+        self.calls.append(("add_device_memory", slot, gpa, size))
+        self._slots[slot] = (gpa, size, hva)
+
+    def remove_device_memory(self, slot: int, gpa: int, size: int) -> None:
+        self.calls.append(("remove_device_memory", slot, gpa, size))
+        del self._slots[slot]
+
     def store(self, gpa: int, data: bytes) -> None:
         for slot, (start, size, hva) in self._slots.items():
             if start <= gpa and gpa + len(data) <= start + size:

@@ -43,6 +43,7 @@ def a_board() -> BoardState:
         cmos=CmosState(0, bytes(CMOS_BYTES)),
         debug_port=DebugPortState(0, 0),
         ged=GedState(0),
+        pvpanic=None,
         hotplug=PciHotplugState(0, 0, 0, 0),
         fw_cfg=FwCfgState(0, 0),
         pm_timer=PmTimerState(0),

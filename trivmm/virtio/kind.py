@@ -65,13 +65,15 @@ C = TypeVar("C", bound=DeviceConfig)
 @attrs.frozen
 class Contract:
     """Its place in the API's bodies: ``section`` of the VM's configuration holds one ``schema``, or ``many`` of them.
-    ``not_yet`` are the contract's keys that do not exist here (``trivmm.notyet``)."""
+    ``not_yet`` are the contract's keys that do not exist here (``trivmm.notyet``). ``flag``: there it is a boolean,
+    whether there is one, and has no schema."""
 
     schema: str
     section: str
     many: bool
     required: tuple[str, ...] = ()
     not_yet: Mapping[str, object] = BUS_NOT_YET
+    flag: bool = False
 
 
 @attrs.frozen

@@ -7,12 +7,15 @@ from typing import Any, Final
 
 from trivmm.config import VmConfig
 from trivmm.errors import ConfigError
+from trivmm.virtio.balloon.kind import BALLOON
 from trivmm.virtio.block.kind import BLOCK
 from trivmm.virtio.console.kind import CONSOLE
 from trivmm.virtio.kind import AnyKind
 from trivmm.virtio.net.kind import NET
+from trivmm.virtio.pmem.kind import PMEM
 from trivmm.virtio.rng.kind import RNG
 from trivmm.virtio.vsock.kind import VSOCK
+from trivmm.virtio.watchdog.kind import WATCHDOG
 
 __all__ = ["KINDS", "find", "hotplug_verbs", "kind_of", "names_of", "sections", "without"]
 
@@ -21,7 +24,10 @@ KINDS: Final[list[AnyKind]] = [
     BLOCK,
     NET,
     RNG,
+    PMEM,
     VSOCK,
+    BALLOON,
+    WATCHDOG,
 ]
 
 
@@ -34,6 +40,9 @@ def names_of(config: VmConfig) -> dict[AnyKind, list[str]]:
     for index, each in enumerate(config.virtio):
         if type(each) not in beyond:
             raise _misplaced(index, each, beyond)
+    for kind in KINDS:
+        if not kind.contract.many and len(kind.of(config)) > 1:
+            raise ConfigError(kind.contract.section, len(kind.of(config)), "a VM has one at most", "give one")
     given = {each.id for kind in KINDS for each in kind.of(config)}
     names: dict[AnyKind, list[str]] = {}
     for kind in KINDS:

@@ -76,7 +76,13 @@ class VmCore:
 
     def _make_host(self) -> MachineHost:
         return MachineHost(
-            self.hypervisor, self.deadlines, self._nursery, self._tell_of_device, self._ask_owner, self._tell_of_removal
+            self.hypervisor,
+            self.deadlines,
+            self._nursery,
+            self._tell_of_device,
+            self._ask_owner,
+            self._tell_of_removal,
+            lambda word: self.events.emit("guest", "panic", event=word),
         )
 
     @property
@@ -104,14 +110,17 @@ class VmCore:
         return self.host.stuck
 
     def info(self) -> dict[str, Any]:
-        """JSON-able: state, RAM in use, vCPU states; while there is a machine, its ``Board.device_tree``."""
+        """JSON-able: state, RAM less what the guest says is in its balloon, vCPU states; while there is a machine, its
+        ``Board.device_tree``."""
         machine = self.host.machine
         tree = {} if machine is None else {"device_tree": machine.board.device_tree()}
+        balloon = None if machine is None else machine.board.balloon
+        given = 0 if balloon is None else balloon.given_bytes
         return {
             "state": self.state.value,
             "in_doubt": self.in_doubt,
             "hypervisor": self.hypervisor.name,
-            "memory_actual_size": self.config.memory.size,
+            "memory_actual_size": max(0, self.config.memory.size - given),
             "vcpus": [] if machine is None else [vcpu.state.value for vcpu in machine.vcpus.vcpus],
             **tree,
             **({} if self.doubt is None else {"doubt": self.doubt.told()}),

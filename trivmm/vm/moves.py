@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import attrs
@@ -52,7 +53,8 @@ class Moves(VmCore):
         :raises ConfigError: / :raises WrongState: the request makes no sense, or not now.
         :raises MigrationError: failed before COMMIT, the VM runs.
         :raises MigrationInDoubt: the link died in the one moment when nobody can know: the VM is PAUSED here.
-        :raises VmMigrating: another migration owns the VM."""
+        :raises VmMigrating: another migration owns the VM.
+        :raises DeadlineError: (quiesce) a device that the guest has ejected is stuck: nothing has begun."""
         options = SendOptions(downtime_ms, timeout_s, timeout_strategy)
         dialer = dial(url, self.deadlines)
         before, told = self._activated, 0
@@ -67,18 +69,18 @@ class Moves(VmCore):
             if on_progress is not None:
                 on_progress(progress)
 
-        async with self.ownership.lease(MIGRATION):
+        async with self.ownership.lease(MIGRATION), self._devices_held():
             machine = self._machine_in("migrate", VmState.RUNNING, VmState.PAUSED)
             if self.in_doubt:
                 raise WrongState("migrate", "Paused, in doubt", "resolved, resumed or shut down by you first")
+            machine.describe()  # a device that can't move says so here, and nobody is dialled
             self._tell("migration-started")
             try:
                 with trio.CancelScope() as scope:
                     self._migration = scope
                     if on_accepted is not None:
                         on_accepted()
-                    async with machine.hotplug.ejector.held():  # the destination builds what there is at the start
-                        report = await send(machine, dialer, options, note)
+                    report = await send(machine, dialer, options, note)
                 if scope.cancelled_caught:
                     raise MigrationCancelled("the migration was cancelled; the VM runs here")
             except MigrationInDoubt as error:
@@ -97,6 +99,17 @@ class Moves(VmCore):
             self._finish(ExitReason("migrated"))
             self._tell("migration-finished")
             return report
+
+    @asynccontextmanager
+    async def _devices_held(self) -> AsyncIterator[None]:
+        """The destination builds the devices that there are at the start. One that is being taken away is waited for.
+
+        :raises DeadlineError: (quiesce) that does not end."""
+        if self.host.machine is None:
+            yield
+            return
+        async with self.host.machine.hotplug.ejector.held():
+            yield
 
     async def resolve_migration(self, *, force: bool = False) -> Resolution:
         """Ask the destination what became of a migration that ended in doubt, within ``resolve``.

@@ -9,10 +9,11 @@ import trio
 
 from trivmm.bus.space import GuestRequest
 from trivmm.config import CpusConfig
-from trivmm.errors import GuestCrash, NotSupported, WrongState
+from trivmm.errors import ConfigError, GuestCrash, NotSupported, WrongState
 from trivmm.machine.board import Kept
 from trivmm.machine.build import close_sinks
 from trivmm.machine.machine import Machine
+from trivmm.virtio.balloon.kind import BALLOON
 from trivmm.vm.consoles import Consoles
 from trivmm.vm.core import ExitReason, VmState
 from trivmm.vm.devices import Devices
@@ -139,14 +140,13 @@ class Vm(Consoles, Devices, Moves):
             self._machine_in("power-button", VmState.RUNNING, VmState.PAUSED).power_button()
 
     async def resize(self, vcpus: int | None = None, ram: int | None = None, balloon: int | None = None) -> None:
-        """What is None, or what is so already, stays. A VM that was never booted takes the new numbers on paper.
+        """What is None, or what is so already, stays. A VM that was never booted takes the new numbers on paper, even
+        of a balloon that it doesn't have, as Cloud Hypervisor's does. The guest fills its balloon in its own time.
 
-        :raises NotSupported: hotplug of vCPUs and memory, and a balloon, are not there yet.
-        :raises ConfigError: a number that can't be."""
+        :raises NotSupported: hotplug of vCPUs and memory is not there yet.
+        :raises ConfigError: a number that can't be, or there is no balloon."""
         async with self.ownership.lease("resize"):
             cpus, memory = self.config.cpus, self.config.memory
-            if balloon is not None:
-                raise NotSupported("desired_balloon", balloon, "there is no balloon yet", "leave it out")
             if vcpus is not None and vcpus != cpus.boot_vcpus:
                 cpus = CpusConfig(vcpus, max(vcpus, cpus.max_vcpus))
                 self._refuse_hotplug("desired_vcpus", vcpus, self.config.cpus.boot_vcpus)
@@ -154,8 +154,21 @@ class Vm(Consoles, Devices, Moves):
                 memory = attrs.evolve(memory, size=ram)
                 self._refuse_hotplug("desired_ram", ram, self.config.memory.size)
             self._tell("resizing")
+            if balloon is not None:
+                self._resize_balloon(balloon)
             self.config = attrs.evolve(self.config, cpus=cpus, memory=memory)
             self._tell("resized")
+
+    def _resize_balloon(self, size: int) -> None:
+        machine = self.host.machine
+        configs = [attrs.evolve(each, size=size) for each in BALLOON.of(self.config)]
+        if machine is not None:
+            if machine.board.balloon is None:
+                remedy = "shut it down, and give it one (--balloon size=0)"
+                raise ConfigError("desired_balloon", size, "this VM has no balloon", remedy)
+            machine.board.balloon.resize(size)
+            machine.board.config = BALLOON.put(machine.board.config, configs)
+        self.config = BALLOON.put(self.config, configs)
 
     def _refuse_hotplug(self, field: str, wanted: int, have: int) -> None:
         if self.host.machine is not None:

@@ -154,7 +154,10 @@ class KvmVcpu(ThreadVcpu):
             return GuestRequest(SYSTEM_EVENTS.get(event, "crash"), "system event")
         if reason == lib.KVM_EXIT_SHUTDOWN:
             return triple_fault(self.describe())
-        if reason < 0:
+        fault = self._vm.memory_fault
+        if reason == -errno.EFAULT and fault is not None and (why := fault(stopped=True)) is not None:
+            what = why
+        elif reason < 0:
             what = f"KVM_RUN failed: {os.strerror(-reason)}"
         elif reason == lib.KVM_EXIT_HLT:  # the in-kernel LAPIC waits by itself
             what = "halted for ever: no interrupt can wake it"

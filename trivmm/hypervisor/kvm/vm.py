@@ -70,6 +70,12 @@ class KvmVm(VmBackend):
     def _set_slot(self, slot: int, gpa: int, size: int, hva: int, flags: int) -> None:
         kvm_call(self._fd, "KVM_SET_USER_MEMORY_REGION", struct.pack("<IIQQQ", slot, flags, gpa, size, hva))
 
+    def add_device_memory(self, slot: int, gpa: int, size: int, hva: int) -> None:
+        self._set_slot(slot, gpa, size, hva, 0)
+
+    def remove_device_memory(self, slot: int, gpa: int, size: int) -> None:
+        self._set_slot(slot, gpa, 0, 0, 0)
+
     def peek(self, gpa: int, length: int) -> bytes:
         """What is in memory there, for a crash report; nothing where there is none."""
         for start, size, hva in [*self._slots.values(), *self._roms.values()]:

@@ -141,6 +141,8 @@ class SoftVcpu(ThreadVcpu):
                     self._halt()
                     continue
                 stop = accesses.run(budget, bus)
+                if vm.memory_fault is not None and (why := vm.memory_fault(stopped=False)) is not None:
+                    return Crashed(why, self.describe())
                 undo = accesses.take_undo()
                 if undo is not None:
                     self._take_back(undo)

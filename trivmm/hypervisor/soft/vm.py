@@ -72,6 +72,12 @@ class SoftVm(VmBackend):
         self.slots[slot] = Slot(gpa, size, hva, rom)
         self.physical.add(gpa, size, hva, rom=rom)
 
+    def add_device_memory(self, slot: int, gpa: int, size: int, hva: int) -> None:
+        self.add_memory(slot, gpa, size, hva)
+
+    def remove_device_memory(self, slot: int, gpa: int, size: int) -> None:
+        raise HypervisorError("remove_device_memory", "soft keeps the memory that its vCPU began with")
+
     def set_dirty_log(self, enabled: bool) -> None:
         raise HypervisorError("set_dirty_log", "soft has no dirty log", "copy while the VM is paused")
 

@@ -50,7 +50,8 @@ def _make(config: DiskConfig, place: Place) -> WorkerDevice:
 def _check(disks: Sequence[DiskConfig]) -> None:
     from trivmm.virtio.block.file import check_given_once
 
-    check_given_once(disks)
+    given = [(f"disks[{index}].path", disk.path, disk.readonly) for index, disk in enumerate(disks)]
+    check_given_once(given, "give each disk its own, or give both readonly=on")
 
 
 def _as_built(disk: DiskConfig, device: WorkerDevice) -> DiskConfig:

@@ -19,7 +19,7 @@ from typing import Final
 from trivmm.errors import ConfigError, reason_of
 from trivmm.virtio.net.config import NetConfig, mac_bytes
 
-__all__ = ["HEADER", "TUN", "dup_taps", "open_taps"]
+__all__ = ["HEADER", "TUN", "dup_taps", "open_taps", "why_no_tap"]
 
 TUN: Final = "/dev/net/tun"
 HEADER: Final = 12  # virtio-net's header with num_buffers, before each frame
@@ -51,6 +51,16 @@ def open_taps(config: NetConfig) -> list[int]:
             os.close(fd)
         raise
     return fds
+
+
+def why_no_tap() -> str | None:
+    """Why this process can't make a tap, by making one that is gone at once; None: it can."""
+    try:
+        fd, _ = _attach(NEW, False)
+    except ConfigError as error:
+        return error.problem
+    os.close(fd)
+    return None
 
 
 def dup_taps(fds: Sequence[int]) -> list[int]:
