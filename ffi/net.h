@@ -56,6 +56,9 @@ struct tv_net_worker {
     struct tv_net_counts counts;
 };
 
+/* What became of a frame: it is done with, or dropped for its length; it waits; or its driver is at fault. */
+enum tv_net_delivered { TV_NET_DELIVERED, TV_NET_TOO_LONG, TV_NET_NO_BUFFER, TV_NET_BROKEN };
+
 static inline void tv_net_add(uint64_t *count, uint64_t more)
 {
     __atomic_store_n(count, *count + more, __ATOMIC_RELAXED);
@@ -67,6 +70,8 @@ void tv_net_reset(struct tv_net *net, const uint8_t mac[6]);
 int tv_net_worker_init(struct tv_net_worker *self, struct tv_net *net, uint32_t pair);
 void tv_net_worker_free(struct tv_net_worker *self);
 void tv_net_apply(struct tv_net *net);
+enum tv_net_delivered tv_net_deliver(struct tv_net_worker *self, struct tv_queue *queue, struct tv_vnet_header *header,
+                                     const uint8_t *data, uint32_t length);
 int64_t tv_net_control(struct tv_net_worker *self, struct tv_queue *queue, const struct tv_chain *chain);
 uint64_t tv_net_mac(const uint8_t mac[6]);
 

@@ -5,17 +5,17 @@
  * field, value and remedy; what turns up later is an I/O error (EIO) to the guest, and `spoilt` counts it.
  *
  * Order of writing. What a call has done is in the file when it returns. A write into a new cluster writes the data
- * first, while the cluster counts as free; then its refcount; then the L2 entry. A cluster that is given up loses its L2
+ * first, while the cluster counts as free; then its refcount; then the L2 entry. One that is given up loses its L2
  * entry first and its refcount then. Each is one write of a few bytes inside one page, so a process that is killed at
  * any instant leaves, between two of these, a cluster that is counted and not used (a leak), and never one that is used
  * and not counted.
  *
  * A host that loses power may have kept any part of that. So the first step after a flush that changes a refcount marks
- * the image dirty (version 3), and makes that durable: whoever opens it next counts the references anew (qcow2_repair.c), QEMU
- * does too. A flush without such steps since the last one takes the mark off. A cluster that was given up is not used
- * again before that is durable.
+ * the image dirty (version 3), and makes that durable: whoever opens it next counts the references anew
+ * (qcow2_repair.c), QEMU does too. A flush without such steps since the last one takes the mark off. A cluster that was
+ * given up is not used again before that is durable.
  *
- * Locks. `map` is held for reading by requests that change no mapping, for their I/O too: so a cluster is not given back
+ * Locks. `map` is held for reading by requests that change no mapping, for their I/O too: so no cluster is given back
  * under a write that is on its way to it. All that changes a mapping holds it for writing. `tables` guards the caches
  * among readers, and is only held while memory is looked at or a table read.
  *

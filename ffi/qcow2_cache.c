@@ -50,16 +50,26 @@ static struct qcow2_table *room(struct tv_qcow2 *image, struct qcow2_cache *cach
     return oldest;
 }
 
-/* The table at `offset`, or NULL with errno. `fresh`: all zeros, and not in the file yet. It stays where it is until the
- * next call but one; with `map` held for reading, only while `tables` is held. */
+static struct qcow2_table *find(const struct qcow2_cache *cache, uint64_t offset)
+{
+    if (cache->last < cache->count && cache->slots[cache->last].offset == offset)
+        return &cache->slots[cache->last];
+    for (uint32_t at = 0; at < cache->count; at++)
+        if (cache->slots[at].offset == offset)
+            return &cache->slots[at];
+    return NULL;
+}
+
+int qcow2_cache_has(const struct qcow2_cache *cache, uint64_t offset)
+{
+    return find(cache, offset) != NULL;
+}
+
+/* The table at `offset`, or NULL with errno. `fresh`: all zeros, and not in the file yet. It stays where it is until
+ * the next call but one; with `map` held for reading, only while `tables` is held. */
 struct qcow2_table *qcow2_cache_get(struct tv_qcow2 *image, struct qcow2_cache *cache, uint64_t offset, int fresh)
 {
-    struct qcow2_table *table = NULL;
-    if (cache->last < cache->count && cache->slots[cache->last].offset == offset)
-        table = &cache->slots[cache->last];
-    for (uint32_t at = 0; !table && at < cache->count; at++)
-        if (cache->slots[at].offset == offset)
-            table = &cache->slots[at];
+    struct qcow2_table *table = find(cache, offset);
     if (!table) {
         table = room(image, cache);
         if (!table || (!fresh && qcow2_read_all(image->fd, table->bytes, image->cluster_size, offset)))

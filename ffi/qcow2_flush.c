@@ -55,7 +55,7 @@ static void release(struct tv_qcow2 *image, struct qcow2_set *set)
     qcow2_set_free(set);
 }
 
-/* Before a step that changes refcounts: the mark is durable, and there is room in every bound for what one step does. */
+/* Before a step that changes refcounts: the mark is durable, and there is room for what one step does. */
 int qcow2_begin(struct tv_qcow2 *image)
 {
     image->steps++;

@@ -29,8 +29,9 @@ static int features(struct tv_qcow2_header *header, const uint8_t *bytes, uint32
     if (bits & QCOW2_EXTERNAL_DATA)
         return qcow2_wrong(error, "incompatible_features", CONVERT, bits, "an external data file, not supported yet");
     if (bits & QCOW2_EXTENDED_L2)
-        return qcow2_wrong(error, "incompatible_features", "convert it (qemu-img convert -O qcow2 -o extended_l2=off OLD NEW)",
-                           bits, "extended L2 entries (subclusters), not supported yet");
+        return qcow2_wrong(error, "incompatible_features",
+                           "convert it (qemu-img convert -O qcow2 -o extended_l2=off OLD NEW)", bits,
+                           "extended L2 entries (subclusters), not supported yet");
     if (bits & ~(QCOW2_DIRTY | QCOW2_CORRUPT | QCOW2_COMPRESSION))
         return qcow2_wrong(error, "incompatible_features", "convert it with the program that made it", bits,
                            "a feature that is not known here");
@@ -67,7 +68,8 @@ static int extensions(struct tv_qcow2_header *header, const uint8_t *bytes, uint
     return 0;
 }
 
-static int backing_name(struct tv_qcow2_header *header, const uint8_t *bytes, uint32_t size, struct tv_qcow2_error *error)
+static int backing_name(struct tv_qcow2_header *header, const uint8_t *bytes, uint32_t size,
+                        struct tv_qcow2_error *error)
 {
     uint64_t offset = qcow2_get64(bytes + 8);
     uint32_t length = qcow2_get32(bytes + 16);

@@ -15,6 +15,7 @@
 #define QCOW2_EXTERNAL_DATA 4ull
 #define QCOW2_COMPRESSION 8ull
 #define QCOW2_EXTENDED_L2 16ull
+#define QCOW2_BITMAPS 1ull /* of the automatic features */
 #define QCOW2_OFFSET 0x00fffffffffffe00ull /* bits 9 to 55 of an L1, L2 entry */
 #define QCOW2_COPIED (1ull << 63)
 #define QCOW2_COMPRESSED (1ull << 62)
@@ -152,6 +153,7 @@ void qcow2_set_free(struct qcow2_set *set);
 int qcow2_cache_make(struct qcow2_cache *cache, uint32_t limit_bytes, uint32_t cluster_size);
 void qcow2_cache_forget(struct qcow2_cache *cache);
 void qcow2_cache_free(struct qcow2_cache *cache);
+int qcow2_cache_has(const struct qcow2_cache *cache, uint64_t offset);
 struct qcow2_table *qcow2_cache_get(struct tv_qcow2 *image, struct qcow2_cache *cache, uint64_t offset, int fresh);
 int qcow2_cache_put(struct tv_qcow2 *image, struct qcow2_table *table, uint64_t from, uint64_t to);
 
@@ -182,7 +184,7 @@ struct qcow2_run {
     int ours;        /* DATA: may be written in place */
 };
 
-int qcow2_find(struct tv_qcow2 *image, uint64_t at, uint64_t length, struct qcow2_run *run);
+int qcow2_find(struct tv_qcow2 *image, uint64_t at, uint64_t length, int flags, struct qcow2_run *run);
 int qcow2_classify(struct tv_qcow2 *image, uint64_t entry, enum qcow2_kind *kind);
 int qcow2_l2_for_write(struct tv_qcow2 *image, uint64_t at, struct qcow2_table **table);
 

@@ -115,7 +115,7 @@ static int inflate_zstd(const uint8_t *from, uint64_t length, uint8_t *to, uint6
     return failed ? -1 : 0;
 }
 
-/* `length` bytes into exactly `size`; what they hold beyond that is left. 0, or -1: they are not what they should be. */
+/* `length` bytes into exactly `size`; what they hold beyond that is left. -1: they are not what they should be. */
 int qcow2_inflate(uint32_t compression, const uint8_t *from, uint64_t length, uint8_t *to, uint64_t size)
 {
     if (qcow2_inflater_missing(compression))

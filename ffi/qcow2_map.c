@@ -1,7 +1,9 @@
 /* From an offset of the disk to what is there: L1, L2, and the entry's checks. */
 #include "qcow2_image.h"
 
-/* What an L2 entry says; -1 with EIO where it can't be right. A compressed cluster's place is checked when it is read. */
+#include <errno.h>
+
+/* What an L2 entry says; -1 with EIO where it can't be right. Compressed clusters are looked at when they are read. */
 int qcow2_classify(struct tv_qcow2 *image, uint64_t entry, enum qcow2_kind *kind)
 {
     if (entry & QCOW2_COMPRESSED) {
@@ -22,8 +24,22 @@ int qcow2_classify(struct tv_qcow2 *image, uint64_t entry, enum qcow2_kind *kind
     return 0;
 }
 
+/* For a look at `offset`'s table: `tables` is held then. With TV_IMAGE_NOWAIT rather -1 with EAGAIN than wait. */
+static int lock_tables(struct tv_qcow2 *image, uint64_t offset, int flags)
+{
+    if (!(flags & TV_IMAGE_NOWAIT))
+        return pthread_mutex_lock(&image->tables) ? -1 : 0;
+    errno = EAGAIN;
+    if (pthread_mutex_trylock(&image->tables))
+        return -1;
+    if (qcow2_cache_has(&image->l2, offset))
+        return 0;
+    pthread_mutex_unlock(&image->tables);
+    return -1;
+}
+
 /* What is at `at`, and for how much of `length` it goes on like that. `map` is held. */
-int qcow2_find(struct tv_qcow2 *image, uint64_t at, uint64_t length, struct qcow2_run *run)
+int qcow2_find(struct tv_qcow2 *image, uint64_t at, uint64_t length, int flags, struct qcow2_run *run)
 {
     uint32_t bits = image->header.cluster_bits;
     uint64_t size = image->cluster_size, index = at >> bits & ((1ull << image->l2_bits) - 1);
@@ -40,7 +56,8 @@ int qcow2_find(struct tv_qcow2 *image, uint64_t at, uint64_t length, struct qcow
         run->length = length;
         return 0;
     }
-    pthread_mutex_lock(&image->tables);
+    if (lock_tables(image, offset, flags))
+        return -1;
     struct qcow2_table *table = qcow2_cache_get(image, &image->l2, offset, 0);
     int result = table ? 0 : -1;
     if (table) {

@@ -116,7 +116,7 @@ static int load_end(struct tv_qcow2 *image, struct tv_qcow2_error *error)
     return 0;
 }
 
-/* Whoever writes to an image says which features it keeps up: none of the automatic ones (bitmaps). */
+/* Whoever writes to an image says which features it keeps up: none of the automatic ones. */
 static int clear_auto(struct tv_qcow2 *image, struct tv_qcow2_error *error)
 {
     uint8_t none[8] = {0};
@@ -138,6 +138,10 @@ static int load_for_writing(struct tv_qcow2 *image, struct tv_qcow2_error *error
     image->bounce = malloc(2 * (size_t)image->cluster_size);
     if (!image->bounce)
         return no_memory(error);
+    if (image->header.autoclear & QCOW2_BITMAPS)
+        return qcow2_wrong(error, "autoclear_features",
+                           "remove them (qemu-img bitmap --remove IMAGE NAME), or give readonly=on",
+                           image->header.autoclear, "bitmaps that writes would make wrong, not supported yet");
     if (load_reftable(image, error) || clear_auto(image, error))
         return -1;
     return qcow2_repair(image, error);
@@ -163,8 +167,13 @@ static int load(struct tv_qcow2 *image, struct tv_qcow2_error *error)
     return image->writable ? load_for_writing(image, error) : 0;
 }
 
-static const struct tv_image_ops OPS = {qcow2_read_image, qcow2_write_image, qcow2_flush_image, qcow2_discard_image,
-                                       qcow2_zero_image};
+static const struct tv_image_ops OPS = {
+    .read = qcow2_read_image,
+    .write = qcow2_write_image,
+    .flush = qcow2_flush_image,
+    .discard = qcow2_discard_image,
+    .write_zeroes = qcow2_zero_image,
+};
 
 /* `fd` stays the caller's, open as long as the image is, and for writing if `writable`; the caller holds a lock that
  * keeps others from writing. NULL, with `error`. May wait for the storage. */

@@ -5,52 +5,51 @@
 #include <errno.h>
 #include <stdlib.h>
 
-/* `length` bytes of a file at `from`, into [offset, offset + length) of `iov`; zeros past its end. */
-static int read_file(int fd, const struct iovec *iov, int count, uint64_t offset, uint64_t length, uint64_t from)
+/* Reads give how many bytes they have put into [offset, offset + length) of `iov`: all, but with TV_IMAGE_NOWAIT, or -1
+ * with errno. Here from a file at `from`; zeros past its end. */
+static int64_t read_file(int fd, const struct iovec *iov, int count, uint64_t offset, uint64_t length, uint64_t from,
+                         int flags)
 {
     struct iovec part[QCOW2_IOV];
-    while (length) {
-        int parts = qcow2_slice(iov, count, offset, length, part, QCOW2_IOV);
-        ssize_t got = preadv(fd, part, parts, (off_t)from);
+    int nowait = flags & TV_IMAGE_NOWAIT ? RWF_NOWAIT : 0;
+    for (uint64_t done = 0; done < length;) {
+        int parts = qcow2_slice(iov, count, offset + done, length - done, part, QCOW2_IOV);
+        ssize_t got = preadv2(fd, part, parts, (off_t)(from + done), nowait);
         if (got < 0 && errno == EINTR)
             continue;
         if (got < 0)
-            return -1;
+            return nowait && done ? (int64_t)done : -1;
         if (!got) {
-            qcow2_zero_iov(iov, count, offset, length);
-            return 0;
+            qcow2_zero_iov(iov, count, offset + done, length - done);
+            break;
         }
-        offset += (uint64_t)got;
-        from += (uint64_t)got;
-        length -= (uint64_t)got;
+        done += (uint64_t)got;
     }
-    return 0;
+    return (int64_t)length;
 }
 
 /* What the images behind have there, and zeros past their end. */
-static int read_backing(struct tv_qcow2 *image, const struct iovec *iov, int count, uint64_t offset, uint64_t length,
-                        uint64_t at)
+static int64_t read_backing(struct tv_qcow2 *image, const struct iovec *iov, int count, uint64_t offset,
+                            uint64_t length, uint64_t at, int flags)
 {
-    uint64_t there = at < image->backing_size ? image->backing_size - at : 0;
+    uint64_t there = at < image->backing_size ? image->backing_size - at : 0, done = 0;
     if (there > length)
         there = length;
-    if (there < length)
-        qcow2_zero_iov(iov, count, offset + there, length - there);
-    if (!there)
-        return 0;
-    if (!image->backing)
-        return read_file(image->backing_fd, iov, count, offset, there, at);
-    struct iovec part[QCOW2_IOV];
-    while (there) {
-        int parts = qcow2_slice(iov, count, offset, there, part, QCOW2_IOV);
-        int64_t got = qcow2_read_image(&image->backing->image, part, parts, at, 0);
+    while (image->backing && done < there) {
+        struct iovec part[QCOW2_IOV];
+        int parts = qcow2_slice(iov, count, offset + done, there - done, part, QCOW2_IOV);
+        int64_t got = qcow2_read_image(&image->backing->image, part, parts, at + done, flags);
         if (got < 0)
-            return -1;
-        offset += (uint64_t)got;
-        at += (uint64_t)got;
-        there -= (uint64_t)got;
+            return done && flags & TV_IMAGE_NOWAIT ? (int64_t)done : -1;
+        done += (uint64_t)got;
     }
-    return 0;
+    if (!image->backing && there) {
+        int64_t got = read_file(image->backing_fd, iov, count, offset, there, at, flags);
+        if (got < (int64_t)there)
+            return got;
+    }
+    qcow2_zero_iov(iov, count, offset + there, length - there);
+    return (int64_t)length;
 }
 
 /* A compressed cluster, whole, in a buffer that stays until the next call; `inflating` is held. NULL with errno. */
@@ -95,77 +94,84 @@ static const uint8_t *inflated(struct tv_qcow2 *image, uint64_t entry)
     return slot->bytes;
 }
 
-static int read_squeezed(struct tv_qcow2 *image, uint64_t entry, const struct iovec *iov, int count, uint64_t offset,
-                         uint64_t length, uint64_t in)
+static int64_t read_squeezed(struct tv_qcow2 *image, uint64_t entry, const struct iovec *iov, int count,
+                             uint64_t offset, uint64_t length, uint64_t in)
 {
     pthread_mutex_lock(&image->inflating);
     const uint8_t *bytes = inflated(image, entry);
-    while (bytes && length) {
+    for (uint64_t done = 0; bytes && done < length;) {
         struct iovec part[16];
-        int parts = qcow2_slice(iov, count, offset, length, part, 16);
+        int parts = qcow2_slice(iov, count, offset + done, length - done, part, 16);
         for (int at = 0; at < parts; at++) {
-            memcpy(part[at].iov_base, bytes + in, part[at].iov_len);
-            in += part[at].iov_len;
-            offset += part[at].iov_len;
-            length -= part[at].iov_len;
+            memcpy(part[at].iov_base, bytes + in + done, part[at].iov_len);
+            done += part[at].iov_len;
         }
     }
     pthread_mutex_unlock(&image->inflating);
-    return bytes ? 0 : -1;
+    return bytes ? (int64_t)length : -1;
 }
 
-/* Into [offset, offset + length) of `iov`, where `length` is at most the run's. */
-static int read_run(struct tv_qcow2 *image, const struct qcow2_run *run, const struct iovec *iov, int count,
-                    uint64_t offset, uint64_t length, uint64_t at)
+/* Where `length` is at most the run's. */
+static int64_t read_run(struct tv_qcow2 *image, const struct qcow2_run *run, const struct iovec *iov, int count,
+                        uint64_t offset, uint64_t length, uint64_t at, int flags)
 {
     switch (run->kind) {
     case QCOW2_DATA:
-        return read_file(image->fd, iov, count, offset, length, run->host);
+        return read_file(image->fd, iov, count, offset, length, run->host, flags);
     case QCOW2_SQUEEZED:
-        return read_squeezed(image, run->entry, iov, count, offset, length, at & (image->cluster_size - 1));
+        if (!(flags & TV_IMAGE_NOWAIT))
+            return read_squeezed(image, run->entry, iov, count, offset, length, at & (image->cluster_size - 1));
+        errno = EAGAIN;
+        return -1;
     case QCOW2_HOLE:
-        return read_backing(image, iov, count, offset, length, at);
+        return read_backing(image, iov, count, offset, length, at, flags);
     default:
         qcow2_zero_iov(iov, count, offset, length);
-        return 0;
+        return (int64_t)length;
     }
 }
 
-/* All of it, with `map` held. */
-static int read_all(struct tv_qcow2 *image, const struct iovec *iov, int count, uint64_t length, uint64_t at)
+/* With `map` held. */
+static int64_t read_all(struct tv_qcow2 *image, const struct iovec *iov, int count, uint64_t length, uint64_t at,
+                        int flags)
 {
-    for (uint64_t done = 0; done < length;) {
+    uint64_t done = 0;
+    while (done < length) {
         struct qcow2_run run;
-        if (qcow2_find(image, at + done, length - done, &run) ||
-            read_run(image, &run, iov, count, done, run.length, at + done))
-            return -1;
-        done += run.length;
+        int64_t got = qcow2_find(image, at + done, length - done, flags, &run);
+        if (!got)
+            got = read_run(image, &run, iov, count, done, run.length, at + done, flags);
+        if (got < 0)
+            return done && flags & TV_IMAGE_NOWAIT ? (int64_t)done : -1;
+        done += (uint64_t)got;
+        if ((uint64_t)got < run.length)
+            break;
     }
-    return 0;
+    return (int64_t)done;
 }
 
 int qcow2_read_here(struct tv_qcow2 *image, void *to, uint64_t length, uint64_t at)
 {
     struct iovec iov = {.iov_base = to, .iov_len = length};
-    return read_all(image, &iov, 1, length, at);
+    return read_all(image, &iov, 1, length, at, 0) < 0 ? -1 : 0;
 }
 
 int64_t qcow2_read_image(struct tv_image *seam, const struct iovec *iov, int count, uint64_t at, int flags)
 {
     struct tv_qcow2 *image = (struct tv_qcow2 *)seam;
     uint64_t length = 0;
-    if (flags & TV_IMAGE_NOWAIT) {
-        errno = EAGAIN;
-        return -1;
-    }
     for (int each = 0; each < count; each++)
         length += iov[each].iov_len;
     if (at > image->header.size || length > image->header.size - at || length > INT64_MAX) {
         errno = EINVAL;
         return -1;
     }
-    pthread_rwlock_rdlock(&image->map);
-    int result = read_all(image, iov, count, length, at);
+    errno = EAGAIN;
+    if (!(flags & TV_IMAGE_NOWAIT))
+        pthread_rwlock_rdlock(&image->map);
+    else if (pthread_rwlock_tryrdlock(&image->map))
+        return -1;
+    int64_t result = read_all(image, iov, count, length, at, flags);
     pthread_rwlock_unlock(&image->map);
-    return result ? -1 : (int64_t)length;
+    return result;
 }

@@ -1,7 +1,7 @@
 /* References counted anew: what a process that was killed, or a host that lost power, has left behind.
  *
  * Done at opening for writing where the dirty bit asks for it, and for version 2, which has none. All tables are walked
- * and each cluster's references counted; refcounts that say otherwise are put right, if the tables don't contradict each
+ * and each cluster's references counted; refcounts that say otherwise are put right, unless the tables contradict each
  * other. An image with internal snapshots, or with structures that are not known here, is never judged: what refers to
  * its clusters is not all visible.
  *
@@ -131,7 +131,8 @@ int qcow2_repair(struct tv_qcow2 *image, struct tv_qcow2_error *error)
             result = settle(&walk);
         free(walk.seen);
         if (result < 0)
-            return qcow2_wrong(error, "refcounts", "look after its storage", 0, "can't be counted (%s)", strerror(errno));
+            return qcow2_wrong(error, "refcounts", "look after its storage", 0, "can't be counted (%s)",
+                               strerror(errno));
         why = "its tables contradict each other";
     }
     if (dirty && !result)

@@ -72,8 +72,8 @@ static uint64_t anew(struct tv_qcow2 *image, const struct qcow2_table *table, ui
 }
 
 /* Some of [offset, offset + length) of `iov` to `at`: *done bytes. `map` is held for writing. */
-static int step(struct tv_qcow2 *image, const struct iovec *iov, int count, uint64_t offset, uint64_t length, uint64_t at,
-                uint64_t *done)
+static int step(struct tv_qcow2 *image, const struct iovec *iov, int count, uint64_t offset, uint64_t length,
+                uint64_t at, uint64_t *done)
 {
     uint32_t bits = image->header.cluster_bits;
     uint64_t size = image->cluster_size, in = at & (size - 1), index = at >> bits & ((1ull << image->l2_bits) - 1);
@@ -107,7 +107,8 @@ static int step(struct tv_qcow2 *image, const struct iovec *iov, int count, uint
     enum qcow2_kind last_kind;
     int failed = qcow2_classify(image, last_entry, &last_kind);
     int with_head = way != IN_PLACE && in && !(virgin && reads_zero(image, kind, start));
-    int with_tail = way != IN_PLACE && tail && !(virgin && reads_zero(image, last_kind, start + ((clusters - 1) << bits)));
+    int with_tail = way != IN_PLACE && tail &&
+                    !(virgin && reads_zero(image, last_kind, start + ((clusters - 1) << bits)));
     part[0] = (struct iovec){.iov_base = image->bounce, .iov_len = with_head ? in : 0};
     part[1 + parts] = (struct iovec){.iov_base = image->bounce + size, .iov_len = with_tail ? tail : 0};
     failed = failed || (with_head && qcow2_read_here(image, image->bounce, in, start)) ||
@@ -137,7 +138,7 @@ static int write_in_place(struct tv_qcow2 *image, const struct iovec *iov, int c
 {
     while (*done < length) {
         struct qcow2_run run;
-        if (qcow2_find(image, at + *done, length - *done, &run))
+        if (qcow2_find(image, at + *done, length - *done, 0, &run))
             return -1;
         if (!run.ours)
             return 0;

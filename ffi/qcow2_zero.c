@@ -73,7 +73,7 @@ static int write_zeros(struct tv_qcow2 *image, uint64_t at, uint64_t length)
     while (length) {
         struct qcow2_run run;
         pthread_rwlock_rdlock(&image->map);
-        int failed = qcow2_find(image, at, length, &run);
+        int failed = qcow2_find(image, at, length, 0, &run);
         pthread_rwlock_unlock(&image->map);
         if (failed)
             return -1;

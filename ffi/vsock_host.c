@@ -268,6 +268,7 @@ void tv_vsock_host_ended(struct tv_vsock *vsock, struct tv_vsock_conn *conn)
 static void conn_event(struct tv_vsock *vsock, struct tv_vsock_conn *conn, uint32_t events)
 {
     int ended = (events & (EPOLLHUP | EPOLLERR)) != 0;
+    conn->last |= (events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)) != 0;
     switch (conn->stage) {
     case TV_VSOCK_GREETING:
         greet(vsock, conn);

@@ -4,7 +4,8 @@
 
 #include "vsock_table.h"
 
-#define DATA_MAX (64u << 10) /* of one packet; drivers' buffers are smaller */
+#define DATA_MAX (64u << 10) /* of one read, before another connection's turn */
+#define HEADER sizeof(struct tv_vsock_header)
 
 static int64_t give(struct tv_vsock *vsock, struct tv_queue *queue, struct tv_chain *chain,
                     struct tv_vsock_header *header, uint32_t guest_port, uint32_t host_port, uint16_t op)
@@ -43,38 +44,83 @@ static void at_end(struct tv_vsock *vsock, struct tv_vsock_conn *conn)
     conn->owed |= 1u << TV_VSOCK_SHUTDOWN;
 }
 
-/* From the socket into the chain, behind the header's place, as much as the guest has room for. Gives how much; 0 when
- * there is nothing now. */
-static uint32_t read_data(struct tv_vsock *vsock, struct tv_queue *queue, struct tv_chain *chain,
-                          struct tv_vsock_conn *conn)
+/* Room for a read: the worker's chain, and more of the queue's where this connection lately filled as many. Gives how
+ * many; `rooms` says what each gets of at most `most` bytes. */
+static uint32_t gather(struct tv_vsock *vsock, struct tv_queue *queue, struct tv_chain *chain, uint32_t batch,
+                       uint64_t most, struct tv_chain **chains, uint64_t *rooms, struct msghdr *message)
 {
-    uint64_t room = chain->writable_bytes - sizeof(struct tv_vsock_header);
-    uint32_t most = tv_vsock_credit(conn);
-    if (most > DATA_MAX)
-        most = DATA_MAX;
-    if (room > most)
-        room = most;
-    if (!room)
+    uint32_t count = 0;
+    message->msg_iov = vsock->iov;
+    for (struct tv_chain *next = chain; most; next = &vsock->more[count - 1]) {
+        if (count && tv_queue_pop(queue, next) != 1)
+            break;
+        if (count && (next->writable_bytes <= HEADER || message->msg_iovlen + next->writable > TV_QUEUE_MAX)) {
+            tv_queue_rewind(queue, 1);
+            break;
+        }
+        uint64_t room = next->writable_bytes - HEADER;
+        chains[count] = next;
+        rooms[count] = room < most ? room : most;
+        message->msg_iovlen += tv_chain_slice(next, 1, HEADER, rooms[count], vsock->iov + message->msg_iovlen);
+        most -= rooms[count];
+        if (++count == batch)
+            break;
+    }
+    return count;
+}
+
+/* Twice as many where all were filled, and as few as were, but no less than half as many, where there was less. */
+static uint8_t next_batch(uint32_t had, uint32_t wanted)
+{
+    uint32_t next = wanted > had / 2 ? wanted : had / 2;
+    return (uint8_t)(next < TV_VSOCK_BATCH ? next : TV_VSOCK_BATCH);
+}
+
+/* As much from the socket as the guest has room for, a packet a chain. All but the last one are pushed here; that is left
+ * to the worker, in `chain`. Gives its used length; 0 when there is nothing now. */
+static int64_t give_data(struct tv_vsock *vsock, struct tv_queue *queue, struct tv_chain *chain,
+                         struct tv_vsock_conn *conn)
+{
+    struct tv_chain *chains[TV_VSOCK_BATCH];
+    uint64_t rooms[TV_VSOCK_BATCH], total = 0;
+    struct msghdr message = {0};
+    uint32_t credit = tv_vsock_credit(conn), count, filled = 0;
+    count = gather(vsock, queue, chain, conn->batch ? conn->batch : 1, credit < DATA_MAX ? credit : DATA_MAX, chains,
+                   rooms, &message);
+    if (!count)
         return 0;
-    struct msghdr message = {.msg_iov = vsock->iov};
-    message.msg_iovlen = tv_chain_slice(chain, 1, sizeof(struct tv_vsock_header), room, vsock->iov);
     ssize_t got;
     do
         got = recvmsg(conn->fd, &message, MSG_DONTWAIT);
     while (got < 0 && errno == EINTR);
-    if (got > 0) {
-        tv_chain_mark_written(queue->memory, chain, sizeof(struct tv_vsock_header) + (uint64_t)got);
-        conn->sent += (uint32_t)got;
-        tv_vsock_add(&vsock->counts.to_guest, (uint64_t)got);
-        return (uint32_t)got;
-    }
-    if (got < 0 && errno == EAGAIN) {
-        conn->readable = 0;
+    for (uint32_t i = 0; i < count; total += rooms[i++])
+        filled += got > 0 && total < (uint64_t)got;
+    tv_queue_rewind(queue, (uint16_t)(count - (filled ? filled : 1)));
+    if (got <= 0) {
+        if (got < 0 && errno == EAGAIN) {
+            conn->readable = 0;
+        } else {
+            conn->hung_up |= got < 0; /* it went away with something unread */
+            at_end(vsock, conn);
+        }
         return 0;
     }
-    conn->hung_up |= got < 0; /* it went away with something unread */
-    at_end(vsock, conn);
-    return 0;
+    if ((uint64_t)got < total)
+        conn->readable = conn->last || message.msg_flags & MSG_CTRUNC;
+    conn->batch = next_batch(count, (uint64_t)got < total ? filled : count * 2);
+    tv_vsock_add(&vsock->counts.to_guest, (uint64_t)got);
+    for (uint32_t i = 0;; i++) {
+        uint32_t part = (uint32_t)((uint64_t)got < rooms[i] ? (uint64_t)got : rooms[i]);
+        got -= part;
+        conn->sent += part;
+        tv_chain_mark_written(queue->memory, chains[i], HEADER + part);
+        int64_t length = give_of(vsock, queue, chains[i], conn, TV_VSOCK_RW, part);
+        if (i + 1 == filled) {
+            chain->head = chains[i]->head;
+            return length;
+        }
+        tv_queue_push(queue, chains[i]->head, (uint32_t)length);
+    }
 }
 
 /* One packet of a connection, the most urgent one; 0: it has none now. */
@@ -86,9 +132,9 @@ static int64_t give_one(struct tv_vsock *vsock, struct tv_queue *queue, struct t
         if (conn->owed & 1u << first[i])
             return give_of(vsock, queue, chain, conn, first[i], 0);
     if (conn->stage == TV_VSOCK_OPEN && conn->readable && !(conn->guest_shut & TV_VSOCK_SHUT_RCV)) {
-        uint32_t got = read_data(vsock, queue, chain, conn);
-        if (got)
-            return give_of(vsock, queue, chain, conn, TV_VSOCK_RW, got);
+        int64_t given = give_data(vsock, queue, chain, conn);
+        if (given)
+            return given;
         if (conn->readable && !conn->starved && !tv_vsock_credit(conn)) {
             conn->starved = 1; /* asked once: the guest tells when it has room */
             return give_of(vsock, queue, chain, conn, TV_VSOCK_CREDIT_REQUEST, 0);
@@ -112,7 +158,7 @@ static int has_more(const struct tv_vsock_conn *conn)
 /* One chain of the receive queue: gives its used length, or that there is nothing for it. */
 int64_t tv_vsock_give_packet(struct tv_vsock *vsock, struct tv_queue *queue, struct tv_chain *chain)
 {
-    if (chain->writable_bytes <= sizeof(struct tv_vsock_header)) { /* no byte of a stream would ever fit */
+    if (chain->writable_bytes <= HEADER) { /* no byte of a stream would ever fit */
         queue->broken = TV_BROKEN_REQUEST;
         return 0;
     }

@@ -3,7 +3,8 @@
  * Invariants of a connection
  *  - `stage` is assigned in vsock_table.c only (tv_vsock_enter), which counts; a FREE slot is in no list.
  *  - It is found by its ports from ASKED on and until the guest is done with it: not while GREETING or LINGERing.
- *  - `readable` says that the last read did not find the socket empty: its events are edges (EPOLLET).
+ *  - `readable` says that its socket may hold something: its events are edges (EPOLLET), and a read that gets less than
+ *    it has room for has emptied it, but for an end that was seen already, or descriptors that were sent along.
  *  - `backlog` holds `received - forwarded` bytes, at most TV_VSOCK_BUFFER.
  */
 #ifndef TV_VSOCK_TABLE_H
@@ -17,6 +18,7 @@
 
 #define TV_VSOCK_NOBODY UINT16_MAX
 #define TV_VSOCK_BUCKETS 2048 /* a power of two */
+#define TV_VSOCK_BATCH 16     /* chains that one read fills: drivers' buffers are of 4 KiB, a system call costs as much */
 
 enum tv_vsock_stage {
     TV_VSOCK_FREE,
@@ -34,6 +36,8 @@ struct tv_vsock_conn {
     uint8_t owed; /* bits 1 << enum tv_vsock_op: packets that the guest is to get */
     uint8_t queued; /* in the list of those with something for the guest */
     uint8_t readable, eof, hung_up;
+    uint8_t last;  /* its peer was seen to send no more: no edge comes after what is there */
+    uint8_t batch; /* chains that a read of it gets: see next_batch; 0: the first one */
     uint8_t guest_shut, host_shut; /* TV_VSOCK_SHUT_*, as the guest said, and as it is told */
     uint8_t starved; /* a CREDIT_REQUEST was sent, and no credit came since */
     uint16_t next_in_bucket, next, previous; /* slots; `next` is of the free list too */
@@ -70,6 +74,7 @@ struct tv_vsock {
     struct tv_vsock_reply replies[TV_VSOCK_REPLIES];
     struct tv_vsock_conn conns[TV_VSOCK_CONNECTIONS];
     struct iovec iov[TV_QUEUE_MAX]; /* of the call that is under way */
+    struct tv_chain more[TV_VSOCK_BATCH - 1]; /* of the read that is under way, behind the worker's own */
     struct tv_vsock_counts counts;
 };
 

@@ -174,7 +174,7 @@ class NoSuchDevice(TrivmmError):
     """The VM has no device of this id."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"no device with id {shown(name)} to remove")
+        super().__init__(f"no device with id {shown(name)}")
         self.name = name
 
 

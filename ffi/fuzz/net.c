@@ -10,7 +10,9 @@
  *  - every turn ends and owes nothing; a peer that said what can't be is hung up on.
  * Buffers lie at the end of a heap block, so that the sanitizer sees a byte outside.
  *
- * links: net.c net_link.c net_header.c net_control.c ring.c worker.c park.c
+ * Over 400 lines: one program, and what each of its two liars says is told beside how the other sees it.
+ *
+ * links: net.c net_receive.c net_link.c net_header.c net_control.c ring.c worker.c park.c
  * short: 4000
  * full: 250000
  */

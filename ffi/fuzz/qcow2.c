@@ -21,10 +21,10 @@
 
 static struct layout layout, below;
 static struct {
-    uint64_t refused, opened, failed, right, killed, leaks, mended;
+    uint64_t refused, opened, failed, right, killed, leaks, mended, early;
 } met;
 
-/* --- the file, which may die ------------------------------------------------------------------------------------------ */
+/* --- the file, which may die ------------------------------------------------------------------------------------ */
 
 static int image_fd, behind_fd;
 static int64_t writes_left; /* -1: as many as it likes */
@@ -74,7 +74,7 @@ static void set_file(int fd, const uint8_t *bytes, uint64_t length)
     FUZZ_CHECK(__real_pwrite(fd, bytes, length, 0) == (ssize_t)length);
 }
 
-/* --- using it ----------------------------------------------------------------------------------------------------------- */
+/* --- using it --------------------------------------------------------------------------------------------------- */
 
 struct use {
     struct fuzz *fuzz;
@@ -99,6 +99,14 @@ static void check_read(struct use *use, uint64_t at, uint64_t length)
     static uint8_t bytes[ROOM];
     int64_t got = move(use, bytes, at, length, 0);
     FUZZ_CHECK(got == (int64_t)length || (got == -1 && !use->model));
+    if (got >= 0 && length) { /* the same, where that does not wait: some of it, or nothing */
+        static uint8_t early[ROOM];
+        struct iovec iov = {early, length};
+        struct tv_image *seam = tv_qcow2_image(use->image);
+        int64_t some = seam->ops->read(seam, &iov, 1, at, TV_IMAGE_NOWAIT);
+        FUZZ_CHECK(some == -1 || (some > 0 && some <= got && !memcmp(early, bytes, (size_t)some)));
+        met.early += some > 0;
+    }
     for (uint64_t each = 0; use->model && each < length; each++)
         FUZZ_CHECK(bytes[each] == use->model[at + each] || at + each - use->vague < use->vague_length);
     met.failed += got < 0;
@@ -169,7 +177,7 @@ static struct tv_qcow2 *open_image(struct use *use, int writable)
     return image;
 }
 
-/* --- the three kinds of cases ------------------------------------------------------------------------------------------- */
+/* --- the three kinds of cases ----------------------------------------------------------------------------------- */
 
 static void hostile(struct use *use)
 {
@@ -271,10 +279,11 @@ static void one(struct fuzz *fuzz)
 static void summarize(char *into, size_t size)
 {
     snprintf(into, size,
-             "%llu refused, %llu opened, %llu calls failed; %llu right, %llu killed, %llu of these with leaks, %llu mended",
+             "%llu refused, %llu opened, %llu calls failed; %llu right, %llu killed, %llu of these with leaks, "
+             "%llu mended; %llu reads without waiting",
              (unsigned long long)met.refused, (unsigned long long)met.opened, (unsigned long long)met.failed,
              (unsigned long long)met.right, (unsigned long long)met.killed, (unsigned long long)met.leaks,
-             (unsigned long long)met.mended);
+             (unsigned long long)met.mended, (unsigned long long)met.early);
 }
 
 int main(int argc, char **argv)

@@ -1,4 +1,4 @@
-/* qcow2 images for the harness: laid out at random and right, mutated at random, and an independent count of references.
+/* qcow2 images for the harness: laid out at random and right, mutated at random, and a count of references of its own.
  * Small clusters and few of them, so that a case takes microseconds and tables are met at every turn. */
 #ifndef TV_FUZZ_QCOW2_LAYOUT_H
 #define TV_FUZZ_QCOW2_LAYOUT_H
@@ -23,7 +23,8 @@ static inline void layout_count(struct layout *image, uint64_t cluster, uint64_t
     uint64_t index = cluster % per_block, now = qcow2_entry(image->bytes + block, image->order, index) + more;
     for (uint32_t bit = 0; bit < 1u << image->order; bit++) { /* big-endian, but least significant first below a byte */
         uint64_t at = (index << image->order) + bit;
-        uint64_t byte = image->order > 3 ? (index << image->order >> 3) + (1u << (image->order - 3)) - 1 - bit / 8 : at / 8;
+        uint64_t wide = (index << image->order >> 3) + (image->order > 3 ? 1u << (image->order - 3) : 0) - 1 - bit / 8;
+        uint64_t byte = image->order > 3 ? wide : at / 8;
         uint8_t mask = (uint8_t)(1u << (image->order > 3 ? bit % 8 : at % 8));
         image->bytes[block + byte] = (uint8_t)((image->bytes[block + byte] & ~mask) | (now >> bit & 1 ? mask : 0));
     }
@@ -89,7 +90,8 @@ static inline void layout_make(struct fuzz *fuzz, struct layout *image, const ui
     image->bits = 9 + (uint32_t)fuzz_below(fuzz, 3);
     image->cluster = 1u << image->bits;
     image->order = image->version == 2 ? 4 : (uint32_t)fuzz_below(fuzz, 7);
-    uint64_t span = (uint64_t)image->cluster * image->cluster / 8, blocks = 64 * 1024 / ((image->cluster * 8) >> image->order);
+    uint64_t span = (uint64_t)image->cluster * image->cluster / 8;
+    uint64_t blocks = 64 * 1024 / ((image->cluster * 8) >> image->order);
     image->l1_entries = 1 + fuzz_below(fuzz, image->bits == 9 ? 4 : 2);
     image->size = (image->l1_entries - 1) * span + 512 * (1 + fuzz_below(fuzz, span / 512));
     if (image->size > ROOM / 4)
@@ -212,7 +214,8 @@ static inline uint64_t layout_low(const uint8_t *bytes, uint64_t length, uint64_
         for (uint64_t index = 0; l2 && index < cluster / 8; index++) {
             uint64_t entry = qcow2_get64(bytes + l2 + 8 * index), shift = 62 - (bits - 8);
             if (entry & QCOW2_COMPRESSED) {
-                uint64_t from = entry & ((1ull << shift) - 1), sectors = (entry >> shift & ((1ull << (bits - 8)) - 1)) + 1;
+                uint64_t from = entry & ((1ull << shift) - 1);
+                uint64_t sectors = (entry >> shift & ((1ull << (bits - 8)) - 1)) + 1;
                 for (uint64_t each = from >> bits; each <= ((from & ~511ull) + 512 * sectors - 1) >> bits; each++)
                     SEE(each << bits);
             } else if (entry & QCOW2_OFFSET) {

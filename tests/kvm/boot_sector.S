@@ -73,8 +73,16 @@ acpi: mov $0x600, %dx
  out %al, %dx
 stop: hlt
  jmp stop
-triple: lidt nothing
- ud2
+triple: cli /* in 32-bit mode: a KVM that emulates real mode tries there for ever */
+ lgdt gdtr
+ lidt nothing
+ mov %cr0, %eax
+ or $1, %al
+ mov %eax, %cr0
+ ljmp $8, $7f
+.code32
+7: ud2
+.code16
 keyboard: mov $0xfe, %al
  out %al, $0x64
  jmp stop
@@ -100,6 +108,9 @@ say: mov $0x3f8, %dx
 6: ret
 nothing: .word 0
  .long 0
+gdtr: .word 15
+ .long gdt
+gdt: .quad 0, 0x00cf9b000000ffff
 from: .word 16, 64, 0, 0x1000
  .quad 1
 to: .word 16, 1, 0x7c00, 0

@@ -23,6 +23,7 @@ import pytest
 
 from trivmm.guest import ProbeReport, parse_report, probe_cmdline, probe_path
 from trivmm.testing.control import ch_remote, command_environment
+from trivmm.testing.kernels import make_pvh
 
 pytestmark = pytest.mark.kvm
 
@@ -89,14 +90,7 @@ def test_the_guests_power_off_is_exit_code_0(tmp_path: Path) -> None:
 
 def crashing_kernel() -> bytes:
     """A PVH ELF whose first instruction is ud2, with no IDT to take it: a triple fault."""
-    gpa, code = 1 << 20, bytes.fromhex("0f0b")
-    note = struct.pack("<III4sI", 4, 4, 18, b"Xen\0", gpa)
-    start_at = 64 + 2 * 56
-    header = b"\x7fELF\x02\x01\x01" + bytes(9)
-    header += struct.pack("<HHIQQQIHHHHHH", 2, 62, 1, gpa, 64, 0, 0, 64, 56, 2, 0, 0, 0)
-    header += struct.pack("<IIQQQQQQ", 1, 7, start_at, gpa, gpa, len(code), 4096, 4096)
-    header += struct.pack("<IIQQQQQQ", 4, 4, start_at + len(code), 0, 0, len(note), len(note), 4)
-    return header + code + note
+    return make_pvh(bytes.fromhex("0f0b"))
 
 
 def test_a_crash_has_its_own_exit_code_and_a_diagnosis(tmp_path: Path) -> None:

@@ -145,15 +145,17 @@ async def test_twenty_boots_in_a_row(tmp_path: Path, sector: bytes, hypervisor: 
         await boot_once(folder, sector, hypervisor)
 
 
-async def move_at(folder: Path, sector: bytes, hypervisor: Hypervisor, instant: str) -> None:
+async def move_at(folder: Path, sector: bytes, hypervisor: Hypervisor, instant: str, end: str = "off") -> None:
+    """Where it ends by a reset, that comes while it is moved, or soon after."""
     with trio.fail_after(LIMIT_S), said_by_firmware(instant) as heard:
-        async with open_road(config_of(folder, sector), hypervisor=hypervisor) as road:
+        async with open_road(config_of(folder, sector, end), hypervisor=hypervisor) as road:
             source = road.vm
             await heard.wait()
             await road.move(f"unix:{folder}/m.sock")
             assert source.host.machine is None
             assert (await road.vm.wait()).kind == "poweroff"
-    check_console(folder)
+            assert source.reboots + road.vm.reboots == (end != "off")
+    check_console(folder, *([] if end == "off" else ["<again>"]))
     check_disk(folder)
 
 
@@ -199,3 +201,11 @@ async def test_every_way_to_reset_boots_again_with_the_cmos_as_it_was(tmp_path: 
         ("rebooted", None),
         ("shutdown", {"reason": "poweroff"}),
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", [end for end in ENDS if end != "off"])
+async def test_a_reset_while_it_is_moved_boots_again(
+    tmp_path: Path, sector: bytes, hypervisor: Hypervisor, end: str
+) -> None:
+    await move_at(tmp_path, sector, hypervisor, "Booting from 0000:7c00", end)

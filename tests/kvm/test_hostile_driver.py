@@ -20,7 +20,7 @@ SLOW_LIMIT_S = 1200
 
 
 @pytest.mark.parametrize(
-    ("seed", "attacks", "limit_s"), [(1, 150, LIMIT_S), pytest.param(7, 5000, SLOW_LIMIT_S, marks=pytest.mark.slow)]
+    ("seed", "attacks", "limit_s"), [(1, 150, LIMIT_S), pytest.param(7, 2000, SLOW_LIMIT_S, marks=pytest.mark.slow)]
 )
 async def test_only_its_own_device_suffers(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, seed: int, attacks: int, limit_s: float
@@ -29,7 +29,7 @@ async def test_only_its_own_device_suffers(
     disk = tmp_path / "disk.img"
     disk.write_bytes(bytes(4 << 20))
     serial = tmp_path / "serial.txt"
-    cmdline = probe_cmdline(cpus=2, report=100, mem=16, rate=300, cycle="blk", hostile=seed)
+    cmdline = probe_cmdline(cpus=2, report=300, mem=16, rate=300, cycle="blk", hostile=seed)
     config = VmConfig(
         PayloadConfig(str(probe_path()), cmdline),
         cpus=CpusConfig(2),

@@ -24,6 +24,12 @@ MODULES = (
     "button",
     "evdev",
     "virtio_console",
+    "vsock",
+    "vmw_vsock_virtio_transport_common",
+    "vmw_vsock_virtio_transport",
+    "failover",
+    "net_failover",
+    "virtio_net",
     "virtio_balloon",
     "libnvdimm",
     "nd_btt",
@@ -93,28 +99,42 @@ def make_initramfs(root: Path, init: Path, into: Path) -> None:
 
 @attrs.frozen
 class Linux:
+    """``files``: a tree of them, of the package's own."""
+
     kernel: Path
     initramfs: Path
+    files: Path
 
 
 @pytest.fixture(scope="session")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The unpacked package, fetched once."""
+def linux_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fetch_kernel(tmp_path_factory.mktemp("linux"))
 
 
-def make_linux(root: Path, folder: Path, source: str) -> Linux:
-    found = Linux(next(root.glob("boot/vmlinuz-*")), folder / "initramfs")
-    run("gcc", "-O1", "-static", "-o", str(folder / "init"), str(Path(__file__).with_name(source)), folder=folder)
+def _linux(root: Path, folder: Path, init: str) -> Linux:
+    """With an init of this folder's."""
+    files = next(root.glob("lib/modules/*/kernel/crypto"))
+    found = Linux(next(root.glob("boot/vmlinuz-*")), folder / "initramfs", files)
+    run("gcc", "-O1", "-static", "-o", str(folder / "init"), str(Path(__file__).with_name(init)), folder=folder)
     make_initramfs(root, folder / "init", found.initramfs)
     return found
 
 
 @pytest.fixture(scope="session")
-def linux(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Linux:
-    return make_linux(root, tmp_path_factory.mktemp("init"), "init.c")
+def linux(linux_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Linux:
+    return _linux(linux_root, tmp_path_factory.mktemp("init"), "init.c")
 
 
 @pytest.fixture(scope="session")
-def linux_of_devices(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Linux:
-    return make_linux(root, tmp_path_factory.mktemp("devices"), "devices.c")
+def linux_vsock(linux_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Linux:
+    return _linux(linux_root, tmp_path_factory.mktemp("vsock"), "vsock_init.c")
+
+
+@pytest.fixture(scope="session")
+def linux_disk(linux_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Linux:
+    return _linux(linux_root, tmp_path_factory.mktemp("disk"), "init_disk.c")
+
+
+@pytest.fixture(scope="session")
+def linux_devices(linux_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Linux:
+    return _linux(linux_root, tmp_path_factory.mktemp("devices"), "devices.c")

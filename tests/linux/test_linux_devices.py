@@ -25,12 +25,12 @@ RAM, GIVEN = 256 * MIB, 32 * MIB
 CMDLINE = "console=ttyS0 mitigations=off cryptomgr.notests"
 
 
-async def test_linux_drives_its_small_devices(linux_of_devices: Any, tmp_path: Path) -> None:
+async def test_linux_drives_its_small_devices(linux_devices: Any, tmp_path: Path) -> None:
     image, serial = tmp_path / "pmem.img", tmp_path / "serial.txt"
     image.touch()
     os.truncate(image, 4 * MIB)
     config = VmConfig(
-        PayloadConfig(str(linux_of_devices.kernel), CMDLINE, initramfs=str(linux_of_devices.initramfs)),
+        PayloadConfig(str(linux_devices.kernel), CMDLINE, initramfs=str(linux_devices.initramfs)),
         memory=MemoryConfig(RAM),
         serial=SerialConfig("File", str(serial)),
         virtio=[BalloonConfig(free_page_reporting=True), PmemConfig(image)],

@@ -18,6 +18,7 @@ from trivmm import (
     Deadlines,
     DiskConfig,
     MemoryConfig,
+    NetConfig,
     PayloadConfig,
     PciDeviceInfo,
     SerialConfig,
@@ -49,6 +50,37 @@ async def move(stack: AsyncExitStack, vm: Vm, url: str) -> Vm:
     return incoming.vm
 
 
+def answer_to(frame: bytes) -> bytes | None:
+    """What 10.9.8.1 says to a frame: its address to who asks for it, and datagrams back."""
+    mac = bytes.fromhex("525400000001")
+    if frame[12:14] == b"\x08\x06" and frame[38:42] == bytes((10, 9, 8, 1)):
+        head = frame[6:12] + mac + frame[12:20] + b"\0\2"
+        return (head + mac + bytes((10, 9, 8, 1)) + frame[22:32]).ljust(60, b"\0")
+    if frame[12:14] == b"\x08\0" and frame[23] == 17 and frame[30:34] == bytes((10, 9, 8, 1)):
+        udp = frame[36:38] + frame[34:36] + frame[38:]  # swapped, a checksum stays the same
+        return frame[6:12] + mac + frame[12:26] + frame[30:34] + frame[26:30] + udp
+    return None
+
+
+async def serve_echo(path: str, *, task_status: trio.TaskStatus[None]) -> None:
+    """The other end of a network interface, for whoever connects: the guest's side now, another one after a move."""
+
+    async def serve(peer: trio.SocketStream) -> None:
+        held = b""
+        async for data in peer:
+            held += data
+            while len(held) >= 4 and len(held) >= (end := 4 + int.from_bytes(held[:4], "big")):
+                answer = answer_to(held[4:end])
+                held = held[end:]
+                if answer is not None:
+                    await peer.send_all(len(answer).to_bytes(4, "big") + answer)
+
+    with trio.socket.socket(trio.socket.AF_UNIX) as sock:
+        await sock.bind(path)
+        sock.listen()
+        await trio.serve_listeners(serve, [trio.SocketListener(sock)], task_status=task_status)
+
+
 async def test_linux_boots_uses_its_devices_and_moves(linux: Any, tmp_path: Path) -> None:
     disk, serial, console = tmp_path / "disk.img", tmp_path / "serial.txt", tmp_path / "console.txt"
     disk.write_bytes(bytes(4 << 20))
@@ -58,10 +90,14 @@ async def test_linux_boots_uses_its_devices_and_moves(linux: Any, tmp_path: Path
         disks=(DiskConfig(str(disk)),),
         serial=SerialConfig("File", str(serial)),
         console=ConsoleConfig("File", str(console)),
+        virtio=[NetConfig(link=f"connect:{tmp_path}/net.sock")],
         deadlines=Deadlines(pause=10, downtime=30),  # one vCPU of an emulator, stopped while its memory is copied
     )
     with trio.fail_after(LIMIT_S):
         async with AsyncExitStack() as stack:
+            nursery = await stack.enter_async_context(trio.open_nursery())
+            stack.callback(nursery.cancel_scope.cancel)
+            await nursery.start(serve_echo, f"{tmp_path}/net.sock")
             vm = await stack.enter_async_context(open_vm(config, hypervisor=SoftHypervisor()))
             await vm.boot()
             for number, at in enumerate(MOVES_AT):
@@ -74,7 +110,7 @@ async def test_linux_boots_uses_its_devices_and_moves(linux: Any, tmp_path: Path
             for number, plugged in enumerate((tmp_path / "first.img", tmp_path / "second.img")):
                 plugged.write_bytes(bytes(1 << 20))
                 await vm.wait_for_console("GUEST wants a disk")
-                assert await vm.add_device(DiskConfig(str(plugged))) == PciDeviceInfo("_disk1", "0000:00:04.0")
+                assert await vm.add_device(DiskConfig(str(plugged))) == PciDeviceInfo("_disk1", "0000:00:05.0")
                 await vm.wait_for_console("GUEST plugged 3 good")
                 if number:
                     vm = await move(stack, vm, f"unix:{tmp_path}/plugged.sock")
@@ -94,8 +130,8 @@ async def test_linux_boots_uses_its_devices_and_moves(linux: Any, tmp_path: Path
     assert "GUEST problem" not in said
     assert not re.search(r"GUEST plugged \d+ bad", said)
     assert said.count("GUEST power button") == 1
-    rounds = re.findall(r"GUEST round (\d+) disk (\w+) rng (-?\d+)", said)
-    assert rounds == [(str(number), "good", "8") for number in range(LAST + 1)]
+    rounds = re.findall(r"GUEST round (\d+) disk (\w+) rng (-?\d+) net (\w+)", said)
+    assert rounds == [(str(number), "good", "8", "good") for number in range(LAST + 1)]
     assert console.read_text() == "".join(f"CONSOLE round {number}\n" for number in range(LAST + 1))
     assert re.findall(r"GUEST typed (.*)", said) == [f"word {n} on {100 + n} x 30" for n in range(len(MOVES_AT))]
     assert disk.read_bytes()[4096 * 7 :].startswith(b"round 7\0")

@@ -12,13 +12,16 @@ import pytest
 import trio
 
 from trivmm._native import ffi
-from trivmm.config import DiskConfig, RateLimiterConfig, TokenBucketConfig
-from trivmm.errors import ConfigError
+from trivmm.config import DiskConfig, MemoryConfig, PayloadConfig, RateLimiterConfig, TokenBucketConfig, VmConfig
+from trivmm.errors import ConfigError, NoSuchDevice, WrongState
+from trivmm.guest import probe_path
 from trivmm.memory.guest import GuestMemory
 from trivmm.testing.blocks import DISCARD, FLUSH, GET_ID, IN, OUT, WRITE_ZEROES, BlockDriver, ranges, worked_by
 from trivmm.testing.driver import MockDriver, until
+from trivmm.testing.scripted import ScriptedHypervisor
 from trivmm.virtio.block.device import F_DISCARD, F_WRITE_ZEROES, BlockDevice
 from trivmm.virtio.queue import F_VERSION_1
+from trivmm.vm import open_vm
 
 FEATURES = F_VERSION_1 | F_DISCARD | F_WRITE_ZEROES | 1 << 9
 SIZE = 1 << 20
@@ -216,15 +219,51 @@ async def test_a_disk_that_is_resized_tells_its_driver(blocks: BlockDriver, imag
     device.on_config_change = lambda: told.append(device.read_config(0, 8))
     async with worked_by(device, blocks.driver, FEATURES):
         assert (await blocks.do(OUT, SIZE // 512, data=b"x" * 512)).status == 1
-        device.resize(2 * SIZE)
-        device.resized()
+        device.set_capacity(2 * SIZE)
+        device.capacity_changed()
         assert told == [(SIZE // 256).to_bytes(8, "little")]
         assert (await blocks.do(OUT, SIZE // 512, data=b"x" * 512)).status == 0
-        device.resize(SIZE)
-        device.resized()
+        device.set_capacity(SIZE)
+        device.capacity_changed()
         assert (await blocks.do(IN, SIZE // 512, room=512)).status == 1
     assert image.stat().st_size == SIZE
     for size, said in ((0, "whole sectors"), (513, "whole sectors"), (1 << 62, "desired_size")):
         with pytest.raises(ConfigError, match=said):
-            device.resize(size)
+            device.set_capacity(size)
     device.close()
+
+
+# --- in a VM -------------------------------------------------------------------------------------------------
+
+
+async def test_a_vm_resizes_its_disks_and_names_what_it_can_not(image: Path, tmp_path: Path) -> None:
+    config = VmConfig(PayloadConfig(str(probe_path())), memory=MemoryConfig(16 << 20), disks=(DiskConfig(str(image)),))
+    async with open_vm(config, hypervisor=ScriptedHypervisor()) as vm:
+        with pytest.raises(WrongState, match="resize-disk"):
+            await vm.resize_disk("_disk0", 2 * SIZE)
+        await vm.boot()
+        assert vm.host.machine is not None
+        (slot,) = [each for each in vm.host.machine.board.devices if each.backend.name == "_disk0"]
+        before = slot.transport.state.generation
+        await vm.resize_disk("_disk0", 2 * SIZE)
+        assert slot.backend.read_config(0, 8) == (2 * SIZE // 512).to_bytes(8, "little")
+        assert image.stat().st_size == 2 * SIZE
+        assert slot.transport.state.generation == before
+        for name in ("_disk1", "__rng"):
+            with pytest.raises(NoSuchDevice, match=name):
+                await vm.resize_disk(name, SIZE)
+        with pytest.raises(ConfigError, match="desired_size = 1000: not whole sectors"):
+            await vm.resize_disk("_disk0", 1000)
+
+
+async def test_an_io_error_is_an_event_of_the_vm(image: Path) -> None:
+    config = VmConfig(PayloadConfig(str(probe_path())), memory=MemoryConfig(16 << 20), disks=(DiskConfig(str(image)),))
+    async with open_vm(config, hypervisor=ScriptedHypervisor()) as vm:
+        await vm.boot()
+        assert vm.host.machine is not None
+        (device,) = [each.backend for each in vm.host.machine.board.devices if isinstance(each.backend, BlockDevice)]
+        with vm.events.subscribe() as events:
+            device.on_event("io-error", operation="write", error="ENOSPC")
+            event = await anext(events)
+    assert (event.source, event.event) == ("virtio-device", "io-error")
+    assert event.properties == {"id": "_disk0", "generation": "0", "operation": "write", "error": "ENOSPC"}

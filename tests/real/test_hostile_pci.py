@@ -19,6 +19,7 @@ from trivmm.machine.board import Board
 from trivmm.machine.build import build_board
 from trivmm.machine.saved import check_state, load_state, save_board
 from trivmm.memory import layout
+from trivmm.platform.pm_timer import PmTimer
 from trivmm.state.machine import MachineState, SavedVcpu
 from trivmm.testing.scripted import ScriptedHypervisor, ScriptedVm
 
@@ -66,6 +67,7 @@ def a_board(folder: Path) -> Iterator[Board]:
         PayloadConfig("none"), memory=MemoryConfig(2 << 20), disks=[DiskConfig(str(image)) for image in images]
     )
     board = build_board(config, ScriptedHypervisor(needs_payload=False))
+    board.fixed["pm_timer"] = PmTimer(lambda: 0)  # whose count is the time, which these tests compare
     try:
         yield board
     finally:

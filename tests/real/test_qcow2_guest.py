@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(bool(why_no_qemu_img()), reason=why_no_qemu_img(
 
 LIMIT_S = 120
 SECTORS = 2048
-MOVES = 3
+MOVES = 2
 REQUESTS = 60  # between two moves
 
 

@@ -89,6 +89,7 @@ HEADERS = {
         r"incompatible_features is 16: extended L2 entries \(subclusters\), not supported yet",
     ),
     "unknown feature": ({72: ("Q", 1 << 40)}, "incompatible_features is 0x10000000000: a feature that is not known"),
+    "bitmaps": ({88: ("Q", 1)}, "autoclear_features is 1: bitmaps that writes would make wrong, not supported yet"),
     "corrupt": ({72: ("Q", 2)}, "incompatible_features is 2: somebody found it corrupt"),
     "refcount_order": ({96: ("I", 7)}, "refcount_order is 7: out of range, 0 to 6"),
     "header_length": ({100: ("I", 0xFFFFFFF8)}, "header_length is 0xfffffff8: out of range"),

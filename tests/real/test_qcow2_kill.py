@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(bool(why_no_qemu_img()), reason=why_no_qemu_img(
 
 SIZE = 16 << 20
 BLOCK = 4096
-KILLS = 3
+KILLS = 2
 LIMIT_S = 60
 
 # Writes blocks that say where they are and when they were written, and notes each before it begins and when it is done.

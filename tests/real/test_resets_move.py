@@ -33,7 +33,7 @@ async def test_a_reset_in_mid_migration_is_carried_out_by_the_destination(
     disk.write_bytes(bytes(1 << 20))
     config = VmConfig(
         PayloadConfig(str(probe_path())),
-        memory=MemoryConfig(8 << 20),
+        memory=MemoryConfig(16 << 20),
         disks=(DiskConfig(str(disk)),),
         deadlines=Deadlines(downtime=10),
     )

@@ -22,7 +22,7 @@ from trivmm.config import DiskConfig, RngConfig
 from trivmm.errors import ConfigError, TrivmmError
 from trivmm.memory.guest import GuestMemory
 from trivmm.state.strict import structure, unstructure
-from trivmm.testing.driver import WRITE, Descriptor, MockDriver
+from trivmm.testing.driver import WRITE, Descriptor, MockDriver, activated
 from trivmm.testing.states import sent
 from trivmm.virtio.block.device import BlockDevice
 from trivmm.virtio.device import WorkerDevice
@@ -80,13 +80,8 @@ def image(tmp_path: Path) -> Path:
 async def active(
     device: WorkerDevice, driver: MockDriver, features: int = VERSION_1 | FLUSH, **where: int
 ) -> AsyncIterator[None]:
-    async with trio.open_nursery() as workers:
-        await device.activate(driver.setup(features, **where), [driver.handle], workers)
-        try:
-            yield
-        finally:
-            with trio.move_on_after(10, shield=True):
-                await device.stop()
+    async with activated(device, driver.setup(features, **where), [driver.handle]):
+        yield
 
 
 async def answered(driver: MockDriver, count: int = 1) -> list[tuple[int, int]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import socket
 import struct
 from collections.abc import AsyncIterator
@@ -11,14 +13,14 @@ from pathlib import Path
 import pytest
 import trio
 
-from trivmm.errors import ConfigError
+from trivmm.errors import ConfigError, NotSupported, ProtocolError
 from trivmm.memory.guest import GuestMemory
 from trivmm.state.virtio import QueueState
 from trivmm.testing.driver import WRITE, Descriptor, MockDriver, until
 from trivmm.testing.states import sent
 from trivmm.virtio.handles import QueueHandle
 from trivmm.virtio.net.config import NetConfig
-from trivmm.virtio.net.device import NetDevice
+from trivmm.virtio.net.device import NetDevice, NetState
 from trivmm.virtio.setup import DriverSetup
 
 LIMIT_S = 30
@@ -491,3 +493,64 @@ def test_a_path_that_somebody_has(tmp_path: Path, link: str) -> None:
     with pytest.raises(ConfigError, match=r"net\.link = "):
         NetDevice(config, memory, "_net0")
     memory.close()
+
+
+def test_descriptors_do_not_travel() -> None:
+    """Numbers of the sender's are somebody else's descriptors here."""
+    memory = GuestMemory([(0, 1 << 20)])
+    with pytest.raises(NotSupported, match=r"net\.fds = \[7\]: descriptors do not travel with a migration yet"):
+        NetDevice(NetConfig(fds=(7,)), memory, "_net0", incoming=True)
+    memory.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"pairs": 0}, "pairs is 0"),
+        ({"pairs": 17}, "pairs is 17"),
+        ({"mac": "AAAA"}, "mac is"),
+        ({"offloads": -1}, "offloads is -1"),
+        ({"begun": 1}, "begun is 1"),
+        ({"more": 1}, "more"),
+    ],
+)
+def test_states_that_can_not_be_are_refused(changes: dict[str, object], said: str) -> None:
+    with pytest.raises(ProtocolError, match=said):
+        sent(NetState(bytes(6), 1, 0, False), **changes)
+
+
+async def test_what_a_state_says_beyond_the_drivers_features_is_left_out(tmp_path: Path) -> None:
+    """More pairs than there are, offloads that were not negotiated: the driver has what it may have."""
+    guest = Guest()
+    device = NetDevice(NetConfig(link=f"listen:{tmp_path}/s"), guest.memory, "_net0")
+    device.load(NetState(bytes(6), 16, (1 << 64) - 1, True))
+    with trio.fail_after(LIMIT_S):
+        async with trio.open_nursery() as workers:
+            await device.activate(guest.setup(CTRL_VQ), guest.handles, workers)
+            saved = device.save()
+            assert (saved.pairs, saved.offloads, saved.begun) == (1, 0, True)
+            await device.stop()
+    device.reset()
+    assert device.save() == NetState(device.mac, 1, 0, False)
+    device.close()
+    guest.close()
+
+
+async def test_a_timer_that_can_not_be_had_is_an_activation_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = Guest()
+    device = NetDevice(NetConfig(link=f"listen:{tmp_path}/s"), guest.memory, "_net0")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    spare = os.dup(0)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (spare + 1, hard))
+    try:
+        async with trio.open_nursery() as workers:
+            with pytest.raises(OSError, match="Too many open files"):
+                await device.activate(guest.setup(0), guest.handles, workers)
+            await device.stop()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        os.close(spare)
+    device.close()
+    guest.close()

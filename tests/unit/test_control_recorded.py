@@ -32,6 +32,7 @@ from trivmm.control.schema import (
     load_receive,
     load_remove,
     load_resize,
+    load_resize_disk,
     load_send,
 )
 from trivmm.control.unknown import UnknownKeys
@@ -49,6 +50,7 @@ OUTCOMES: Final = {
     "resize --cpus 2": None,  # what can be resized depends on the VM: see test_vm_verbs
     "resize --memory 1G": None,
     "resize --balloon 64M": None,
+    "resize-disk --disk d0 --size 1G": None,
     "remove-device d0": None,
     "add-disk path=/tmp/d.img": None,
     "add-disk path=/tmp/d.img,readonly=on,id=d0,num_queues=2,queue_size=128": None,
@@ -76,7 +78,7 @@ PLACES: Final = {  # a hotplug verb's body is what vm.create takes under this ke
     "vm.add-vdpa": "vdpa",
 }
 # Bodies of routes that do not exist here: nothing reads them.
-UNREAD: Final = {"vm.coredump", "vm.resize-disk", "vm.resize-zone", "vm.restore", "vm.snapshot"}
+UNREAD: Final = {"vm.coredump", "vm.resize-zone", "vm.restore", "vm.snapshot"}
 
 
 def route_of(recorded: dict[str, Any]) -> str:
@@ -96,6 +98,8 @@ def load(route: str, body: Any, unknown: UnknownKeys) -> None:
             load_receive(body, unknown)
         case "vm.resize":
             load_resize(body, unknown)
+        case "vm.resize-disk":
+            load_resize_disk(body, unknown)
         case _:
             key = PLACES[route]
             load_config({"payload": {"kernel": "/k"}, key: body if key == "vsock" else [body]}, unknown)

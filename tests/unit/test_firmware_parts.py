@@ -9,8 +9,12 @@ import pytest
 
 from trivmm.boot.acpi import acpi_tables
 from trivmm.boot.firmware import firmware_items, is_flat, load_firmware
+from trivmm.boot.payload import check_payload, load_payload, wants_rom
 from trivmm.boot.table_loader import loader_files
+from trivmm.config import PayloadConfig
 from trivmm.errors import ConfigError, GuestMemoryError
+from trivmm.guest import probe_path
+from trivmm.hypervisor.base import PvhEntry
 from trivmm.memory import layout
 from trivmm.memory.guest import GuestMemory
 from trivmm.platform.cmos import Cmos
@@ -180,7 +184,29 @@ def test_the_pm_timer_goes_on_where_it_stood() -> None:
     assert timer.read(0, 4) == (3_579_545).to_bytes(4, "little")
     assert timer.read(1, 2) == (3_579_545).to_bytes(4, "little")[1:3]
     other.load(timer.save())
+    assert other.save() == timer.save()
     now[0] += 2_000_000_000
     assert abs(int.from_bytes(other.read(0, 4), "little") - 3 * 3_579_545) <= 1
     now[0] += 3600 * 1_000_000_000  # wraps after twenty minutes
     assert len(timer.read(0, 4)) == 4
+
+
+def test_firmware_that_is_an_elf_boots_as_a_kernel_does(caplog: pytest.LogCaptureFixture) -> None:
+    payload = PayloadConfig(firmware=str(probe_path()), cmdline="quiet", initramfs="/nowhere")
+    assert not wants_rom(payload)
+    check_payload(payload)
+    loaded = []
+    for each in (payload, PayloadConfig(str(probe_path()))):
+        memory = GuestMemory(layout.ram_ranges(64 * MIB))
+        entry = load_payload(memory, each)
+        assert isinstance(entry, PvhEntry)
+        loaded.append((entry, memory.read(0, 64 * MIB)))
+        memory.close()
+    assert loaded[0] == loaded[1]
+    assert "they are ignored" in caplog.text
+
+
+def test_firmware_that_is_an_elf_without_an_entry_is_refused_by_its_own_name(tmp_path: Path) -> None:
+    (tmp_path / "bios").write_bytes(probe_path().read_bytes().replace(b"Xen\0", b"Xon\0"))
+    with pytest.raises(ConfigError, match=r"payload\.firmware = .*: it has no PVH entry note"):
+        check_payload(PayloadConfig(firmware=str(tmp_path / "bios")))

@@ -35,6 +35,7 @@ REQUIRED_KEYS: Final[Mapping[str, tuple[str, ...]]] = {
     "SendMigrationData": ("destination_url",),
     "ReceiveMigrationData": ("receiver_url",),
     "VmRemoveDevice": ("id",),
+    "VmResizeDisk": ("id", "desired_size"),
 }
 
 
@@ -138,7 +139,6 @@ NOT_YET_ROUTES: Final = frozenset(
         "vm.add-vdpa",
         "vm.add-vsock",
         "vm.coredump",
-        "vm.resize-disk",
         "vm.resize-zone",
         "vm.restore",
         "vm.snapshot",

@@ -28,6 +28,7 @@ from trivmm.control.schema import (
     load_receive,
     load_remove,
     load_resize,
+    load_resize_disk,
     load_resolve,
     load_send,
     parse_json,
@@ -155,6 +156,11 @@ async def _remove(vmm: Vmm, data: Any) -> Response:
     return Response(204)
 
 
+async def _resize_disk(vmm: Vmm, data: Any) -> Response:
+    await vmm.resize_disk(data.id, data.desired_size)
+    return Response(204)
+
+
 async def _cancel(vmm: Vmm, _: None) -> Response:
     vmm.cancel_migration()
     return Response(204)
@@ -213,6 +219,7 @@ ROUTES: Final[Mapping[str, Route]] = {
     "vm.resize": Route("PUT", _resize, load_resize, "The VM could not be resized"),
     **{f"vm.{verb}": _adding(kind, kind.hotplug.fails) for verb, kind in hotplug_verbs().items() if kind.hotplug},
     "vm.remove-device": Route("PUT", _remove, load_remove, "The device could not be removed from the VM"),
+    "vm.resize-disk": Route("PUT", _resize_disk, load_resize_disk, "The disk could not be resized"),
     "vm.send-migration": Route("PUT", _send, load_send, "Error dispatching the migration worker", 500),
     "vm.receive-migration": Route("PUT", _receive, load_receive, "Error receiving migration", 500),
     "vm.migration-progress": Route("GET", _progress, fails="The migration's progress is not available"),

@@ -40,6 +40,7 @@ __all__ = [
     "ReceiveMigrationData",
     "RemoveDeviceData",
     "ResizeData",
+    "ResizeDiskData",
     "ResolveMigrationData",
     "SendMigrationData",
     "dump_config",
@@ -48,6 +49,7 @@ __all__ = [
     "load_receive",
     "load_remove",
     "load_resize",
+    "load_resize_disk",
     "load_resolve",
     "load_send",
     "parse_json",
@@ -93,6 +95,14 @@ class RemoveDeviceData:
 
 
 @attrs.frozen
+class ResizeDiskData:
+    """``desired_size`` in bytes."""
+
+    id: str
+    desired_size: int
+
+
+@attrs.frozen
 class _Destination:
     destination_url: str
 
@@ -111,6 +121,7 @@ CLASSES: Final[Mapping[str, tuple[type, ...]]] = {
     "SendMigrationData": (_Destination, SendOptions),
     "ReceiveMigrationData": (ReceiveMigrationData,),
     "VmResize": (ResizeData,),
+    "VmResizeDisk": (ResizeDiskData,),
     "VmRemoveDevice": (RemoveDeviceData,),
 }
 OURS: Final[Mapping[str, tuple[type, ...]]] = {"ResolveMigrationData": (ResolveMigrationData,)}
@@ -230,6 +241,11 @@ def load_receive(value: object, unknown: Unknown | None = None) -> ReceiveMigrat
 def load_resize(value: object, unknown: Unknown | None = None) -> ResizeData:
     """The body of vm.resize, which may be all null or empty. :raises ConfigError: as :func:`load_config`."""
     return _load("VmResize", ResizeData, value, unknown)
+
+
+def load_resize_disk(value: object, unknown: Unknown | None = None) -> ResizeDiskData:
+    """:raises ConfigError: as :func:`load_config`."""
+    return _load("VmResizeDisk", ResizeDiskData, value, unknown)
 
 
 def load_resolve(value: object, unknown: Unknown | None = None) -> ResolveMigrationData:

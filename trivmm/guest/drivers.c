@@ -7,8 +7,8 @@ extern struct driver echo_driver;
 extern struct driver net_driver;
 extern struct driver vsock_driver;
 extern struct driver balloon_driver;
-extern struct driver pvpanic_driver;
 extern struct driver pmem_driver;
+extern struct driver pvpanic_driver;
 extern struct driver watchdog_driver;
 extern struct driver plug_driver;
 extern struct driver hostile_driver;
@@ -21,8 +21,8 @@ struct driver *const drivers[] = {
     &net_driver,
     &vsock_driver,
     &balloon_driver,
-    &pvpanic_driver,
     &pmem_driver,
+    &pvpanic_driver,
     &watchdog_driver,
     &plug_driver,
     &hostile_driver,

@@ -6,7 +6,8 @@
 #define BLK_ID 0x1042
 #define SECTOR 512
 #define BLOCK 4096
-#define MAX_KIB 64
+#define MAX_KIB 64 /* of a request */
+#define ALL_KIB 256 /* of all that are under way */
 #define TAKEN 64 /* at most in one step */
 
 extern struct driver load_driver;
@@ -20,12 +21,18 @@ static struct request {
     volatile uint8_t status;
 } requests[QUEUE_SIZE];
 
-static uint8_t data[QUEUE_SIZE][MAX_KIB << 10] __attribute__((aligned(4096)));
+static uint8_t data[ALL_KIB << 10] __attribute__((aligned(4096)));
 static struct rings rings __attribute__((aligned(4096)));
 static struct vdev dev = {.rings = &rings};
 static uint32_t kib = 4, writing, depth = QUEUE_SIZE;
 static uint64_t blocks, began, ended, ios, seed = 88172645463325252ull;
 static int started;
+
+/* Of a slot's block number i. */
+static volatile uint64_t *first_word(uint32_t slot, uint64_t i)
+{
+    return (volatile uint64_t *)(data + (uint64_t)slot * (kib << 10) + i * BLOCK);
+}
 
 static uint64_t next_random(void)
 {
@@ -43,9 +50,9 @@ static void offer(uint32_t slot)
     request->header.sector = first * (BLOCK / SECTOR);
     request->status = 0xff;
     for (uint64_t i = 0; i < each; i++)
-        *(volatile uint64_t *)(data[slot] + i * BLOCK) = writing ? first + i : ~0ull;
+        *first_word(slot, i) = writing ? first + i : ~0ull;
     request->table[0] = (struct desc){(uint64_t)&request->header, 16, DESC_NEXT, 1};
-    request->table[1] = (struct desc){(uint64_t)data[slot], kib << 10, (uint16_t)(DESC_NEXT | (writing ? 0 : DESC_WRITE)), 2};
+    request->table[1] = (struct desc){(uint64_t)first_word(slot, 0), kib << 10, (uint16_t)(DESC_NEXT | (writing ? 0 : DESC_WRITE)), 2};
     request->table[2] = (struct desc){(uint64_t)&request->status, 1, DESC_WRITE, 0};
     rings.desc[slot] = (struct desc){(uint64_t)request->table, sizeof request->table, DESC_INDIRECT, 0};
     rings.avail.ring[rings.avail.index % QUEUE_SIZE] = (uint16_t)slot;
@@ -59,8 +66,8 @@ static void check(uint32_t slot)
     if (requests[slot].status)
         device_error("LOAD status, block", first, 0, requests[slot].status);
     for (uint64_t i = 0; i < (kib << 10) / BLOCK; i++)
-        if (*(volatile uint64_t *)(data[slot] + i * BLOCK) != first + i)
-            device_error("LOST block", first + i, first + i, *(volatile uint64_t *)(data[slot] + i * BLOCK));
+        if (*first_word(slot, i) != first + i)
+            device_error("LOST block", first + i, first + i, *first_word(slot, i));
 }
 
 /* From `before` on there is more. */
@@ -119,6 +126,8 @@ static void find(void)
         kib = 4;
     if (!depth || depth > QUEUE_SIZE)
         depth = QUEUE_SIZE;
+    if (depth > ALL_KIB / kib)
+        depth = ALL_KIB / kib;
     if (vdev_find(&dev, BLK_ID, 0)) {
         uint64_t low = *(volatile uint32_t *)dev.config, high = *(volatile uint32_t *)(dev.config + 4);
         blocks = (low | high << 32) / (BLOCK / SECTOR);

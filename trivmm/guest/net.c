@@ -40,7 +40,7 @@ static uint32_t out_slot; /* that net_frame gave last */
 
 static uint32_t mebibytes, frame_bytes, buffer_bytes;
 static uint32_t total, next, acknowledged, expected, peer_total, answer_due;
-static uint64_t progress_at, received_bytes, resent;
+static uint64_t progress_at, received_bytes, resent, first_at, last_at; /* last_at: everything had come and gone */
 static int running;
 
 uint8_t net_mac[6];
@@ -150,6 +150,8 @@ static void message_received(const struct message *message, uint32_t length)
         return;
     }
     peer_total = message->total;
+    if (!first_at)
+        first_at = rdtsc();
     if (message->expected > acknowledged && message->expected <= total) {
         acknowledged = message->expected;
         progress_at = rdtsc();
@@ -278,6 +280,11 @@ static void start(void)
     running = 1;
 }
 
+static int done(void)
+{
+    return running && acknowledged == total && peer_total && expected == peer_total;
+}
+
 static void step(void)
 {
     if (!running) {
@@ -287,6 +294,8 @@ static void step(void)
     uint64_t now = rdtsc();
     look_at_received();
     exchange(now);
+    if (!last_at && done())
+        last_at = now;
     ip_step(now);
 }
 
@@ -295,7 +304,8 @@ static void report(void)
     put_number(" net_sent=", (uint64_t)acknowledged * (frame_bytes / 8 * 8));
     put_number(" net_received=", received_bytes);
     put_number(" net_resent=", resent);
-    put_number(" net_done=", running && acknowledged == total && peer_total && expected == peer_total);
+    put_number(" net_done=", done());
+    put_number(" net_ms=", last_at ? (last_at - first_at) / options.tsc_khz : 0); /* that the exchange took */
     put_number(" net_echoed=", net_echoed);
     put_number(" net_pinged=", net_pinged);
 }

@@ -185,8 +185,8 @@ class Machine:
 
     async def nmi(self) -> None:
         """Give every vCPU a non-maskable interrupt; a paused machine takes it when it resumes.
-
-        :raises PauseTimeout: naming who did not stop for it; nobody got one, the machine runs."""
+        :raises PauseTimeout: naming who did not stop for it; nobody got one, the machine runs.
+        :raises HypervisorError: at the first vCPU that could not be given one; those before it have theirs."""
         before = self.stage
         try:
             await self.ladder.down(Stage.PAUSED, lambda: math.inf)  # a back end takes it only between two runs

@@ -43,4 +43,4 @@ class PmTimer:
         """Any count will do."""
 
     def load(self, state: PmTimerState) -> None:
-        self._began_ns = self._clock_ns() - state.ticks * 1_000_000_000 // HZ
+        self._began_ns = self._clock_ns() + -state.ticks * 1_000_000_000 // HZ  # not one tick less

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from typing import Final
 
-__all__ = ["PACKINGS", "make_bzimage", "with_own_entry", "wrap"]
+__all__ = ["PACKINGS", "make_bzimage", "make_pvh", "with_own_entry", "wrap"]
 
 SETUP_SECTORS: Final = 3
 STUB: Final = bytes(700)  # stands for the unpacking code that comes before the payload
@@ -92,3 +92,14 @@ def with_own_entry(
     struct.pack_into("<IIBBHI", setup, 0x22C, initrd_max, 1 << 21, 1, 21, 1, cmdline_size)
     struct.pack_into("<QI", setup, 0x258, preferred, room)
     return bytes(setup) + code
+
+
+def make_pvh(code: bytes, gpa: int = 1 << 20) -> bytes:
+    """A PVH ELF that is nothing but ``code``, 32-bit, loaded and begun at ``gpa``."""
+    note = struct.pack("<III4sI", 4, 4, 18, b"Xen\0", gpa)
+    start_at = 64 + 2 * 56
+    header = b"\x7fELF\x02\x01\x01" + bytes(9)
+    header += struct.pack("<HHIQQQIHHHHHH", 2, 62, 1, gpa, 64, 0, 0, 64, 56, 2, 0, 0, 0)
+    header += struct.pack("<IIQQQQQQ", 1, 7, start_at, gpa, gpa, len(code), 4096, 4096)
+    header += struct.pack("<IIQQQQQQ", 4, 4, start_at + len(code), 0, 0, len(note), len(note), 4)
+    return header + code + note

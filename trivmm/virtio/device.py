@@ -9,7 +9,7 @@ import attrs
 import trio
 
 from trivmm.bus.space import GuestRequest
-from trivmm.errors import MigrationError, shown
+from trivmm.errors import MigrationError, NotSupported, shown
 from trivmm.memory.device_memory import DeviceMemory
 from trivmm.memory.guest import GuestMemory
 from trivmm.platform.line import Line
@@ -170,6 +170,16 @@ class WorkerDevice:
 
     def counters(self) -> dict[str, int]:
         return {}
+
+    def set_capacity(self, capacity: int) -> None:
+        """Of a device with a capacity in bytes: make what is behind it so large. In a thread; :meth:`capacity_changed`
+        goes on.
+
+        :raises NotSupported: it has none, or not one that changes. :raises ConfigError: not so large."""
+        raise NotSupported("id", self.name, "a device without a capacity of its own", "give a disk")
+
+    def capacity_changed(self) -> None:
+        """In the trio thread, after :meth:`set_capacity`: tell the driver."""
 
     def close(self) -> None:
         return None

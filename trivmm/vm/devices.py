@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import attrs
@@ -10,6 +11,7 @@ from trivmm.errors import ConfigError, NoSuchDevice, WrongState
 from trivmm.machine.hotplug import TRANSPORT, check_new, removable
 from trivmm.machine.machine import Machine
 from trivmm.platform.pci import pick_slots
+from trivmm.virtio.device import WorkerDevice
 from trivmm.virtio.kinds import find, kind_of, names_of
 from trivmm.vm.core import VmCore, VmState
 
@@ -71,6 +73,25 @@ class Devices(VmCore):
             kind, index = found
             removable(kind, name)
             self.config = kind.shrunk(self.config, index)
+
+    async def resize_disk(self, name: str, size: int) -> None:
+        """Make the image of a disk ``size`` bytes long, and tell the guest. The image of one that is not booted is its
+        owner's to resize.
+
+        :raises NoSuchDevice: there is no such disk. :raises WrongState: the VM is not booted.
+        :raises ConfigError: the image can't be, or not so long. :raises NotSupported: not in its format.
+        :raises DeadlineError: (storage) it took too long, and may yet be done; the guest was not told.
+        :raises VmMigrating: a migration owns the VM."""
+        async with self.ownership.lease("resize-disk"):
+            machine = self._plugged_machine("resize-disk")
+            if machine is None:
+                raise WrongState("resize-disk", self.state.value, "booted")
+            name = name.removeprefix(TRANSPORT)
+            disk = next((each.backend for each in machine.board.devices if each.backend.name == name), None)
+            if not isinstance(disk, WorkerDevice) or disk.storage is None:
+                raise NoSuchDevice(name)
+            await machine.storage.call("resizing a disk", partial(disk.set_capacity, size))
+            disk.capacity_changed()
 
     def _plugged_machine(self, operation: str) -> Machine | None:
         """The one that has the devices; None: there are none but on paper."""

@@ -112,6 +112,10 @@ class Vmm(VmmMoves):
         self._changing("remove-device")
         await self.vm.remove_device(name)
 
+    async def resize_disk(self, name: str, size: int) -> None:
+        self._changing("resize-disk")
+        await self.vm.resize_disk(name, size)
+
     async def resize(self, vcpus: int | None, ram: int | None, balloon: int | None) -> None:
         """The balloon; else as far as there is nothing to do: hotplug of vCPUs and memory is not there yet. A VM that
         was never booted is changed on paper.

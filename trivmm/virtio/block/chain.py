@@ -35,9 +35,11 @@ ANYWHERE: Final = "/"
 
 @attrs.frozen
 class Header:
-    """What a qcow2 header says. ``size``: of the disk, in bytes. ``backing``: name and format, empty where not said."""
+    """What a qcow2 header says. ``size`` of the disk and ``cluster``: bytes. ``backing``: name and format, empty where
+    not said."""
 
     size: int
+    cluster: int
     backing: tuple[bytes, bytes]
 
 
@@ -106,7 +108,9 @@ def probe(file: ImageFile) -> Header:
     header, error = ffi.new("struct tv_qcow2_header *"), ffi.new("struct tv_qcow2_error *")
     if lib.tv_qcow2_probe(file.fd, header, error):
         raise wrong(file, error)
-    return Header(header.size, (ffi.string(header.backing_name), ffi.string(header.backing_format)))
+    return Header(
+        header.size, 1 << header.cluster_bits, (ffi.string(header.backing_name), ffi.string(header.backing_format))
+    )
 
 
 def open_chain(file: ImageFile, place: Place, *, lock: bool) -> tuple[Link, ...]:

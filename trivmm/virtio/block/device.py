@@ -133,8 +133,8 @@ class BlockDevice(WorkerDevice):
         self._sectors, self._id, self._geometry = described.sectors, described.identity, described.geometry
         self.image.promised = described.sectors * SECTOR
 
-    def resize(self, capacity: int) -> None:
-        """Make the image so many bytes long. Waits for its storage: in a thread. :meth:`resized` goes on.
+    def set_capacity(self, capacity: int) -> None:
+        """Make the image so many bytes long. Waits for its storage: in a thread. :meth:`capacity_changed` goes on.
 
         :raises ConfigError: it can't be."""
         if capacity % SECTOR or not capacity:
@@ -143,7 +143,7 @@ class BlockDevice(WorkerDevice):
             raise ConfigError("desired_size", capacity, "the disk is read-only", "leave it as it is")
         self.image.resize(capacity)
 
-    def resized(self) -> None:
+    def capacity_changed(self) -> None:
         """The driver is told what the image holds now (section 5.2.5). In the trio thread."""
         self._sectors = self.image.sectors
         self.image.promised = self._sectors * SECTOR

@@ -14,15 +14,17 @@ from typing import Any, ClassVar, Final
 
 from trivmm._native import ffi, lib
 from trivmm.config import DiskConfig
-from trivmm.errors import ConfigError, MigrationError
+from trivmm.errors import ConfigError, MigrationError, NotSupported
 from trivmm.virtio.block.chain import Link, Place, open_chain, probe, wrong
 from trivmm.virtio.block.file import ImageFile
+from trivmm.virtio.block.geometry import Geometry
 from trivmm.virtio.block.image import Image
 
 __all__ = ["Qcow2Image"]
 
 log = logging.getLogger(__name__)
 
+PHYSICAL: Final = 4096  # writes of whole pages of the host read nothing first
 COUNTED: Final = ("spoilt", "allocated", "freed", "inflated", "mended")  # of struct tv_qcow2_counts
 
 
@@ -33,6 +35,8 @@ class Qcow2Image(Image):
         """``file`` is its own from now on, unless this raises; the files behind it are its own always.
 
         :raises ConfigError: naming ``disks.path`` and what is wrong with the image, or with one behind it."""
+        if config.direct:
+            raise NotSupported("disks.direct", True, "not there for qcow2 images yet", "leave it out")
         place = Place.of(config)
         self._links: tuple[Link, ...] = open_chain(file, place, lock=lock)
         super().__init__([link.file for link in self._links])
@@ -89,6 +93,7 @@ class Qcow2Image(Image):
         top = self._links[0].header
         assert top is not None
         self.capacity = top.size
+        self.geometry = Geometry(physical=min(top.cluster, PHYSICAL), discard=top.cluster)
         if self._locked:
             self._load()
 

@@ -8,6 +8,7 @@ frames for a while, not one that is pulled out, so that a peer's migration costs
 from __future__ import annotations
 
 import logging
+import os
 import struct
 from collections.abc import Sequence
 from functools import partial
@@ -138,7 +139,7 @@ class NetDevice(WorkerDevice):
         pair = min(queues) // 2 if min(queues) < 2 * self._pairs_in_use else 0
         native = ffi.gc(ffi.new("struct tv_net_worker *"), partial(_free, self))
         if lib.tv_net_worker_init(native, self._net, pair):
-            raise OSError(ffi.errno, "a timer")
+            raise OSError(ffi.errno, os.strerror(ffi.errno))
         if pair == 0 and self._moved:
             native.announce = ANNOUNCEMENTS
             self._moved = False
