@@ -21,13 +21,14 @@ from pathlib import Path
 import attrs
 import trio
 from results import Figure, median, parser_for, show
-from rings import HEADERS, STATUS, Burst, active
+from rings import HEADERS, STATUS, Burst
 
 from trivmm.config import DiskConfig
 from trivmm.memory.guest import GuestMemory
-from trivmm.testing.driver import WRITE, Descriptor, MockDriver
+from trivmm.testing.driver import WRITE, Descriptor, MockDriver, activated
 from trivmm.testing.images import qemu_img, why_no_qemu_img
 from trivmm.virtio.block.device import BlockDevice
+from trivmm.virtio.queue import F_VERSION_1
 
 DISK = 256 << 20
 AT_ONCE = 16
@@ -93,8 +94,10 @@ async def ours(path: Path, kind: str, work: Work) -> float:
         return REQUESTS / took
 
     config = DiskConfig(str(path), queue_size=64, image_type=kind.capitalize())
-    async with active(BlockDevice(config, memory, "_disk0"), driver):
+    device = BlockDevice(config, memory, "_disk0")
+    async with activated(device, driver.setup(F_VERSION_1), [driver.handle]):
         rate = await trio.to_thread.run_sync(run)
+    device.close()
     driver.close()
     memory.close()
     return rate
