@@ -180,6 +180,11 @@ class VmBackend(Protocol):
     def add_memory(self, slot: int, gpa: int, size: int, hva: int) -> None:
         """Give the guest RAM: ``size`` bytes at host address ``hva``, shared with the VMM."""
 
+    def attach_memory(self, memory: Any) -> None:
+        """An offer: all of guest RAM as C sees it (cffi ``struct tv_memory *``), for a back end that must reach it by
+        itself. After the slots are added, before the vCPUs are created; it outlives them."""
+        return None
+
     def set_dirty_log(self, enabled: bool) -> None:
         """Start or stop logging of guest writes for every slot. Starting gives a log in which nothing is dirty."""
 

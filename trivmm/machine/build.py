@@ -141,6 +141,7 @@ def _host_memory() -> int | None:
 def _assemble(config: VmConfig, hypervisor: Hypervisor, memory: GuestMemory, vm: VmBackend, serial: Serial) -> Board:
     for region in memory.regions:
         vm.add_memory(region.slot, region.gpa, region.size, region.hva)
+    vm.attach_memory(memory.native)
     pio, mmio = AddressSpace("pio"), AddressSpace("mmio")
     pci = PciBus(mmio, config.deadlines)
     cmos, debug_port = Cmos(config.memory.size), DebugPort()
