@@ -14,8 +14,7 @@ import select
 import struct
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import trio
@@ -23,7 +22,7 @@ from results import Figure, median, parser_for, show
 
 from trivmm.config import DiskConfig, RngConfig
 from trivmm.memory.guest import GuestMemory
-from trivmm.testing.driver import WRITE, Descriptor, MockDriver
+from trivmm.testing.driver import WRITE, Descriptor, MockDriver, activated
 from trivmm.virtio.block.device import BlockDevice
 from trivmm.virtio.device import WorkerDevice
 from trivmm.virtio.queue import F_EVENT_IDX, F_VERSION_1
@@ -62,19 +61,6 @@ class Burst:
         return time.perf_counter() - began
 
 
-@asynccontextmanager
-async def active(device: WorkerDevice, driver: MockDriver) -> AsyncIterator[None]:
-    features = F_VERSION_1 | (F_EVENT_IDX if driver.event_idx else 0)
-    async with trio.open_nursery() as workers:
-        await device.activate(driver.setup(features), [driver.handle], workers)
-        try:
-            yield
-        finally:
-            with trio.move_on_after(10, shield=True):
-                await device.stop()
-    device.close()
-
-
 def lay_out_entropy(driver: MockDriver) -> list[int]:
     return [driver.chain(Descriptor(DATA + 64 * head, 8, WRITE), first=head) for head in range(SIZE)]
 
@@ -103,8 +89,11 @@ async def measure(
     memory = GuestMemory([(0, 4 << 20)])
     driver = MockDriver(memory, size=SIZE, event_idx=event_idx)
     burst = Burst(driver, lay_out(driver))
-    async with active(make(memory), driver):
+    device = make(memory)
+    features = F_VERSION_1 | (F_EVENT_IDX if event_idx else 0)
+    async with activated(device, driver.setup(features), [driver.handle]):
         took = await trio.to_thread.run_sync(lambda: [burst.run(chains or burst.count) for _ in range(BURSTS)])
+    device.close()
     driver.close()
     memory.close()
     return median(took)

@@ -29,7 +29,6 @@ void tv_assist_open(struct tv_assist *assist, struct tv_memory *memory, int vcpu
     assist->fd = vcpu_fd;
     assist->xsave2 = xsave2;
     tv_assist_state_open(assist);
-    tv_assist_native_open(assist);
 }
 
 void tv_assist_close(struct tv_assist *assist)

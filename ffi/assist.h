@@ -80,6 +80,7 @@ struct tv_assist {
     struct {
         uint32_t offset, size, aligned;
     } parts[TV_XSTATE_PARTS]; /* of the XSAVE area, in the standard format; CPUID leaf 0DH */
+    int opened;    /* it was tried to have `code` */
     uint8_t *code; /* a page to execute in, or NULL */
     struct kvm_regs regs;
     struct kvm_sregs sregs;
@@ -127,7 +128,6 @@ struct tv_operand {
     uint8_t implicit;  /* bits: registers (by number) that it uses without naming them */
 };
 struct tv_operand tv_assist_operand(const struct tv_insn *insn);
-void tv_assist_native_open(struct tv_assist *assist);
 void tv_assist_native_close(struct tv_assist *assist);
 int tv_assist_native(struct tv_assist *assist, const struct tv_operand *operand);
 

@@ -22,17 +22,24 @@
 #define NO_REGISTER 16u
 #define ARITHMETIC 0x8d5ull /* CF PF AF ZF SF OF */
 
-/* A host that forbids such a page has the rest of the assist. */
-void tv_assist_native_open(struct tv_assist *assist)
+/* At the first instruction that wants it: a page to execute in. A host that forbids such a page, and one where the guest
+ * never needs it, have the rest of the assist, and this process's signals as they were. */
+static int native_open(struct tv_assist *assist)
 {
     uint32_t low, high, eax, ebx, ecx, edx;
+    if (assist->opened)
+        return !!assist->code;
+    assist->opened = 1;
     if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & bit_OSXSAVE))
-        return;
+        return 0;
     __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     assist->host_xcr0 = low | (uint64_t)high << 32;
     void *page = mmap(NULL, CODE_BYTES, PROT_READ | PROT_WRITE | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    assist->code = page == MAP_FAILED ? NULL : page;
+    if (page == MAP_FAILED)
+        return 0;
+    assist->code = page;
     tv_assist_guard();
+    return 1;
 }
 
 void tv_assist_native_close(struct tv_assist *assist)
@@ -244,7 +251,7 @@ int tv_assist_native(struct tv_assist *assist, const struct tv_operand *operand)
     struct tv_frame frame;
     uint8_t *at = assist->area + (insn->address & 63); /* aligned as the guest's is */
     int absent = 0;
-    if (!assist->code || !is_there(assist, insn) || uses_rsp(insn, operand))
+    if (!native_open(assist) || !is_there(assist, insn) || uses_rsp(insn, operand))
         return -2;
     if (insn->is_memory && operand->writes)
         absent = tv_assist_check(assist, insn->address, operand->size, TV_WRITE);

@@ -11,7 +11,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 
 # Order matters to cffi only where one .cdef names a struct of another.
-FIRST = ["assist.cdef", "image.cdef", "line.cdef", "memory.cdef", "park.cdef", "ring.cdef", "worker.cdef"]
+FIRST = ["assist.cdef", "image.cdef", "limit.cdef", "line.cdef", "memory.cdef", "park.cdef", "ring.cdef", "worker.cdef"]
 
 
 def _relative(path: Path) -> str:
@@ -34,7 +34,7 @@ ffibuilder.set_source(
     include_dirs=[_relative(HERE)],
     depends=[_relative(path) for path in sorted(HERE.glob("*.h"))],
     extra_compile_args=["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Wno-unused-parameter"],
-    libraries=["pthread"],
+    libraries=["pthread", "dl"],
 )
 
 if __name__ == "__main__":

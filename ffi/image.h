@@ -38,10 +38,16 @@ struct tv_image_ops {
     int64_t (*discard)(struct tv_image *image, uint64_t at, uint64_t length);
     /* Zeroes are read there from now on. `unmap`: they need not take room. */
     int64_t (*write_zeroes)(struct tv_image *image, uint64_t at, uint64_t length, int unmap);
+    /* May be NULL: never. Where all of a move lies as it is in a file, so that the kernel may make it while the worker
+     * goes on: 1, with descriptor and offset. What is there stays there until it is done, also if sectors are discarded
+     * meanwhile. 0: not so, or not with such segments; a read or write it is then. Never waits. */
+    int (*where)(struct tv_image *image, const struct iovec *iov, int count, uint64_t at, int write, int *fd,
+                 uint64_t *offset);
 };
 
 struct tv_image {
     const struct tv_image_ops *ops;
+    uint8_t waits; /* every move waits for the medium: no page cache is between */
 };
 
 #endif

@@ -22,6 +22,8 @@ struct tv_region {
     uint64_t size;
     uint8_t *hva;
     uint64_t *dirty;
+    uint32_t given_back; /* atomic: its guest has given memory of it back (tv_memory_give_back) */
+    uint8_t rom; /* of the CPUs alone: a device, or the VMM on its behalf, finds nothing there */
 };
 
 /* Called before the guest can learn of what a device wrote, in the device's thread: by whoever publishes a used ring's
@@ -40,7 +42,7 @@ static inline struct tv_region *tv_region_of(struct tv_memory *mem, uint64_t gpa
 {
     for (uint32_t i = 0; i < mem->count; i++) {
         struct tv_region *region = &mem->regions[i];
-        if (gpa < region->gpa)
+        if (gpa < region->gpa || region->rom)
             continue;
         uint64_t offset = gpa - region->gpa;
         if (offset <= region->size && len <= region->size - offset)
@@ -74,7 +76,9 @@ static inline void tv_memory_before_told(struct tv_memory *mem)
         mem->before_told(mem->before_told_argument);
 }
 
+int tv_memory_give_back(struct tv_region *region, uint64_t offset, uint64_t len);
 void *tv_memory_map(int memfd, uint64_t size);
+void *tv_memory_map_private(int fd, uint64_t size);
 void tv_memory_unmap(void *mapped, uint64_t size);
 int tv_memory_write(struct tv_memory *mem, uint64_t gpa, const uint8_t *from, uint64_t len);
 int tv_memory_read(struct tv_memory *mem, uint64_t gpa, uint8_t *to, uint64_t len);

@@ -76,6 +76,7 @@ struct tv_page_send {
     uint64_t *dirty;  /* (pages + 63) / 64 words, this job's own */
     uint64_t cursor;  /* in and out: first page to look at */
     uint64_t max_pages;
+    int memfd;         /* of the region, where its guest has given memory back; else -1 */
     uint8_t *staging;  /* TV_FRAME_PAGES pages */
     uint64_t sequence; /* in and out */
     uint64_t bytes;    /* out, like all below: added up over calls */

@@ -10,6 +10,7 @@
 #include "pages_io.h"
 
 #define DENSE 96u /* pages of one frame in one chunk: three quarters of the frame */
+#define WORTH_GIVING_BACK 16u /* zero pages in a row: one call for them costs as much as clearing them */
 #define WORTH_TIMING 32u /* pages in a row: fewer, and the clock counts */
 
 static uint32_t count_of(const struct tv_entry *entry)
@@ -185,6 +186,16 @@ static int land_pages(struct tv_landing *landing, const struct tv_entry *entry, 
     return reason;
 }
 
+/* Clear pages that landed before. Many in a row are given back: at the source they have no memory either, as a rule (a
+ * balloon's), and where they have, a touch brings it again. Part of a huge page stays: whoever sees one takes all of its
+ * memory for there. */
+static void clear_pages(struct tv_region *region, uint64_t page, uint64_t count, int huge)
+{
+    uint64_t offset = page * TV_PAGE_SIZE, length = count * TV_PAGE_SIZE;
+    if (huge || count < WORTH_GIVING_BACK || tv_memory_give_back(region, offset, length))
+        memset(region->hva + offset, 0, length);
+}
+
 /* Clears the pages that landed before; the others are zero already, untouched and unallocated. */
 static int land_zero(struct tv_landing *landing, const struct tv_entry *entry, struct tv_fault *fault)
 {
@@ -193,12 +204,18 @@ static int land_zero(struct tv_landing *landing, const struct tv_entry *entry, s
         return bad(fault, TV_BAD_PAGES_CRC, slot, 0);
     for (uint32_t i = 0; i < count; i++) {
         uint64_t first = first_of(entry, i), pages = pages_of(entry, i);
-        for (uint64_t page = first; page < first + pages; page++) {
-            uint64_t bit = 1ull << (page % 64);
-            if (landing->landed[slot][page / 64] & bit) {
-                memset(landing->memory->regions[slot].hva + page * TV_PAGE_SIZE, 0, TV_PAGE_SIZE);
-                landing->landed[slot][page / 64] &= ~bit;
+        for (uint64_t page = first, run; page < first + pages; page += run) {
+            int huge = tv_huge_is_there(landing, slot, page);
+            for (run = 0; page + run < first + pages; run++) {
+                uint64_t bit = 1ull << ((page + run) % 64), *word = &landing->landed[slot][(page + run) / 64];
+                if (!(*word & bit) || tv_huge_is_there(landing, slot, page + run) != huge)
+                    break;
+                *word &= ~bit;
             }
+            if (run)
+                clear_pages(&landing->memory->regions[slot], page, run, huge);
+            else
+                run = 1;
         }
         landing->zero_pages += pages;
     }

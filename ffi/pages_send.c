@@ -5,8 +5,10 @@
 #include <errno.h>
 #include <poll.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
+#include <unistd.h>
 
 #include "crc32c.h"
 #include "pages_io.h"
@@ -25,6 +27,39 @@ static int page_is_zero(const uint8_t *page)
         if (_mm_movemask_epi8(_mm_cmpeq_epi8(some, _mm_setzero_si128())) != 0xffff)
             return 0;
     }
+    return 1;
+}
+
+/* Where a region has no memory: to read there through the mapping would bring some. */
+struct holes {
+    uint64_t first, after;               /* pages of the last hole that was found */
+    uint64_t looked_at, looked_to;       /* pages of `there` */
+    uint8_t there[TV_FRAME_PAGES];
+};
+
+/* Whether a page has no memory, and so is zero. No by default. A page that gets memory meanwhile is written by somebody,
+ * whom the next harvest has seen. */
+static int is_hole(const struct tv_page_send *job, struct holes *holes, uint64_t page)
+{
+    if (job->memfd < 0)
+        return 0;
+    if (page >= holes->first && page < holes->after)
+        return 1;
+    if (page < holes->looked_at || page >= holes->looked_to) {
+        uint64_t left = job->pages - page, count = left < sizeof holes->there ? left : sizeof holes->there;
+        if (mincore(job->hva + page * TV_PAGE_SIZE, count * TV_PAGE_SIZE, holes->there))
+            return 0;
+        holes->looked_at = page;
+        holes->looked_to = page + count;
+    }
+    if (holes->there[page - holes->looked_at] & 1)
+        return 0;
+    off_t data = lseek(job->memfd, (off_t)(page * TV_PAGE_SIZE), SEEK_DATA); /* what is swapped out is data too */
+    uint64_t after = data >= 0 ? (uint64_t)data / TV_PAGE_SIZE : errno == ENXIO ? job->pages : page;
+    if (after <= page)
+        return 0;
+    holes->first = page;
+    holes->after = after;
     return 1;
 }
 
@@ -182,6 +217,7 @@ static int add_zero(struct tv_page_send *job, struct outgoing *out, uint32_t pag
 int tv_pages_send(struct tv_page_send *job)
 {
     struct outgoing out;
+    struct holes holes = {0};
     uint64_t words = (job->pages + 63) / 64, taken = 0;
     int reason = TV_PAGES_DONE;
     out.page_count = out.run_count = 0;
@@ -209,7 +245,7 @@ int tv_pages_send(struct tv_page_send *job)
             break;
         }
         const uint8_t *from = job->hva + page * TV_PAGE_SIZE;
-        if (page_is_zero(from)) {
+        if (is_hole(job, &holes, page) || page_is_zero(from)) {
             reason = add_zero(job, &out, (uint32_t)page);
         } else {
             out.pages[out.page_count++] = (uint32_t)page;

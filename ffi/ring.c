@@ -8,13 +8,6 @@
 #define AVAIL_NO_INTERRUPT 1u
 #define USED_NO_NOTIFY 1u
 
-struct descriptor {
-    uint64_t addr;
-    uint32_t len;
-    uint16_t flags;
-    uint16_t next;
-};
-
 void tv_irq_signal(struct tv_irq *irq, uint32_t bit)
 {
     tv_irq_raise(irq, bit);
@@ -42,7 +35,13 @@ static inline void store16(uint8_t *at, uint16_t value)
     __atomic_store_n((uint16_t *)at, value, __ATOMIC_RELEASE);
 }
 
-static int broken(struct tv_queue *queue, int why)
+/* Where a free-running index is in a ring: tv_queue_open has seen to it that the size is a power of two. */
+static inline uint32_t slot(const struct tv_queue *queue, uint16_t index)
+{
+    return index & (queue->size - 1u);
+}
+
+static __attribute__((cold, noinline)) int broken(struct tv_queue *queue, int why)
 {
     queue->broken = why;
     return -1;
@@ -59,6 +58,7 @@ int tv_queue_open(struct tv_queue *queue)
     queue->desc = tv_ptr(queue->memory, queue->desc_gpa, 16 * size);
     queue->avail = tv_ptr(queue->memory, queue->avail_gpa, 6 + 2 * size);
     queue->used = tv_ptr(queue->memory, queue->used_gpa, 6 + 8 * size);
+    queue->near = tv_region_of(queue->memory, queue->desc_gpa, 16 * size);
     queue->signalled_valid = queue->wrote = 0;
     queue->armed = TV_PERHAPS_ARMED; /* a worker before this one may have ended in the middle of its work */
     queue->taken = queue->pushed = 0;
@@ -66,59 +66,98 @@ int tv_queue_open(struct tv_queue *queue)
     return queue->desc && queue->avail && queue->used ? 0 : -1;
 }
 
-static int add_segment(struct tv_queue *queue, struct tv_chain *chain, const struct descriptor *desc)
+/* Eight bytes of guest memory, read once: what is in a register the compiler can't fetch again. */
+static inline uint64_t read_once(const uint8_t *at)
 {
-    int writable = desc->flags & DESC_WRITE;
-    if (!writable && chain->writable)
-        return broken(queue, TV_BROKEN_ORDER);
-    if (!desc->len)
-        return 0;
-    uint8_t *base = tv_ptr(queue->memory, desc->addr, desc->len);
-    if (!base)
-        return broken(queue, TV_BROKEN_ADDRESS);
-    uint32_t at = chain->readable + chain->writable;
-    if (at == TV_QUEUE_MAX)
-        return broken(queue, TV_BROKEN_LOOP);
-    chain->iov[at] = (struct iovec){base, desc->len};
-    chain->gpa[at] = desc->addr;
-    if (writable) {
-        chain->writable++;
-        chain->writable_bytes += desc->len;
-    } else {
-        chain->readable++;
-        chain->readable_bytes += desc->len;
-    }
-    if (chain->readable_bytes + chain->writable_bytes > TV_CHAIN_BYTES)
-        return broken(queue, TV_BROKEN_TOO_LONG);
-    return 0;
+    uint64_t value;
+    memcpy(&value, at, sizeof value);
+    __asm__ volatile("" : "+r"(value));
+    return value;
 }
 
-/* Walk one table (the queue's own, or an indirect one) from `index`; `budget` descriptors at most. */
-static int walk(struct tv_queue *queue, struct tv_chain *chain, const uint8_t *table, uint32_t entries, uint32_t index,
-                uint32_t budget, int nested)
+/* The region that holds a buffer. One is mostly in the same as the one before it, which is tried first; `near` is a
+ * region that devices may use, since tv_region_of gave it. */
+static __attribute__((noinline)) struct tv_region *look_up(struct tv_queue *queue, uint64_t gpa, uint32_t len)
 {
-    for (; budget; budget--) {
-        struct descriptor desc;
-        memcpy(&desc, table + 16ull * index, sizeof desc);
-        __asm__ volatile("" ::: "memory"); /* one read: the compiler may not go back to guest memory */
-        if (desc.flags & DESC_INDIRECT) {
-            uint32_t count = desc.len / 16;
-            if (nested || !queue->indirect || desc.flags & DESC_NEXT || desc.len % 16 || !count || count > queue->size)
-                return broken(queue, TV_BROKEN_INDIRECT);
-            const uint8_t *inner = tv_ptr(queue->memory, desc.addr, desc.len);
-            if (!inner)
-                return broken(queue, TV_BROKEN_INDIRECT);
-            return walk(queue, chain, inner, count, 0, count, 1);
+    struct tv_region *region = tv_region_of(queue->memory, gpa, len);
+    if (region)
+        queue->near = region;
+    return region;
+}
+
+static inline struct tv_region *region_near(struct tv_queue *queue, struct tv_region *near, uint64_t gpa, uint32_t len)
+{
+    uint64_t offset = gpa - near->gpa; /* wraps to more than any size where gpa is less */
+    if (__builtin_expect(offset <= near->size && len <= near->size - offset, 1))
+        return near;
+    return look_up(queue, gpa, len);
+}
+
+/* The table that an indirect descriptor names, or NULL and the queue broken. */
+static __attribute__((noinline)) const uint8_t *indirect_table(struct tv_queue *queue, uint64_t gpa, uint64_t rest,
+                                                                int nested)
+{
+    uint32_t len = (uint32_t)rest;
+    const uint8_t *table = NULL;
+    if (!nested && queue->indirect && !(rest >> 32 & DESC_NEXT) && len && len % 16 == 0 && len / 16 <= queue->size)
+        table = tv_ptr(queue->memory, gpa, len);
+    if (!table)
+        broken(queue, TV_BROKEN_INDIRECT);
+    return table;
+}
+
+/* Walk the chain from `index` of the queue's own table, and on in an indirect one: of either at most as many
+ * descriptors as it has. Readable segments come before writable ones, so counting both is enough to see the order. */
+static inline int walk(struct tv_queue *queue, struct tv_chain *chain, uint32_t index)
+{
+    const uint8_t *table = queue->desc;
+    struct tv_region *region = queue->near;
+    uint32_t entries = queue->size, budget = entries, segments = 0, readable = 0;
+    uint64_t bytes = 0, readable_bytes = 0;
+    int nested = 0;
+    for (;;) {
+        if (!budget--)
+            return broken(queue, TV_BROKEN_LOOP);
+        uint64_t addr = read_once(table + 16ull * index), rest = read_once(table + 16ull * index + 8);
+        uint32_t len = (uint32_t)rest;
+        if (__builtin_expect(rest >> 32 & DESC_INDIRECT, 0)) {
+            table = indirect_table(queue, addr, rest, nested);
+            if (!table)
+                return -1;
+            entries = budget = len / 16;
+            index = 0;
+            nested = 1;
+            continue;
         }
-        if (add_segment(queue, chain, &desc))
-            return -1;
-        if (!(desc.flags & DESC_NEXT))
-            return 0;
-        if (desc.next >= entries)
+        uint32_t reads = !(rest >> 32 & DESC_WRITE);
+        if (reads && segments != readable)
+            return broken(queue, TV_BROKEN_ORDER);
+        if (__builtin_expect(len, 1)) {
+            region = region_near(queue, region, addr, len);
+            if (!region)
+                return broken(queue, TV_BROKEN_ADDRESS);
+            if (segments == TV_QUEUE_MAX)
+                return broken(queue, TV_BROKEN_LOOP);
+            chain->iov[segments] = (struct iovec){region->hva + (addr - region->gpa), len};
+            chain->gpa[segments] = addr;
+            segments++;
+            readable += reads;
+            bytes += len;
+            readable_bytes += reads ? len : 0;
+            if (bytes > TV_CHAIN_BYTES)
+                return broken(queue, TV_BROKEN_TOO_LONG);
+        }
+        if (!(rest >> 32 & DESC_NEXT))
+            break;
+        index = (uint32_t)(rest >> 48);
+        if (index >= entries)
             return broken(queue, TV_BROKEN_NEXT);
-        index = desc.next;
     }
-    return broken(queue, TV_BROKEN_LOOP);
+    chain->readable = readable;
+    chain->writable = segments - readable;
+    chain->readable_bytes = readable_bytes;
+    chain->writable_bytes = bytes - readable_bytes;
+    return 0;
 }
 
 /* Take the next chain. 1 taken, 0 none there, -1 the queue is broken (see queue->broken). */
@@ -131,13 +170,11 @@ int tv_queue_pop(struct tv_queue *queue, struct tv_chain *chain)
         return 0;
     if (waiting > queue->size - queue->taken)
         return broken(queue, TV_BROKEN_AVAIL_JUMP);
-    uint16_t head = load16(queue->avail + 4 + 2 * (queue->next_avail % queue->size));
+    uint16_t head = load16(queue->avail + 4 + 2 * slot(queue, queue->next_avail));
     if (head >= queue->size)
         return broken(queue, TV_BROKEN_HEAD);
     chain->head = head;
-    chain->readable = chain->writable = 0;
-    chain->readable_bytes = chain->writable_bytes = 0;
-    if (walk(queue, chain, queue->desc, queue->size, head, queue->size, 0))
+    if (walk(queue, chain, head))
         return -1;
     queue->next_avail++;
     queue->taken++;
@@ -160,12 +197,19 @@ void tv_queue_rewind(struct tv_queue *queue, uint16_t chains)
 void tv_queue_push(struct tv_queue *queue, uint16_t head, uint32_t length)
 {
     uint16_t at = (uint16_t)(queue->next_used + queue->pushed);
-    uint64_t offset = 4 + 8ull * (at % queue->size);
-    uint32_t element[2] = {head, length};
-    memcpy(queue->used + offset, element, sizeof element);
-    tv_mark_dirty(queue->memory, queue->used_gpa + offset, sizeof element);
+    uint64_t element = head | (uint64_t)length << 32; /* id and len, little-endian */
+    memcpy(queue->used + 4 + 8 * slot(queue, at), &element, sizeof element);
     queue->pushed++;
     queue->wrote |= length > 1;
+}
+
+/* The used elements that were pushed, and the index after them: one atomic step a page, and not one an element. */
+static void mark_pushed(struct tv_queue *queue)
+{
+    uint32_t first = slot(queue, queue->next_used), count = queue->pushed;
+    uint32_t before_wrap = queue->size - first < count ? queue->size - first : count;
+    tv_mark_dirty(queue->memory, queue->used_gpa + 4 + 8ull * first, 8ull * before_wrap);
+    tv_mark_dirty(queue->memory, queue->used_gpa + 4, 8ull * (count - before_wrap));
 }
 
 /* Whether the driver wants to hear of the step from `before` to the used index (sections 2.7.7 and 2.7.10). */
@@ -187,6 +231,7 @@ int tv_queue_publish(struct tv_queue *queue)
         return 0;
     if (queue->wrote)
         tv_memory_before_told(queue->memory);
+    mark_pushed(queue);
     queue->next_used += queue->pushed;
     queue->taken -= queue->pushed;
     queue->pushed = queue->wrote = 0;

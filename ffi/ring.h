@@ -43,6 +43,7 @@ struct tv_queue {
     struct tv_irq *irq;
     uint64_t desc_gpa, avail_gpa, used_gpa;
     uint8_t *desc, *avail, *used;
+    struct tv_region *near; /* where the last buffer was that was looked for in all of RAM */
     uint16_t index; /* the device's number of this queue */
     uint16_t size;
     uint16_t next_avail, next_used; /* next_used is the used index that the driver sees */

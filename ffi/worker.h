@@ -17,6 +17,7 @@
  */
 #ifndef TV_WORKER_H
 #define TV_WORKER_H
+#include <poll.h>
 #include <stdint.h>
 #include <time.h>
 
@@ -29,12 +30,15 @@
 #define TV_STOPPED (-1) /* a handler's answer: asked to stop, the chain goes back */
 #define TV_NOT_NOW (-2) /* the chain goes back and stays available; whoever ends the reason makes a descriptor ready */
 #define TV_AGAIN (-3)   /* the chain goes back, and its queue has another turn: so much of it is enough for one */
+#define TV_TAKEN (-4)   /* the chain is the handler's own until it pushes it, in any order with others */
 
 struct tv_worker;
 /* Serve one chain; gives the used length, or why it goes back. May set queue->broken. */
 typedef int64_t (*tv_serve_fn)(struct tv_worker *worker, struct tv_queue *queue, struct tv_chain *chain);
 /* Give descriptor `at` its turn. A doorbell has been emptied; the device's own is as poll found it. */
 typedef void (*tv_ready_fn)(struct tv_worker *worker, uint32_t at);
+/* The thread leaves the worker, perhaps for a moment and to come back as another one: push what was taken. */
+typedef void (*tv_leave_fn)(struct tv_worker *worker);
 
 struct tv_watch {
     int fd;
@@ -47,13 +51,17 @@ struct tv_worker {
     struct tv_watch watches[TV_WORKER_WATCHES];
     tv_serve_fn serve;
     tv_ready_fn on_ready; /* NULL: the default turn */
+    tv_leave_fn on_leave; /* NULL: nothing to do */
     int kick_fd;
     uint32_t stop; /* atomic: set, then kick_fd is written */
     uint32_t due;  /* bits: descriptors that get a turn without being ready */
     uint32_t told; /* bits: queues whose end was reported */
+    uint32_t news; /* a handler has something to tell to Python */
+    uint32_t later;   /* bits: descriptors that get a turn at `later_ns` */
+    uint64_t later_ns;
     uint64_t wakeups;
     struct tv_chain chain; /* of the turn that is under way */
-    uint64_t taken_ns;     /* when it was taken (tv_now_ns) */
+    uint64_t taken_ns;     /* for a device that measures its requests: when it began with the last one */
 };
 
 static inline uint64_t tv_now_ns(void)
@@ -67,6 +75,7 @@ int tv_worker_add(struct tv_worker *worker, const struct tv_queue *queue, int do
 void tv_worker_watch(struct tv_worker *worker, uint32_t own, int fd, short events);
 int tv_worker_run(struct tv_worker *worker);
 void tv_worker_serve(struct tv_worker *worker, uint32_t at);
+void tv_worker_later(struct tv_worker *worker, uint32_t at, uint64_t after_ns);
 void tv_worker_publish(struct tv_worker *worker);
 void tv_worker_stop(struct tv_worker *worker);
 int tv_worker_stopping(const struct tv_worker *worker);

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         MigrationCancelled,
         MigrationError,
         MigrationInDoubt,
+        NoSuchDevice,
         NotSupported,
         PauseTimeout,
         RunsElsewhere,
@@ -48,7 +49,9 @@ if TYPE_CHECKING:
     from trivmm.incoming import Incoming, open_incoming
     from trivmm.migration.destination.verdicts import Verdicts
     from trivmm.migration.progress import MigrationProgress, MigrationReport
-    from trivmm.vm import ExitReason, Vm, VmState, open_vm
+    from trivmm.virtio.net.config import NetConfig
+    from trivmm.virtio.vsock.config import VsockConfig
+    from trivmm.vm import ExitReason, PciDeviceInfo, Vm, VmState, open_vm
 
 __version__ = "0.1.0"
 
@@ -58,14 +61,16 @@ _HOME = {
     "trivmm.deadlines": "Deadlines",
     "trivmm.errors": (
         "CommitRefused ConfigError DeadlineError GuestCrash HypervisorError MigrationCancelled MigrationError "
-        "MigrationInDoubt NotSupported PauseTimeout RunsElsewhere TrivmmError VmMigrating WrongState"
+        "MigrationInDoubt NoSuchDevice NotSupported PauseTimeout RunsElsewhere TrivmmError VmMigrating WrongState"
     ),
     "trivmm.events": "Event EventBus Subscription",
     "trivmm.hypervisor.select": "choose_hypervisor",
     "trivmm.incoming": "Incoming open_incoming",
     "trivmm.migration.destination.verdicts": "Verdicts",
     "trivmm.migration.progress": "MigrationProgress MigrationReport",
-    "trivmm.vm": "ExitReason Vm VmState open_vm",
+    "trivmm.vm": "ExitReason PciDeviceInfo Vm VmState open_vm",
+    "trivmm.virtio.net.config": "NetConfig",
+    "trivmm.virtio.vsock.config": "VsockConfig",
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
 
@@ -90,9 +95,12 @@ __all__ = [
     "MigrationInDoubt",
     "MigrationProgress",
     "MigrationReport",
+    "NetConfig",
+    "NoSuchDevice",
     "NotSupported",
     "PauseTimeout",
     "PayloadConfig",
+    "PciDeviceInfo",
     "RngConfig",
     "RunsElsewhere",
     "SerialConfig",
@@ -103,6 +111,7 @@ __all__ = [
     "VmConfig",
     "VmMigrating",
     "VmState",
+    "VsockConfig",
     "WrongState",
     "__version__",
     "choose_hypervisor",

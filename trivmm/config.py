@@ -27,8 +27,10 @@ __all__ = [
     "DiskConfig",
     "MemoryConfig",
     "PayloadConfig",
+    "RateLimiterConfig",
     "RngConfig",
     "SerialConfig",
+    "TokenBucketConfig",
     "VmConfig",
     "check_id",
     "typed",
@@ -36,20 +38,33 @@ __all__ = [
 
 MAX_VCPUS: Final = 8  # the probe guest's and the state format's limit; KVM itself allows more
 MAX_DISKS: Final = 24  # PCI slots 1..31 less console, rng and room for hotplug
+MAX_SERIAL: Final = 20  # bytes: virtio 1.2 section 5.2.6, VIRTIO_BLK_T_GET_ID
+MAX_TOKENS: Final = (1 << 63) - 1  # bytes or operations of a rate limiter, or milliseconds
 MAX_ID: Final = 128  # characters; an id names threads, log lines, counters and state
 OUR_IDS: Final = ("__", "_virtio-pci-")  # what the VMM's own entries in the device tree and the counters begin with
 CONSOLE_MODES: Final = ("Off", "Null", "Tty", "Pty", "File", "Socket")
-IMAGE_TYPES: Final = ("Raw", "Unknown")
-FOREIGN_IMAGES: Final = ("Qcow2", "Vhdx", "FixedVhd", "FlatVmdk")  # Cloud Hypervisor's others
+IMAGE_TYPES: Final = ("Raw", "Qcow2", "Unknown")
+FOREIGN_IMAGES: Final = ("Vhdx", "FixedVhd", "FlatVmdk")  # Cloud Hypervisor's others
 ALIGNMENT: Final = 2 << 20  # RAM sizes: one x86 large page, so that a region never splits one
+
+
+def _integers(value: object) -> bool:
+    return isinstance(value, tuple) and not any(not_integer(each) for each in value)
 
 
 CHECKS: Final[Mapping[str, Callable[[object], str | None]]] = {
     "bool": not_boolean,
     "int": not_integer,
     "str": not_text,
+    "RateLimiterConfig | None": lambda value: (
+        None if value is None or isinstance(value, RateLimiterConfig) else "a RateLimiterConfig"
+    ),
+    "TokenBucketConfig | None": lambda value: (
+        None if value is None or isinstance(value, TokenBucketConfig) else "a TokenBucketConfig"
+    ),
     "int | None": lambda value: None if value is None else not_integer(value),
     "str | None": lambda value: None if value is None else not_text(value),
+    "tuple[int, ...] | None": lambda value: None if value is None or _integers(value) else "a list of whole numbers",
     "tuple[DiskConfig, ...]": lambda value: None,  # the field's converter has looked at each
     "tuple[Any, ...]": lambda value: None if isinstance(value, tuple) else "a list",  # the board looks at each
 }
@@ -133,10 +148,10 @@ def check_id(field: str, value: str | None) -> None:
 
 def _check_image_type(value: str) -> None:
     if value in FOREIGN_IMAGES:
-        remedy = "convert it (qemu-img convert -O raw OLD NEW) and give Raw"
-        raise NotSupported("disks.image_type", value, "only raw images are supported yet", remedy)
+        remedy = "convert it (qemu-img convert -O qcow2 OLD NEW) and give Qcow2"
+        raise NotSupported("disks.image_type", value, "only raw and qcow2 images are supported yet", remedy)
     if value not in IMAGE_TYPES:
-        raise ConfigError("disks.image_type", f"{value:.80}", "no such type", "give Raw, or leave it out")
+        raise ConfigError("disks.image_type", f"{value:.80}", "no such type", "give Raw or Qcow2, or leave it out")
 
 
 def _check_mode(field: str, mode: str, file: str | None, socket: str | None) -> None:
@@ -187,17 +202,48 @@ class MemoryConfig:
 @attrs.frozen(field_transformer=typed("payload."))
 class PayloadConfig:
     """``kernel`` is a PVH ELF, or a bzImage with one in it, needed at boot and not before; ``initramfs`` a file handed
-    to it untouched."""
+    to it untouched. ``firmware``, instead of a kernel: a flat image for the top of 4 GiB, or a PVH ELF; it finds what
+    it boots itself, and command line and initramfs are not for it."""
 
     kernel: str = attrs.field(default="", converter=_as_path)
     cmdline: str = ""
     initramfs: str | None = attrs.field(default=None, converter=_as_path_or_none)
+    firmware: str | None = attrs.field(default=None, converter=_as_path_or_none)
+
+    def __attrs_post_init__(self) -> None:
+        if self.kernel and self.firmware is not None:
+            raise ConfigError("payload.firmware", self.firmware, "there is a kernel too", "give one of them")
+
+
+@attrs.frozen(field_transformer=typed("rate_limiter_config."))
+class TokenBucketConfig:
+    """``size`` tokens, refilled evenly in ``refill_time`` milliseconds, and ``one_time_burst`` more to begin with.
+    Where one of the first two is 0 there is no limit."""
+
+    size: int
+    refill_time: int
+    one_time_burst: int = 0
+
+    def __attrs_post_init__(self) -> None:
+        for name, value in attrs.asdict(self).items():
+            if not 0 <= value <= MAX_TOKENS:
+                raise ConfigError(f"rate_limiter_config.{name}", value, "out of range", f"give 0 to {MAX_TOKENS}")
+
+
+@attrs.frozen(field_transformer=typed("rate_limiter_config."))
+class RateLimiterConfig:
+    """``bandwidth`` has a token for each byte, ``ops`` one for each request."""
+
+    bandwidth: TokenBucketConfig | None = None
+    ops: TokenBucketConfig | None = None
 
 
 @attrs.frozen(field_transformer=typed("disks."))
 class DiskConfig:
-    """``image_type``: ``Raw`` is obeyed, whatever the bytes look like. ``Unknown`` looks at them once, at the first
-    boot, refuses the formats that are not there yet, and then says ``Raw`` (see ``trivmm.virtio.block.formats``)."""
+    """``direct``: past the host's page cache. ``sparse``: what the guest discards or fills with zeroes becomes a hole.
+    ``image_type``: ``Raw`` is obeyed, whatever the bytes look like; ``Qcow2`` must be one. ``Unknown`` looks at them
+    once, at the first boot, and then says what was found (``trivmm.virtio.block.formats``). ``backing_files``: where
+    those of a qcow2 image may lie, anywhere or only beneath its own folder (``trivmm.virtio.block.chain``)."""
 
     path: str = attrs.field(converter=_as_path)
     readonly: bool = False
@@ -207,10 +253,17 @@ class DiskConfig:
     queue_size: int = 128
     pci_device_id: int | None = None
     image_type: str = "Unknown"
+    direct: bool = False
+    sparse: bool = True
+    disable_io_uring: bool = False
+    rate_limiter_config: RateLimiterConfig | None = None
+    backing_files: bool = False
 
     def __attrs_post_init__(self) -> None:
         check_id("disks.id", self.id)
         _check_image_type(self.image_type)
+        if self.serial is not None and len(self.serial.encode(errors="replace")) > MAX_SERIAL:
+            raise ConfigError("disks.serial", self.serial, "too long", f"give at most {MAX_SERIAL} bytes")
 
 
 @attrs.frozen(field_transformer=typed("rng."))
@@ -262,6 +315,7 @@ class VmConfig:
     rng: RngConfig = attrs.field(factory=RngConfig)
     serial: SerialConfig = attrs.field(factory=SerialConfig)
     console: ConsoleConfig = attrs.field(factory=ConsoleConfig)
+    pvpanic: bool = False
     virtio: tuple[Any, ...] = attrs.field(default=(), converter=_as_tuple)
     deadlines: Deadlines = attrs.field(factory=Deadlines)
 

@@ -73,6 +73,7 @@ _ROWS: Final = (
         "a call that waits for the storage behind a disk (a flush, a lock) has not returned: the migration fails, the "
         "source runs; its thread is named as stuck until it is back. In a switchover it has what is left of `downtime`",
     ),
+    Deadline("passt", 2.0, "a passt that was started has not answered; it is used all the same, and the log says so"),
     Deadline("lock", 2.0, "a register lock was held too long: a bug, reported with the lock's name"),
     Deadline("api_read", 10.0, "the connection is closed"),
     Deadline("api_write", 10.0, "the connection is closed"),
@@ -126,6 +127,7 @@ class Deadlines:
     lease: float = _limit("lease")
     kernel: float = _limit("kernel")
     storage: float = _limit("storage")
+    passt: float = _limit("passt")
     lock: float = _limit("lock")
     api_read: float = _limit("api_read")
     api_write: float = _limit("api_write")

@@ -22,6 +22,7 @@ __all__ = [
     "MigrationCancelled",
     "MigrationError",
     "MigrationInDoubt",
+    "NoSuchDevice",
     "NotSupported",
     "PastCommit",
     "PauseTimeout",
@@ -128,7 +129,7 @@ class GuestMemoryError(TrivmmError):
 
 
 class GuestCrash(TrivmmError):
-    """The guest cannot go on: triple fault or hypervisor internal error.
+    """The guest cannot go on: it triple-faults after every reboot, or its hypervisor has an internal error.
 
     :ivar vcpu: index of the vCPU.
     :ivar reason: ``triple fault``, ``KVM internal error (emulation)``, …
@@ -167,6 +168,14 @@ class VmNotCreated(TrivmmError):
 
     def __init__(self) -> None:
         super().__init__("VM is not created; create it first (vm.create, or --kernel on the command line)")
+
+
+class NoSuchDevice(TrivmmError):
+    """The VM has no device of this id."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"no device with id {shown(name)}")
+        self.name = name
 
 
 class VmMigrating(TrivmmError):

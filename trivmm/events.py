@@ -8,7 +8,7 @@ when the bus closes.
 Sources and events: ``vmm`` starting, shutdown; ``vm`` booting, booted, pausing, paused, resuming, resumed, resizing,
 resized, rebooting, rebooted, shutdown, deleted, migration-started, migration-memory-iteration, migration-finished,
 migration-failed, migration-receive-ready, -started, -finished, -failed; ``virtio-device`` activated, reset, failed,
-stuck.
+stuck, io-error; ``guest`` panic.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class EventBus:
     _subscriptions: list[Subscription] = attrs.field(factory=list)
     closed: bool = attrs.field(default=False, init=False)
 
-    def emit(self, source: str, event: str, **properties: str) -> None:
+    def emit(self, source: str, event: str, /, **properties: str) -> None:
         """Tell everybody. Without effect once the bus is closed."""
         if self.closed:
             return

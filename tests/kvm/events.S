@@ -81,7 +81,7 @@ nmi: push %rax
  pop %rdx
  pop %rax
  iretq
-ged: mov $0xfeb00000, %ebx
+ged: mov $0xfed00000, %ebx
  mov (%rbx), %cl
  add $'0', %cl
  say %cl

@@ -1,4 +1,4 @@
-/* A hostile guest: each digit on COM1 is one attack that the VMM outlived; it ends by a triple fault. Assembled by
+/* A hostile guest: each digit on COM1 is one attack that the VMM outlived; it ends by a triple fault, and is booted again. Assembled by
  * test_hostile_guest.py. 32-bit, no paging: disk 0 is slot 1 with its BAR at 0xc0000000. */
 .section .note.Xen, "a", @note
 .align 4

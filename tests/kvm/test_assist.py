@@ -338,7 +338,8 @@ def compare(guest: LongMode, seed: int, trials: int) -> dict[str, int]:
     for trial in range(trials):
         code = some_instruction(dice)
         some_state(dice, state)
-        registers = {name: dice.getrandbits(64) for name in GENERAL if name != "rsp"} | {"rdi": DATA + 16, "rflags": 2}
+        registers = {name: dice.getrandbits(64) for name in GENERAL if name != "rsp"}
+        registers |= {"rdi": DATA + 16, "rflags": 2}
         data = dice.randbytes(512)
         ours = try_one(guest, code, registers, state, data, native=False)
         if ours == ("refused",):
@@ -347,8 +348,8 @@ def compare(guest: LongMode, seed: int, trials: int) -> dict[str, int]:
         length = int(guest.assist.insn.length)
         theirs = try_one(guest, code[:length], registers, state, data, native=True)
         if ours[0] == "fault" and theirs != ours:
-            # This KVM looks at faults of ring 3 with its emulator, which takes 66 0f e7 f8, and calls a misaligned HADDPS
-            # undefined. Ours come from the CPU.
+            # This KVM looks at faults of ring 3 with its emulator, which takes 66 0f e7 f8, and calls a misaligned
+            # HADDPS undefined. Ours come from the CPU.
             counts["not the CPU's word"] += 1
             continue
         assert ours == theirs, f"seed {seed} trial {trial}: {code[:length].hex(' ')}"

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import select
 import signal
 import struct
@@ -22,6 +23,7 @@ import pytest
 
 from trivmm.guest import ProbeReport, parse_report, probe_cmdline, probe_path
 from trivmm.testing.control import ch_remote, command_environment
+from trivmm.testing.kernels import make_pvh
 
 pytestmark = pytest.mark.kvm
 
@@ -88,14 +90,7 @@ def test_the_guests_power_off_is_exit_code_0(tmp_path: Path) -> None:
 
 def crashing_kernel() -> bytes:
     """A PVH ELF whose first instruction is ud2, with no IDT to take it: a triple fault."""
-    gpa, code = 1 << 20, bytes.fromhex("0f0b")
-    note = struct.pack("<III4sI", 4, 4, 18, b"Xen\0", gpa)
-    start_at = 64 + 2 * 56
-    header = b"\x7fELF\x02\x01\x01" + bytes(9)
-    header += struct.pack("<HHIQQQIHHHHHH", 2, 62, 1, gpa, 64, 0, 0, 64, 56, 2, 0, 0, 0)
-    header += struct.pack("<IIQQQQQQ", 1, 7, start_at, gpa, gpa, len(code), 4096, 4096)
-    header += struct.pack("<IIQQQQQQ", 4, 4, start_at + len(code), 0, 0, len(note), len(note), 4)
-    return header + code + note
+    return make_pvh(bytes.fromhex("0f0b"))
 
 
 def test_a_crash_has_its_own_exit_code_and_a_diagnosis(tmp_path: Path) -> None:
@@ -196,6 +191,20 @@ def test_the_terminal_is_raw_for_the_guest_and_restored(tmp_path: Path, options:
         assert terminal.end() == 0
         assert b"PROBE off" in terminal.seen
         assert terminal.seen.count(NOTICE) == 1
+
+
+def test_a_session_at_a_terminal(tmp_path: Path) -> None:
+    """What is typed is the guest's, Ctrl-C, Ctrl-Z and Ctrl-\\ too; the escape leaves; the terminal is as it was."""
+    with Terminal(tmp_path, *guest_options(keys=1), "--serial", "tty") as terminal:
+        terminal.until(b"PROBE t=")
+        for typed, shown in ((b"hello", b"hello"), (b"\x03", b"^C"), (b"\x1a\x1c", b"^Z^\\"), (b"\x01\x01", b"^A")):
+            seen = len(terminal.seen)
+            terminal.type(typed)
+            while b"".join(re.findall(rb"TYPED (.*?)\r?\n", terminal.seen[seen:])) != shown:
+                assert terminal.look(), terminal.seen
+        terminal.type(b"\x01x")
+        assert terminal.end() == 0
+        assert b"Traceback" not in terminal.seen
 
 
 def test_ctrl_a_x_leaves(tmp_path: Path) -> None:

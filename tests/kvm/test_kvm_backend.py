@@ -15,7 +15,7 @@ import pytest
 from trivmm._native import ffi, lib
 from trivmm.bus.space import GuestRequest
 from trivmm.errors import HypervisorError
-from trivmm.hypervisor.base import INTERRUPTED, Crashed, Outcome, VcpuState
+from trivmm.hypervisor.base import INTERRUPTED, Crashed, Outcome, PvhEntry, VcpuState
 from trivmm.hypervisor.kvm import state as state_module
 from trivmm.hypervisor.kvm import vm as vm_module
 from trivmm.hypervisor.kvm.calls import kvm_call
@@ -62,7 +62,7 @@ def build(code: bytes) -> Guest:
         vm.add_memory(region.slot, region.gpa, region.size, region.hva)
     memory.write(CODE, code)
     cpu = vm.create_vcpu(0)
-    cpu.set_boot_state(CODE, 0x6000)
+    cpu.set_boot_state(PvhEntry(CODE, 0x6000))
     return Guest(hypervisor, memory, vm, cpu)
 
 
@@ -134,10 +134,10 @@ def test_a_port_served_in_c(start: Any) -> None:
 
 def test_triple_fault_and_describe(start: Any) -> None:
     guest = start("0f0b")  # ud2 without an IDT
-    crash = guest.next()
-    assert isinstance(crash, Crashed)
-    assert crash.reason == "triple fault"
-    text = crash.details
+    ended = guest.next()
+    assert isinstance(ended, GuestRequest)
+    assert (ended.kind, ended.why) == ("reset", "triple fault")
+    text = ended.details
     assert text == guest.cpu.describe()
     assert "rip=" in text
     assert "cr0=" in text

@@ -12,6 +12,7 @@ import trio
 from trivmm import CpusConfig, Deadlines, DiskConfig, Event, MemoryConfig, PayloadConfig, SerialConfig, Vm, VmConfig
 from trivmm.guest import ProbeReport, parse_report, probe_cmdline, probe_path
 from trivmm.memory.guest import GuestMemory
+from trivmm.testing.blocks import has_direct
 from trivmm.testing.kernels import PACKINGS, make_bzimage
 from trivmm.vm import VmState, open_vm
 
@@ -71,6 +72,34 @@ async def test_devices_cycle(tmp_path: Path, cpus: int, options: dict[str, int])
             assert bool(report.raced) == ("race" in options)
             if not report.raced:
                 assert report.rng_ios >= 2 * (report.rng_act - 1)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+async def test_the_guest_discards_and_zeroes_by_every_queue(tmp_path: Path, direct: bool) -> None:
+    """It checks itself what it reads after that; here is looked at the holes, and at what the disk counted."""
+    if direct and not has_direct(tmp_path):
+        pytest.skip("the folder for temporary files has no direct I/O: give --basetemp on a disk")
+    config = probe_config(tmp_path, cpus=2, blk_queues=4, blk_clear=1)
+    (disk,) = config.disks
+    image = Path(disk.path)
+    image.write_bytes(b"\xee" * (512 * 256))
+    before = image.stat().st_blocks
+    config = attrs.evolve(config, disks=(attrs.evolve(disk, num_queues=4, direct=direct),))
+    with trio.fail_after(LIMIT_S):
+        async with open_vm(config) as vm:
+            await vm.boot()
+            report = await worked(vm, tmp_path)
+            while min(report.counts["blk_discards"], report.counts["blk_zeroings"]) < ENOUGH and not report.problems:
+                await vm.console_output()
+                report = report_of(tmp_path)
+            counters = vm.counters()["_disk0"]
+            holes = before - image.stat().st_blocks
+    assert (report.problems, report.errors, report.stuck) == ((), 0, 0)
+    assert report.counts["blk_queues_used"] == 0b1111
+    assert counters["discard_ops"] >= ENOUGH
+    assert counters["write_zeroes_ops"] >= ENOUGH
+    assert (counters["errors"], counters["io_errors"]) == (0, 0)
+    assert holes > 0
 
 
 @pytest.mark.parametrize("packing", PACKINGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import attrs
@@ -23,6 +24,20 @@ MODULES = (
     "button",
     "evdev",
     "virtio_console",
+    "vsock",
+    "vmw_vsock_virtio_transport_common",
+    "vmw_vsock_virtio_transport",
+    "failover",
+    "net_failover",
+    "virtio_net",
+    "virtio_balloon",
+    "libnvdimm",
+    "nd_btt",
+    "nd_pmem",
+    "nd_virtio",
+    "virtio_pmem",
+    "pvpanic",
+    "pvpanic-pci",
 )
 
 
@@ -33,7 +48,7 @@ def run(*command: str, folder: Path, data: bytes | None = None) -> bytes:
     return done.stdout
 
 
-def fetch(folder: Path) -> Path:
+def fetch_kernel(folder: Path) -> Path:
     """The unpacked package. Skips where there is no apt, or nowhere to fetch from."""
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if missing:
@@ -41,11 +56,27 @@ def fetch(folder: Path) -> Path:
     try:
         depends = run("apt-cache", "depends", PACKAGE, folder=folder).decode()
         package = next(line.split()[-1] for line in depends.splitlines() if "Depends: linux-image-" in line)
-        run("apt-get", "download", package, folder=folder)
     except (OSError, StopIteration) as error:
         pytest.skip(f"cannot fetch {PACKAGE}: {error}")
+    return fetch(folder, package)
+
+
+def fetch(folder: Path, package: str) -> Path:
+    """An unpacked package; skips as above."""
+    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
+        pytest.skip(f"needs apt-get and dpkg-deb to fetch {package}")
+    try:
+        run("apt-get", "download", package, folder=folder)
+    except OSError as error:
+        pytest.skip(f"cannot fetch {package}: {error}")
     run("dpkg-deb", "-x", next(folder.glob("*.deb")).name, "root", folder=folder)
     return folder / "root"
+
+
+@pytest.fixture(scope="session")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Fetches one by its name."""
+    return lambda name: fetch(tmp_path_factory.mktemp(name), name)
 
 
 def _entry(name: str, mode: int, data: bytes = b"", device: tuple[int, int] = (0, 0)) -> bytes:
@@ -68,15 +99,42 @@ def make_initramfs(root: Path, init: Path, into: Path) -> None:
 
 @attrs.frozen
 class Linux:
+    """``files``: a tree of them, of the package's own."""
+
     kernel: Path
     initramfs: Path
+    files: Path
 
 
 @pytest.fixture(scope="session")
-def linux(tmp_path_factory: pytest.TempPathFactory) -> Linux:
-    folder = tmp_path_factory.mktemp("linux")
-    root = fetch(folder)
-    found = Linux(next(root.glob("boot/vmlinuz-*")), folder / "initramfs")
-    run("gcc", "-O1", "-static", "-o", str(folder / "init"), str(Path(__file__).with_name("init.c")), folder=folder)
+def linux_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fetch_kernel(tmp_path_factory.mktemp("linux"))
+
+
+def _linux(root: Path, folder: Path, init: str) -> Linux:
+    """With an init of this folder's."""
+    files = next(root.glob("lib/modules/*/kernel/crypto"))
+    found = Linux(next(root.glob("boot/vmlinuz-*")), folder / "initramfs", files)
+    run("gcc", "-O1", "-static", "-o", str(folder / "init"), str(Path(__file__).with_name(init)), folder=folder)
     make_initramfs(root, folder / "init", found.initramfs)
     return found
+
+
+@pytest.fixture(scope="session")
+def linux(linux_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Linux:
+    return _linux(linux_root, tmp_path_factory.mktemp("init"), "init.c")
+
+
+@pytest.fixture(scope="session")
+def linux_vsock(linux_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Linux:
+    return _linux(linux_root, tmp_path_factory.mktemp("vsock"), "vsock_init.c")
+
+
+@pytest.fixture(scope="session")
+def linux_disk(linux_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Linux:
+    return _linux(linux_root, tmp_path_factory.mktemp("disk"), "init_disk.c")
+
+
+@pytest.fixture(scope="session")
+def linux_devices(linux_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Linux:
+    return _linux(linux_root, tmp_path_factory.mktemp("devices"), "devices.c")

@@ -1,6 +1,8 @@
 """Cancelling at every await of the embedding API: a named state, exactly one copy, nothing left, and it works again.
 
-Real board, real sockets, scripted vCPUs: quick enough to be cancelled a few hundred times.
+Real board, real sockets, scripted vCPUs: quick enough to be cancelled a few hundred times. Each walk is walked twice:
+with the calls that wait for the kernel or for storage made where they stand, and in threads, as with a real hypervisor,
+where the await that is cancelled is one of a call that goes on.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -16,6 +19,7 @@ from trivmm import DiskConfig, MemoryConfig, PayloadConfig, Vm, VmConfig, VmStat
 from trivmm.errors import TrivmmError
 from trivmm.guest import probe_path
 from trivmm.migration.progress import MigrationReport
+from trivmm.nursery.kernel import KernelCalls
 from trivmm.testing.cancel_walk import Walk, cancel_walk
 from trivmm.testing.scripted import ScriptedHypervisor
 
@@ -32,11 +36,26 @@ def open_files() -> set[str]:
     return found
 
 
+@pytest.fixture(
+    params=[pytest.param(False, id="inline", marks=pytest.mark.slow), pytest.param(True, id="threads")], autouse=True
+)
+def threaded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether such calls are made in threads, though vCPUs are scripted."""
+    make = KernelCalls.__init__
+
+    def in_threads(self: KernelCalls, deadlines: Any, threaded: bool, *more: Any) -> None:
+        make(self, deadlines, True, *more)
+
+    if request.param:
+        monkeypatch.setattr(KernelCalls, "__init__", in_threads)
+    return bool(request.param)
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> VmConfig:
     disk = tmp_path / "disk.img"
     disk.write_bytes(bytes(1 << 20))
-    return VmConfig(PayloadConfig(str(probe_path())), memory=MemoryConfig(4 << 20), disks=(DiskConfig(str(disk)),))
+    return VmConfig(PayloadConfig(str(probe_path())), memory=MemoryConfig(8 << 20), disks=(DiskConfig(str(disk)),))
 
 
 def all_closed(hypervisor: ScriptedHypervisor) -> bool:

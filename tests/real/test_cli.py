@@ -78,9 +78,9 @@ def wait_until_it_serves(path: Path, process: subprocess.Popen[str]) -> None:
         (["run", "--kernel"], "argument --kernel: expected one argument"),
         (["frobnicate"], "frobnicate: unknown command"),
         (["run"], "nothing to do"),
-        (["--net", "tap=t"], "--net: not supported yet; leave it out"),
-        (["--firmware=x"], "--firmware: not supported yet; give --kernel a PVH ELF"),
-        (["--memory", "size=1G"], "--memory: there is no --kernel"),
+        (["--pmem", "file=p"], "--pmem: not supported yet"),
+        (["--firmware=x", "--kernel=k"], 'payload.firmware = "x": there is a kernel too; give one of them'),
+        (["--memory", "size=1G"], "--memory: there is no --kernel and no --firmware"),
         (["--kernel", "k", "--memory", "size=0"], "memory.size = 0: no memory; give a size such as 512M"),
         (["--kernel", "k", "--memory", "size=1"], "memory.size = 1: not a multiple"),
         (["--kernel", "k", "--cpus", "boot=0"], "cpus.boot_vcpus = 0: out of range"),
@@ -112,6 +112,11 @@ def wait_until_it_serves(path: Path, process: subprocess.Popen[str]) -> None:
         (["remote", "--api-socket", "x", "pause", "--force"], "pause: --force belongs to resolve-migration"),
         (["remote", "--api-socket", "x", "pause", "now"], "pause now: the verb takes no argument"),
         (["remote", "--api-socket", "x", "send-migration"], "send-migration: give destination_url="),
+        (["remote", "--api-socket", "x", "add-disk"], "add-disk: give path=FILE"),
+        (["remote", "--api-socket", "x", "add-disk", "readonly=on"], 'add-disk = "readonly=on": no path'),
+        (["remote", "--api-socket", "x", "add-disk", "path=d,pth=e"], 'add-disk pth = "e": unknown key; did you mean'),
+        (["remote", "--api-socket", "x", "remove-device"], "remove-device: give the ID of a device"),
+        (["remote", "--api-socket", "x", "add-vdpa", "path=/d"], "add-vdpa: not supported yet"),
         (["remote", "--api-socket", "x", "create", "nofile"], "create nofile: No such file or directory"),
         (["doctor", "--jsn"], "--jsn: unknown option; did you mean --json?"),
         (["demo", "--moves", "many"], "argument --moves: invalid int value"),
@@ -318,6 +323,14 @@ def test_remote_drives_a_server(tmp_path: Path) -> None:
         (tmp_path / "vm.json").write_text(json.dumps({"payload": {"kernel": "/nowhere/vmlinux"}}))
         assert remote("create", "vm.json").returncode == 0
         assert json.loads(remote("info").stdout)["state"] == "Created"
+        for name in ("one", "two"):
+            assert remote("add-disk", f"path={name}.img,id={name}").returncode == 0
+        assert remote("remove-device", "one").returncode == 0
+        assert [disk["id"] for disk in json.loads(remote("info").stdout)["config"]["disks"]] == ["two"]
+        done = remote("remove-device", "one")
+        assert done.returncode == 1
+        assert 'no device with id "one" to remove' in done.stderr
+        assert remote("remove-device", "two").returncode == 0
         done = remote("boot")
         assert done.returncode == 1
         assert 'payload.kernel = "/nowhere/vmlinux": ' in done.stderr

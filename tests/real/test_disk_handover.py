@@ -101,7 +101,7 @@ def config(tmp_path: Path) -> VmConfig:
     disk.write_bytes(bytes(1 << 20))
     return VmConfig(
         PayloadConfig(str(probe_path())),
-        memory=MemoryConfig(4 << 20),
+        memory=MemoryConfig(8 << 20),
         disks=(DiskConfig(str(disk)),),
         deadlines=Deadlines(downtime=20, commit=20, kernel=20, rollback=20),
     )

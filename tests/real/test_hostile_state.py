@@ -25,9 +25,12 @@ from trivmm.machine.build import build_board
 from trivmm.machine.machine import Machine, open_machine
 from trivmm.machine.saved import load_state, save_board
 from trivmm.memory import layout
+from trivmm.platform.pm_timer import PmTimer
 from trivmm.state.codec import state_from_json, state_to_json
 from trivmm.state.machine import MachineState
 from trivmm.state.stage import Stage
+from trivmm.state.virtio import LifeStage
+from trivmm.testing.driver import until
 from trivmm.testing.script_driver import ScriptDriver
 from trivmm.testing.scripted import Compute, ScriptedHypervisor
 
@@ -83,7 +86,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> VmConfig:
 
 
 def a_board(config: VmConfig, guest: Guest, *, incoming: bool = True) -> Board:
-    return build_board(config, ScriptedHypervisor(guest, needs_payload=False), incoming=incoming)
+    board = build_board(config, ScriptedHypervisor(guest, needs_payload=False), incoming=incoming)
+    board.fixed["pm_timer"] = PmTimer(lambda: 0)  # whose count is the time, which these tests compare
+    return board
 
 
 def house(board: Board, guest: Guest, stage: Stage = Stage.DETACHED) -> AbstractAsyncContextManager[Machine]:
@@ -303,6 +308,32 @@ async def live_with(config: VmConfig, value: dict[str, Any], fallback: dict[str,
 async def test_each_good_state_works(config: VmConfig, goods: list[dict[str, Any]]) -> None:
     for each in goods:
         assert await live_with(config, each, each)
+
+
+@pytest.mark.parametrize("register", ["desc_gpa", "avail_gpa", "used_gpa"])
+@pytest.mark.parametrize("gpa", [RAM, RAM - 16, (1 << 64) - 16])
+async def test_rings_outside_ram_cost_their_own_device_and_nothing_else(
+    config: VmConfig, good: dict[str, Any], register: str, gpa: int
+) -> None:
+    """They are not refused: a guest that leaves its device no bus master can bring this about by itself, and is to be
+    moved all the same. The device needs a reset, as it would have where the guest set it up."""
+    value = changed(good, (f"{QUEUE}.{register}", gpa))
+    guest = Guest()
+    board = a_board(config, guest)
+    slots = {slot.backend.name: slot for slot in board.devices}
+    try:
+        async with house(board, guest, Stage.UNLOCKED) as machine:
+            await machine.load(state_from_json(value))
+            await machine.take_locks()
+            await machine.start()
+            with trio.fail_after(LIMIT_S):
+                await until(lambda: slots[RNG].transport.state.stage is LifeStage.NEEDS_RESET)
+                assert slots[DISK].transport.state.stage is LifeStage.ACTIVE
+                await machine.resume()
+                await guest.done.wait()
+            assert guest.found == [(0, 15)] * 3, "a reset leads out"
+    finally:
+        board.close()
 
 
 def paths(value: Any, path: str = "") -> Iterator[str]:

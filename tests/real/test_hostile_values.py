@@ -41,7 +41,7 @@ def is_fine(error: TrivmmError) -> None:
 
 def config(**fields: Any) -> VmConfig:
     payload = fields.pop("payload", PayloadConfig(str(probe_path())))
-    return VmConfig(payload, memory=MemoryConfig(4 << 20), **fields)
+    return VmConfig(payload, memory=MemoryConfig(8 << 20), **fields)
 
 
 PATHS: Final[dict[str, Callable[[str], VmConfig]]] = {

@@ -56,7 +56,7 @@ Start = Callable[..., FakeVmm]
 
 @pytest.fixture
 def config() -> VmConfig:
-    return VmConfig(PayloadConfig(str(probe_path())), memory=MemoryConfig(4 << 20), deadlines=LIMITS)
+    return VmConfig(PayloadConfig(str(probe_path())), memory=MemoryConfig(8 << 20), deadlines=LIMITS)
 
 
 @attrs.define(eq=False)

@@ -89,9 +89,9 @@ class Kernel(ScriptedHypervisor):
 
 
 def _entered(name: str) -> Callable[..., Any]:
-    def call(self: _Vm, *args: Any) -> Any:
+    def call(self: _Vm, *args: Any, **named: Any) -> Any:
         self.kernel.enter(name)
-        return getattr(ScriptedVm, name)(self, *args)
+        return getattr(ScriptedVm, name)(self, *args, **named)
 
     return call
 
@@ -110,7 +110,7 @@ def config(tmp_path: Path) -> VmConfig:
     disk.write_bytes(bytes(1 << 20))
     return VmConfig(
         PayloadConfig(str(probe_path())),
-        memory=MemoryConfig(4 << 20),
+        memory=MemoryConfig(8 << 20),
         disks=(DiskConfig(str(disk)),),
         deadlines=Deadlines(downtime=20, commit=20, kernel=20),
     )

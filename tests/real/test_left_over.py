@@ -62,4 +62,4 @@ async def test_moves_leave_no_objects_and_no_buffers(tmp_path: Path) -> None:
 def config(folder: Path, name: str) -> VmConfig:
     disk = folder / f"{name}.img"
     disk.write_bytes(bytes(1 << 20))
-    return VmConfig(PayloadConfig(str(probe_path())), memory=MemoryConfig(4 << 20), disks=(DiskConfig(str(disk)),))
+    return VmConfig(PayloadConfig(str(probe_path())), memory=MemoryConfig(8 << 20), disks=(DiskConfig(str(disk)),))

@@ -101,7 +101,7 @@ def send_job(pair: Pair, dirty: DirtySet, **more: Any) -> tuple[Any, Any]:
     job.fd, job.kick_fd, job.stall_ms, job.grace_ms = pair.a.fileno(), pair.kick_a, 20_000, 1000
     job.version, job.slot, job.pages = wire.VERSION, dirty.region.slot, dirty.region.pages
     job.hva, job.dirty, job.staging = ffi.cast("uint8_t *", dirty.region.hva), dirty.bits, aligned
-    job.max_pages = 1 << 40
+    job.max_pages, job.memfd = 1 << 40, -1
     for name, value in more.items():
         setattr(job, name, value)
     return job, staging
@@ -695,6 +695,88 @@ def test_what_a_huge_page_holds_beyond_the_guests_own_travels_as_zero(other: Gue
         assert other.read(0, size) == memory.read(0, size)
     finally:
         memory.close()
+
+
+def give_back(memory: GuestMemory, first: int, pages: int, slot: int = 0) -> None:
+    """As a balloon does it: the memory goes, then the pages are dirty."""
+    assert lib.tv_memory_give_back(memory.regions[slot].native, first * 4096, pages * 4096) == 0
+    for page in range(first, first + pages):
+        memory.regions[slot].dirty[page // 64] |= 1 << page % 64
+
+
+def send_over(dirty: DirtySet, sink: PageSink, **more: Any) -> Any:
+    """All of the set, to its end: the job, sent."""
+    made = Pair("unix")
+    try:
+        made.a.setblocking(False)
+        job = intake(made, sink)
+        thread = in_thread(lambda: lib.tv_pages_receive(job))
+        out, keep = send_job(made, dirty, **more)
+        assert lib.tv_pages_send(out) == DONE
+        made.a.close()
+        thread.join(60)
+        assert job.reason == EOF
+        del keep
+        return out
+    finally:
+        made.close()
+
+
+def test_pages_that_were_given_back_travel_as_zero_and_cost_no_memory_on_either_side() -> None:
+    """Given back after they were sent: what the destination has of them is old."""
+    size = 4 * MIB
+    memory, other = GuestMemory([(0, size)]), GuestMemory([(0, size)])
+    try:
+        memory.write(0, b"a" * size)
+        sink = PageSink(MemfdLanding(other))
+        sink.native.no_huge = True
+        dirty = DirtySet.of(memory.regions[0])
+        dirty.add_touched()
+        region = memory.regions[0]
+        assert not region.given_back
+        lib.tv_dirty_take(region.dirty, dirty.bits, region.bitmap_words)
+        send_over(dirty, sink)
+        give_back(memory, 100, 500)
+        give_back(memory, 700, 3)
+        memory.write(300 * 4096, b"b")  # touched again
+        assert region.given_back
+        lib.tv_dirty_take(region.dirty, dirty.bits, region.bitmap_words)
+        assert dirty.count == 503
+        before = allocated(memory)
+        out = send_over(dirty, sink, memfd=region.memfd)
+        assert (out.sent_pages, out.zero_pages) == (1, 502)
+        assert allocated(memory) == before == size - 502 * 4096
+        assert allocated(other) == size - (500 - 1) * 4096  # of three in a row it keeps the memory
+        assert contents(other) == contents(memory)
+        assert other.regions[0].given_back  # for its own next move
+    finally:
+        memory.close()
+        other.close()
+
+
+def test_a_hole_in_a_huge_page_of_the_destination_is_cleared_in_place() -> None:
+    size = 2 * MIB
+    if not host_gives_huge_pages():
+        pytest.skip("this host gives no huge page (madvise(MADV_COLLAPSE) on a memfd failed)")
+    memory, other = GuestMemory([(0, size)]), GuestMemory([(0, size)])
+    try:
+        memory.write(0, b"a" * size)
+        sink = PageSink(MemfdLanding(other))
+        dirty = DirtySet.of(memory.regions[0])
+        lib.tv_dirty_take(memory.regions[0].dirty, dirty.bits, memory.regions[0].bitmap_words)
+        send_over(dirty, sink)
+        assert chunks(sink) == [lib.TV_CHUNK_HUGE]
+        give_back(memory, 3, 400)
+        lib.tv_dirty_take(memory.regions[0].dirty, dirty.bits, memory.regions[0].bitmap_words)
+        send_over(dirty, sink, memfd=memory.regions[0].memfd)
+        assert contents(other) == contents(memory)
+        memory.write(0, b"c" * size)  # what lands there next finds its memory
+        dirty.add_touched()
+        send_over(dirty, sink, memfd=memory.regions[0].memfd)
+        assert contents(other) == contents(memory)
+    finally:
+        memory.close()
+        other.close()
 
 
 def test_fuzzed_streams_never_crash_the_receiver(memory: GuestMemory) -> None:

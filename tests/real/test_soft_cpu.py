@@ -17,10 +17,10 @@ import pytest
 
 from trivmm._native import lib
 from trivmm.bus.bus import Bus
-from trivmm.bus.space import AddressSpace, Range
+from trivmm.bus.space import AddressSpace, GuestRequest, Range
 from trivmm.bus.ticket import Ticket
 from trivmm.errors import HypervisorError, NotSupported
-from trivmm.hypervisor.base import INTERRUPTED, Crashed, Outcome, VcpuState, VmBackendState
+from trivmm.hypervisor.base import INTERRUPTED, Crashed, Outcome, PvhEntry, VcpuState, VmBackendState
 from trivmm.memory.guest import GuestMemory
 from trivmm.nursery.vcpu import Vcpu, drive_thread
 from trivmm.testing.driver import MockDriver
@@ -225,7 +225,7 @@ def build(tmp_path: Path) -> Iterator[Build]:
         cpu = vm.create_vcpu(0)
         assert isinstance(cpu, SoftVcpu)
         guest = Guest(memory, vm, cpu, RecordingBus(answer))
-        cpu.set_boot_state(ENTRY, 0x6000)
+        cpu.set_boot_state(PvhEntry(ENTRY, 0x6000))
         guests.append(guest)
         return guest
 
@@ -648,11 +648,11 @@ def test_undefined_instruction_and_division(build: Build) -> None:
 
 def test_triple_fault_is_an_exit_with_a_report(build: Build) -> None:
     guest = build("main: lidt nothing\n int3\nnothing: .quad 0, 0\n")
-    crash = guest.until(lambda seen: isinstance(seen, Crashed))
-    assert isinstance(crash, Crashed)
-    assert crash.reason == "triple fault"
-    assert "rip" in crash.details
-    assert "code" in crash.details
+    ended = guest.until(lambda seen: isinstance(seen, GuestRequest))
+    assert isinstance(ended, GuestRequest)
+    assert (ended.kind, ended.why) == ("reset", "triple fault")
+    assert "rip" in ended.details
+    assert "code" in ended.details
 
 
 HALT_AND_MSI = """

@@ -22,7 +22,7 @@ from trivmm.config import DiskConfig, RngConfig
 from trivmm.errors import ConfigError, TrivmmError
 from trivmm.memory.guest import GuestMemory
 from trivmm.state.strict import structure, unstructure
-from trivmm.testing.driver import WRITE, Descriptor, MockDriver
+from trivmm.testing.driver import WRITE, Descriptor, MockDriver, activated
 from trivmm.testing.states import sent
 from trivmm.virtio.block.device import BlockDevice
 from trivmm.virtio.device import WorkerDevice
@@ -47,7 +47,11 @@ FRESH_COUNTERS = {  # Cloud Hypervisor's answer for a disk that has done nothing
     "write_latency_max": NONE_YET,
     "write_latency_avg": 1844674407370955,
     "flush_ops": 0,
+    "discard_ops": 0,
+    "write_zeroes_ops": 0,
     "errors": 0,
+    "io_errors": 0,
+    "limited": 0,
 }
 
 
@@ -76,13 +80,8 @@ def image(tmp_path: Path) -> Path:
 async def active(
     device: WorkerDevice, driver: MockDriver, features: int = VERSION_1 | FLUSH, **where: int
 ) -> AsyncIterator[None]:
-    async with trio.open_nursery() as workers:
-        await device.activate(driver.setup(features, **where), [driver.handle], workers)
-        try:
-            yield
-        finally:
-            with trio.move_on_after(10, shield=True):
-                await device.stop()
+    async with activated(device, driver.setup(features, **where), [driver.handle]):
+        yield
 
 
 async def answered(driver: MockDriver, count: int = 1) -> list[tuple[int, int]]:
@@ -295,6 +294,7 @@ def stand_in(device: BlockDevice, kind: int, move: Callable[..., int]) -> None:
 
     callback = ffi.callback(ffi.typeof(getattr(slow, name)), called, error=-1)
     setattr(slow, name, callback)
+    slow.where = ffi.NULL  # the kernel would not ask it
     native.ops = slow
     device.image.stood_in = slow, callback  # type: ignore[attr-defined]
 

@@ -60,7 +60,7 @@ def config(tmp_path: Path) -> VmConfig:
     disk.write_bytes(bytes(1 << 20))
     return VmConfig(
         PayloadConfig(str(probe_path())),
-        memory=MemoryConfig(4 << 20),
+        memory=MemoryConfig(8 << 20),
         disks=(DiskConfig(str(disk)),),
         deadlines=Deadlines(downtime=10, commit=0.3),
     )
@@ -314,12 +314,12 @@ async def test_a_guest_that_crashes_in_mid_migration_fails_it_and_is_reported_he
     ask_before(monkeypatch, guest, "stop")
     with trio.fail_after(LIMIT_S):
         async with two_sides(config, tmp_path, guest) as (source, target, move):
-            with pytest.raises(MigrationError, match="the guest crashed: triple fault"):
+            with pytest.raises(MigrationError, match="the guest crashed: hypervisor internal error"):
                 await move()
             reason = await source.wait()
             assert reason.kind == "crash"
             assert reason.crash is not None
-            assert reason.crash.reason == "triple fault"
+            assert reason.crash.reason == "hypervisor internal error"
             assert source.state is VmState.SHUTDOWN
             assert target.state is not VmState.RUNNING
             assert lock_is_free(config)

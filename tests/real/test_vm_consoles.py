@@ -28,7 +28,7 @@ def config(tmp_path: Path) -> VmConfig:
     shutil.copy(probe_path(), kernel)
     return VmConfig(
         PayloadConfig(str(kernel)),
-        memory=MemoryConfig(4 << 20),
+        memory=MemoryConfig(8 << 20),
         serial=SerialConfig("Socket", socket=str(tmp_path / "serial.sock")),
         console=ConsoleConfig("Pty"),
         deadlines=Deadlines(downtime=10, commit=0.3),

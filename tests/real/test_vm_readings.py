@@ -17,7 +17,7 @@ LIMIT_S = 60
 async def test_ids_show_where_a_vm_arrives(tmp_path: Path) -> None:
     disk = tmp_path / "disk.img"
     disk.write_bytes(bytes(1 << 20))
-    config = VmConfig(PayloadConfig(str(probe_path())), memory=MemoryConfig(4 << 20), disks=(DiskConfig(str(disk)),))
+    config = VmConfig(PayloadConfig(str(probe_path())), memory=MemoryConfig(8 << 20), disks=(DiskConfig(str(disk)),))
     with trio.fail_after(LIMIT_S):
         async with open_road(config, hypervisor=ScriptedHypervisor()) as road:
             source = road.vm

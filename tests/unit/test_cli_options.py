@@ -16,12 +16,14 @@ from trivmm.errors import ConfigError, NotSupported
 from trivmm.syntax import parse_console, parse_pairs, split_commas
 from trivmm.unixsocket import SocketFd
 from trivmm.values import parse_size
+from trivmm.virtio.kinds import KINDS
 
-NAMES = "kernel cmdline initramfs cpus memory disk rng serial console"
+BEFORE = ["firmware", "kernel", "cmdline", "initramfs", "cpus", "memory", "serial", "pvpanic"]
+NAMES = [*BEFORE, *(kind.option.name for kind in KINDS)]
 
 
 def arguments(**given: Any) -> SimpleNamespace:
-    return SimpleNamespace(**{**dict.fromkeys(NAMES.split()), "kernel": "/k", **given})
+    return SimpleNamespace(**{**dict.fromkeys(NAMES), "kernel": "/k", **given})
 
 
 @pytest.mark.parametrize(
@@ -76,7 +78,13 @@ def test_what_is_not_a_size(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "image_type"),
-    [("", "Unknown"), (",image_type=raw", "Raw"), (",image_type=RAW", "Raw"), (",image_type=unknown", "Unknown")],
+    [
+        ("", "Unknown"),
+        (",image_type=raw", "Raw"),
+        (",image_type=RAW", "Raw"),
+        (",image_type=unknown", "Unknown"),
+        (",image_type=qcow2", "Qcow2"),
+    ],
 )
 def test_image_types(text: str, image_type: str) -> None:
     config = load_config(parse_vm(arguments(disk=[f"path=/d{text}"])))
@@ -85,7 +93,7 @@ def test_image_types(text: str, image_type: str) -> None:
 
 @pytest.mark.parametrize(
     ("word", "name"),
-    [("qcow2", "Qcow2"), ("vhd", "FixedVhd"), ("fixedvhd", "FixedVhd"), ("vhdx", "Vhdx"), ("vmdk", "FlatVmdk")],
+    [("vhd", "FixedVhd"), ("fixedvhd", "FixedVhd"), ("vhdx", "Vhdx"), ("vmdk", "FlatVmdk")],
 )
 def test_image_types_that_are_not_there_yet(word: str, name: str) -> None:
     with pytest.raises(NotSupported, match=rf'disks\.image_type = "{name}"'):

@@ -17,6 +17,7 @@ SOURCE: Final = Path(trivmm.__file__).parent
 TELLING: Final = {  # how an event's name stands in the source → (its source, what stands before the name)
     r'_tell\("([a-z-]+)"': ("vm", ""),
     r'emit\("vm", "([a-z-]+)"': ("vm", ""),
+    r'emit\("guest", "([a-z-]+)"': ("guest", ""),
     r'tell_of_receiving\("([a-z-]+)"': ("vm", "migration-receive-"),
     r'emit\("vmm", "([a-z-]+)"': ("vmm", ""),
     r'Event\("vmm", "([a-z-]+)"': ("vmm", ""),

@@ -25,9 +25,19 @@ from trivmm.config import (
 )
 from trivmm.control.contract import NOT_YET_ROUTES
 from trivmm.control.routes import ROUTES
-from trivmm.control.schema import dump_config, load_config, load_receive, load_resize, load_send
+from trivmm.control.schema import (
+    dump_config,
+    load_config,
+    load_device,
+    load_receive,
+    load_remove,
+    load_resize,
+    load_resize_disk,
+    load_send,
+)
 from trivmm.control.unknown import UnknownKeys
 from trivmm.errors import NotSupported
+from trivmm.virtio.kinds import hotplug_verbs
 
 DATA: Final = Path(__file__).parent.parent / "data"
 REQUESTS: Final = json.loads((DATA / "ch-remote-54.requests.json").read_text())
@@ -40,13 +50,15 @@ OUTCOMES: Final = {
     "resize --cpus 2": None,  # what can be resized depends on the VM: see test_vm_verbs
     "resize --memory 1G": None,
     "resize --balloon 64M": None,
+    "resize-disk --disk d0 --size 1G": None,
+    "remove-device d0": None,
     "add-disk path=/tmp/d.img": None,
     "add-disk path=/tmp/d.img,readonly=on,id=d0,num_queues=2,queue_size=128": None,
-    "add-net tap=tap0,mac=12:34:56:78:90:ab,mtu=1500": "net",
-    "add-net tap=,ip=192.168.4.1,mask=255.255.255.0,num_queues=4": "net",
-    "add-pmem file=/tmp/p.img,size=1G": "pmem",
+    "add-net tap=tap0,mac=12:34:56:78:90:ab,mtu=1500": None,
+    "add-net tap=,ip=192.168.4.1,mask=255.255.255.0,num_queues=4": None,
+    "add-pmem file=/tmp/p.img,size=1G": None,
     "add-fs tag=t,socket=/tmp/fs.sock": "fs",
-    "add-vsock cid=3,socket=/tmp/v.sock": "vsock",
+    "add-vsock cid=3,socket=/tmp/v.sock": None,
     "add-device path=/sys/bus/pci/devices/0000:00:01.0": "devices",
     "add-vdpa path=/dev/vhost-vdpa-0": "vdpa",
     "send-migration destination_url=unix:/tmp/m": None,
@@ -66,7 +78,7 @@ PLACES: Final = {  # a hotplug verb's body is what vm.create takes under this ke
     "vm.add-vdpa": "vdpa",
 }
 # Bodies of routes that do not exist here: nothing reads them.
-UNREAD: Final = {"vm.coredump", "vm.remove-device", "vm.resize-disk", "vm.resize-zone", "vm.restore", "vm.snapshot"}
+UNREAD: Final = {"vm.coredump", "vm.resize-zone", "vm.restore", "vm.snapshot"}
 
 
 def route_of(recorded: dict[str, Any]) -> str:
@@ -74,13 +86,20 @@ def route_of(recorded: dict[str, Any]) -> str:
 
 
 def load(route: str, body: Any, unknown: UnknownKeys) -> None:
+    if (verb := route.removeprefix("vm.")) in hotplug_verbs():
+        load_device(hotplug_verbs()[verb], body, unknown)
+        return
     match route:
+        case "vm.remove-device":
+            load_remove(body, unknown)
         case "vm.send-migration":
             load_send(body, unknown)
         case "vm.receive-migration":
             load_receive(body, unknown)
         case "vm.resize":
             load_resize(body, unknown)
+        case "vm.resize-disk":
+            load_resize_disk(body, unknown)
         case _:
             key = PLACES[route]
             load_config({"payload": {"kernel": "/k"}, key: body if key == "vsock" else [body]}, unknown)

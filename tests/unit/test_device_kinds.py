@@ -17,7 +17,7 @@ from trivmm.virtio.kinds import KINDS, names_of
 @pytest.mark.parametrize(
     ("device", "said"),
     [
-        (1, "virtio[1] = 1: no kind of device; give one of ToyConfig"),
+        (1, "virtio[1] = 1: no kind of device; give one of "),
         (DiskConfig("a"), "virtio[1] = "),
         (RngConfig(), "virtio[1] = "),
         (ConsoleConfig("Null"), "virtio[1] = "),

@@ -82,8 +82,9 @@ def _packages(code: bytes, opcode: bytes) -> list[bytes]:
     found, at = [], code.find(opcode)
     while at >= 0:
         start = at + len(opcode)
-        length = code[start] & 0xF | code[start + 1] << 4
-        body = code[start + 2 : start + length]
+        more = code[start] >> 6
+        length = code[start] & 0xF | int.from_bytes(code[start + 1 : start + 1 + more], "little") << 4
+        body = code[start + 1 + more : start + length]
         if body[:4].replace(b"_", b"").isalnum():
             found.append(body)
         at = code.find(opcode, start)
@@ -93,7 +94,8 @@ def _packages(code: bytes, opcode: bytes) -> list[bytes]:
 def test_the_power_button_is_what_the_ged_event_notifies() -> None:
     dsdt = _walk(1)[b"DSDT"][36:]
     devices = {body[:4]: body for body in _packages(dsdt, b"\x5b\x82")}
-    assert set(devices) == {b"PCI0", b"COM1", b"PWRB", b"GEC_", b"GED_"}
+    slots = {b"S%03d" % number for number in range(1, 32)}
+    assert set(devices) == {b"PC00", b"MBRD", b"PHPR", b"COM1", b"PWRB", b"GEC_", b"GED_"} | slots
     assert b"_HID\x0c\x41\xd0\x0c\x0c" in devices[b"PWRB"]  # PNP0C0C
     assert b"_HID\x0dACPI0013\0" in devices[b"GED_"]
     assert bytes.fromhex("89 0600 03 01 0d000000 7900") in devices[b"GED_"]  # edge, active high, GSI 13, the end
@@ -103,16 +105,46 @@ def test_the_power_button_is_what_the_ged_event_notifies() -> None:
     assert b"\x5b\x80GDST\x00\x0c" + register + b"\x0a\x01" in devices[b"GEC_"]  # SystemMemory, one byte
     assert bytes.fromhex("86 0900 01") + register + struct.pack("<I", 1) in devices[b"GEC_"]
     (scan,) = _packages(devices[b"GEC_"], b"\x14")
-    # Local0 = GDAT; If (Local0 & 8) { Notify (\\_SB.PWRB, 0x80) }
-    assert scan == b"ESCN\x08\x70GDAT\x60\xa0\x44\x01\x7b\x60\x0a\x08\x00\x86\\\x2e_SB_PWRB\x0a\x80"
+    # Local0 = GDAT; If (Local0 & 4) { \\_SB.PHPR.PSCN () }; If (Local0 & 8) { Notify (\\_SB.PWRB, 0x80) }
+    plugged = b"\xa0\x46\x01\x7b\x60\x0a\x04\x00\\\x2f\x03_SB_PHPRPSCN"
+    pressed = b"\xa0\x44\x01\x7b\x60\x0a\x08\x00\x86\\\x2e_SB_PWRB\x0a\x80"
+    assert scan == b"ESCN\x08\x70GDAT\x60" + plugged + pressed
+
+
+def test_every_slot_but_the_host_bridges_can_be_ejected_and_is_notified() -> None:
+    dsdt = _walk(1)[b"DSDT"][36:]
+    devices = {body[:4]: body for body in _packages(dsdt, b"\x5b\x82")}
+    registers = struct.pack("<I", layout.PCI_HOTPLUG_START)
+    assert b"\x5b\x80PCST\x00\x0c" + registers + b"\x0a\x10" in devices[b"PHPR"]  # SystemMemory, 16 bytes
+    assert b"PCIU\x20PCID\x20B0EJ\x20PSEG\x20" in devices[b"PHPR"]
+    methods = {body[:4]: body for body in _packages(dsdt, b"\x14")}
+    assert methods[b"PCEJ"] == b"PCEJ\x09\x79\x01\x68B0EJ"  # B0EJ = 1 << Arg0
+    for number in range(1, 32):
+        name = b"S%03d" % number
+        eject = _packages(devices[name], b"\x14")[-1]
+        assert eject == b"_EJ0\x09\\\x2f\x03_SB_PHPRPCEJ_SUN"
+        assert b"_SUN" + aml.integer(number) + b"\x08_ADR" + aml.integer(number << 16) in devices[name]
+        asked = b"\x7b\x68" + aml.integer(1 << number) + b"\x00\x86" + name + b"\x69"  # Arg0 & 1 << n: Notify (…, Arg1)
+        assert asked in methods[b"DVNT"]
+    assert b"S000" not in dsdt
+
+
+def test_mcfg_names_the_window_that_a_motherboard_device_has() -> None:
+    tables = _walk(1)
+    assert struct.unpack("<8xQHBBI", tables[b"MCFG"][36:]) == (0xE800_0000, 0, 0, 0, 0)
+    devices = {body[:4]: body for body in _packages(tables[b"DSDT"], b"\x5b\x82")}
+    assert bytes.fromhex("86 0900 01") + struct.pack("<II", 0xE800_0000, 1 << 20) in devices[b"MBRD"]
 
 
 def test_identities_and_lengths() -> None:
     assert aml.eisa("PNP0A03") == bytes.fromhex("0c 41d00a03")
     assert aml.eisa("PNP0501") == bytes.fromhex("0c 41d00501")
-    assert aml.scope(b"ABCD", bytes(4095 - 6)).startswith(b"\x10\x4f\xff")
-    with pytest.raises(ValueError, match="4096"):
-        aml.scope(b"ABCD", bytes(4095 - 5))
+    assert aml.scope(b"ABCD", bytes(4095 - 6)).startswith(b"\x10\x4f\xffABCD")
+    assert aml.scope(b"ABCD", bytes(4095 - 5)).startswith(b"\x10\x81\x00\x01ABCD")  # 4097, its third byte included
+    with pytest.raises(ValueError, match="1048576"):
+        aml.scope(b"ABCD", bytes((1 << 20) - 7))
+    assert [aml.integer(value) for value in (0, 1, 2, 255)] == [b"\0", b"\1", b"\x0a\2", b"\x0a\xff"]
+    assert [aml.integer(value) for value in (256, 1 << 31)] == [b"\x0b\0\1", b"\x0c\0\0\0\x80"]
 
 
 @pytest.mark.skipif(shutil.which("iasl") is None, reason="needs iasl (the package acpica-tools)")
@@ -130,6 +162,11 @@ def test_iasl_reads_the_namespace_and_compiles_it_again(tmp_path: Path) -> None:
         'Name (_HID, EisaId ("PNP0C0C")',
         'Name (_HID, "ACPI0013"',
         "Notify (\\_SB.PWRB, 0x80)",
+        "Device (PHPR)",
+        "Device (S031)",
+        "\\_SB.PHPR.PCEJ (_SUN)",
+        "\\_SB.PC00.DVNT (PCID, 0x03)",
+        "B0EJ = (One << Arg0)",
     ):
         assert line in source
     assert "0 Errors, 0 Warnings" in iasl("-we", "-p", "again", "dsdt.dsl")

@@ -15,15 +15,17 @@ from hypothesis import strategies as st
 
 from trivmm._native import ffi, lib
 from trivmm.boot import bzimage
+from trivmm.boot import payload as payloads
 from trivmm.boot.bzimage import open_kernel
 from trivmm.boot.elf import UserFile, parse_kernel
 from trivmm.boot.pvh import check_payload, load_payload
 from trivmm.config import PayloadConfig
 from trivmm.errors import ConfigError
 from trivmm.guest import probe_path
+from trivmm.hypervisor.base import LongModeEntry
 from trivmm.memory import layout
 from trivmm.memory.guest import GuestMemory
-from trivmm.testing.kernels import PACKINGS, make_bzimage, wrap
+from trivmm.testing.kernels import PACKINGS, make_bzimage, with_own_entry, wrap
 
 MIB = 1 << 20
 ELF = probe_path().read_bytes()
@@ -80,7 +82,7 @@ def test_a_vmlinux_of_many_pieces(tmp_path: Path, packing: str) -> None:
         nonlocal pieces
         pieces += 1
 
-    with open_kernel(str(path), checkpoint) as file:
+    with open_kernel(str(path), checkpoint=checkpoint) as file:
         assert file.size == len(vmlinux)
         assert file.read(0, len(ELF)) == ELF
         assert file.read(len(vmlinux) - MIB, MIB) == noise
@@ -98,7 +100,7 @@ def test_what_a_checkpoint_raises_ends_the_work(tmp_path: Path, packing: str) ->
         raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        open_kernel(str(path), checkpoint)
+        open_kernel(str(path), checkpoint=checkpoint)
 
 
 def test_no_setup_sectors_means_four(tmp_path: Path) -> None:
@@ -349,3 +351,82 @@ def test_any_bytes_as_an_lz4_block_stay_inside(data: bytes, room: int) -> None:
 )
 def test_lz4_by_hand(packed: bytes, room: int, text: bytes | None) -> None:
     assert unpack_block(packed, room) == text
+
+
+def own_entry(folder: Path, image: bytes, **more: object) -> tuple[LongModeEntry, GuestMemory]:
+    path = folder / "vmlinuz"
+    path.write_bytes(image)
+    payload = PayloadConfig(str(path), **more)  # type: ignore[arg-type]
+    payloads.check_payload(payload)
+    memory = GuestMemory(layout.ram_ranges(16 * MIB))
+    entry = payloads.load_payload(memory, payload)
+    assert isinstance(entry, LongModeEntry)
+    return entry, memory
+
+
+def test_what_has_no_pvh_entry_begins_at_its_own(tmp_path: Path) -> None:
+    """Nothing in it, something packed that we can't unpack, or a vmlinux without the note."""
+    images = [with_own_entry(b"\xf4" * 0x300)]
+    for payload in (b"\x89LZO\0\r\n\x1a\n" + bytes(0x300), PACKINGS["gzip"](ELF.replace(b"Xen\0", b"Xon\0"))):
+        image = bytearray(with_own_entry(payload))
+        struct.pack_into("<II", image, 0x248, 0, len(payload))
+        images.append(bytes(image))
+    for image in images:
+        entry, memory = own_entry(tmp_path, image)
+        assert entry == LongModeEntry(MIB + 0x200, layout.ZERO_PAGE, layout.PAGE_TABLES, layout.BOOT_GDT)
+        memory.close()
+
+
+def test_the_zero_page(tmp_path: Path) -> None:
+    (tmp_path / "initramfs").write_bytes(b"x" * 5000)
+    image = with_own_entry(b"\xf4" * 0x300, initrd_max=8 * MIB - 1)
+    entry, memory = own_entry(tmp_path, image, cmdline="quiet", initramfs=str(tmp_path / "initramfs"))
+    page = memory.read(entry.zero_page_gpa, 4096)
+    assert page[0x1F1:0x210] == image[0x1F1:0x210]
+    assert page[0x210] == 0xFF
+    assert memory.read(struct.unpack_from("<I", page, 0x228)[0], 6) == b"quiet\0"
+    at, size = struct.unpack_from("<II", page, 0x218)
+    assert (at, size) == (8 * MIB - 2 * 4096, 5000)
+    assert memory.read(at, size) == b"x" * 5000
+    assert memory.read(struct.unpack_from("<Q", page, 0x70)[0], 8) == b"RSD PTR "
+    assert [struct.unpack_from("<QQI", page, 0x2D0 + 20 * n) for n in range(page[0x1E8])] == [
+        (0, 0xA0000, 1),
+        (MIB, 15 * MIB, 1),
+        (0xE8000000, 256 * MIB, 2),
+    ]
+    (pdpt,) = struct.unpack("<Q", memory.read(entry.page_tables_gpa, 8))
+    for gib in range(4):
+        (directory,) = struct.unpack("<Q", memory.read((pdpt & ~0xFFF) + 8 * gib, 8))
+        (page_entry,) = struct.unpack("<Q", memory.read((directory & ~0xFFF) + 8 * 511, 8))
+        assert page_entry == (gib << 30 | 511 << 21 | 0x83)
+    memory.close()
+
+
+@pytest.mark.parametrize(
+    ("image", "more", "problem"),
+    [
+        (with_own_entry(b"\xf4" * 0x200), {}, "truncated: its 64-bit entry is not in the file"),
+        (with_own_entry(b"\xf4" * 0x300, preferred=0x8000), {}, "would overwrite what lies below 1 MiB"),
+        (with_own_entry(b"\xf4" * 0x300, preferred=64 * MIB), {}, "is outside the guest's RAM; give more memory"),
+        (with_own_entry(b"\xf4" * 0x300, room=16 * MIB), {}, "is outside the guest's RAM; give more memory"),
+        (with_own_entry(b"\xf4" * 0x300), {"cmdline": "x" * 256}, "256 bytes are too long; give at most 255"),
+    ],
+)
+def test_an_own_entry_that_can_not_be(tmp_path: Path, image: bytes, more: dict[str, str], problem: str) -> None:
+    path = tmp_path / "vmlinuz"
+    path.write_bytes(image)
+    memory = GuestMemory(layout.ram_ranges(16 * MIB))
+    with pytest.raises(ConfigError) as caught:
+        payloads.load_payload(memory, PayloadConfig(str(path), **more))
+    memory.close()
+    assert problem in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_old_kernel_has_no_such_entry(tmp_path: Path) -> None:
+    image = bytearray(with_own_entry(b"\xf4" * 0x300))
+    image[0x236] = 0  # xloadflags
+    path = tmp_path / "vmlinuz"
+    path.write_bytes(image)
+    with pytest.raises(ConfigError, match="there is no vmlinux in it"):
+        payloads.check_payload(PayloadConfig(str(path)))

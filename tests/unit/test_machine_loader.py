@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from trivmm.boot import elf as elf_module
 from trivmm.boot.elf import UserFile, parse_kernel
-from trivmm.boot.pvh import load_payload, memory_map
+from trivmm.boot.memory_map import memory_map
+from trivmm.boot.pvh import load_payload
 from trivmm.config import PayloadConfig
 from trivmm.errors import ConfigError
 from trivmm.memory import layout

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trivmm.bus.space import AddressSpace, Effect, Range
+from trivmm.bus.space import AddressSpace, Effect, GuestRequest, Range
 from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError, ProtocolError
 from trivmm.memory import layout
@@ -162,6 +162,17 @@ def test_latch_takes_bytes_and_words(board: tuple[AddressSpace, PciBus, Guest, F
     assert bus.read(4, 2) == b"\xf4\x1a"
     assert bus.read(6, 4) == b"\xff" * 4
     bus.write(6, bytes(4))
+
+
+def test_a_byte_in_the_middle_of_the_latch_resets_the_machine(
+    board: tuple[AddressSpace, PciBus, Guest, Function],
+) -> None:
+    _, bus, _, _ = board
+    bus.write(0, b"\x00\x08\x00\x80")
+    assert bus.write(1, b"\x02") is None
+    assert bus.write(1, b"\x06") == GuestRequest("reset", "port 0xcf9")
+    assert bus.read(1, 1) == b"\0"
+    assert bus.read(0, 4) == b"\x00\x08\x00\x80"
 
 
 def test_sizing_maps_nothing(board: tuple[AddressSpace, PciBus, Guest, Function]) -> None:
@@ -345,7 +356,7 @@ def test_threads_share_the_bus(board: tuple[AddressSpace, PciBus, Guest, Functio
     for thread in threads:
         thread.join(60)
         assert not thread.is_alive()
-    bus.place()
+    bus.placement.place()
     for index, bar in function.config.bars.items():
         mapped = [each.start for each in mmio.ranges if each.name.endswith(f"BAR {index}")]
         assert mapped == ([] if bar.mapped is None else [bar.mapped])

@@ -320,7 +320,7 @@ def test_a_setup_with_text_that_is_none_is_refused() -> None:
     assert config_to_setup(config_from_setup(json.loads(json.dumps(good)), {}), {}) == good
     assert good["disks"][0]["image_type"] == "Unknown"
     with pytest.raises(ConfigError, match="image_type"):
-        config_from_setup({**good, "disks": [{**good["disks"][0], "image_type": "Qcow2"}]}, {})
+        config_from_setup({**good, "disks": [{**good["disks"][0], "image_type": "Vhdx"}]}, {})
     good["disks"][0]["serial"] = "\ud800"
     with pytest.raises(ProtocolError, match=r"setup\.config\.disks\[0\]\.serial is .*, not text"):
         config_from_setup(good, {})

@@ -360,7 +360,7 @@ def test_everything_travels(transport: VirtioPciTransport) -> None:
     for _ in range(2):  # again after an undo
         other.check(sent(life), sent(saved), "device")
         other.load(sent(life), sent(saved))
-        bus.place()
+        bus.placement.place()
         assert other.save() == (life, saved)
         assert other.state.setup == transport.state.setup
         assert other.state.barrier is not None

@@ -40,7 +40,7 @@ class Guest:
 @asynccontextmanager
 async def running(*steps: Any) -> AsyncIterator[tuple[Vm, Guest]]:
     guest = Guest(*steps)
-    config = VmConfig(PayloadConfig(str(probe_path())), memory=MemoryConfig(4 << 20))
+    config = VmConfig(PayloadConfig(str(probe_path())), memory=MemoryConfig(8 << 20))
     with trio.fail_after(60):
         async with open_vm(config, hypervisor=ScriptedHypervisor(guest)) as vm:
             await vm.boot()
@@ -116,7 +116,7 @@ async def test_a_boot_that_you_ask_for_begins_a_new_console(autojump_clock: trio
 
 async def test_a_wait_begun_before_the_boot_hears_the_first_word(autojump_clock: trio.testing.MockClock) -> None:
     heard: list[bytes] = []
-    config = VmConfig(PayloadConfig(str(probe_path())), memory=MemoryConfig(4 << 20))
+    config = VmConfig(PayloadConfig(str(probe_path())), memory=MemoryConfig(8 << 20))
     with trio.fail_after(60):
         async with (
             open_vm(config, hypervisor=ScriptedHypervisor(Guest(b"hello"))) as vm,

@@ -24,7 +24,7 @@ BAR_SIZE = 0x80000
 
 @pytest.fixture
 def config(tmp_path: Path) -> VmConfig:
-    return VmConfig(PayloadConfig(str(probe_path())), memory=MemoryConfig(4 << 20), disks=disks(tmp_path, None))
+    return VmConfig(PayloadConfig(str(probe_path())), memory=MemoryConfig(8 << 20), disks=disks(tmp_path, None))
 
 
 def disks(folder: Path, *ids: str | None) -> tuple[DiskConfig, ...]:
@@ -133,8 +133,8 @@ async def test_ids_show_from_the_first_boot_on(config: VmConfig, autojump_clock:
         assert [disk.id for disk in vm.config.disks] == [None]
         assert "device_tree" not in vm.info()
         await vm.boot()
-        assert vm.config == attrs.evolve(config, disks=(attrs.evolve(config.disks[0], id="_disk0", image_type="Raw"),))
-        assert vm.config.rng.id is None
+        built = attrs.evolve(config.disks[0], id="_disk0", image_type="Raw", pci_device_id=1)
+        assert vm.config == attrs.evolve(config, disks=(built,), rng=RngConfig(pci_device_id=2))
         assert vm.info()["device_tree"]["_disk0"]["parent"] == "_virtio-pci-_disk0"
         await vm.shutdown()
         assert vm.state is VmState.SHUTDOWN

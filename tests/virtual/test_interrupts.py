@@ -65,7 +65,7 @@ def config(tmp_path: Path) -> VmConfig:
     disk.write_bytes(bytes(1 << 20))
     return VmConfig(
         PayloadConfig("none"),
-        memory=MemoryConfig(4 << 20),
+        memory=MemoryConfig(8 << 20),
         disks=(DiskConfig(str(disk)),),
         console=ConsoleConfig("Null"),
         deadlines=Deadlines(pause=10, quiesce=10),

@@ -10,7 +10,7 @@ import trio
 import trio.testing
 
 from trivmm.deadlines import Deadlines
-from trivmm.errors import PauseTimeout
+from trivmm.errors import HypervisorError, PauseTimeout
 from trivmm.machine.machine import Machine, open_machine
 from trivmm.testing.miniboard import MiniBoard
 from trivmm.testing.scripted import Compute, ScriptedVcpu, Wedge
@@ -74,6 +74,30 @@ async def test_a_paused_machine_stays_paused(autojump_clock: Clock) -> None:
         assert board.cpus[0].calls == ["inject_nmi"]
         assert all_paused(machine)
         assert beats(board) == before
+
+
+@pytest.mark.parametrize("refusing", [0, 1, 2])
+async def test_one_that_fails_at_a_vcpu_has_reached_those_before_it(
+    autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch, refusing: int
+) -> None:
+    """The kernel has no way to take one back; whoever asked is told, and the machine runs on."""
+    deadlines = Deadlines()
+    board = MiniBoard([], beat, beat, beat, deadlines=deadlines)
+
+    def inject(cpu: ScriptedVcpu) -> None:
+        if cpu is board.cpus[refusing]:
+            raise HypervisorError("KVM_NMI", "refused")
+        cpu.calls.append("inject_nmi")
+
+    monkeypatch.setattr(ScriptedVcpu, "inject_nmi", inject)
+    async with open_machine(board, deadlines) as machine:
+        await machine.resume()
+        with pytest.raises(HypervisorError, match="KVM_NMI"):
+            await machine.nmi()
+        assert [cpu.calls for cpu in board.cpus] == [["inject_nmi"]] * refusing + [[]] * (3 - refusing)
+        before = beats(board)
+        await trio.sleep(1)
+        assert all(late > early + 5 for early, late in zip(before, beats(board), strict=True))
 
 
 async def test_a_vcpu_that_does_not_stop_for_it_spoils_it_for_all(autojump_clock: Clock) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import attrs
 import pytest
 import trio
 
-from trivmm import ConfigError, NotSupported, Vm
+from trivmm import ConfigError, NotSupported, Vm, VmConfig, open_vm
+from trivmm.testing.scripted import ScriptedHypervisor
+from trivmm.virtio.balloon.config import BalloonConfig
+from trivmm.virtio.balloon.device import BalloonState
 
 
 async def test_a_vm_that_was_never_booted_is_resized_on_paper(vm: Vm) -> None:
@@ -24,7 +28,6 @@ async def test_a_booted_vm_takes_what_is_so_already_and_refuses_the_rest_by_name
     for refused, said in [
         ({"vcpus": 4}, "desired_vcpus = 4: a booted VM can't be resized yet; shut it down first, or give 2"),
         ({"ram": 32 << 20}, "desired_ram = 33554432: a booted VM can't be resized yet"),
-        ({"balloon": 0}, "desired_balloon = 0: there is no balloon yet"),
     ]:
         with pytest.raises(NotSupported, match=f"^{said}"):
             await vm.resize(**refused)
@@ -49,3 +52,44 @@ async def test_each_verb_tells_its_events(vm: Vm) -> None:
                 break
     pairs = "booting booted pausing paused resuming resumed rebooting rebooted resizing resized"
     assert seen == [*pairs.split(), "shutdown"]
+
+
+async def test_a_balloon_is_asked_for_more_and_less(
+    vm_config: VmConfig, autojump_clock: trio.testing.MockClock
+) -> None:
+    ram = vm_config.memory.size
+    config = attrs.evolve(vm_config, virtio=[BalloonConfig("1M")])
+    async with open_vm(config, hypervisor=ScriptedHypervisor(needs_payload=False)) as vm:
+        await vm.resize(balloon=2 << 20)  # on paper
+        await vm.boot()
+        assert vm.host.board is not None
+        balloon = vm.host.board.balloon
+        assert balloon is not None
+        assert (balloon.name, balloon.save()) == ("__balloon", BalloonState(512, 0))
+        await vm.resize(balloon=3 << 20)
+        assert balloon.save() == BalloonState(768, 0)
+        balloon.write_config(4, (700).to_bytes(4, "little"))
+        assert vm.info()["memory_actual_size"] == ram - 700 * 4096
+        balloon.write_config(4, b"\xff\xff\xff\xff")  # a guest that lies
+        assert vm.info()["memory_actual_size"] == 0
+        for size in (ram, 1 << 50):
+            with pytest.raises(ConfigError, match=f"^desired_balloon = {size}: as much as the VM's memory, or more"):
+                await vm.resize(balloon=size)
+        await vm.reboot()  # what was asked for last stays so, what was given does not
+        assert vm.host.board.balloon is not None
+        assert vm.host.board.balloon.save() == BalloonState(768, 0)
+        assert [each.size for each in vm.config.virtio] == [3 << 20]
+
+
+async def test_a_balloon_that_is_not_there(vm: Vm) -> None:
+    await vm.resize(balloon=64 << 20)  # on paper that is nothing, as Cloud Hypervisor has it
+    await vm.boot()
+    with pytest.raises(ConfigError, match=r"^desired_balloon = 0: this VM has no balloon; "):
+        await vm.resize(balloon=0)
+
+
+async def test_two_balloons_are_one_too_many(vm_config: VmConfig) -> None:
+    config = attrs.evolve(vm_config, virtio=[BalloonConfig(id="a"), BalloonConfig(id="b")])
+    async with open_vm(config, hypervisor=ScriptedHypervisor(needs_payload=False)) as vm:
+        with pytest.raises(ConfigError, match=r"^balloon = 2: a VM has one at most; give one"):
+            await vm.boot()

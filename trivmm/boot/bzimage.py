@@ -22,7 +22,7 @@ from typing import Any, Final, cast
 import attrs
 
 from trivmm._native import ffi, lib
-from trivmm.boot.elf import CHUNK, REMEDY, UserFile
+from trivmm.boot.elf import CHUNK, REMEDY, NoPvhEntry, UserFile
 from trivmm.errors import ConfigError
 
 __all__ = ["MAX_VMLINUX", "open_kernel"]
@@ -62,11 +62,12 @@ def _nothing() -> None:
     pass
 
 
-def open_kernel(path: str, checkpoint: Callable[[], None] = _nothing) -> UserFile:
-    """The ELF file to load, open; ``checkpoint`` is called between pieces of work and may raise to end them.
+def open_kernel(path: str, field: str = "payload.kernel", checkpoint: Callable[[], None] = _nothing) -> UserFile:
+    """The ELF file to load, open; ``field`` names it in errors. ``checkpoint`` is called between pieces of work and may
+    raise to end them.
 
     :raises ConfigError: when it is neither an ELF file nor a bzImage that can be unpacked."""
-    file = UserFile("payload.kernel", path)
+    file = UserFile(field, path)
     try:
         head = file.read(0, min(file.size, HEADER))
         if head.startswith(b"\x7fELF"):
@@ -118,6 +119,8 @@ def _payload(file: UserFile, head: bytes) -> _Payload:
             f"boot protocol {said} doesn't say where its vmlinux is", "give the vmlinux, or a newer kernel"
         )
     offset, length = struct.unpack_from("<II", head, PAYLOAD)
+    if not length:
+        raise file.error("there is no vmlinux in it", kind=NoPvhEntry)
     start = (1 + (head[SETUP_SECTS] or 4)) * 512 + offset
     if length <= 2 * SIZE.size or start + length > file.size:
         raise file.error(f"truncated: its vmlinux, {length} bytes packed at {start:#x}, is not in the file")
@@ -131,7 +134,8 @@ def _unpack(file: UserFile, payload: _Payload, checkpoint: Callable[[], None]) -
     magic = file.read(payload.at, 8)
     name, decode = next(((name, made) for each, name, made in DECODERS if magic.startswith(each)), ("", None))
     if decode is None:
-        raise file.error(f"its vmlinux is packed by {name or f'something unknown ({magic.hex()})'}", UNPACK_REMEDY)
+        packing = name or f"something unknown ({magic.hex()})"
+        raise file.error(f"its vmlinux is packed by {packing}", UNPACK_REMEDY, NoPvhEntry)
     if not 0 < payload.size <= MAX_VMLINUX:
         raise file.error(f"its vmlinux has {payload.size} bytes unpacked; 1 to {MAX_VMLINUX} are taken")
     fd = os.memfd_create("vmlinux", os.MFD_CLOEXEC)

@@ -19,7 +19,7 @@ import attrs
 
 from trivmm.errors import ConfigError, reason_of
 
-__all__ = ["CHUNK", "REMEDY", "KernelImage", "Segment", "UserFile", "parse_kernel"]
+__all__ = ["CHUNK", "REMEDY", "KernelImage", "NoPvhEntry", "Segment", "UserFile", "parse_kernel"]
 
 CHUNK: Final = 4 << 20  # bytes of a file in memory at a time: images may be hundreds of MiB
 MAX_PROGRAM_HEADERS: Final = 128  # real kernels have under 10; the table is read in one piece
@@ -32,6 +32,10 @@ ET_EXEC, ET_DYN = 2, 3
 MACHINES: Final = {3, 62}  # EM_386, EM_X86_64
 XEN_ELFNOTE_PHYS32_ENTRY: Final = 18
 REMEDY: Final = "give a PVH kernel for x86-64 (a vmlinux, or the bzImage of a distribution, built with CONFIG_PVH)"
+
+
+class NoPvhEntry(ConfigError):
+    """Nothing else is known to be wrong with the file: there may be another way in."""
 
 
 class UserFile:
@@ -56,8 +60,8 @@ class UserFile:
             raise self.error(f"it is {what}", "give a file")
         self.size = found.st_size
 
-    def error(self, problem: str, remedy: str = REMEDY) -> ConfigError:
-        return ConfigError(self.field, self.path, f"{self.part}{problem}", remedy)
+    def error(self, problem: str, remedy: str = REMEDY, kind: type[ConfigError] = ConfigError) -> ConfigError:
+        return kind(self.field, self.path, f"{self.part}{problem}", remedy)
 
     def read(self, offset: int, size: int) -> bytes:
         """Exactly ``size`` bytes. :raises ConfigError: when the file has them not."""
@@ -137,7 +141,7 @@ def parse_kernel(file: UserFile) -> KernelImage:
             raise file.error(f"its segments at {before.gpa:#x} and {after.gpa:#x} overlap")
     entry = _pvh_entry(file, [header for header in headers if header.kind == PT_NOTE])
     if entry is None:
-        raise file.error("it has no PVH entry note")
+        raise file.error("it has no PVH entry note", kind=NoPvhEntry)
     if not any(segment.gpa <= entry < segment.end for segment in segments):
         raise file.error(f"its PVH entry {entry:#x} is in none of its segments")
     return KernelImage(tuple(segments), entry)

@@ -77,6 +77,13 @@ class Bus:
         self._serving = None
         return effect
 
+    def token(self) -> object | None:
+        """What stands for the access that is being served right now, and for no other; None: none is. Any thread.
+
+        Who has taken a range out of an address space, and seen each bus's token change after it, knows that nobody is
+        in its device any more."""
+        return self._serving
+
     def serving(self) -> Access | None:
         """What the vCPU waits for right now. Any thread."""
         serving = self._serving

@@ -20,10 +20,12 @@ __all__ = ["AddressSpace", "BusDevice", "Effect", "GuestRequest", "Range"]
 
 @attrs.frozen
 class GuestRequest:
-    """The guest asks the board for something: ``reset``, ``poweroff`` or ``crash``."""
+    """The guest asks the board for something: ``reset``, ``poweroff`` or ``crash``. ``details`` are the registers of a
+    CPU that was reset by its own fault, for whoever looks for it."""
 
     kind: str
     why: str
+    details: str = ""
 
 
 Effect: TypeAlias = Ticket | GuestRequest | None

@@ -31,7 +31,7 @@ def doctor(arguments: Sequence[str]) -> int:
     given = parser.parse(arguments)
     kvm, soft = _kvm_rows(), _soft_row()
     kvm_works = all(present or remedy == "optional" for _, present, _, remedy in kvm)
-    rows = [*kvm, soft, *_host_rows()]
+    rows = [*kvm, soft, *_host_rows(), *_network_rows()]
     runs = kvm_works or soft[1]
     verdict = "guests run under KVM" if kvm_works else "guests run on the soft CPU" if runs else "guests can't run here"
     if given.json:
@@ -93,6 +93,21 @@ def _host_rows() -> list[Row]:
     shared = shutil.disk_usage("/tmp").free
     rows.append((f"/tmp: {shared >> 20} MiB free", shared > 64 << 20, "the demo's disk image", ""))
     return rows
+
+
+def _network_rows() -> list[Row]:
+    """What ``--net`` can be tied to here; a socket, always."""
+    from trivmm.virtio.net.passt import PROGRAM
+    from trivmm.virtio.net.tap import TUN, why_no_tap
+
+    problem = why_no_tap()
+    remedy = "" if problem is None else "optional: ip tuntap add NAME mode tap user USER, as root; or --net link=passt"
+    if not os.path.exists(TUN):
+        remedy = "optional: modprobe tun, or --net link=passt"
+    tap: Row = ("taps" if problem is None else f"taps ({problem})", problem is None, "--net tap=, made here", remedy)
+    passt = shutil.which(PROGRAM)
+    why = "--net alone: the host's network, without root"
+    return [tap, ("passt", passt is not None, why, "" if passt else "optional: apt-get install passt")]
 
 
 def _meminfo() -> dict[str, int]:

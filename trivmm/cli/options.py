@@ -21,6 +21,7 @@ from trivmm.virtio.kinds import KINDS
 
 __all__ = [
     "parse_deadlines",
+    "parse_device",
     "parse_event_monitor",
     "parse_receive",
     "parse_send",
@@ -84,15 +85,17 @@ RECEIVE: Final[Keys] = {
 
 
 def parse_vm(arguments: Any, *, terminal: bool = False) -> dict[str, Any]:
-    """The body of vm.create from parsed arguments (``kernel``, ``cmdline``, ``initramfs``, ``cpus``, ``memory``,
-    ``serial``, one of each kind of device; None where not given). ``terminal``: there is one, so the serial port
-    shows on it unless something else was said. :raises ConfigError:"""
-    payload = {"kernel": arguments.kernel, "cmdline": arguments.cmdline, "initramfs": arguments.initramfs}
+    """The body of vm.create from parsed arguments (``firmware``, ``kernel``, ``cmdline``, ``initramfs``, ``cpus``,
+    ``memory``, ``serial``, ``pvpanic``, one of each kind of device; None where not given). ``terminal``: there is one,
+    so the serial port shows on it unless something else was said. :raises ConfigError:"""
+    payload = {name: getattr(arguments, name) for name in ("firmware", "kernel", "cmdline", "initramfs")}
     body: dict[str, Any] = {"payload": payload}
     cpus = parse_object("--cpus", arguments.cpus or "", CPUS, "boot")
     cpus.setdefault("boot_vcpus", 1)
     body["cpus"] = {"max_vcpus": cpus["boot_vcpus"], **cpus}
     body["memory"] = {"size": 512 << 20, **parse_object("--memory", arguments.memory or "", MEMORY, "size")}
+    if arguments.pvpanic:
+        body["pvpanic"] = True
     for kind in KINDS:
         body |= _devices(kind, getattr(arguments, kind.option.name))
     shown = "tty" if terminal and body["console"]["mode"] != "Tty" else "null"
@@ -100,19 +103,23 @@ def parse_vm(arguments: Any, *, terminal: bool = False) -> dict[str, Any]:
     return body
 
 
-def _devices(kind: AnyKind, given: str | list[str] | None) -> dict[str, Any]:
-    """The section of one kind of devices; empty where there is none."""
+def _devices(kind: AnyKind, given: Any) -> dict[str, Any]:
+    """The section of one kind of devices, ``given`` as text, a list of texts, or whether it is; empty where there is
+    none."""
     option, section = kind.option, kind.contract.section
+    if kind.contract.flag:
+        return {section: True} if given else {}
     if isinstance(given, list):
-        return {section: [_device(kind, text) for text in given]}
+        return {section: [parse_device(kind, text) for text in given]}
     if given is None and option.absent is None:
         return {section: []} if kind.contract.many else {}
-    return {section: _device(kind, option.absent or "" if given is None else given)}
+    return {section: parse_device(kind, option.absent or "" if given is None else given)}
 
 
-def _device(kind: AnyKind, text: str) -> dict[str, Any]:
+def parse_device(kind: AnyKind, text: str, verb: str | None = None) -> dict[str, Any]:
+    """One of a kind, as its option has it, and the verb that adds it. :raises ConfigError:"""
     option = kind.option
-    name = f"--{option.name}"
+    name = verb or f"--{option.name}"
     made = {**option.base, **option.parse(name, text)}
     for key in kind.contract.required:
         if key not in made:

@@ -31,13 +31,11 @@ trivmm: a virtual machine monitor on trio
 
 # Cloud Hypervisor's options that do not exist here, each with what to do instead.
 REFUSED: Final = {
-    "--balloon": "leave it out",
     "--dbus-object-path": "use --api-socket",
     "--dbus-service-name": "use --api-socket",
     "--dbus-system-bus": "use --api-socket",
     "--debug-console": "use --serial",
     "--device": "leave it out: VFIO is not there yet",
-    "--firmware": "give --kernel a PVH ELF",
     "--fs": "leave it out",
     "--fw-cfg-config": "leave it out",
     "--gdb": "leave it out",
@@ -48,21 +46,24 @@ REFUSED: Final = {
     "--landlock": "leave it out: there is no sandbox yet",
     "--landlock-rules": "leave it out: there is no sandbox yet",
     "--memory-zone": "give --memory size=…",
-    "--net": "leave it out: there is no network yet",
     "--numa": "leave it out",
     "--pci-segment": "leave it out: there is one PCI bus",
     "--platform": "leave it out",
-    "--pmem": "give --disk path=…",
     "--pvmemcontrol": "leave it out",
-    "--pvpanic": "leave it out",
     "--rate-limit-group": "leave it out",
     "--restore": "leave it out: there are no snapshots yet",
     "--tpm": "leave it out",
     "--user-device": "leave it out",
     "--vdpa": "leave it out",
-    "--vsock": "leave it out",
-    "--watchdog": "leave it out",
 }
+
+
+class _Several(argparse.Action):
+    """Collects values; ``const`` stands for an option without any."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        before = getattr(namespace, self.dest) or []
+        setattr(namespace, self.dest, [*before, *(values or [self.const])])
 
 
 class UsageError(Exception):
@@ -116,6 +117,7 @@ def run_parser() -> Parser:
     parser.add_argument("-V", "--version", action="version", version=version_text(sys.argv[0]))
     vm = parser.add_argument_group("the VM")
     vm.add_argument("--kernel", metavar="FILE", help="a vmlinux with a PVH entry note, or a bzImage with one in it")
+    vm.add_argument("--firmware", metavar="FILE", help="instead of a kernel: a flat PC BIOS image, or a PVH ELF")
     vm.add_argument("--cmdline", metavar="TEXT", help="the kernel's command line")
     vm.add_argument("--initramfs", metavar="FILE")
     vm.add_argument("--cpus", metavar="boot=N[,max=N]", help="vCPUs (1)")
@@ -124,8 +126,16 @@ def run_parser() -> Parser:
     vm.add_argument("--serial", metavar=modes, help="the serial port (tty where stdout is a terminal, else null)")
     for kind in KINDS:
         option = kind.option
-        several: dict[str, Any] = {"nargs": "+", "action": "extend"} if kind.contract.many else {}
+        if kind.contract.flag:
+            vm.add_argument(f"--{option.name}", action="store_true", default=None, help=option.help)
+            continue
+        several: dict[str, Any] = {}
+        if kind.contract.many:
+            several = {"nargs": "+" if option.plain is None else "*", "action": _Several, "const": option.plain}
         vm.add_argument(f"--{option.name}", metavar=option.metavar, help=option.help, **several)
+    vm.add_argument(
+        "--pvpanic", action="store_true", default=None, help="a device by which the guest says that it has panicked"
+    )
     vmm = parser.add_argument_group("the VMM")
     vmm.add_argument(
         "--api-socket", metavar="path=FILE|fd=N", help="serve the HTTP API on this unix socket, or on one passed in"

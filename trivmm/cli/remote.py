@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from trivmm.cli.move import watch_move
-from trivmm.cli.options import parse_receive, parse_send, parse_socket_path
+from trivmm.cli.options import parse_device, parse_receive, parse_send, parse_socket_path
 from trivmm.cli.parser import Parser, UsageError
 from trivmm.cli.table import table
 from trivmm.control.apierror import ApiError, ApiUnreachable, answer_of, messages_of
 from trivmm.control.contract import API_ROOT, NOT_YET_ROUTES
 from trivmm.errors import one_line, reason_of
 from trivmm.values import parse_size
+from trivmm.virtio.kinds import hotplug_verbs
 
 __all__ = ["remote"]
 
@@ -46,6 +47,9 @@ VERBS: Final[Mapping[str, tuple[str, str, str | None]]] = {
     "nmi": ("PUT", "vm.nmi", None),
     "power-button": ("PUT", "vm.power-button", None),
     "resize": ("PUT", "vm.resize", None),
+    **{verb: ("PUT", f"vm.{verb}", kind.option.metavar) for verb, kind in hotplug_verbs().items()},
+    "remove-device": ("PUT", "vm.remove-device", "the ID of a device"),
+    "resize-disk": ("PUT", "vm.resize-disk", None),
     "delete": ("PUT", "vm.delete", None),
     "shutdown-vmm": ("PUT", "vmm.shutdown", None),
     "send-migration": (
@@ -72,6 +76,8 @@ def remote(arguments: Sequence[str]) -> int:
     parser.add_argument("--cpus", metavar="N", help="resize: vCPUs")
     parser.add_argument("--memory", metavar="SIZE", help="resize: RAM")
     parser.add_argument("--balloon", metavar="SIZE", help="resize: the balloon")
+    parser.add_argument("--disk", metavar="ID", help="resize-disk: which one")
+    parser.add_argument("--size", metavar="SIZE", help="resize-disk: of its image")
     parser.add_argument(
         "--force", action="store_true", help="resolve-migration: take the doubt away; two copies may run then"
     )
@@ -121,6 +127,8 @@ def _body(given: Any) -> bytes | None:
     sizes = {"desired_vcpus": given.cpus, "desired_ram": given.memory, "desired_balloon": given.balloon}
     if given.verb != "resize" and any(sizes.values()):
         raise UsageError(f"{given.verb}: --cpus, --memory and --balloon belong to resize")
+    if given.verb != "resize-disk" and (given.disk or given.size):
+        raise UsageError(f"{given.verb}: --disk and --size belong to resize-disk")
     if given.verb != "resolve-migration" and given.force:
         raise UsageError(f"{given.verb}: --force belongs to resolve-migration")
     match given.verb:
@@ -131,8 +139,16 @@ def _body(given: Any) -> bytes | None:
                 raise UsageError("resize: give --cpus, --memory or --balloon")
             wanted = {name: None if text is None else parse_size("resize", text) for name, text in sizes.items()}
             return json.dumps(wanted).encode()
+        case "resize-disk":
+            if not given.disk or not given.size:
+                raise UsageError("resize-disk: give --disk and --size")
+            return json.dumps({"id": given.disk, "desired_size": parse_size("resize-disk", given.size)}).encode()
         case "resolve-migration":
             return json.dumps({"force": given.force}).encode()
+        case "remove-device":
+            return json.dumps({"id": argument}).encode()
+        case verb if verb in hotplug_verbs():
+            return json.dumps(parse_device(hotplug_verbs()[verb], argument or "", verb)).encode()
         case "send-migration":
             convert = parse_send
         case "receive-migration":

@@ -49,7 +49,10 @@ __all__ = ["RunOptions", "parse_run", "run", "serve"]
 logger = logging.getLogger(__name__)
 
 SWITCH_INTERVAL_S: Final = 1e-4  # the GIL's: with the default 5 ms two busy vCPU threads starve each other
-VM_OPTIONS: Final = ("cmdline", "initramfs", "cpus", "memory", "serial", *(kind.option.name for kind in KINDS))
+VM_OPTIONS: Final = (
+    *("cmdline", "initramfs", "cpus", "memory", "serial", "pvpanic"),
+    *(kind.option.name for kind in KINDS),
+)
 
 
 @attrs.frozen
@@ -74,14 +77,14 @@ def parse_run(arguments: Sequence[str]) -> RunOptions:
         raise ConfigError("--seccomp", given.seccomp, "there is no seccomp filter yet", "give false, or leave it out")
     deadlines = parse_deadlines(given.deadlines)
     config: VmConfig | None = None
-    if given.kernel is not None:
+    if given.kernel is not None or given.firmware is not None:
         config = load_config(parse_vm(given, terminal=is_terminal(1)), deadlines=deadlines)
         if len(_terminal_lines(config)) > 1 and is_typed_on():
             raise ConfigError("--console", "tty", "the serial port reads the terminal", "give one of them another mode")
     else:
         alone = [name for name in VM_OPTIONS if getattr(given, name) is not None]
         if alone:
-            raise UsageError(f"--{alone[0]}: there is no --kernel; give the path of a PVH ELF")
+            raise UsageError(f"--{alone[0]}: there is no --kernel and no --firmware; give the path of a PVH ELF")
         if given.api_socket is None:
             raise UsageError("nothing to do; give --kernel FILE, or --api-socket path=FILE to serve only")
     return RunOptions(

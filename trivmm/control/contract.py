@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from trivmm.notyet import NotYet, NotYetObject
-from trivmm.virtio.kinds import KINDS
+from trivmm.virtio.kinds import KINDS, hotplug_verbs
 
 __all__ = [
     "API_ROOT",
@@ -30,31 +30,28 @@ REQUIRED_KEYS: Final[Mapping[str, tuple[str, ...]]] = {
     "CpusConfig": ("boot_vcpus", "max_vcpus"),
     "MemoryConfig": ("size",),
     "SerialConfig": ("mode",),
-    **{kind.contract.schema: kind.contract.required for kind in KINDS},
+    **{kind.contract.schema: kind.contract.required for kind in KINDS if not kind.contract.flag},
+    "TokenBucket": ("size", "refill_time"),
     "SendMigrationData": ("destination_url",),
     "ReceiveMigrationData": ("receiver_url",),
+    "VmRemoveDevice": ("id",),
+    "VmResizeDisk": ("id", "desired_size"),
 }
 
 
 NOT_YET_KEYS: Final[Mapping[str, Mapping[str, object]]] = {
     "VmConfig": {
         "rate_limit_groups": None,
-        "net": None,
-        "balloon": None,
         "fs": None,
         "generic_vhost_user": None,
-        "pmem": None,
         "debug_console": NotYetObject("DebugConsoleConfig"),
         "devices": None,
         "user_devices": None,
         "vdpa": None,
-        "vsock": None,
         "pvmemcontrol": None,
         "numa": None,
         "iommu": False,
-        "watchdog": False,
         "rtc": None,
-        "pvpanic": False,
         "gdb": NotYet(False, said=False),  # only in builds for debugging
         "pci_segments": None,
         "platform": NotYetObject("PlatformConfig", said=False),
@@ -64,7 +61,7 @@ NOT_YET_KEYS: Final[Mapping[str, Mapping[str, object]]] = {
         "landlock_rules": None,
         "ivshmem": None,
     },
-    "PayloadConfig": {"firmware": None, "igvm": None, "host_data": None, "fw_cfg_config": None},
+    "PayloadConfig": {"igvm": None, "host_data": None, "fw_cfg_config": None},
     "CpusConfig": {
         "topology": None,
         "kvm_hyperv": False,
@@ -88,7 +85,7 @@ NOT_YET_KEYS: Final[Mapping[str, Mapping[str, object]]] = {
         "thp": True,
         "zones": None,
     },
-    **{kind.contract.schema: kind.contract.not_yet for kind in KINDS},
+    **{kind.contract.schema: kind.contract.not_yet for kind in KINDS if not kind.contract.flag},
     "DebugConsoleConfig": {"mode": "Off", "file": None, "iobase": 233},
     "PlatformConfig": {
         "num_pci_segments": 1,
@@ -142,14 +139,12 @@ NOT_YET_ROUTES: Final = frozenset(
         "vm.add-vdpa",
         "vm.add-vsock",
         "vm.coredump",
-        "vm.remove-device",
-        "vm.resize-disk",
         "vm.resize-zone",
         "vm.restore",
         "vm.snapshot",
     }
-)
-"""All are PUT."""
+) - {f"vm.{verb}" for verb in hotplug_verbs()}
+"""All are PUT. What adds a device is there for the kinds that say so."""
 
 
 def markdown_not_yet() -> str:

@@ -22,6 +22,7 @@ import attrs
 import h11
 
 from trivmm.control.contract import API_ROOT
+from trivmm.control.descriptors import Passed
 
 __all__ = [
     "MAX_BODY",
@@ -47,11 +48,13 @@ STREAM_HEAD: Final = (  # by hand: h11 would chunk a body without a length
 
 @attrs.frozen
 class Request:
-    """``name`` is the route without its root (``vm.info``), or None when the path is not under the root."""
+    """``name`` is the route without its root (``vm.info``), or None when the path is not under the root. ``passed`` are
+    descriptors that came with it; what nobody takes of them is closed by the server."""
 
     method: str
     name: str | None
     body: bytes
+    passed: Passed = attrs.field(factory=Passed, eq=False)
 
 
 class Stream(Protocol):

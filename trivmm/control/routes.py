@@ -1,9 +1,10 @@
 """The API's routes: a table from name to verb, and the codes that Cloud Hypervisor answers with.
 
 200 with a JSON body, 204 without one (vmm.shutdown: 200 without one, as there); 400 for what the client got wrong
-(malformed body, wrong method); 404 for an unknown route and where there is no VM to look at or to boot; 501 for a route
-of the contract that does not exist here yet; 500 for everything else, a wrong state included. An error's body is a JSON
-array of strings, outermost to root cause, the first two in Cloud Hypervisor's words.
+(malformed body, wrong method); 404 for an unknown route, where there is no VM to look at or to boot, and for a device
+that it does not have; 501 for a route of the contract that does not exist here yet; 500 for everything else, a wrong
+state included. An error's body is a JSON array of strings, outermost to root cause, the first two in Cloud Hypervisor's
+words.
 """
 
 from __future__ import annotations
@@ -23,15 +24,22 @@ from trivmm.control.progress import progress_body
 from trivmm.control.schema import (
     dump_config,
     load_config,
+    load_device,
     load_receive,
+    load_remove,
     load_resize,
+    load_resize_disk,
     load_resolve,
     load_send,
     parse_json,
+    with_descriptors,
+    without_descriptors,
 )
 from trivmm.control.unknown import Unknown, UnknownKeys
-from trivmm.errors import ConfigError, TrivmmError, VmNotCreated, WrongState, shown
+from trivmm.errors import ConfigError, NoSuchDevice, TrivmmError, VmNotCreated, WrongState, shown
 from trivmm.events import Subscription
+from trivmm.virtio.kind import AnyKind
+from trivmm.virtio.kinds import hotplug_verbs
 from trivmm.vm import VmState
 from trivmm.vmm import Vmm
 
@@ -48,7 +56,8 @@ class Route:
     """``load`` turns the body into the verb's argument, and tells a collector the keys that it doesn't know; None: the
     route takes no body; where that is ``optional``, none is ``{}``. ``fails`` is what its errors say first;
     ``without_vm`` the code where there is none, and ``not_booted`` where the one that is there is in a state that won't
-    do. ``unknown``: it takes the router's collector as its argument."""
+    do. ``unknown``: it takes the router's collector as its argument. ``adds``: the kind of device that it adds; its
+    argument is that configuration, and the descriptors that came along."""
 
     method: str
     run: Callable[[Vmm, Any], Awaitable[Response]]
@@ -58,6 +67,16 @@ class Route:
     not_booted: int = 500
     optional: bool = False
     unknown: bool = False
+    adds: AnyKind | None = None
+
+    def argument(self, request: Request, unknown: Unknown) -> object:
+        """:raises ConfigError:"""
+        if self.load is None:
+            return unknown if self.unknown else None
+        body = {} if self.optional and not request.body else parse_json(request.body)
+        if self.adds is None:
+            return self.load(without_descriptors(body), unknown)
+        return self.load(with_descriptors(self.adds, body, request.passed.fds), unknown), request.passed
 
 
 async def _ping(vmm: Vmm, unknown: UnknownKeys) -> Response:
@@ -121,6 +140,27 @@ async def _resize(vmm: Vmm, data: Any) -> Response:
     return Response(204)
 
 
+async def _add(vmm: Vmm, added: Any) -> Response:
+    """200 with where it is, 204 where that is on paper."""
+    config, passed = added
+    info = await vmm.add_device(config, passed)
+    return Response(204) if info is None else Response.of(attrs.asdict(info))
+
+
+def _adding(kind: AnyKind, fails: str) -> Route:
+    return Route("PUT", _add, partial(load_device, kind), fails, adds=kind)
+
+
+async def _remove(vmm: Vmm, data: Any) -> Response:
+    await vmm.remove_device(data.id)
+    return Response(204)
+
+
+async def _resize_disk(vmm: Vmm, data: Any) -> Response:
+    await vmm.resize_disk(data.id, data.desired_size)
+    return Response(204)
+
+
 async def _cancel(vmm: Vmm, _: None) -> Response:
     vmm.cancel_migration()
     return Response(204)
@@ -177,6 +217,9 @@ ROUTES: Final[Mapping[str, Route]] = {
     "vm.nmi": _verb("nmi", "Error triggering NMI"),
     "vm.power-button": _verb("power_button", "Error triggering power button"),
     "vm.resize": Route("PUT", _resize, load_resize, "The VM could not be resized"),
+    **{f"vm.{verb}": _adding(kind, kind.hotplug.fails) for verb, kind in hotplug_verbs().items() if kind.hotplug},
+    "vm.remove-device": Route("PUT", _remove, load_remove, "The device could not be removed from the VM"),
+    "vm.resize-disk": Route("PUT", _resize_disk, load_resize_disk, "The disk could not be resized"),
     "vm.send-migration": Route("PUT", _send, load_send, "Error dispatching the migration worker", 500),
     "vm.receive-migration": Route("PUT", _receive, load_receive, "Error receiving migration", 500),
     "vm.migration-progress": Route("GET", _progress, fails="The migration's progress is not available"),
@@ -206,17 +249,16 @@ class Router:
         if request.method != route.method:
             asked = shown(request.method)[1:-1]
             return error_response(400, "Bad Request", f"{name} takes {route.method}, not {asked}")
-        argument: object = self.unknown if route.unknown else None
-        if route.load is not None:
-            try:
-                body = {} if route.optional and not request.body else parse_json(request.body)
-                argument = route.load(body, self.unknown)
-            except ConfigError as error:
-                return error_response(400, "Bad Request", *_chain(error))
-        elif request.method == "PUT" and request.body:
+        if route.load is None and request.method == "PUT" and request.body:
             return error_response(400, "Bad Request", f"{name} takes no body")
         try:
+            argument = route.argument(request, self.unknown)
+        except ConfigError as error:
+            return error_response(400, "Bad Request", *_chain(error))
+        try:
             return await route.run(self.vmm, argument)
+        except NoSuchDevice as error:
+            return error_response(404, API_ERROR, route.fails, *_chain(error))
         except VmNotCreated as error:
             return error_response(route.without_vm, API_ERROR, route.fails, *_chain(error))
         except WrongState as error:

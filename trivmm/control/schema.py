@@ -9,7 +9,7 @@ through here too, so both refuse the same things in the same words.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 import attrs
@@ -19,7 +19,9 @@ from trivmm.config import (
     CpusConfig,
     MemoryConfig,
     PayloadConfig,
+    RateLimiterConfig,
     SerialConfig,
+    TokenBucketConfig,
     VmConfig,
 )
 from trivmm.control.contract import NOT_YET_KEYS, REQUIRED_KEYS
@@ -31,20 +33,28 @@ from trivmm.notyet import NotYet, NotYetObject
 from trivmm.state.jsontext import MAX_DEPTH, is_too_deep
 from trivmm.state.strict import Unfit, first_fault, make_converter
 from trivmm.values import not_integer, not_text
+from trivmm.virtio.kind import AnyKind
 from trivmm.virtio.kinds import KINDS, sections
 
 __all__ = [
     "ReceiveMigrationData",
+    "RemoveDeviceData",
     "ResizeData",
+    "ResizeDiskData",
     "ResolveMigrationData",
     "SendMigrationData",
     "dump_config",
     "load_config",
+    "load_device",
     "load_receive",
+    "load_remove",
     "load_resize",
+    "load_resize_disk",
     "load_resolve",
     "load_send",
     "parse_json",
+    "with_descriptors",
+    "without_descriptors",
 ]
 
 T = TypeVar("T")
@@ -80,6 +90,19 @@ class ResizeData:
 
 
 @attrs.frozen
+class RemoveDeviceData:
+    id: str
+
+
+@attrs.frozen
+class ResizeDiskData:
+    """``desired_size`` in bytes."""
+
+    id: str
+    desired_size: int
+
+
+@attrs.frozen
 class _Destination:
     destination_url: str
 
@@ -92,10 +115,14 @@ CLASSES: Final[Mapping[str, tuple[type, ...]]] = {
     "CpusConfig": (CpusConfig,),
     "MemoryConfig": (MemoryConfig,),
     "SerialConfig": (SerialConfig,),
-    **{kind.contract.schema: (kind.config,) for kind in KINDS},
+    **{kind.contract.schema: (kind.config,) for kind in KINDS if not kind.contract.flag},
+    "RateLimiterConfig": (RateLimiterConfig,),
+    "TokenBucket": (TokenBucketConfig,),
     "SendMigrationData": (_Destination, SendOptions),
     "ReceiveMigrationData": (ReceiveMigrationData,),
     "VmResize": (ResizeData,),
+    "VmResizeDisk": (ResizeDiskData,),
+    "VmRemoveDevice": (RemoveDeviceData,),
 }
 OURS: Final[Mapping[str, tuple[type, ...]]] = {"ResolveMigrationData": (ResolveMigrationData,)}
 # The fields of Cloud Hypervisor's structs that are options there, but not None in our classes.
@@ -103,15 +130,23 @@ NULL_IS_LEFT_OUT: Final = {
     ("VmConfig", "payload"),
     ("PayloadConfig", "kernel"),
     ("PayloadConfig", "cmdline"),
+    ("TokenBucket", "one_time_burst"),
     *(("VmConfig", kind.contract.section) for kind in KINDS if kind.contract.many),
+    *(("VmConfig", section) for section in sections()),
 }
 NESTED: Final[Mapping[str, str]] = {
     "payload": "PayloadConfig",
     "cpus": "CpusConfig",
     "memory": "MemoryConfig",
     "serial": "SerialConfig",
-    **{kind.contract.section: kind.contract.schema for kind in KINDS if not kind.contract.many},
+    **{kind.contract.section: kind.contract.schema for kind in KINDS if not kind.contract.many | kind.contract.flag},
 }
+FLAGS: Final = {kind.contract.section for kind in KINDS if kind.contract.flag}
+INNER: Final[Mapping[str, str]] = {
+    "rate_limiter_config": "RateLimiterConfig",
+    "bandwidth": "TokenBucket",
+    "ops": "TokenBucket",
+}  # objects in the objects of devices
 LISTED: Final[Mapping[str, str]] = {kind.contract.section: kind.contract.schema for kind in KINDS if kind.contract.many}
 BEYOND: Final = sections()  # of devices that have no field in VmConfig
 
@@ -162,6 +197,42 @@ def _listed(section: str, item: Any) -> list[tuple[str, Any]]:
     return [(section, item)]
 
 
+def load_device(kind: AnyKind, value: object, unknown: Unknown | None = None) -> Any:
+    """The body of a verb that adds a device: its kind's schema. :raises ConfigError: as :func:`load_config`."""
+    return _load(kind.contract.schema, kind.config, value, unknown)
+
+
+def with_descriptors(kind: AnyKind, body: Any, fds: Sequence[int]) -> Any:
+    """The body of a verb that adds a device, with the descriptors that came along with it in their place: numbers that
+    a client has for them mean nothing here. :raises ConfigError: it names some, and none came."""
+    key = kind.descriptors
+    if not key or not isinstance(body, dict):
+        return body
+    if not fds and body.get(key) is not None:
+        raise _not_passed(key, body[key])
+    return {**body, key: list(fds)} if fds else body
+
+
+def without_descriptors(body: Any) -> Any:
+    """A body with which none come. :raises ConfigError: it names some."""
+    for kind in KINDS:
+        found = body.get(kind.contract.section) if kind.descriptors and isinstance(body, dict) else None
+        for index, each in enumerate(found if isinstance(found, list) else ()):
+            if isinstance(each, dict) and each.get(kind.descriptors) is not None:
+                raise _not_passed(f"{kind.contract.section}[{index}].{kind.descriptors}", each[kind.descriptors])
+    return body
+
+
+def _not_passed(where: str, value: object) -> ConfigError:
+    remedy = "pass them along with a request that adds the device (SCM_RIGHTS)"
+    return ConfigError(where, value, "numbers of descriptors mean nothing to another process", remedy)
+
+
+def load_remove(value: object, unknown: Unknown | None = None) -> RemoveDeviceData:
+    """:raises ConfigError: as :func:`load_config`."""
+    return _load("VmRemoveDevice", RemoveDeviceData, value, unknown)
+
+
 def load_receive(value: object, unknown: Unknown | None = None) -> ReceiveMigrationData:
     """:raises ConfigError: as :func:`load_config`."""
     return _load("ReceiveMigrationData", ReceiveMigrationData, value, unknown)
@@ -170,6 +241,11 @@ def load_receive(value: object, unknown: Unknown | None = None) -> ReceiveMigrat
 def load_resize(value: object, unknown: Unknown | None = None) -> ResizeData:
     """The body of vm.resize, which may be all null or empty. :raises ConfigError: as :func:`load_config`."""
     return _load("VmResize", ResizeData, value, unknown)
+
+
+def load_resize_disk(value: object, unknown: Unknown | None = None) -> ResizeDiskData:
+    """:raises ConfigError: as :func:`load_config`."""
+    return _load("VmResizeDisk", ResizeDiskData, value, unknown)
 
 
 def load_resolve(value: object, unknown: Unknown | None = None) -> ResolveMigrationData:
@@ -184,10 +260,13 @@ def dump_config(config: VmConfig) -> dict[str, Any]:
     for key, schema in NESTED.items():
         if key not in BEYOND:
             made[key] = _dumped(schema, getattr(config, key))
+    made["pvpanic"] = config.pvpanic
     made["payload"] = {key: item for key, item in made["payload"].items() if item != ""}
     for kind in KINDS:
         contract, found = kind.contract, kind.of(config)
-        if contract.many and found:
+        if contract.flag:
+            made[contract.section] = bool(found)
+        elif contract.many and found:
             made[contract.section] = [_dumped(contract.schema, each) for each in found]
         elif contract.section in BEYOND and found:
             made[contract.section] = _dumped(contract.schema, found[0])
@@ -195,7 +274,15 @@ def dump_config(config: VmConfig) -> dict[str, Any]:
 
 
 def _dumped(schema: str, config: Any) -> dict[str, Any]:
-    return {key: item for key, item in attrs.asdict(config).items() if item is not None} | _said(schema)
+    return _without_null(attrs.asdict(config)) | _said(schema)
+
+
+def _without_null(item: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_null(value) if isinstance(value, dict) else value
+        for key, value in item.items()
+        if value is not None
+    }
 
 
 def _said(schema: str) -> dict[str, Any]:
@@ -248,12 +335,18 @@ _LEFT_OUT: Final = object()
 def _nested(schema: str, key: str, item: object, where: str, unknown: Unknown) -> object:
     if item is None and (schema, key) in NULL_IS_LEFT_OUT:
         return _LEFT_OUT
+    if schema == "VmConfig" and key in FLAGS:
+        if not isinstance(item, bool):
+            raise ConfigError(where, item, "wrong type", "give true or false")
+        return {} if item else _LEFT_OUT
     if schema == "VmConfig" and key in LISTED:
         if not isinstance(item, list):
             raise ConfigError(where, item, "not a list", f"give a list of {key}")
         return [_checked(LISTED[key], each, f"{where}[{index}]", unknown) for index, each in enumerate(item)]
     if schema == "VmConfig" and key in NESTED:
         return _checked(NESTED[key], item, where, unknown)
+    if key in INNER and item is not None:
+        return _checked(INNER[key], item, where, unknown)
     return item
 
 

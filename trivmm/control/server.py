@@ -1,7 +1,7 @@
 """The API server: h11 on trio over a unix socket.
 
 The socket is :mod:`trivmm.unixsocket`'s: made at a path with a lock file beside it (both go away with the server), or
-passed in. Reads are ``recvmsg``: descriptors that a client passes are received and, as nothing here uses them, closed.
+passed in. Reads are ``recvmsg``: descriptors that a client passes go with its request (``trivmm.control.descriptors``).
 A request has ``api_read`` from its first byte to its last, a response ``api_write``, an idle connection ``api_idle``; a
 running handler is bounded by its own operation.
 
@@ -21,7 +21,6 @@ cancellation, for half of ``shutdown_grace`` at the most.
 
 from __future__ import annotations
 
-import array
 import contextlib
 import errno
 import logging
@@ -38,6 +37,7 @@ import attrs
 import trio
 
 from trivmm.control.connections import Doing, Table
+from trivmm.control.descriptors import SPACE, Passed
 from trivmm.control.http import Bad, HttpConnection, OpenStream, Request, Response, State, Stream, error_response
 from trivmm.deadlines import Deadlines
 from trivmm.errors import DeadlineError
@@ -55,7 +55,6 @@ MAX_HELD: Final = 32 << 20  # of half-sent bodies, all connections together
 MAX_STREAMS: Final = 16  # each keeps a connection for as long as its client likes
 ROOM: Final = 8  # connections given up at once when no descriptor is left: the VM may be who needs one
 READ_BYTES: Final = 64 << 10
-MAX_FDS: Final = 253  # the kernel's SCM_MAX_FD: no message carries more
 LINGER_S: Final = 1.0
 LINGER_READS: Final = 256  # 16 MiB at the most
 MAX_STREAM_INPUT: Final = 16 << 10  # a client that has asked for a stream has nothing more to say
@@ -106,6 +105,7 @@ def _how_many() -> int:
 class _Connection:
     sock: trio.socket.SocketType
     http: HttpConnection = attrs.field(factory=HttpConnection)
+    passed: Passed = attrs.field(factory=Passed)  # since the last request
 
     def has_input(self) -> bool:
         poll = select.poll()
@@ -212,7 +212,7 @@ class _Server:
                         await self._send(connection, http.answer(event.response, close=True))
                         await self._linger(connection)
                     elif event is not None:
-                        response = await self._handled(connection, event)
+                        response = await self._handled(connection, attrs.evolve(event, passed=connection.passed))
                         event = None  # its body is not kept while a slow client takes the answer
                         await self._answer(connection, response)
             except DeadlineError as error:
@@ -220,6 +220,7 @@ class _Server:
             except (OSError, trio.ClosedResourceError) as error:
                 logger.info("API connection lost: %s", error)
             finally:
+                connection.passed.close()
                 self._table.remove(connection)
 
     # --- one request -----------------------------------------------------------------------------------------------
@@ -253,6 +254,7 @@ class _Server:
     async def _handled(self, connection: _Connection, request: Request) -> Response:
         try:
             response = await self._handler(request)
+            request.passed.close()
         except trio.Cancelled:
             response = error_response(500, f"{request.name} was cancelled", "the VMM is shutting down")
             with trio.move_on_after(self._deadlines.api_write, shield=True):
@@ -328,16 +330,9 @@ class _Server:
     # --- bytes -----------------------------------------------------------------------------------------------------
 
     async def _receive(self, connection: _Connection) -> bytes:
-        """Bounded by the caller. Descriptors that come along are closed."""
-        space = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
-        data, ancillary, _, _ = await connection.sock.recvmsg(READ_BYTES, space, socket.MSG_CMSG_CLOEXEC)
-        for level, kind, payload in ancillary:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                fds = array.array("i")
-                fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
-                for fd in fds:
-                    os.close(fd)
-                logger.info("closed %d descriptors that came with an API request: nothing uses them yet", len(fds))
+        """Bounded by the caller."""
+        data, ancillary, _, _ = await connection.sock.recvmsg(READ_BYTES, SPACE, socket.MSG_CMSG_CLOEXEC)
+        connection.passed.receive(ancillary)
         if connection not in self._table:
             raise trio.ClosedResourceError("given up for others")
         return data

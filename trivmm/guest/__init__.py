@@ -12,11 +12,26 @@ over PCI), and reports in lines on COM1. Its words on the command line:
 ``window=1``    every other cycle through the PCI config-access capability
 ``race=1``      CPU 0 resets the rng while CPU 1 activates it, every 20 ms; ``race=2``: without a pause
 ``event_idx=1`` ``indirect=1``   negotiate these ring features
+``keys=1``      show what is typed on COM1, in a line ``TYPED …`` of its own
+``hostile=N``   a driver that lies to the rng in every way, from the seed N; the other devices are to notice nothing
 ``echo=1``      echo on the virtio console what is typed there
-``sectors=N``   sectors to use of each disk, at most 4096; ``disks=N`` disks to cycle, 1 to 8
+``vsock=1``       serve vsock ports 1 (echo), 2 (checks a pattern), 3 (sends it); ``vsock_out=N`` connects to the host's
+``balloon=MiB`` give pages away from so much RAM behind that of ``mem=``; ``balloon_report=1`` report free ones too
+``pmem=N``      store in, and check, N pages of the persistent memory, and flush it
+``watchdog=N``  ping the watchdog N times, and then no more
+``pvpanic=N``   say N to pvpanic, again and again
+``sectors=N``   sectors to use of each disk, at most 4096; ``disks=N`` disks to cycle, 1 to 8, by ``blk_queues=N`` of
+                their queues, 1 to 4; ``blk_clear=1``: discard and zero blocks, too
+``cycle=load``  random reads of ``load_kib=N`` (4, to 64), or with ``load_write=1`` writes, of the first disk,
+                ``load_depth=N`` of them at once (16): for benchmarks; a block of 4 KiB begins with its number
+``net=1``       drive the network interface; ``net_mib=N`` to send the other end, which is one like this, in frames of
+                ``net_frame=bytes`` (1400), received into buffers of ``net_buffer=bytes`` (65536). With ``net_ip=N`` it
+                answers ARP and pings there; with ``net_gateway=N`` and ``net_port=N`` it asks a UDP server that echoes
 ``beat=ms``     heartbeat period; ``report=ms`` report period
 ``once=N``      power off after N activations; ``reboot=N`` reboots by the i8042
 ``corrupt=1``   self-test: spoil two pages, which must be reported as LOST and STALE
+``plug=1``      serve PCI hotplug: use disks that come, eject those that are to go; ``plug=2``: never eject;
+                ``plug=3``: eject in the middle of whatever goes on
 ``tsc_khz=N``   the TSC's frequency
 ==============  ====================================================================================================
 

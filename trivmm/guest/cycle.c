@@ -42,9 +42,15 @@ void describe(struct vdev *dev, uint32_t at, volatile void *address, uint32_t le
     dev->rings->desc[at] = (struct desc){(uint64_t)address, length, flags, 0};
 }
 
+/* The queue that has the request. */
+static struct vdev *asked(struct cycle *cycle)
+{
+    return cycle->asked ? cycle->asked : &cycle->dev;
+}
+
 static void stuck(struct cycle *cycle, const char *what)
 {
-    struct vdev *dev = &cycle->dev;
+    struct vdev *dev = asked(cycle);
     cycle->counters->stuck++;
     requests_stuck++;
     note_problem(what, dev->slot, irq_count[dev->vector + 1] - dev->irq_seen, dev->rings->used.index - dev->next_used);
@@ -104,7 +110,7 @@ void cycle_step(struct cycle *cycle)
         cycle->state = CYCLE_WAIT;
         return;
     case CYCLE_WAIT:
-        if (vdev_finished(dev, &length)) {
+        if (vdev_finished(asked(cycle), &length)) {
             cycle->check(cycle, length);
             cycle->counters->ios++;
             cycle->state = ++cycle->ios < IOS_A_CYCLE ? CYCLE_SUBMIT : CYCLE_RESET;

@@ -21,6 +21,12 @@ struct driver {
 
 extern struct driver *const drivers[]; /* ends with NULL */
 
+/* blk.c: a disk that has come to a slot; 1 it is one. Each is cycled by blk_step_plugged. */
+int blk_plug(uint32_t slot);
+void blk_step_plugged(void);
+int blk_unplug(uint32_t slot); /* 1 it is at rest, and forgotten */
+void blk_forget(uint32_t slot);
+
 /* What a driver of its own kind counts; `cycle` adds all of its kind. */
 struct device_counters {
     volatile uint64_t activations, ios, stuck, needs_reset, raced;
@@ -31,6 +37,7 @@ enum cycle_state { CYCLE_RESET, CYCLE_START, CYCLE_SUBMIT, CYCLE_WAIT };
 /* A device that is cycled. `submit` offers one request; `check` looks at what came back of it, `length` bytes. */
 struct cycle {
     struct vdev dev;
+    struct vdev *asked; /* set by `submit`: the queue that has the request, where it is not the first */
     struct device_counters *counters;
     void (*submit)(struct cycle *cycle);
     void (*check)(struct cycle *cycle, uint32_t length);

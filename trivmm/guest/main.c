@@ -108,7 +108,7 @@ static void parse_word(const char *word)
         {"beat=", &options.beat_ms},    {"report=", &options.report_ms},    {"once=", &options.once},
         {"window=", &options.window},   {"race=", &options.race},           {"corrupt=", &options.corrupt},
         {"reboot=", &options.reboot},   {"event_idx=", &options.event_idx}, {"indirect=", &options.indirect},
-        {NULL, NULL},
+        {"keys=", &options.keys},       {NULL, NULL},
     };
     take(word, words);
     for (struct driver *const *each = drivers; *each; each++)
@@ -229,10 +229,28 @@ static void report(uint64_t began, uint64_t beats, uint64_t gap)
     put_line();
 }
 
+/* One key a report. With keys=1 all that was typed, which is shown as a terminal shows it: control keys with a caret. */
+static int key_q(void)
+{
+    int key = console_key(), quit = key == 'q';
+    if (!options.keys || !key)
+        return quit;
+    put("TYPED ");
+    for (int shown = 0; key && shown < KEYS_A_REPORT; shown++) {
+        quit |= key == 'q';
+        char text[3] = {(char)key, 0, 0};
+        if (key < 0x20)
+            text[0] = '^', text[1] = (char)(key + '@');
+        put(text);
+        key = console_key();
+    }
+    put_line();
+    return quit;
+}
+
 static void leave_if_done(void)
 {
-    int key = console_key();
-    if (key == 'q' || (options.once && activations >= options.once))
+    if (key_q() || (options.once && activations >= options.once))
         power_off();
     if (options.reboot && activations >= options.reboot) {
         put("PROBE reboot\n");

@@ -10,10 +10,11 @@
 #define GENERATIONS 0x00800000ul /* the truth about each page: 7 MiB, enough for 7 GiB */
 #define TEST_BASE 0x01000000ul
 #define STUCK_SECONDS 30
+#define KEYS_A_REPORT 64
 
 struct options {
     uint32_t cpus, rate, mem_mib, beat_ms, report_ms, once, reboot;
-    uint32_t window, race, corrupt, event_idx, indirect;
+    uint32_t window, race, corrupt, event_idx, indirect, keys;
     uint64_t tsc_khz;
 };
 

@@ -51,51 +51,59 @@ static uint32_t queues_of(const struct vdev *dev)
     return count;
 }
 
-/* Find the nth modern device with this id (from 0); 1 found, with its structures located and vectors of its own. */
-int vdev_find(struct vdev *dev, uint16_t device_id, uint32_t nth)
+/* Locate the structures of the modern device in a slot; 1 done. It has vectors of its own, which stay its `dev`'s. */
+int vdev_at(struct vdev *dev, uint32_t slot)
 {
     static uint32_t vectors_used;
-    for (uint32_t slot = 1; slot < 32; slot++) {
-        if (pci_read(slot, 0, 4) != ((uint32_t)device_id << 16 | 0x1af4) || nth--)
-            continue;
+    if (!dev->vector) {
         if (vectors_used + 1 + queues_of(dev) > IRQ_COUNT)
             return 0;
         dev->vector = IRQ_BASE + vectors_used;
         vectors_used += 1 + queues_of(dev);
-        pci_write(slot, 4, 2, pci_read(slot, 4, 2) | 6); /* memory, bus master */
-        uint32_t budget = MAX_CAPS;
-        for (uint32_t cap = pci_read(slot, 0x34, 1); cap && budget--; cap = pci_read(slot, cap + 1, 1)) {
-            uint32_t id = pci_read(slot, cap, 1);
-            if (id == CAP_MSIX) {
-                uint32_t table = pci_read(slot, cap + 4, 4);
-                dev->msix = (volatile uint32_t *)(bar(slot, table & 7) + (table & ~7u));
-                pci_write(slot, cap + 2, 2, 0x8000); /* enable, function not masked */
-            }
-            if (id != CAP_VENDOR)
-                continue;
-            uint32_t kind = pci_read(slot, cap + 3, 1), index = pci_read(slot, cap + 4, 1);
-            uint32_t offset = pci_read(slot, cap + 8, 4);
-            if (kind == CFG_PCI) {
-                dev->window_cap = cap;
-                continue;
-            }
-            volatile uint8_t *at = bar(slot, index) + offset;
-            if (kind == CFG_COMMON) {
-                dev->common = at;
-                dev->bar_of_common = index;
-                dev->common_offset = offset;
-            } else if (kind == CFG_NOTIFY) {
-                dev->notify = at;
-                dev->notify_multiplier = pci_read(slot, cap + 16, 4);
-            } else if (kind == CFG_ISR) {
-                dev->isr = at;
-            } else if (kind == CFG_DEVICE) {
-                dev->config = at;
-            }
-        }
-        dev->slot = slot;
-        return dev->common && dev->notify && dev->msix;
     }
+    pci_write(slot, 4, 2, pci_read(slot, 4, 2) | 6); /* memory, bus master */
+    dev->common = dev->notify = dev->isr = dev->config = NULL;
+    dev->msix = NULL;
+    uint32_t budget = MAX_CAPS;
+    for (uint32_t cap = pci_read(slot, 0x34, 1); cap && budget--; cap = pci_read(slot, cap + 1, 1)) {
+        uint32_t id = pci_read(slot, cap, 1);
+        if (id == CAP_MSIX) {
+            uint32_t table = pci_read(slot, cap + 4, 4);
+            dev->msix = (volatile uint32_t *)(bar(slot, table & 7) + (table & ~7u));
+            pci_write(slot, cap + 2, 2, 0x8000); /* enable, function not masked */
+        }
+        if (id != CAP_VENDOR)
+            continue;
+        uint32_t kind = pci_read(slot, cap + 3, 1), index = pci_read(slot, cap + 4, 1);
+        uint32_t offset = pci_read(slot, cap + 8, 4);
+        if (kind == CFG_PCI) {
+            dev->window_cap = cap;
+            continue;
+        }
+        volatile uint8_t *at = bar(slot, index) + offset;
+        if (kind == CFG_COMMON) {
+            dev->common = at;
+            dev->bar_of_common = index;
+            dev->common_offset = offset;
+        } else if (kind == CFG_NOTIFY) {
+            dev->notify = at;
+            dev->notify_multiplier = pci_read(slot, cap + 16, 4);
+        } else if (kind == CFG_ISR) {
+            dev->isr = at;
+        } else if (kind == CFG_DEVICE) {
+            dev->config = at;
+        }
+    }
+    dev->slot = slot;
+    return dev->common && dev->notify && dev->msix;
+}
+
+/* Find the nth modern device with this id (from 0); 1 found, see vdev_at. */
+int vdev_find(struct vdev *dev, uint16_t device_id, uint32_t nth)
+{
+    for (uint32_t slot = 1; slot < 32; slot++)
+        if (pci_read(slot, 0, 4) == ((uint32_t)device_id << 16 | 0x1af4) && !nth--)
+            return vdev_at(dev, slot);
     return 0;
 }
 

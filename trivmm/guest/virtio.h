@@ -57,6 +57,7 @@ struct vdev {
 
 uint32_t pci_read(uint32_t slot, uint32_t offset, uint32_t size);
 void pci_write(uint32_t slot, uint32_t offset, uint32_t size, uint32_t value);
+int vdev_at(struct vdev *dev, uint32_t slot);
 int vdev_find(struct vdev *dev, uint16_t device_id, uint32_t nth);
 uint32_t common_read(struct vdev *dev, uint32_t offset, uint32_t size);
 void common_write(struct vdev *dev, uint32_t offset, uint32_t size, uint32_t value);

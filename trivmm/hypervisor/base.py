@@ -20,6 +20,7 @@ Implementations derive from the protocols. What a back end need not have, has a 
 
 from __future__ import annotations
 
+import struct
 import time
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Final, Literal, Protocol, TypeAlias
@@ -33,17 +34,22 @@ from trivmm.values import AtMost, Name
 
 __all__ = [
     "INTERRUPTED",
+    "LONG_MODE_GDT",
     "AnyVcpu",
     "Crashed",
     "Hypervisor",
     "Interrupted",
+    "LongModeEntry",
+    "MemoryFault",
     "Outcome",
+    "PvhEntry",
     "TaskVcpu",
     "ThreadVcpu",
     "VcpuBackend",
     "VcpuState",
     "VmBackend",
     "VmBackendState",
+    "triple_fault",
 ]
 
 
@@ -58,9 +64,14 @@ class Interrupted:
 INTERRUPTED: Final = Interrupted()
 
 
+def triple_fault(details: str) -> GuestRequest:
+    """The CPU met a fault that it could not deliver, nor that of the delivery: it stands still, and a PC resets it."""
+    return GuestRequest("reset", "triple fault", details)
+
+
 @attrs.frozen
 class Crashed:
-    """The vCPU can't go on: a triple fault, or its hypervisor gave up. ``reason`` in a few words, ``details`` as
+    """The vCPU can't go on: its hypervisor gave up. ``reason`` in a few words, ``details`` as
     :meth:`VcpuBackend.describe` told it in that moment."""
 
     reason: str
@@ -69,6 +80,32 @@ class Crashed:
 
 Outcome: TypeAlias = Interrupted | Ticket | GuestRequest | Crashed
 """Why a vCPU came back: a kick, what a write asked of it (to park, to leave for the board's sake), or its end."""
+
+
+# --- boot ----------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class PvhEntry:
+    """The x86/HVM direct boot ABI (PVH): 32-bit protected mode, flat, EBX the start info."""
+
+    entry_gpa: int
+    start_info_gpa: int
+
+
+@attrs.frozen
+class LongModeEntry:
+    """64-bit mode with ``page_tables_gpa`` in CR3, flat, interrupts off, RSI the zero page: Linux' 64-bit entry, which
+    wants 0x10 and 0x18 to be its segments (``gdt_gpa``: :data:`LONG_MODE_GDT` goes there)."""
+
+    entry_gpa: int
+    zero_page_gpa: int
+    page_tables_gpa: int
+    gdt_gpa: int
+
+
+LONG_MODE_GDT: Final = struct.pack("<5Q", 0, 0, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF, 0)
+"""64-bit code at 0x10, flat data at 0x18."""
 
 
 # --- state ---------------------------------------------------------------------------------------------------
@@ -93,6 +130,13 @@ class VmBackendState:
     blobs: Blobs
 
 
+class MemoryFault(Protocol):
+    """Asked when the guest may have touched a page that is gone: gives why it can't go on, or None where that is not
+    it. ``stopped``: an access has failed; else the CPU went on, with zeros. Any thread."""
+
+    def __call__(self, *, stopped: bool) -> str | None: ...
+
+
 # --- protocols -----------------------------------------------------------------------------------------------
 
 
@@ -111,8 +155,8 @@ class VcpuBackend(Protocol):
         """A non-maskable interrupt, taken when the vCPU next runs. A vCPU that waits for its INIT or SIPI gets none, as
         on hardware."""
 
-    def set_boot_state(self, entry_gpa: int, start_info_gpa: int) -> None:
-        """The boot vCPU's registers as the x86/HVM direct boot ABI (PVH) wants them."""
+    def set_boot_state(self, entry: PvhEntry | LongModeEntry) -> None:
+        """The boot vCPU's registers for what boots otherwise than from the reset vector."""
 
     def save(self) -> VcpuState: ...
 
@@ -177,8 +221,18 @@ class VmBackend(Protocol):
     live_copy: bool = True
     """Whether there is a dirty log; without one a VM is copied while it stands still."""
 
-    def add_memory(self, slot: int, gpa: int, size: int, hva: int) -> None:
-        """Give the guest RAM: ``size`` bytes at host address ``hva``, shared with the VMM."""
+    def add_memory(self, slot: int, gpa: int, size: int, hva: int, *, rom: bool = False) -> None:
+        """Give the guest memory: ``size`` bytes at host address ``hva``, shared with the VMM. ``rom``: it can't write
+        there, and is not logged; its writes are accesses of the bus."""
+
+    memory_fault: MemoryFault | None = None
+    """Who knows why memory that the guest has may be gone (``trivmm.memory.device_memory``), once there is such."""
+
+    def add_device_memory(self, slot: int, gpa: int, size: int, hva: int) -> None:
+        """As :meth:`add_memory`, of memory that no dirty log covers. :raises HypervisorError: not any more."""
+
+    def remove_device_memory(self, slot: int, gpa: int, size: int) -> None:
+        """Take it away again. The guest does not use it. :raises HypervisorError: it can't be, any more."""
 
     def attach_memory(self, memory: Any) -> None:
         """An offer: all of guest RAM as C sees it (cffi ``struct tv_memory *``), for a back end that must reach it by

@@ -23,9 +23,10 @@ __all__ = ["Disks"]
 
 @attrs.frozen(eq=False)
 class Disks:
-    """``calls`` makes one call at a time, in the order in which they were asked for."""
+    """``storages()`` are those that there are. ``calls`` makes one call at a time, in the order in which they were
+    asked for."""
 
-    storages: Sequence[Storage]
+    storages: Callable[[], Sequence[Storage]]
     calls: KernelCalls
 
     async def _each(
@@ -35,11 +36,13 @@ class Disks:
         at_most_s: float,
         late: Callable[[None], None] | None = None,
     ) -> None:
+        storages = self.storages()
+
         def all_of_them() -> None:
-            for storage in self.storages:
+            for storage in storages:
                 work(storage)
 
-        if self.storages:  # else not even a thread
+        if storages:  # else not even a thread
             await self.calls.call(what, all_of_them, at_most_s=at_most_s, late=late)
 
     async def flush(self, at_most_s: float) -> None:
@@ -88,5 +91,5 @@ class Disks:
 
     def give_up(self) -> None:
         """The locks, here and now: in an emergency, and where nobody can wait. Any thread."""
-        for storage in self.storages:
+        for storage in self.storages():
             storage.release_lock()

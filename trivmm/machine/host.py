@@ -16,7 +16,7 @@ from trivmm.config import VmConfig
 from trivmm.deadlines import Deadlines
 from trivmm.errors import WrongState
 from trivmm.hypervisor.base import Hypervisor
-from trivmm.machine.board import Board
+from trivmm.machine.board import Board, Kept
 from trivmm.machine.build import build_board, check_board, close_sinks, open_sinks
 from trivmm.machine.disks import Disks
 from trivmm.machine.machine import Machine, open_machine
@@ -38,14 +38,16 @@ def _set_event() -> trio.Event:
 @attrs.define(eq=False)
 class MachineHost:
     """``machine`` is the one that is there, ``board`` that one's, or the last one's. ``on_event(kind, device,
-    generation)`` tells of devices, ``on_guest_request()`` that the guest wants something of its owner; both in the trio
-    thread."""
+    generation)`` tells of devices, ``on_guest_request()`` that the guest wants something of its owner, ``on_removed(id,
+    bdf)`` that it has let go of a device, ``on_panic(word)`` what it says of itself; all in the trio thread."""
 
     hypervisor: Hypervisor
     deadlines: Deadlines
     nursery: trio.Nursery
-    on_event: Callable[[str, str, int], None]
+    on_event: Callable[..., None]
     on_guest_request: Callable[[], None]
+    on_removed: Callable[[str, str], None]
+    on_panic: Callable[[str], None] = lambda word: None
     kernel: KernelCalls = attrs.field(
         default=attrs.Factory(lambda self: KernelCalls(self.deadlines, self.hypervisor.threads), takes_self=True),
         init=False,
@@ -60,6 +62,7 @@ class MachineHost:
     board: Board | None = attrs.field(default=None, init=False)
     new_board: trio.Event = attrs.field(factory=trio.Event, init=False)  # set, and replaced, with every board
     closing: bool = attrs.field(default=False, init=False)  # the nursery's owner ends it
+    _token: trio.lowlevel.TrioToken = attrs.field(factory=trio.lowlevel.current_trio_token, init=False)
     _ended: trio.Event = attrs.field(factory=_set_event, init=False)  # everything of the machine is closed and freed
     _end: trio.Event = attrs.field(factory=trio.Event, init=False)
 
@@ -73,13 +76,15 @@ class MachineHost:
         """Threads that outlived their deadline, by name."""
         return (() if self.board is None else tuple(self.board.stuck)) + self.kernel.stuck + self.storage.stuck
 
-    async def boot(self, config: VmConfig, kept: Mapping[str, Sink] | None = None) -> Machine:
-        """A machine with its payload loaded, its vCPUs parked. What is ``kept`` of the one before is closed when it
-        fails.
+    async def boot(self, config: VmConfig, kept: Kept | None = None) -> Machine:
+        """A machine with its payload loaded, its vCPUs parked. The sinks that are ``kept`` of the one before are closed
+        when it fails.
 
         :raises ConfigError: naming the field, the value and the remedy; nothing is left behind."""
-        board = await self._build(config, kept)
+        board = await self._build(config, None if kept is None else kept.sinks)
         try:
+            if kept is not None:
+                board.fixed["cmos"].after_reset(kept.cmos)
             await self._in_pieces(board.load_payload)  # seconds, where the kernel is to be unpacked
             return await self._house(board)
         except BaseException:
@@ -94,7 +99,7 @@ class MachineHost:
         try:
             prepare(board)
             # Cached when the VM was here before, perhaps: gone by COMMIT, when the guest waits for that.
-            await Disks(board.storages, self.storage).refresh(self.deadlines.handshake / 2)
+            await Disks(lambda: board.storages, self.storage).refresh(self.deadlines.handshake / 2)
             await self._in_pieces(board.check_payload)
             return await self._house(board, stage=Stage.UNLOCKED)
         except BaseException:
@@ -106,7 +111,14 @@ class MachineHost:
         sinks = {} if incoming else open_sinks(config, kept)
 
         def work() -> Board:
-            return build_board(config, self.hypervisor, on_event=self.on_event, incoming=incoming, sinks=sinks)
+            return build_board(
+                config,
+                self.hypervisor,
+                on_event=self.on_event,
+                on_panic=lambda word: self._token.run_sync_soon(self.on_panic, word),
+                incoming=incoming,
+                sinks=sinks,
+            )
 
         try:
             board = await self.kernel.call("building the machine", work, late=Board.close)
@@ -152,6 +164,7 @@ class MachineHost:
                 kernel=self.kernel,
                 storage=self.storage,
                 on_guest_request=self.on_guest_request,
+                on_removed=self.on_removed,
             ) as machine:
                 task_status.started(machine)
                 # If start() was cancelled meanwhile it waits for this task: leave before the shield, not after.

@@ -26,6 +26,11 @@ class Interrupts:
     wanted: bool = False
     _connected: bool | None = attrs.field(default=False, init=False)  # the thread's; None: half way
 
+    @property
+    def connected(self) -> bool:
+        """Whether they are now. In the kernel calls' thread."""
+        return self._connected is True
+
     def agree(self) -> None:
         """In the kernel calls' thread."""
         while self._connected is not self.wanted:

@@ -20,13 +20,14 @@ from trivmm.deadlines import Deadlines
 from trivmm.errors import DeadlineError, GuestCrash, HypervisorError, MigrationError, TrivmmError
 from trivmm.machine.board import Board
 from trivmm.machine.disks import Disks
+from trivmm.machine.gate import Gate
+from trivmm.machine.hotplug import Hotplug
 from trivmm.machine.interrupts import Interrupts
 from trivmm.machine.saved import describe, load_state, save_board
 from trivmm.memory.dirty_log import DirtyLog, HostWriters
 from trivmm.memory.guest import GuestMemory
-from trivmm.nursery.activation import ActivationActor
 from trivmm.nursery.kernel import KernelCalls
-from trivmm.nursery.tree import open_tree
+from trivmm.nursery.tree import Actor, open_tree
 from trivmm.nursery.vcpu import Vcpu
 from trivmm.nursery.vcpus import VcpuSet
 from trivmm.platform.line import Line
@@ -38,14 +39,14 @@ __all__ = ["Machine", "open_machine"]
 logger = logging.getLogger(__name__)
 
 ATTACH_TRIES: Final = 5  # of the kernel, whose answer may be another one a moment later
-DRAIN_SHARE: Final = 0.25  # of the downtime that is left: a sink that stalls must not use up all of it
 
 
 @attrs.define(eq=False)
 class Machine:
     """A built board with its tasks. ``wanted`` says what the owner wants, ``stage`` how far it is stopped.
 
-    ``on_guest_request()`` is called in the trio thread when the guest asked for a reset or power-off, or crashed.
+    ``on_guest_request()`` is called in the trio thread when the guest asked for a reset or power-off, or crashed;
+    ``on_removed(id, bdf)`` when it has ejected a device, and that is gone.
     """
 
     board: Board
@@ -54,9 +55,11 @@ class Machine:
     storage: KernelCalls
     on_guest_request: Callable[[], None] = lambda: None
     vcpu_type: type[Vcpu] = Vcpu
+    on_removed: Callable[[str, str], None] = lambda name, bdf: None
     wanted: Stage = attrs.field(default=Stage.PAUSED, init=False)  # by its owner: RUNNING or PAUSED
     guest_request: GuestRequest | None = attrs.field(default=None, init=False)
     crash: GuestCrash | None = attrs.field(default=None, init=False)
+    fault: GuestCrash | None = attrs.field(default=None, init=False)  # why the guest asks for a reset unasked
     vcpus: VcpuSet = attrs.field(default=attrs.Factory(lambda self: self._vcpus(), takes_self=True), init=False)
     interrupts: Interrupts = attrs.field(
         default=attrs.Factory(
@@ -72,7 +75,21 @@ class Machine:
         init=False,
     )
     disks: Disks = attrs.field(
-        default=attrs.Factory(lambda self: Disks(self.board.storages, self.storage), takes_self=True), init=False
+        default=attrs.Factory(lambda self: Disks(lambda: self.board.storages, self.storage), takes_self=True),
+        init=False,
+    )
+    hotplug: Hotplug = attrs.field(
+        default=attrs.Factory(
+            lambda self: Hotplug(
+                self.board, self.deadlines, self.kernel, self.storage, self.interrupts, self.on_removed
+            ),
+            takes_self=True,
+        ),
+        init=False,
+    )
+    gate: Gate = attrs.field(
+        default=attrs.Factory(lambda self: Gate(self.board, self.hotplug.ejector, self.deadlines), takes_self=True),
+        init=False,
     )
     ladder: Ladder = attrs.field(default=attrs.Factory(lambda self: self._ladder(), takes_self=True), init=False)
     _token: trio.lowlevel.TrioToken = attrs.field(factory=trio.lowlevel.current_trio_token, init=False)
@@ -81,9 +98,6 @@ class Machine:
         return VcpuSet(self.board.cpus, self.board.bus, self, self.deadlines, self.vcpu_type)
 
     def _ladder(self) -> Ladder:
-        async def gate(at_most_s: float) -> None:
-            await self.close_gate(at_most_s, drain_s=at_most_s * DRAIN_SHARE)
-
         async def nothing(at_most_s: float) -> None:
             """:meth:`save` takes the state."""
 
@@ -97,7 +111,7 @@ class Machine:
             Stage.DETACHED,
             {
                 Stage.PAUSED: Rung(self._pause_vcpus, self._resume_vcpus),
-                Stage.GATED: Rung(gate, self._open_gate),
+                Stage.GATED: Rung(self.gate.down, self.gate.up),
                 Stage.DETACHED: Rung(self.interrupts.detach, self._attach),
                 Stage.SAVED: Rung(nothing, thaw),
                 Stage.FLUSHED: Rung(self._flush_disks, stay_flushed),
@@ -112,12 +126,16 @@ class Machine:
     # --- what the nursery tree houses ------------------------------------------------------------------------
 
     @property
-    def actors(self) -> Sequence[ActivationActor]:
-        return [slot.actor for slot in self.board.devices]
+    def actors(self) -> Sequence[Actor]:
+        return [*(slot.actor for slot in self.board.devices), self.hotplug.ejector]
 
     @property
     def lines(self) -> Mapping[str, Line]:
         return self.board.lines
+
+    async def close_gate(self, at_most_s: float) -> None:
+        """See :meth:`Gate.close`."""
+        await self.gate.close(at_most_s)
 
     def note_stuck(self, why: str, *, in_use: bool = False) -> None:
         self.board.note_stuck(why, in_use=in_use)
@@ -125,6 +143,9 @@ class Machine:
     # --- from vCPU threads -----------------------------------------------------------------------------------
 
     def take_request(self, vcpu: int, request: GuestRequest) -> None:
+        if request.details:
+            self.fault = GuestCrash(vcpu, request.why, request.details)
+            logger.warning("vcpu%d: %s\n%s", vcpu, request.why, request.details)
         self._token.run_sync_soon(self._note_request, request)
 
     def take_crash(self, error: GuestCrash) -> None:
@@ -140,8 +161,7 @@ class Machine:
     def _note_request(self, request: GuestRequest) -> None:
         if self.guest_request is None or request.kind == "crash":
             self.guest_request = request
-        for vcpu in self.vcpus.vcpus:
-            vcpu.request_pause()  # the others stop too: the machine waits for its owner
+        self.vcpus.request_pause()  # the others stop too: the machine waits for its owner
         self.on_guest_request()
 
     # --- the owner's verbs -----------------------------------------------------------------------------------
@@ -165,8 +185,8 @@ class Machine:
 
     async def nmi(self) -> None:
         """Give every vCPU a non-maskable interrupt; a paused machine takes it when it resumes.
-
-        :raises PauseTimeout: naming who did not stop for it; nobody got one, the machine runs."""
+        :raises PauseTimeout: naming who did not stop for it; nobody got one, the machine runs.
+        :raises HypervisorError: at the first vCPU that could not be given one; those before it have theirs."""
         before = self.stage
         try:
             await self.ladder.down(Stage.PAUSED, lambda: math.inf)  # a back end takes it only between two runs
@@ -182,36 +202,13 @@ class Machine:
 
     async def _pause_vcpus(self, at_most_s: float) -> None:
         await self.vcpus.pause(at_most_s=at_most_s)
+        self.board.guest_runs(False)
 
     async def _resume_vcpus(self) -> None:
         """Only where the guest has not asked for a verdict."""
-        if self.guest_request is None:
-            self.vcpus.resume()
-        else:
-            for vcpu in self.vcpus.vcpus:
-                vcpu.request_pause()
-
-    async def close_gate(self, at_most_s: float, *, drain_s: float = math.inf) -> None:
-        """No activation starts or takes effect, no queue takes a chain, in-flight work ends. Console output may take
-        ``drain`` or ``drain_s``, whichever is less: what is left is part of the state.
-
-        :raises DeadlineError: ``quiesce``, naming the device; the gate may be half closed."""
-
-        def diagnose() -> str:
-            late = [slot.actor for slot in self.board.devices if slot.actor.busy]
-            names = ", ".join(f"{each.name} ({each.stuck or each.state.stage.value})" for each in late)
-            return f"in-flight work did not end: {names or 'console output'}"
-
-        with self.deadlines.enter("quiesce", diagnose, at_most_s=at_most_s):
-            async with trio.open_nursery() as nursery:
-                for slot in self.board.devices:
-                    nursery.start_soon(slot.actor.quiesce)
-                for line in self.board.lines.values():
-                    nursery.start_soon(line.drain, min(self.deadlines.drain, at_most_s, drain_s))
-
-    async def _open_gate(self) -> None:
-        for slot in self.board.devices:
-            slot.actor.reopen()
+        runs = self.guest_request is None
+        self.board.guest_runs(runs)
+        (self.vcpus.resume if runs else self.vcpus.request_pause)()
 
     async def _attach(self) -> None:
         """Only says so: on the way up the guest comes first. Interrupts that it waits for are kept meanwhile, and come
@@ -386,15 +383,17 @@ async def open_machine(
     kernel: KernelCalls | None = None,
     storage: KernelCalls | None = None,
     on_guest_request: Callable[[], None] = lambda: None,
+    on_removed: Callable[[str, str], None] = lambda name, bdf: None,
 ) -> AsyncIterator[Machine]:
     """Run a board: its actors, lines and parked vCPU threads, see :func:`trivmm.nursery.tree.open_tree`.
 
     Nothing runs or activates before it is walked up; ``stage`` is where it starts: UNLOCKED for a destination."""
     threads = board.hypervisor.threads
     calls = kernel or KernelCalls(deadlines, threads), storage or KernelCalls(deadlines, threads, "storage")
-    machine = Machine(board, deadlines, *calls, on_guest_request, vcpu_type)
+    machine = Machine(board, deadlines, *calls, on_guest_request, vcpu_type, on_removed)
     machine.ladder.fall(stage)
-    for slot in board.devices:
-        slot.actor.close_gate()
-    async with open_tree(machine):
+    board.on_request = machine._note_request
+    machine.gate.shut()
+    async with open_tree(machine) as tasks:
+        machine.hotplug.tasks = tasks
         yield machine

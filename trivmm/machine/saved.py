@@ -36,13 +36,17 @@ def describe(board: Board) -> dict[str, Any]:
         slot.backend.name: DeviceSetup(slot.pci_slot, unstructure(slot.backend.describe())) for slot in board.devices
     }
     made: dict[str, Any] = unstructure(
-        MachineSetup(config_to_setup(board.config, sections()), board.vm.name, _ram(board), devices)
+        MachineSetup(config_to_setup(board.config, sections()), board.vm.name, _ram(board), devices, _pvpanic(board))
     )
     return made
 
 
 def _ram(board: Board) -> tuple[tuple[int, int], ...]:
     return tuple((region.gpa, region.size) for region in board.memory.regions)
+
+
+def _pvpanic(board: Board) -> int | None:
+    return None if board.pvpanic is None else board.pvpanic.slot
 
 
 def check_setup(board: Board, value: object) -> None:
@@ -62,6 +66,10 @@ def check_setup(board: Board, value: object) -> None:
         if described.slot != slot.pci_slot:
             raise MigrationError(f"{name}: the sender's PCI slot is {described.slot}, here it is {slot.pci_slot}")
         slot.backend.become(structure(f"SETUP.devices.{name}.device", described.device, slot.backend.description_type))
+    if (setup.pvpanic is None) != (board.pvpanic is None):
+        raise refused("SETUP.pvpanic", setup.pvpanic, "what the configuration says")
+    if board.pvpanic is not None and setup.pvpanic is not None:
+        board.pvpanic.move(board.pci, setup.pvpanic)
 
 
 # --- STATE ---------------------------------------------------------------------------------------------------
@@ -73,7 +81,9 @@ def save_board(board: Board) -> tuple[dict[str, SavedDevice], BoardState]:
         slot.backend.name: SavedDevice(*slot.transport.save(), unstructure(slot.backend.save()))
         for slot in board.devices
     }
-    return devices, BoardState(**{name: part.save() for name, part in board.fixed.items()})
+    parts: dict[str, Any] = dict.fromkeys(field.name for field in attrs.fields(BoardState))
+    parts |= {name: part.save() for name, part in board.fixed.items()}
+    return devices, BoardState(**parts)
 
 
 def check_state(board: Board, state: MachineState) -> dict[str, Any]:
@@ -92,9 +102,12 @@ def check_state(board: Board, state: MachineState) -> dict[str, Any]:
         where, slot = f"state.devices.{name}", mine[name]
         slot.transport.check(saved.life, saved.transport, where)
         own[name] = structure(f"{where}.own", saved.own, slot.backend.state_type)
-    parts = attrs.asdict(state.board, recurse=False)
-    for name, part in board.fixed.items():
-        part.check(parts[name], f"state.board.{name}")
+    for name, saved in attrs.asdict(state.board, recurse=False).items():
+        if (saved is None) == (name in board.fixed):
+            there = "a part of the machine" if name in board.fixed else "no part of the machine"
+            raise refused(f"state.board.{name}", saved, f"what it is here: {there}")
+        if saved is not None:
+            board.fixed[name].check(saved, f"state.board.{name}")
     return own
 
 

@@ -1,4 +1,4 @@
-"""Guest RAM: one memfd a region, mapped shared, and the one bounds-checked way for the host to touch it.
+"""Guest memory: one memfd a region, mapped shared, and the one bounds-checked way for the host to touch its RAM.
 
 Owned by the board, from build to close. The mapping must outlive every thread that may touch it: a worker stuck in
 the kernel keeps its own reference (:meth:`GuestMemory.hold`) and the unmapping waits for the last one.
@@ -25,7 +25,9 @@ PAGE_SIZE: Final = 4096
 @attrs.frozen(eq=False)
 class MemoryRegion:
     """``slot`` is its number for the hypervisor; ``mapping`` a cffi ``void *`` that unmaps when it is released, ``hva``
-    the same as an int; ``dirty`` a cffi ``uint64_t *`` with a bit a page: the host writers' dirty bitmap."""
+    the same as an int; ``dirty`` a cffi ``uint64_t *`` with a bit a page: the host writers' dirty bitmap; ``native``
+    the C view (``struct tv_region *``), as long-lived as the memory's. ``rom``: what the guest writes there is dropped,
+    and devices find nothing there at all."""
 
     slot: int
     gpa: int
@@ -34,6 +36,13 @@ class MemoryRegion:
     mapping: Any
     hva: int
     dirty: Any
+    native: Any
+    rom: bool = False
+
+    @property
+    def given_back(self) -> bool:
+        """The guest has given memory of it back (a balloon): there may be holes."""
+        return bool(self.native.given_back)
 
     @property
     def pages(self) -> int:
@@ -50,10 +59,11 @@ def _unmap(size: int, mapped: Any) -> None:
 
 
 class GuestMemory:
-    """All of a guest's RAM. ``native`` is the C view (``struct tv_memory *``), valid until the last hold ends."""
+    """A guest's RAM, and its ROM. ``native`` is the C view (``struct tv_memory *``), valid until the last hold ends."""
 
-    def __init__(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """``ranges``: (gpa, size in bytes) of each region, page-aligned, ascending.
+    def __init__(self, ranges: Sequence[tuple[int, int]], rom: tuple[int, int] | None = None) -> None:
+        """``ranges``: (gpa, size in bytes) of each region of RAM, page-aligned, ascending; ``rom``, where there is one,
+        likewise. Slots are in the order of addresses.
 
         :raises ConfigError: when the host has not that much address space or memory.
         """
@@ -63,14 +73,14 @@ class GuestMemory:
         self._holds = 1
         self._hook: Any = None
         try:
-            for slot, (gpa, size) in enumerate(ranges):
-                self.regions += (self._map(slot, gpa, size),)
+            for slot, (gpa, size) in enumerate(sorted([*ranges, *([rom] if rom else [])])):
+                self.regions += (self._map(slot, gpa, size, (gpa, size) == rom),)
         except BaseException:
             self.close()
             raise
         self.native.count = len(self.regions)
 
-    def _map(self, slot: int, gpa: int, size: int) -> MemoryRegion:
+    def _map(self, slot: int, gpa: int, size: int, rom: bool) -> MemoryRegion:
         memfd = os.memfd_create(f"trivmm-ram{slot}", os.MFD_CLOEXEC)
         try:
             os.ftruncate(memfd, size)
@@ -84,24 +94,34 @@ class GuestMemory:
         hva = int(ffi.cast("uintptr_t", mapped))
         dirty = ffi.new("uint64_t[]", (size // PAGE_SIZE + 63) // 64)
         native = self.native.regions[slot]
-        native.gpa, native.size = gpa, size
+        native.gpa, native.size, native.rom = gpa, size, rom
         native.hva, native.dirty = ffi.cast("uint8_t *", hva), dirty
-        return MemoryRegion(slot, gpa, size, memfd, mapping, hva, dirty)
+        return MemoryRegion(slot, gpa, size, memfd, mapping, hva, dirty, ffi.addressof(native), rom)
 
     @property
     def size(self) -> int:
         """Bytes of RAM."""
-        return sum(region.size for region in self.regions)
+        return sum(size for _, size in self.ram)
+
+    @property
+    def ram(self) -> tuple[tuple[int, int], ...]:
+        """(gpa, size in bytes) of each region of RAM."""
+        return tuple((region.gpa, region.size) for region in self.regions if not region.rom)
+
+    def fill_rom(self, end: bytes) -> None:
+        """The ROM's last bytes. Before the guest runs: it is told of no change."""
+        region = next(each for each in self.regions if each.rom)
+        ffi.buffer(ffi.cast("uint8_t *", region.hva), region.size)[region.size - len(end) :] = end
 
     def read(self, gpa: int, length: int) -> bytes:
-        """:raises GuestMemoryError: when the range is not inside one region."""
+        """:raises GuestMemoryError: when the range is not inside one region of RAM."""
         into = ffi.new("uint8_t[]", max(length, 1))
         if length < 0 or lib.tv_memory_read(self.native, gpa, into, length):
             raise GuestMemoryError(gpa, length, "read")
         return bytes(ffi.buffer(into, length))
 
     def write(self, gpa: int, data: bytes) -> None:
-        """Write and mark dirty. :raises GuestMemoryError: when the range is not inside one region."""
+        """Write and mark dirty. :raises GuestMemoryError: when the range is not inside one region of RAM."""
         if lib.tv_memory_write(self.native, gpa, ffi.from_buffer("uint8_t[]", data), len(data)):
             raise GuestMemoryError(gpa, len(data), "write")
 

@@ -235,6 +235,15 @@ class ActivationActor:
             self.state.problem = problem
         self._poke()
 
+    async def retire(self) -> None:
+        """The device is unplugged: open its barriers, stop its workers, reset it, for good. Bounded by ``device_stop``,
+        past which it counts as stuck, and is waited for."""
+        with self.state.lock:
+            self.state.retire()
+        self._poke()
+        while self._busy:
+            await self._idle.wait()
+
     # --- the gate: the switchover's step 2 -------------------------------------------------------------------
 
     async def quiesce(self) -> None:

@@ -15,8 +15,10 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Protocol
+from functools import partial
+from typing import Protocol
 
+import attrs
 import trio
 
 from trivmm.deadlines import Deadlines
@@ -25,7 +27,7 @@ from trivmm.nursery.kernel import KernelCalls
 from trivmm.nursery.vcpus import VcpuSet
 from trivmm.unwrapped import unwrapped_nursery
 
-__all__ = ["Actor", "LineTask", "Tenant", "open_tree"]
+__all__ = ["Actor", "DeviceTasks", "LineTask", "Tenant", "open_tree"]
 
 logger = logging.getLogger(__name__)
 
@@ -67,31 +69,58 @@ class Tenant(Protocol):
     def note_stuck(self, why: str, *, in_use: bool = False) -> None: ...
 
 
+@attrs.define(eq=False)
+class DeviceTasks:
+    """The tasks of the device nursery, each under its own shielded scope. ``closed``: no more may come."""
+
+    _nursery: trio.Nursery
+    closed: bool = attrs.field(default=False, init=False)
+    _scopes: dict[int, trio.CancelScope] = attrs.field(factory=dict, init=False)  # by the identity of whose it is
+
+    def start_actor(self, actor: Actor) -> None:
+        self._start(actor, actor.name, partial(actor.run, self._nursery))
+
+    def start_line(self, name: str, line: LineTask) -> None:
+        self._start(line, name, line.run)
+
+    def _start(self, whose: object, name: str, run: Callable[[], Awaitable[None]]) -> None:
+        # start_soon, not start: a cancelled start() would wait for tasks that shield themselves.
+        scope = self._scopes[id(whose)] = trio.CancelScope(shield=True)
+        self._nursery.start_soon(self._run, scope, run, name=name)
+
+    @staticmethod
+    async def _run(scope: trio.CancelScope, run: Callable[[], Awaitable[None]]) -> None:
+        with scope:
+            await run()
+
+    def end_actor(self, actor: Actor) -> None:
+        """One that has nothing left to do."""
+        self._scopes.pop(id(actor)).cancel()
+
+    def end_all(self) -> None:
+        for scope in self._scopes.values():
+            scope.cancel()
+
+
 @asynccontextmanager
-async def open_tree(tenant: Tenant) -> AsyncIterator[None]:
-    """Actors and lines in the device nursery, parked vCPU threads in the vCPU nursery, the body inside both.
+async def open_tree(tenant: Tenant) -> AsyncIterator[DeviceTasks]:
+    """Actors and lines in the device nursery, parked vCPU threads in the vCPU nursery, the body inside both. Gives what
+    the actor of a device that is plugged later is started with.
 
     Whatever happens in the body, vCPUs end first, then devices, each within its deadline; what did not end is noted by
     name. What the body raises leaves it unwrapped."""
     vcpus, deadlines = tenant.vcpus, tenant.deadlines
-    scopes: list[trio.CancelScope] = []
-
-    async def shielded(run: Callable[..., Awaitable[None]], *args: Any) -> None:
-        with trio.CancelScope(shield=True) as scope:
-            scopes.append(scope)
-            await run(*args)
-
     async with unwrapped_nursery() as device_nursery:
+        tasks = DeviceTasks(device_nursery)
         try:
-            # start_soon, not start: a cancelled start() would wait for tasks that shield themselves.
             for actor in tenant.actors:
-                device_nursery.start_soon(shielded, actor.run, device_nursery, name=actor.name)
+                tasks.start_actor(actor)
             for name, line in tenant.lines.items():
-                device_nursery.start_soon(shielded, line.run, name=name)
+                tasks.start_line(name, line)
             async with unwrapped_nursery() as vcpu_nursery:
                 try:
                     await vcpus.start(vcpu_nursery)
-                    yield
+                    yield tasks
                 finally:
                     with trio.CancelScope(shield=True):  # bounded: vcpu_stop
                         try:
@@ -99,6 +128,7 @@ async def open_tree(tenant: Tenant) -> AsyncIterator[None]:
                         except DeadlineError as error:
                             tenant.note_stuck(str(error))
         finally:
+            tasks.closed = True
             with trio.CancelScope(shield=True):  # bounded: quiesce, device_stop (twice), drain and kernel
                 await trio.lowlevel.checkpoint()  # actors that were only just started get their first step
                 try:
@@ -115,5 +145,4 @@ async def open_tree(tenant: Tenant) -> AsyncIterator[None]:
                     async with trio.open_nursery() as flushing:
                         for line in tenant.lines.values():
                             flushing.start_soon(line.flush)
-            for scope in scopes:
-                scope.cancel()
+            tasks.end_all()

@@ -138,10 +138,14 @@ class VcpuSet:
         """Ask all vCPUs at once and wait until each is parked between two instructions.
 
         :raises PauseTimeout: naming who did not come. The caller rolls back: it knows who may run."""
-        for vcpu in self.vcpus:
-            vcpu.request_pause()
+        self.request_pause()
         with self.deadlines.enter("pause", self._diagnose, at_most_s=at_most_s):
             await self._until_all_paused()
+
+    def request_pause(self) -> None:
+        """Ask, and wait for nobody."""
+        for vcpu in self.vcpus:
+            vcpu.request_pause()
 
     def resume(self) -> None:
         """Let every vCPU go on; one that stood at a barrier stands there again until it is settled."""

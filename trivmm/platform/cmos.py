@@ -3,7 +3,8 @@
 Owned by the board. The time registers are computed at each read and follow register B (BCD or binary, 12 or 24
 hours); writes to them are ignored, the host keeps the time. Alarm and periodic interrupts don't exist. Memory sizes
 and the century lie where Cloud Hypervisor has them; as there, writing 0 to the shutdown status byte (index 0x8f,
-that is 0x0f with NMI masked) resets the machine.
+that is 0x0f with NMI masked) resets the machine. Not where firmware boots it: a BIOS says in that byte how it wants
+to go on after a reset, and writes 0 at power-on.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ SIZE: Final = CMOS_BYTES
 REGISTER_A, REGISTER_B, REGISTER_C, REGISTER_D = 0x0A, 0x0B, 0x0C, 0x0D
 SHUTDOWN_STATUS_NO_NMI: Final = 0x8F
 CENTURY: Final = 0x32
+BOOT_ORDER: Final = 0x3D  # SeaBIOS' and QEMU's; two devices here, a third in 0x38
+FIRST_DISK: Final = 2
+OTHER_CPUS: Final = 0x5F
 B_24_HOURS: Final = 0x02
 B_BINARY: Final = 0x04
 A_DIVIDER: Final = 0x26  # 32.768 kHz, 1024 Hz
@@ -37,12 +41,22 @@ READ_ONLY: Final = TIME_REGISTERS | {REGISTER_A, REGISTER_C, REGISTER_D}
 class Cmos:
     """``clock_ns`` gives nanoseconds since the epoch (for tests)."""
 
-    def __init__(self, ram_size: int, clock_ns: Callable[[], int] = time.time_ns) -> None:
-        """``ram_size`` in bytes."""
+    def __init__(
+        self,
+        ram_size: int,
+        vcpus: int = 1,
+        *,
+        for_firmware: bool = False,
+        clock_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        """``ram_size`` in bytes. ``for_firmware``: the shutdown status is a byte like others."""
+        self._resets = not for_firmware
         self._index = 0
         self._clock_ns = clock_ns
         self._data = bytearray(SIZE)
         self._data[REGISTER_B] = B_24_HOURS
+        self._data[BOOT_ORDER] = FIRST_DISK
+        self._data[OTHER_CPUS] = vcpus - 1
         low = min(ram_size, layout.MMIO_HOLE_START)
         from_16m = min(0xFFFF, max(0, low - (16 << 20)) // UNIT)
         from_4g = min(0xFF_FFFF, (ram_size - low) // UNIT)
@@ -60,7 +74,7 @@ class Cmos:
         if offset == 0:
             self._index = data[0]
             return None
-        if self._index == SHUTDOWN_STATUS_NO_NMI and data[0] == 0:
+        if self._resets and self._index == SHUTDOWN_STATUS_NO_NMI and data[0] == 0:
             return GuestRequest("reset", "CMOS shutdown status")
         index = self._index & 0x7F
         if index not in READ_ONLY:
@@ -97,6 +111,12 @@ class Cmos:
         if not mode & B_BINARY:
             value = value // 10 << 4 | value % 10
         return value | (afternoon if index == 0x04 else 0)
+
+    def after_reset(self, before: CmosState) -> None:
+        """A battery keeps these bytes. But RAM begins anew here: there is nothing to go on with as the shutdown status
+        asks for."""
+        self._data[:] = before.data
+        self._data[SHUTDOWN_STATUS_NO_NMI & 0x7F] = 0
 
     def save(self) -> CmosState:
         return CmosState(self._index, bytes(self._data))

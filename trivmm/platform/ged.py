@@ -16,11 +16,12 @@ from typing import Final
 from trivmm.bus.space import Effect
 from trivmm.state.platform import GedState
 
-__all__ = ["GED_IRQ", "GED_SIZE", "POWER_BUTTON", "Ged"]
+__all__ = ["GED_IRQ", "GED_SIZE", "PCI_DEVICES_CHANGED", "POWER_BUTTON", "Ged"]
 
 GED_IRQ: Final = 13  # Cloud Hypervisor's, where 5 to 12 are the PCI slots'; edge, active high
 GED_SIZE: Final = 1
-POWER_BUTTON: Final = 1 << 3  # bits 0 to 2 are hotplug of CPUs, memory and PCI there
+PCI_DEVICES_CHANGED: Final = 1 << 2  # see ``pci.hotplug``
+POWER_BUTTON: Final = 1 << 3  # bits 0 and 1 are hotplug of CPUs and memory there
 
 
 class Ged:

@@ -8,7 +8,7 @@ from typing import Annotated, Final
 import attrs
 
 from trivmm._native import lib
-from trivmm.values import U8, U32, U64, AtMost, Exactly
+from trivmm.values import U8, U16, U32, U64, AtMost, Exactly
 
 __all__ = [
     "CMOS_BYTES",
@@ -16,11 +16,15 @@ __all__ = [
     "BoardState",
     "CmosState",
     "DebugPortState",
+    "FwCfgState",
     "GedState",
     "LineInput",
     "LineOutput",
     "PciBusState",
     "PciConfigState",
+    "PciHotplugState",
+    "PmTimerState",
+    "PvpanicState",
     "SerialState",
 ]
 
@@ -46,6 +50,17 @@ class PciBusState:
 
     address: U32
     host_bridge: PciConfigState
+
+
+@attrs.frozen
+class PciHotplugState:
+    """A bit a slot: ``up`` and ``down`` are what the guest has not read of what came and what is to go; ``asked`` what
+    is to go and is there, ``ejected`` what the guest has let go of and is not free yet."""
+
+    up: U32
+    down: U32
+    asked: U32
+    ejected: U32
 
 
 @attrs.frozen
@@ -84,11 +99,36 @@ class GedState:
 
 
 @attrs.frozen
+class FwCfgState:
+    """The item that is being read, and how far."""
+
+    key: U16
+    offset: U32
+
+
+@attrs.frozen
+class PmTimerState:
+    ticks: U32
+
+
+@attrs.frozen
+class PvpanicState:
+    """``told``: bits of the words that the guest has said already (``Pvpanic``)."""
+
+    told: U8
+    config: PciConfigState
+
+
+@attrs.frozen
 class BoardState:
-    """Fields are named as ``Board.fixed`` names the parts."""
+    """Fields are named as ``Board.fixed`` names the parts; None where the board has no such part."""
 
     pci: PciBusState
     serial: SerialState
     cmos: CmosState
     debug_port: DebugPortState
     ged: GedState
+    hotplug: PciHotplugState
+    fw_cfg: FwCfgState
+    pm_timer: PmTimerState
+    pvpanic: PvpanicState | None

@@ -26,12 +26,14 @@ class DeviceSetup:
 
 @attrs.frozen
 class MachineSetup:
-    """``config`` is what :func:`config_from_setup` reads; ``ram`` (gpa, size) of each region."""
+    """``config`` is what :func:`config_from_setup` reads; ``ram`` (gpa, size) of each region; ``pvpanic`` its PCI slot,
+    where there is one."""
 
     config: dict[str, Any]
     hypervisor: Name
     ram: tuple[tuple[U64, U64], ...]
     devices: Annotated[dict[Name, DeviceSetup], AtMost(MAX_DEVICES)]
+    pvpanic: U8 | None
 
 
 def config_to_setup(config: VmConfig, sections: Mapping[str, type[Any]]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""A mock driver: it lays out a split virtqueue in guest RAM and uses it as a guest would (virtio 1.2 section 2.7).
+"""A mock driver: it lays out split virtqueues in guest RAM and uses them as a guest would (virtio 1.2 section 2.7).
 
-For tests, fuzzers and benchmarks of rings and devices without a guest. It writes memory directly, so it can be as
+For tests, fuzzers and benchmarks of rings and devices without a guest: :class:`MockDriver` is one queue of anything,
+:class:`DeviceDriver` drives a whole device of any kind. It writes memory directly, so it can be as
 wrong as a test wants it to be.
 """
 
@@ -8,7 +9,8 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import attrs
@@ -17,14 +19,18 @@ import trio
 from trivmm._native import ffi, lib
 from trivmm.memory.guest import GuestMemory
 from trivmm.state.virtio import NO_VECTOR, QueueState
+from trivmm.virtio.device import WorkerDevice
 from trivmm.virtio.handles import QueueHandle
+from trivmm.virtio.queue import F_EVENT_IDX
 from trivmm.virtio.setup import DriverSetup
 
-__all__ = ["INDIRECT", "NEXT", "WRITE", "Descriptor", "MockDriver", "until"]
+__all__ = ["INDIRECT", "NEXT", "WRITE", "Descriptor", "DeviceDriver", "MockDriver", "activated", "until"]
 
 NEXT: Final = 1
 WRITE: Final = 2
 INDIRECT: Final = 4
+STOP_LIMIT_S: Final = 10.0
+RINGS_ROOM: Final = 0x10000
 DESCRIPTOR: Final = struct.Struct("<QIHH")
 
 
@@ -34,6 +40,18 @@ async def until(condition: Callable[[], bool]) -> None:
         if condition():
             return
         await trio.lowlevel.checkpoint()
+
+
+@asynccontextmanager
+async def activated(device: WorkerDevice, setup: DriverSetup, handles: Sequence[QueueHandle]) -> AsyncIterator[None]:
+    """``device`` works within the block; its workers have ended after it. Not closed."""
+    async with trio.open_nursery() as workers:
+        await device.activate(setup, handles, workers)
+        try:
+            yield
+        finally:
+            with trio.move_on_after(STOP_LIMIT_S, shield=True):
+                await device.stop()
 
 
 @attrs.frozen
@@ -157,3 +175,65 @@ class MockDriver:
     def close(self) -> None:
         os.close(self.doorbell)
         os.close(self.call)
+
+
+@attrs.define(eq=False)
+class DeviceDriver:
+    """All the queues of a device, whatever its kind: sets them up, activates it, and makes requests whose buffers it
+    finds room for.
+
+    Rings from ``base``, a :data:`RINGS_ROOM` a queue; behind them the buffers, which :meth:`request` gives back."""
+
+    device: WorkerDevice
+    queues: tuple[MockDriver, ...]
+    features: int
+    arena: int  # where buffers lie
+    _free: int = 0
+
+    @classmethod
+    def of(cls, device: WorkerDevice, *, size: int = 8, base: int = 0x10000, event_idx: bool = False) -> DeviceDriver:
+        """Takes every feature that the device offers, but for EVENT_IDX, which is for ``event_idx`` to say."""
+        memory = device.memory
+        queues = tuple(
+            MockDriver(memory, size=size, base=base + RINGS_ROOM * index, event_idx=event_idx)
+            for index in range(len(device.queue_sizes))
+        )
+        features = device.features if event_idx else device.features & ~F_EVENT_IDX
+        arena = base + RINGS_ROOM * len(queues)
+        return cls(device, queues, features, arena, arena)
+
+    @asynccontextmanager
+    async def active(self) -> AsyncIterator[None]:
+        setup = DriverSetup(self.features, tuple(queue.queue() for queue in self.queues))
+        async with activated(self.device, setup, [queue.handle for queue in self.queues]):
+            yield
+
+    def room(self, data: bytes) -> int:
+        """Put ``data`` into a buffer of its own; gives where."""
+        at, self._free = self._free, self._free + len(data)
+        self.device.memory.write(at, data)
+        return at
+
+    def offer(self, *readable: bytes, writable: Sequence[int] = (), queue: int = 0, first: int = 0) -> list[int]:
+        """A chain of such buffers, from descriptor ``first``, and a notification. Gives where the writable ones are."""
+        parts = [Descriptor(self.room(data), len(data)) for data in readable]
+        places = [self.room(bytes(length)) for length in writable]
+        parts += [Descriptor(at, length, WRITE) for at, length in zip(places, writable, strict=True)]
+        self.queues[queue].offer(self.queues[queue].chain(*parts, first=first))
+        self.queues[queue].ring()
+        return places
+
+    async def request(self, *readable: bytes, writable: Sequence[int] = (), queue: int = 0) -> list[bytes]:
+        """What the device wrote into each writable buffer, once it has used the chain. Bounded by the caller."""
+        free, driver = self._free, self.queues[queue]
+        driver.set_used_event(driver.seen)
+        places = self.offer(*readable, writable=writable, queue=queue)
+        while not driver.used():
+            await trio.lowlevel.wait_readable(driver.call)
+            driver.interrupts()
+        self._free = free
+        return [driver.memory.read(at, length) for at, length in zip(places, writable, strict=True)]
+
+    def close(self) -> None:
+        for queue in self.queues:
+            queue.close()

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from typing import Final
 
-__all__ = ["PACKINGS", "make_bzimage", "wrap"]
+__all__ = ["PACKINGS", "make_bzimage", "make_pvh", "with_own_entry", "wrap"]
 
 SETUP_SECTORS: Final = 3
 STUB: Final = bytes(700)  # stands for the unpacking code that comes before the payload
@@ -74,3 +74,32 @@ def wrap(
 
 def make_bzimage(vmlinux: bytes, packing: str) -> bytes:
     return wrap(PACKINGS[packing](vmlinux))
+
+
+def with_own_entry(
+    code: bytes,
+    *,
+    preferred: int = 1 << 20,
+    room: int = 1 << 16,
+    cmdline_size: int = 255,
+    initrd_max: int = 0x7FFF_FFFF,
+) -> bytes:
+    """A bzImage with nothing packed in it, that begins at its 64-bit entry: ``code`` + 0x200."""
+    setup = bytearray(512 * (1 + SETUP_SECTORS))
+    setup[0x1F1], setup[0x201], setup[0x211] = SETUP_SECTORS, 0x66, 1
+    struct.pack_into("<H", setup, 0x1FE, 0xAA55)
+    struct.pack_into("<4sH", setup, 0x202, b"HdrS", 0x020F)
+    struct.pack_into("<IIBBHI", setup, 0x22C, initrd_max, 1 << 21, 1, 21, 1, cmdline_size)
+    struct.pack_into("<QI", setup, 0x258, preferred, room)
+    return bytes(setup) + code
+
+
+def make_pvh(code: bytes, gpa: int = 1 << 20) -> bytes:
+    """A PVH ELF that is nothing but ``code``, 32-bit, loaded and begun at ``gpa``."""
+    note = struct.pack("<III4sI", 4, 4, 18, b"Xen\0", gpa)
+    start_at = 64 + 2 * 56
+    header = b"\x7fELF\x02\x01\x01" + bytes(9)
+    header += struct.pack("<HHIQQQIHHHHHH", 2, 62, 1, gpa, 64, 0, 0, 64, 56, 2, 0, 0, 0)
+    header += struct.pack("<IIQQQQQQ", 1, 7, start_at, gpa, gpa, len(code), 4096, 4096)
+    header += struct.pack("<IIQQQQQQ", 4, 4, start_at + len(code), 0, 0, len(note), len(note), 4)
+    return header + code + note

@@ -144,6 +144,15 @@ class _Line:
         return None
 
 
+class _NoHotplug:
+    """Nothing is ever ejected."""
+
+    ejected: tuple[int, ...] = ()
+
+    def __init__(self) -> None:
+        self.wake: Callable[[], None] = lambda: None
+
+
 class MiniBoard:
     """Give it devices and one script per vCPU, and run it with ``open_machine(board, deadlines)``.
 
@@ -159,6 +168,7 @@ class MiniBoard:
         self.stuck: list[str] = []
         self.interrupts: list[str] = []
         self.pio, self.mmio = AddressSpace("pio"), AddressSpace("mmio")
+        self.hotplug = _NoHotplug()
         self.devices = []
         for index, device in enumerate(devices):
             state = DeviceState(device.name, BoundedLock(f"the registers of {device.name}", deadlines.lock))
@@ -185,6 +195,9 @@ class MiniBoard:
     @property
     def storages(self) -> list[Storage]:
         return []
+
+    def guest_runs(self, running: bool) -> None:
+        return None
 
     def give_locks(self) -> None:
         return None

@@ -7,7 +7,7 @@ A script is a generator function of one argument, its :class:`ScriptedVcpu`. It 
 - a tuple of accesses: one instruction with several (a page-crossing store), finished before a pause;
 - :class:`Compute` ``(seconds)``: runs guest code, reachable by a kick; :class:`Wedge` ``(seconds)``: does not react to
   kicks for so long; :class:`Store` ``(gpa, data)``: writes RAM, seen by the dirty log;
-- :class:`Crash` ``(reason)``: a triple fault, or what else there is no way back from;
+- :class:`Crash` ``(reason)``: its hypervisor gives up; :class:`TripleFault`: it is reset;
 - and when it returns, the vCPU computes for ever.
 
 ``cpu.registers`` is a dict that travels with a migration: the destination's script is called anew and reads it.
@@ -32,11 +32,14 @@ from trivmm.hypervisor.base import (
     INTERRUPTED,
     Crashed,
     Hypervisor,
+    LongModeEntry,
     Outcome,
+    PvhEntry,
     TaskVcpu,
     VcpuState,
     VmBackend,
     VmBackendState,
+    triple_fault,
 )
 
 __all__ = [
@@ -53,6 +56,7 @@ __all__ = [
     "ScriptedVm",
     "Step",
     "Store",
+    "TripleFault",
     "Wedge",
 ]
 
@@ -107,11 +111,16 @@ class Store:
 
 @attrs.frozen
 class Crash:
-    reason: str = "triple fault"
+    reason: str = "hypervisor internal error"
+
+
+@attrs.frozen
+class TripleFault:
+    """The CPU is reset."""
 
 
 Access: TypeAlias = IoOut | IoIn | MmioWrite | MmioRead
-Step: TypeAlias = "Access | tuple[Access, ...] | Compute | Wedge | Store | Crash"
+Step: TypeAlias = "Access | tuple[Access, ...] | Compute | Wedge | Store | Crash | TripleFault"
 Script: TypeAlias = "Callable[[ScriptedVcpu], Generator[Step, bytes | None, None]]"
 
 
@@ -143,7 +152,7 @@ class ScriptedVcpu(TaskVcpu):
     def inject_nmi(self) -> None:
         self.calls.append("inject_nmi")
 
-    def set_boot_state(self, entry_gpa: int, start_info_gpa: int) -> None:
+    def set_boot_state(self, entry: PvhEntry | LongModeEntry) -> None:
         self.calls.append("set_boot_state")
 
     def save(self) -> VcpuState:
@@ -200,6 +209,8 @@ class ScriptedVcpu(TaskVcpu):
                     self.vm.store(gpa, data)
                 case Crash(reason):
                     return Crashed(reason, self.describe())
+                case TripleFault():
+                    return triple_fault(self.describe())
                 case tuple():
                     self._pending = list(step)
                 case _:
@@ -247,8 +258,16 @@ class ScriptedVm(VmBackend):
         self._dirty: dict[int, set[int]] | None = None
         self._tokens = 0
 
-    def add_memory(self, slot: int, gpa: int, size: int, hva: int) -> None:
+    def add_memory(self, slot: int, gpa: int, size: int, hva: int, *, rom: bool = False) -> None:
         self._slots[slot] = (gpa, size, hva)
+
+    def add_device_memory(self, slot: int, gpa: int, size: int, hva: int) -> None:
+        self.calls.append(("add_device_memory", slot, gpa, size))
+        self._slots[slot] = (gpa, size, hva)
+
+    def remove_device_memory(self, slot: int, gpa: int, size: int) -> None:
+        self.calls.append(("remove_device_memory", slot, gpa, size))
+        del self._slots[slot]
 
     def store(self, gpa: int, data: bytes) -> None:
         for slot, (start, size, hva) in self._slots.items():

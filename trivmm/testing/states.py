@@ -11,9 +11,12 @@ from trivmm.state.platform import (
     BoardState,
     CmosState,
     DebugPortState,
+    FwCfgState,
     GedState,
     PciBusState,
     PciConfigState,
+    PciHotplugState,
+    PmTimerState,
     SerialState,
 )
 from trivmm.state.strict import structure, unstructure
@@ -40,6 +43,10 @@ def a_board() -> BoardState:
         cmos=CmosState(0, bytes(CMOS_BYTES)),
         debug_port=DebugPortState(0, 0),
         ged=GedState(0),
+        pvpanic=None,
+        hotplug=PciHotplugState(0, 0, 0, 0),
+        fw_cfg=FwCfgState(0, 0),
+        pm_timer=PmTimerState(0),
     )
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeAlias, Type
 import attrs
 
 from trivmm.config import VmConfig
+from trivmm.errors import ConfigError
 from trivmm.notyet import NotYet
 from trivmm.syntax import Keys, as_text, parse_integer, parse_object, parse_toggle
 
@@ -30,6 +31,7 @@ __all__ = [
     "Contract",
     "DeviceConfig",
     "DeviceKind",
+    "Hotplug",
     "Option",
     "Place",
 ]
@@ -63,19 +65,22 @@ C = TypeVar("C", bound=DeviceConfig)
 @attrs.frozen
 class Contract:
     """Its place in the API's bodies: ``section`` of the VM's configuration holds one ``schema``, or ``many`` of them.
-    ``not_yet`` are the contract's keys that do not exist here (``trivmm.notyet``)."""
+    ``not_yet`` are the contract's keys that do not exist here (``trivmm.notyet``). ``flag``: there it is a boolean,
+    whether there is one, and has no schema."""
 
     schema: str
     section: str
     many: bool
     required: tuple[str, ...] = ()
     not_yet: Mapping[str, object] = BUS_NOT_YET
+    flag: bool = False
 
 
 @attrs.frozen
 class Option:
     """``--name``; ``main`` is the key that a lone value was probably meant for. ``absent`` is the text that is assumed
     when the option is not given, None: there is no such device then. ``base`` are keys that need not be given.
+    ``plain`` is what the option means without a value, None: it wants one.
     ``custom`` reads an option that is no list of ``keys``."""
 
     name: str
@@ -84,6 +89,7 @@ class Option:
     keys: Keys
     main: str = ""
     absent: str | None = None
+    plain: str | None = None
     base: Mapping[str, object] = attrs.field(factory=dict)
     custom: Callable[[str, str, Keys], dict[str, Any]] | None = None
 
@@ -97,6 +103,15 @@ class Option:
         """How the help spells a JSON key."""
         words = [word for word in self.metavar.replace("[", ",").split(",") if word.partition("=")[0] == key]
         return words[0] if words else f"{key}=…"
+
+
+@attrs.frozen
+class Hotplug:
+    """One can be added to a VM that runs, by the API's ``vm.VERB``, and taken away. ``fails`` is what an error of that
+    says first, in Cloud Hypervisor's words."""
+
+    verb: str
+    fails: str
 
 
 @attrs.frozen
@@ -131,7 +146,9 @@ class DeviceKind(Generic[C]):
 
     ``present`` says whether a configuration stands for a device at all; ``check`` looks at all of a VM's before
     anything is opened; ``as_built`` is that of a device that was made, as it stays from now on, at reboots and at a
-    destination; ``line`` is that of the device's console line."""
+    destination; ``line`` is that of the device's console line; ``hotplug`` how it is added to a VM that runs, None: it
+    is there from boot to the end. ``descriptors`` is its field for open descriptors, which the API takes along with a
+    request and not by number; empty: it has none."""
 
     config: type[C]
     contract: Contract
@@ -144,6 +161,8 @@ class DeviceKind(Generic[C]):
     check: Callable[[Sequence[C]], None] = _nothing
     as_built: Callable[[C, WorkerDevice], C] = _same
     line: Callable[[C], LineConfig | None] = _no_line
+    hotplug: Hotplug | None = None
+    descriptors: str = ""
 
     def of(self, config: VmConfig) -> tuple[C, ...]:
         """This kind's configurations in a VM's, in their order."""
@@ -154,6 +173,14 @@ class DeviceKind(Generic[C]):
             found = tuple(each for each in config.virtio if type(each) is self.config)
         return tuple(each for each in found if self.present(each))
 
+    def descriptors_of(self, config: VmConfig) -> set[int]:
+        """That this kind's devices were given."""
+        return (
+            {fd for each in self.of(config) for fd in getattr(each, self.descriptors) or ()}
+            if self.descriptors
+            else set()
+        )
+
     def put(self, config: VmConfig, mine: Sequence[C]) -> VmConfig:
         """``config`` with these instead of :meth:`of`'s, as many."""
         if self.contract.section not in NAMED:
@@ -162,6 +189,24 @@ class DeviceKind(Generic[C]):
             return attrs.evolve(config, virtio=virtio)
         value: Any = tuple(mine) if self.contract.many else mine[0] if mine else getattr(config, self.contract.section)
         return attrs.evolve(config, **{self.contract.section: value})
+
+    def grown(self, config: VmConfig, one: C) -> VmConfig:
+        """``config`` with one more. :raises ConfigError: there can't be more."""
+        mine = self.of(config)
+        if mine and not self.contract.many:
+            raise ConfigError(self.contract.section, one, "there is one already", "remove it first")
+        if self.contract.section not in NAMED:
+            return attrs.evolve(config, virtio=(*config.virtio, one))
+        value: Any = (*mine, one) if self.contract.many else one
+        return attrs.evolve(config, **{self.contract.section: value})
+
+    def shrunk(self, config: VmConfig, index: int) -> VmConfig:
+        """``config`` without one of :meth:`of`."""
+        gone = self.of(config)[index]
+        if self.contract.section not in NAMED:
+            return attrs.evolve(config, virtio=tuple(each for each in config.virtio if each is not gone))
+        left: Any = tuple(each for each in self.of(config) if each is not gone) if self.contract.many else None
+        return attrs.evolve(config, **{self.contract.section: left})
 
 
 AnyKind: TypeAlias = DeviceKind[Any]

@@ -91,6 +91,8 @@ class DeviceState:
     bus_master: bool = attrs.field(default=False, init=False)
     bus_ticket: Ticket | None = attrs.field(default=None, init=False)
     ignored_writes: int = attrs.field(default=0, init=False)
+    retired: bool = attrs.field(default=False, init=False)
+    """It is being unplugged: its driver asks for nothing any more."""
     wake: Callable[[], None] = attrs.field(default=lambda: None, init=False)
     """Tells the actor that something else may be wanted now. Any thread, never blocks; set by the actor."""
     _stage: LifeStage = attrs.field(default=LifeStage.RESET, init=False)
@@ -110,6 +112,19 @@ class DeviceState:
         """The ticket, while a vCPU waits at it."""
         ticket = self.ticket
         return None if ticket is None or ticket.settled else ticket
+
+    def retire(self) -> None:
+        """For good: whoever waits for it goes on, and its actor resets it. A vCPU that is still in a register of its
+        changes nothing any more, and never comes to wait."""
+        self.retired = True
+        if self._stage is not LifeStage.RESETTING:
+            self.generation += 1
+            self.enter(LifeStage.RESETTING)
+        self.setup = self.problem = None
+        for ticket in (self.ticket, self.bus_ticket):
+            if ticket is not None:
+                ticket.settle()
+        self.ticket = self.bus_ticket = None
 
     # --- saved state -----------------------------------------------------------------------------------------
 

@@ -34,6 +34,9 @@ class StatusRegister:
     def write(self, value: int, setup: DriverSetup) -> Ticket | None:
         """``setup`` is what the registers hold. The ticket, if any, is where the writing vCPU must park."""
         state = self.state
+        if state.retired:
+            state.ignored_writes += 1
+            return None
         if value == 0:
             return self._reset()
         if state.stage in (LifeStage.RESETTING, LifeStage.NEEDS_RESET):
@@ -82,7 +85,7 @@ class StatusRegister:
     def set_bus_master(self, on: bool) -> Ticket | None:
         """What the bit says now. The ticket is where a vCPU that cleared it must park: until no queue is served."""
         state = self.state
-        if on is not state.bus_master:
+        if on is not state.bus_master and not state.retired:
             state.bus_master = on
             void, state.bus_ticket = state.bus_ticket, None
             if void is not None:

@@ -19,6 +19,7 @@ from trivmm.machine.machine import Machine
 from trivmm.migration.progress import MigrationProgress
 from trivmm.migration.source.doubt import Doubt
 from trivmm.nursery.ownership import MIGRATION, Ownership
+from trivmm.vm.triplefaults import TripleFaults
 
 __all__ = ["ExitReason", "VmCore", "VmState"]
 
@@ -70,10 +71,19 @@ class VmCore:
     _exited: trio.Event = attrs.field(factory=trio.Event, init=False)
     _asked: trio.Event = attrs.field(factory=trio.Event, init=False)  # the guest wants something of its owner
     _migration: trio.CancelScope | None = attrs.field(default=None, init=False)
+    _triple_faults: TripleFaults = attrs.field(factory=TripleFaults, init=False)
     _console: ConsoleCursor | None = attrs.field(default=None, init=False)  # where wait_for_console goes on
 
     def _make_host(self) -> MachineHost:
-        return MachineHost(self.hypervisor, self.deadlines, self._nursery, self._tell_of_device, self._ask_owner)
+        return MachineHost(
+            self.hypervisor,
+            self.deadlines,
+            self._nursery,
+            self._tell_of_device,
+            self._ask_owner,
+            self._tell_of_removal,
+            lambda word: self.events.emit("guest", "panic", event=word),
+        )
 
     @property
     def deadlines(self) -> Deadlines:
@@ -100,14 +110,17 @@ class VmCore:
         return self.host.stuck
 
     def info(self) -> dict[str, Any]:
-        """JSON-able: state, RAM in use, vCPU states; while there is a machine, its ``Board.device_tree``."""
+        """JSON-able: state, RAM less what the guest says is in its balloon, vCPU states; while there is a machine, its
+        ``Board.device_tree``."""
         machine = self.host.machine
         tree = {} if machine is None else {"device_tree": machine.board.device_tree()}
+        balloon = None if machine is None else machine.board.balloon
+        given = 0 if balloon is None else balloon.given_bytes
         return {
             "state": self.state.value,
             "in_doubt": self.in_doubt,
             "hypervisor": self.hypervisor.name,
-            "memory_actual_size": self.config.memory.size,
+            "memory_actual_size": max(0, self.config.memory.size - given),
             "vcpus": [] if machine is None else [vcpu.state.value for vcpu in machine.vcpus.vcpus],
             **tree,
             **({} if self.doubt is None else {"doubt": self.doubt.told()}),
@@ -127,9 +140,12 @@ class VmCore:
     def _tell(self, event: str, **properties: str) -> None:
         self.events.emit("vm", event, **properties)
 
-    def _tell_of_device(self, event: str, device: str, generation: int) -> None:
+    def _tell_of_device(self, event: str, device: str, generation: int, **properties: str) -> None:
         self._activated += event == "activated"
-        self.events.emit("virtio-device", event, id=device, generation=str(generation))
+        self.events.emit("virtio-device", event, id=device, generation=str(generation), **properties)
+
+    def _tell_of_removal(self, name: str, bdf: str) -> None:
+        self._tell("device-removed", id=name, bdf=bdf)
 
     def _ask_owner(self) -> None:
         self._asked.set()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import attrs
@@ -52,7 +53,8 @@ class Moves(VmCore):
         :raises ConfigError: / :raises WrongState: the request makes no sense, or not now.
         :raises MigrationError: failed before COMMIT, the VM runs.
         :raises MigrationInDoubt: the link died in the one moment when nobody can know: the VM is PAUSED here.
-        :raises VmMigrating: another migration owns the VM."""
+        :raises VmMigrating: another migration owns the VM.
+        :raises DeadlineError: (quiesce) a device that the guest has ejected is stuck: nothing has begun."""
         options = SendOptions(downtime_ms, timeout_s, timeout_strategy)
         dialer = dial(url, self.deadlines)
         before, told = self._activated, 0
@@ -67,10 +69,11 @@ class Moves(VmCore):
             if on_progress is not None:
                 on_progress(progress)
 
-        async with self.ownership.lease(MIGRATION):
+        async with self.ownership.lease(MIGRATION), self._devices_held():
             machine = self._machine_in("migrate", VmState.RUNNING, VmState.PAUSED)
             if self.in_doubt:
                 raise WrongState("migrate", "Paused, in doubt", "resolved, resumed or shut down by you first")
+            machine.describe()  # a device that can't move says so here, and nobody is dialled
             self._tell("migration-started")
             try:
                 with trio.CancelScope() as scope:
@@ -96,6 +99,17 @@ class Moves(VmCore):
             self._finish(ExitReason("migrated"))
             self._tell("migration-finished")
             return report
+
+    @asynccontextmanager
+    async def _devices_held(self) -> AsyncIterator[None]:
+        """The destination builds the devices that there are at the start. One that is being taken away is waited for.
+
+        :raises DeadlineError: (quiesce) that does not end."""
+        if self.host.machine is None:
+            yield
+            return
+        async with self.host.machine.hotplug.ejector.held():
+            yield
 
     async def resolve_migration(self, *, force: bool = False) -> Resolution:
         """Ask the destination what became of a migration that ended in doubt, within ``resolve``.
@@ -158,5 +172,6 @@ class Moves(VmCore):
     def adopt(self) -> None:
         """The machine that a migration brought runs here now (or stays paused, as it was sent)."""
         assert self.host.machine is not None
+        self.config = self.host.machine.board.kept_config
         self._enter(VmState.RUNNING if self.host.machine.wanted is Stage.RUNNING else VmState.PAUSED)
         self._tell("migration-receive-finished")

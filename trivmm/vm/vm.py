@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 
 import attrs
 import trio
 
+from trivmm.bus.space import GuestRequest
 from trivmm.config import CpusConfig
-from trivmm.errors import GuestCrash, NotSupported, WrongState
+from trivmm.errors import ConfigError, GuestCrash, NotSupported, WrongState
+from trivmm.machine.board import Kept
 from trivmm.machine.build import close_sinks
 from trivmm.machine.machine import Machine
-from trivmm.platform.sinks import Sink
+from trivmm.virtio.balloon.kind import BALLOON
 from trivmm.vm.consoles import Consoles
 from trivmm.vm.core import ExitReason, VmState
+from trivmm.vm.devices import Devices
 from trivmm.vm.moves import Moves
+from trivmm.vm.triplefaults import LIMIT
 
 __all__ = ["Vm"]
 
 logger = logging.getLogger(__name__)
 
 
-class Vm(Consoles, Moves):
+class Vm(Consoles, Devices, Moves):
     """One VM, from :func:`open_vm` (or ``open_incoming``) to the end of that block. Use from one trio program."""
 
     # --- verbs: need the lease -------------------------------------------------------------------------------
@@ -40,26 +43,27 @@ class Vm(Consoles, Moves):
             self._console = None
             self._tell("booted")
 
-    async def _reboot(self) -> None:
+    async def _reboot(self, why: str) -> None:
         """End the machine and build it anew; the sinks of its console lines, and their clients, stay."""
         assert self.host.machine is not None
-        self._tell("rebooting")
-        sinks = self.host.machine.board.keep_sinks()
+        self._tell("rebooting", reason=why)
+        kept = self.host.machine.board.keep()
         try:
             await self.host.end()
-            await self._boot(sinks)
+            await self._boot(kept)
         except BaseException:
-            close_sinks(sinks)
+            close_sinks(kept.sinks)
             raise
 
-    async def _boot(self, sinks: Mapping[str, Sink] | None = None) -> None:
-        machine = await self.host.boot(self.config, sinks)
+    async def _boot(self, kept: Kept | None = None) -> None:
+        machine = await self.host.boot(self.config, kept)
         self.config = machine.board.config
         try:
             await machine.resume()
         except BaseException:
             await self.host.end()  # noqa: ASYNC102 - shields and bounds itself
             raise
+        self._triple_faults.booted(trio.current_time())
         self._exit = None
         if self._exited.is_set():  # else somebody may wait on it already: since before boot, or since before a reboot
             self._exited = trio.Event()
@@ -115,7 +119,7 @@ class Vm(Consoles, Moves):
             machine = self._machine_in("reboot", VmState.RUNNING, VmState.PAUSED)
             await self._out_of_doubt(machine, "reboot", force=False)
             try:
-                await self._reboot()
+                await self._reboot("reboot")
             except BaseException:
                 self._finish(ExitReason("shutdown"))
                 raise
@@ -136,14 +140,13 @@ class Vm(Consoles, Moves):
             self._machine_in("power-button", VmState.RUNNING, VmState.PAUSED).power_button()
 
     async def resize(self, vcpus: int | None = None, ram: int | None = None, balloon: int | None = None) -> None:
-        """What is None, or what is so already, stays. A VM that was never booted takes the new numbers on paper.
+        """What is None, or what is so already, stays. A VM that was never booted takes the new numbers on paper, even
+        of a balloon that it doesn't have, as Cloud Hypervisor's does. The guest fills its balloon in its own time.
 
-        :raises NotSupported: hotplug of vCPUs and memory, and a balloon, are not there yet.
-        :raises ConfigError: a number that can't be."""
+        :raises NotSupported: hotplug of vCPUs and memory is not there yet.
+        :raises ConfigError: a number that can't be, or there is no balloon."""
         async with self.ownership.lease("resize"):
             cpus, memory = self.config.cpus, self.config.memory
-            if balloon is not None:
-                raise NotSupported("desired_balloon", balloon, "there is no balloon yet", "leave it out")
             if vcpus is not None and vcpus != cpus.boot_vcpus:
                 cpus = CpusConfig(vcpus, max(vcpus, cpus.max_vcpus))
                 self._refuse_hotplug("desired_vcpus", vcpus, self.config.cpus.boot_vcpus)
@@ -151,8 +154,21 @@ class Vm(Consoles, Moves):
                 memory = attrs.evolve(memory, size=ram)
                 self._refuse_hotplug("desired_ram", ram, self.config.memory.size)
             self._tell("resizing")
+            if balloon is not None:
+                self._resize_balloon(balloon)
             self.config = attrs.evolve(self.config, cpus=cpus, memory=memory)
             self._tell("resized")
+
+    def _resize_balloon(self, size: int) -> None:
+        machine = self.host.machine
+        configs = [attrs.evolve(each, size=size) for each in BALLOON.of(self.config)]
+        if machine is not None:
+            if machine.board.balloon is None:
+                remedy = "shut it down, and give it one (--balloon size=0)"
+                raise ConfigError("desired_balloon", size, "this VM has no balloon", remedy)
+            machine.board.balloon.resize(size)
+            machine.board.config = BALLOON.put(machine.board.config, configs)
+        self.config = BALLOON.put(self.config, configs)
 
     def _refuse_hotplug(self, field: str, wanted: int, have: int) -> None:
         if self.host.machine is not None:
@@ -173,9 +189,13 @@ class Vm(Consoles, Moves):
                     continue  # resume() asks again: a paused VM neither reboots nor goes away by itself
                 logger.info("the guest asks for %s (%s)", request.kind, request.why)
                 crash = machine.crash
+                fault = machine.fault
+                if request.kind == "reset" and fault is not None and self._triple_faults.loop(trio.current_time()):
+                    request = GuestRequest("crash", f"{fault.reason}, {LIMIT} in a row")
+                    crash = GuestCrash(fault.vcpu, request.why, fault.details)
                 if request.kind == "reset":
                     try:
-                        await self._reboot()
+                        await self._reboot(request.why)
                     except Exception as error:
                         logger.error("reboot failed: %s", error)
                         self._finish(ExitReason("crash", GuestCrash(0, f"its reboot failed: {error}", "")))

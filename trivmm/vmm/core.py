@@ -158,6 +158,7 @@ class VmmCore:
                 outcome.fail(TrivmmError(f"{slot.what}: the VMM is shutting down"))
             raise
         finally:
+            slot.close_descriptors()
             if self._slot is slot:
                 self._slot = slot.aside
             if slot.vm is not None and not slot.moved:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any, Protocol
 
 import trio
 
@@ -13,12 +15,22 @@ from trivmm.events import EventBus
 from trivmm.hypervisor.base import Hypervisor
 from trivmm.migration.source.sender import socket_dialer
 from trivmm.unwrapped import unwrapped_nursery
-from trivmm.vm import Dial, Vm, open_vm
+from trivmm.virtio.kinds import KINDS
+from trivmm.vm import Dial, PciDeviceInfo, Vm, open_vm
 from trivmm.vmm.core import VmmEnd, VmmOptions
 from trivmm.vmm.moves import VmmMoves
-from trivmm.vmm.slot import Result
+from trivmm.vmm.slot import Result, Slot
 
 __all__ = ["Vmm", "open_vmm"]
+
+
+class Takeable(Protocol):
+    """Open descriptors that are somebody's until they are taken."""
+
+    @property
+    def fds(self) -> tuple[int, ...]: ...
+
+    def take(self) -> tuple[int, ...]: ...
 
 
 class Vmm(VmmMoves):
@@ -76,9 +88,37 @@ class Vmm(VmmMoves):
         self._changing("power-button")
         await self.vm.power_button()
 
+    async def add_device(self, config: Any, passed: Takeable | None = None) -> PciDeviceInfo | None:
+        """See :meth:`Vm.add_device`. ``passed`` are descriptors that ``config`` names: taken where it is added, and
+        kept as long as the VM's configuration has them."""
+        self._changing("add-device")
+        slot, vm = self._slot, self.vm
+        try:
+            return await vm.add_device(config)
+        finally:
+            if passed is not None and slot is not None:
+                self._keep(slot, vm, passed)
+
+    @staticmethod
+    def _keep(slot: Slot, vm: Vm, passed: Takeable) -> None:
+        named = {fd for kind in KINDS for fd in kind.descriptors_of(vm.config)}
+        if named.intersection(passed.fds):
+            slot.descriptors += passed.take()
+        for fd in [fd for fd in slot.descriptors if fd not in named]:  # of devices that were removed
+            slot.descriptors.remove(fd)
+            os.close(fd)
+
+    async def remove_device(self, name: str) -> None:
+        self._changing("remove-device")
+        await self.vm.remove_device(name)
+
+    async def resize_disk(self, name: str, size: int) -> None:
+        self._changing("resize-disk")
+        await self.vm.resize_disk(name, size)
+
     async def resize(self, vcpus: int | None, ram: int | None, balloon: int | None) -> None:
-        """As far as there is nothing to do: hotplug of vCPUs and memory is not there yet. A VM that was never booted
-        is changed on paper.
+        """The balloon; else as far as there is nothing to do: hotplug of vCPUs and memory is not there yet. A VM that
+        was never booted is changed on paper.
 
         :raises NotSupported: naming what would have to change."""
         self._changing("resize")

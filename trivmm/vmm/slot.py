@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -52,6 +53,7 @@ class Slot:
     vm: Vm | None = None
     moved: bool = False  # the VM is another process's now, or was overwritten: it is not deleted
     aside: Slot | None = None  # of a VM that is not booted, and gives way to the one that comes if one does
+    descriptors: list[int] = attrs.field(factory=list)  # that API clients passed for devices of its
     incoming: Incoming | None = None
     url: str = ""  # of the migration that brings it, or takes it away
     cancelled: bool = False
@@ -60,3 +62,9 @@ class Slot:
     close: trio.Event = attrs.field(factory=trio.Event)
     gone: trio.Event = attrs.field(factory=trio.Event)
     booted: trio.Event = attrs.field(factory=trio.Event)
+
+    def close_descriptors(self) -> None:
+        """The VM is gone. Idempotent."""
+        fds, self.descriptors = self.descriptors, []
+        for fd in fds:
+            os.close(fd)

@@ -9,9 +9,10 @@ import struct
 from collections.abc import Callable
 from typing import Final
 
+from trivmm.hypervisor.base import LONG_MODE_GDT, LongModeEntry, PvhEntry
 from trivmm.hypervisor.kvm.calls import kvm_call
 
-__all__ = ["MSRS", "describe", "set_fpu", "set_lapic_lines", "set_pvh"]
+__all__ = ["MSRS", "describe", "set_fpu", "set_lapic_lines", "set_long_mode", "set_pvh"]
 
 REG_NAMES: Final = (
     *("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp"),
@@ -24,6 +25,9 @@ SEGMENTS: Final = ["cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt"]
 SREGS_SIZE: Final = 312
 SREGS_TABLES: Final = 8 * SEGMENT.size  # gdt, idt: base, limit and 6 unused bytes each
 SREGS_CRS: Final = SREGS_TABLES + 32  # cr0 cr2 cr3 cr4 cr8 efer apic_base
+CR0_LONG: Final = 1 << 31 | 0x11  # PG, ET, PE
+CR4_PAE: Final = 1 << 5
+EFER_LONG: Final = 1 << 10 | 1 << 8  # LMA, LME
 LAPIC_SIZE: Final = 1024
 LINT0, LINT1 = 0x350, 0x360
 DELIVERY_MASK, DELIVER_NMI, DELIVER_EXTINT = 0x700, 0x400, 0x700
@@ -45,9 +49,9 @@ MSRS: Final[list[tuple[int, int]]] = [
 ]
 
 
-def set_pvh(fd: int, entry_gpa: int, start_info_gpa: int) -> None:
+def set_pvh(fd: int, entry: PvhEntry) -> None:
     """:raises HypervisorError: when KVM refuses."""
-    regs = dict.fromkeys(REG_NAMES, 0) | {"rbx": start_info_gpa, "rip": entry_gpa, "rflags": 2}
+    regs = dict.fromkeys(REG_NAMES, 0) | {"rbx": entry.start_info_gpa, "rip": entry.entry_gpa, "rflags": 2}
     sregs = bytearray(SREGS_SIZE)
     kvm_call(fd, "KVM_GET_SREGS", sregs)
     code = SEGMENT.pack(0, 0xFFFF_FFFF, 0x08, 0xB, 1, 0, 1, 1, 0, 1, 0)
@@ -58,6 +62,23 @@ def set_pvh(fd: int, entry_gpa: int, start_info_gpa: int) -> None:
     cr0, efer = 0x11, 0  # PE and ET
     struct.pack_into("<4Q", sregs, SREGS_CRS, cr0, 0, 0, 0)
     struct.pack_into("<Q", sregs, SREGS_CRS + 40, efer)
+    kvm_call(fd, "KVM_SET_SREGS", bytes(sregs))
+    kvm_call(fd, "KVM_SET_REGS", REGS.pack(*regs.values()))
+
+
+def set_long_mode(fd: int, entry: LongModeEntry) -> None:
+    """:raises HypervisorError: when KVM refuses."""
+    regs = dict.fromkeys(REG_NAMES, 0) | {"rsi": entry.zero_page_gpa, "rip": entry.entry_gpa, "rflags": 2}
+    sregs = bytearray(SREGS_SIZE)
+    kvm_call(fd, "KVM_GET_SREGS", sregs)
+    code = SEGMENT.pack(0, 0xFFFF_FFFF, 0x10, 0xB, 1, 0, 0, 1, 1, 1, 0)
+    data = SEGMENT.pack(0, 0xFFFF_FFFF, 0x18, 0x3, 1, 0, 1, 1, 0, 1, 0)
+    task = SEGMENT.pack(0, 0xFFFF, 0, 0xB, 1, 0, 0, 0, 0, 0, 0)
+    for number, segment in enumerate([code, data, data, data, data, data, task]):
+        sregs[number * SEGMENT.size : (number + 1) * SEGMENT.size] = segment
+    struct.pack_into("<QH6x", sregs, SREGS_TABLES, entry.gdt_gpa, len(LONG_MODE_GDT) - 1)
+    struct.pack_into("<4Q", sregs, SREGS_CRS, CR0_LONG, 0, entry.page_tables_gpa, CR4_PAE)
+    struct.pack_into("<Q", sregs, SREGS_CRS + 40, EFER_LONG)
     kvm_call(fd, "KVM_SET_SREGS", bytes(sregs))
     kvm_call(fd, "KVM_SET_REGS", REGS.pack(*regs.values()))
 

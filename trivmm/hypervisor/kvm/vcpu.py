@@ -15,7 +15,16 @@ from trivmm._native import ffi, lib
 from trivmm.bus.bus import Bus
 from trivmm.bus.space import GuestRequest
 from trivmm.errors import HypervisorError
-from trivmm.hypervisor.base import INTERRUPTED, Crashed, Outcome, ThreadVcpu, VcpuState
+from trivmm.hypervisor.base import (
+    INTERRUPTED,
+    Crashed,
+    LongModeEntry,
+    Outcome,
+    PvhEntry,
+    ThreadVcpu,
+    VcpuState,
+    triple_fault,
+)
 from trivmm.hypervisor.kvm import boot, cpuid
 from trivmm.hypervisor.kvm.calls import kvm_call
 from trivmm.hypervisor.kvm.report import extension
@@ -152,10 +161,13 @@ class KvmVcpu(ThreadVcpu):
         if reason == lib.KVM_EXIT_SYSTEM_EVENT:
             (event,) = struct.unpack_from("<I", self._shared, UNION)
             return GuestRequest(SYSTEM_EVENTS.get(event, "crash"), "system event")
-        if reason < 0:
+        if reason == lib.KVM_EXIT_SHUTDOWN:
+            return triple_fault(self.describe())
+        fault = self._vm.memory_fault
+        if reason == -errno.EFAULT and fault is not None and (why := fault(stopped=True)) is not None:
+            what = why
+        elif reason < 0:
             what = f"KVM_RUN failed: {os.strerror(-reason)}"
-        elif reason == lib.KVM_EXIT_SHUTDOWN:
-            what = "triple fault"
         elif reason == lib.KVM_EXIT_HLT:  # the in-kernel LAPIC waits by itself
             what = "halted for ever: no interrupt can wake it"
         elif reason == lib.KVM_EXIT_FAIL_ENTRY:
@@ -186,9 +198,12 @@ class KvmVcpu(ThreadVcpu):
 
     # --- state -----------------------------------------------------------------------------------------------
 
-    def set_boot_state(self, entry_gpa: int, start_info_gpa: int) -> None:
+    def set_boot_state(self, entry: PvhEntry | LongModeEntry) -> None:
         self._open()
-        boot.set_pvh(self._fd, entry_gpa, start_info_gpa)
+        if isinstance(entry, PvhEntry):
+            boot.set_pvh(self._fd, entry)
+        else:
+            boot.set_long_mode(self._fd, entry)
 
     def save(self) -> VcpuState:
         self._open()

@@ -37,6 +37,7 @@ class KvmVm(VmBackend):
         self.vcpus: list[KvmVcpu] = []
         self._kvm_fd = kvm_fd
         self._slots: dict[int, tuple[int, int, int]] = {}
+        self._roms: dict[int, tuple[int, int, int]] = {}
         self._logs: dict[int, Any] = {}
         self._hooks: list[tuple[int, int, Any, Any]] = []
         self._memory: Any = None
@@ -58,7 +59,11 @@ class KvmVm(VmBackend):
 
     # --- memory ----------------------------------------------------------------------------------------------
 
-    def add_memory(self, slot: int, gpa: int, size: int, hva: int) -> None:
+    def add_memory(self, slot: int, gpa: int, size: int, hva: int, *, rom: bool = False) -> None:
+        if rom:
+            self._set_slot(slot, gpa, size, hva, lib.KVM_MEM_READONLY)
+            self._roms[slot] = (gpa, size, hva)
+            return
         flags = lib.KVM_MEM_LOG_DIRTY_PAGES if self._logs else 0
         self._set_slot(slot, gpa, size, hva, flags)
         self._slots[slot] = (gpa, size, hva)
@@ -69,9 +74,15 @@ class KvmVm(VmBackend):
     def _set_slot(self, slot: int, gpa: int, size: int, hva: int, flags: int) -> None:
         kvm_call(self._fd, "KVM_SET_USER_MEMORY_REGION", struct.pack("<IIQQQ", slot, flags, gpa, size, hva))
 
+    def add_device_memory(self, slot: int, gpa: int, size: int, hva: int) -> None:
+        self._set_slot(slot, gpa, size, hva, 0)
+
+    def remove_device_memory(self, slot: int, gpa: int, size: int) -> None:
+        self._set_slot(slot, gpa, 0, 0, 0)
+
     def peek(self, gpa: int, length: int) -> bytes:
-        """What is in RAM there, for a crash report; nothing where it is not RAM."""
-        for start, size, hva in self._slots.values():
+        """What is in memory there, for a crash report; nothing where there is none."""
+        for start, size, hva in [*self._slots.values(), *self._roms.values()]:
             if start <= gpa and gpa + length <= start + size:
                 return bytes(ffi.buffer(ffi.cast("uint8_t *", hva + gpa - start), length))
         return b""
@@ -95,6 +106,8 @@ class KvmVm(VmBackend):
         return log
 
     def harvest_dirty(self, slot: int, into: Any) -> None:
+        if slot in self._roms:
+            return
         log = self._fetch(slot)
         lib.tv_bits_or(into, log, len(log))
 

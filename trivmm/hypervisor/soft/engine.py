@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
+import attrs
 import unicorn
 from unicorn import unicorn_const as uc_const
 from unicorn import x86_const as x86
@@ -24,7 +25,7 @@ from trivmm.hypervisor.soft.env import CONTEXT_BYTES, ENGINE_VERSION, HEADER_BYT
 
 _unicorn: Any = unicorn  # its Python package is not typed
 
-__all__ = ["PHYSICAL_END", "Engine", "Stop"]
+__all__ = ["PHYSICAL_END", "Engine", "Slot", "Stop"]
 
 PHYSICAL_END: Final = 1 << 40  # the engine's CPU has 40 physical address bits
 PAGE: Final = 0x1000
@@ -53,6 +54,16 @@ class Clock:
             time.sleep(max(0, self._ns + self.ENOUGH_NS - time.monotonic_ns()) / 1e9)
             self._khz = (int(lib.tv_tsc()) - self._tsc) * 1_000_000 // (time.monotonic_ns() - self._ns)
         return self._khz
+
+
+@attrs.frozen
+class Slot:
+    """``size`` bytes at host address ``hva`` are the guest's memory at ``gpa``; ``rom``: it can't write there."""
+
+    gpa: int
+    size: int
+    hva: int
+    rom: bool = False
 
 
 class Stop:
@@ -96,6 +107,7 @@ class Engine:
         self.failure = 0
         self._excepted = False
         self._syscalled = False
+        self._rom_writes: list[tuple[int, bytes]] = []  # host address, what was there before
         self.gate = ffi.new("struct tv_soft_gate *")
         stop = ctypes.cast(self._library.uc_emu_stop, ctypes.c_void_p).value
         lib.tv_soft_gate_init(self.gate, stop)
@@ -167,14 +179,30 @@ class Engine:
         self._excepted = True
         self._uc.emu_stop()
 
-    def map_ram(self, slots: tuple[tuple[int, int, int], ...]) -> None:
-        """``(gpa, size, hva)`` each; every other address up to :data:`PHYSICAL_END` becomes MMIO."""
+    def map_memory(self, slots: tuple[Slot, ...]) -> None:
+        """Every other address up to :data:`PHYSICAL_END` becomes MMIO, and so do writes to a ROM."""
         at = 0
-        for gpa, size, hva in sorted(slots):
-            self._map_mmio(at, gpa)
-            self._uc.mem_map_ptr(gpa, size, uc_const.UC_PROT_ALL, hva)
-            at = gpa + size
+        for slot in sorted(slots, key=lambda each: each.gpa):
+            self._map_mmio(at, slot.gpa)
+            rights = uc_const.UC_PROT_READ | uc_const.UC_PROT_EXEC if slot.rom else uc_const.UC_PROT_ALL
+            self._uc.mem_map_ptr(slot.gpa, slot.size, rights, slot.hva)
+            if slot.rom:
+                self._watch_rom(slot)
+            at = slot.gpa + slot.size
         self._map_mmio(at, PHYSICAL_END)
+
+    def _watch_rom(self, rom: Slot) -> None:
+        """The engine either ends at such a write or carries it out: it does, and :meth:`run` takes it back before the
+        next instruction. (One instruction that writes there and reads it again sees its own write.)"""
+
+        def written(_uc: Any, _kind: int, gpa: int, size: int, value: int, _data: Any) -> bool:
+            inside = rom.gpa <= gpa and gpa + size <= rom.gpa + rom.size
+            if inside:
+                self._rom_writes.append((rom.hva + gpa - rom.gpa, ctypes.string_at(rom.hva + gpa - rom.gpa, size)))
+                self._write_mmio(gpa, size, value)
+            return inside
+
+        self._uc.hook_add(uc_const.UC_HOOK_MEM_WRITE_PROT, written)
 
     def _map_mmio(self, start: int, end: int) -> None:
         if start >= end:
@@ -203,11 +231,19 @@ class Engine:
                 return Stop.INVALID
             self.failure = error.errno
             return Stop.FAILED
+        finally:
+            if self._rom_writes:
+                self._restore_rom()
         if self._excepted:
             return Stop.EXCEPTION
         if self._syscalled:
             return Stop.SYSCALL
         return Stop.GATE if gate.stopped else Stop.HALT
+
+    def _restore_rom(self) -> None:
+        for hva, before in reversed(self._rom_writes):
+            ctypes.memmove(hva, before, len(before))
+        self._rom_writes.clear()
 
     # --- registers: only between runs ------------------------------------------------------------------------
 

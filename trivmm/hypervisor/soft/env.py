@@ -133,7 +133,7 @@ class Env(ctypes.Structure):
     old_exception: int
 
 
-RAX, RCX, RDX, RBX, RSP = range(5)
+RAX, RCX, RDX, RBX, RSP, RBP, RSI = range(7)
 R11: Final = 11
 
 

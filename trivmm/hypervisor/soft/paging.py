@@ -35,17 +35,17 @@ class GuestFault(Exception):
 
 
 class Physical:
-    """RAM by guest physical address. An access outside RAM reads all-ones and writes nothing, as a real bus does."""
+    """Memory by guest physical address. An access outside reads all-ones and writes nothing, as a real bus does."""
 
     def __init__(self) -> None:
-        self._slots: tuple[tuple[int, int, int], ...] = ()  # gpa, end, hva
+        self._slots: tuple[tuple[int, int, int, bool], ...] = ()  # gpa, end, hva, whether it may be written
 
-    def add(self, gpa: int, size: int, hva: int) -> None:
-        self._slots = (*self._slots, (gpa, gpa + size, hva))
+    def add(self, gpa: int, size: int, hva: int, *, rom: bool = False) -> None:
+        self._slots = (*self._slots, (gpa, gpa + size, hva, not rom))
 
-    def _host(self, gpa: int, length: int) -> int | None:
-        for start, end, hva in self._slots:
-            if start <= gpa and gpa + length <= end:
+    def _host(self, gpa: int, length: int, *, write: bool = False) -> int | None:
+        for start, end, hva, writable in self._slots:
+            if start <= gpa and gpa + length <= end and writable >= write:
                 return hva + gpa - start
         return None
 
@@ -54,7 +54,7 @@ class Physical:
         return b"\xff" * length if host is None else ctypes.string_at(host, length)
 
     def write(self, gpa: int, data: bytes) -> None:
-        host = self._host(gpa, len(data))
+        host = self._host(gpa, len(data), write=True)
         if host is not None:
             ctypes.memmove(host, data, len(data))
 

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from typing import Final
 
-from trivmm.hypervisor.soft.env import CS, HF_CS32, HF_PE, HF_SS32, RBX, Env
+from trivmm.hypervisor.base import LONG_MODE_GDT, LongModeEntry, PvhEntry
+from trivmm.hypervisor.soft.env import CR4_PAE, CS, HF_CS32, HF_CS64, HF_LMA, HF_PE, HF_SS32, RBX, RSI, Env
 
-__all__ = ["describe", "set_pvh", "set_reset"]
+__all__ = ["describe", "set_long_mode", "set_pvh", "set_reset"]
 
 FLAT_CODE: Final = 0x00CF_9B00
 FLAT_DATA: Final = 0x00CF_9300
+LONG_CODE: Final = 0x00AF_9B00
+CR0_LONG: Final = 1 << 31 | 0x11  # PG, ET, PE
+EFER_LONG: Final = 1 << 10 | 1 << 8  # LMA, LME
 REAL_CODE: Final = 0x0000_9B00
 REAL_DATA: Final = 0x0000_9300
 BUSY_TSS: Final = 0x0000_8B00
@@ -32,7 +36,7 @@ def set_reset(env: Env) -> None:
     env.eip, env.eflags = 0xFFF0, 2
 
 
-def set_pvh(env: Env, entry_gpa: int, start_info_gpa: int) -> None:
+def set_pvh(env: Env, entry: PvhEntry) -> None:
     """The x86/HVM direct boot ABI: flat 32-bit protected mode without paging, EBX the start info."""
     env.hflags = HF_PE | HF_CS32 | HF_SS32
     env.efer = 0
@@ -44,8 +48,23 @@ def set_pvh(env: Env, entry_gpa: int, start_info_gpa: int) -> None:
     env.segs[CS].selector, env.segs[CS].flags = 0x08, FLAT_CODE
     env.tr.base, env.tr.limit, env.tr.flags = 0, 0x67, BUSY_TSS
     env.gdt.limit = env.idt.limit = 0
-    env.regs[RBX] = start_info_gpa
-    env.eip, env.eflags = entry_gpa, 2
+    env.regs[RBX] = entry.start_info_gpa
+    env.eip, env.eflags = entry.entry_gpa, 2
+
+
+def set_long_mode(env: Env, entry: LongModeEntry) -> None:
+    """64-bit mode, flat, RSI the zero page."""
+    env.hflags = HF_PE | HF_LMA | HF_CS32 | HF_SS32 | HF_CS64
+    env.efer = EFER_LONG
+    env.cr[0], env.cr[2], env.cr[3], env.cr[4] = CR0_LONG, 0, entry.page_tables_gpa, CR4_PAE
+    for index in range(6):
+        segment = env.segs[index]
+        segment.selector, segment.base, segment.limit, segment.flags = 0x18, 0, 0xFFFF_FFFF, FLAT_DATA
+    env.segs[CS].selector, env.segs[CS].flags = 0x10, LONG_CODE
+    env.tr.base, env.tr.limit, env.tr.flags = 0, 0xFFFF, BUSY_TSS
+    env.gdt.base, env.gdt.limit, env.idt.limit = entry.gdt_gpa, len(LONG_MODE_GDT) - 1, 0
+    env.regs[RSI] = entry.zero_page_gpa
+    env.eip, env.eflags = entry.entry_gpa, 2
 
 
 def describe(env: Env, rflags: int, code: bytes) -> str:

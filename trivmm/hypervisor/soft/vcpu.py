@@ -19,7 +19,16 @@ from typing import TYPE_CHECKING, Final
 from trivmm._native import ffi, lib
 from trivmm.bus.bus import Bus
 from trivmm.errors import HypervisorError
-from trivmm.hypervisor.base import INTERRUPTED, Crashed, Outcome, ThreadVcpu, VcpuState
+from trivmm.hypervisor.base import (
+    INTERRUPTED,
+    Crashed,
+    LongModeEntry,
+    Outcome,
+    PvhEntry,
+    ThreadVcpu,
+    VcpuState,
+    triple_fault,
+)
 from trivmm.hypervisor.soft import registers
 from trivmm.hypervisor.soft.accesses import Accesses, Undo
 from trivmm.hypervisor.soft.delivery import Event, Shutdown, deliver, syscall
@@ -33,7 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["SoftVcpu"]
 
 SLICE: Final = 20_000  # instructions between two looks at timers and interrupt sources: about 0.2 ms
-SLICE_MASKED: Final = 500  # the same while an interrupt waits for the guest to open its flag
+SLICE_MASKED: Final = 500  # the same while an interrupt waits for the guest to open its flag; twice that the next time
 HALT_SLICE_S: Final = 1.0  # a halted vCPU looks around at least this often, even if a wake were lost
 STATE_KIND: Final = f"soft/1/{'.'.join(map(str, ENGINE_VERSION))}"
 
@@ -53,11 +62,12 @@ class SoftVcpu(ThreadVcpu):
         self._chips = vm.chips
         self._accesses = Accesses(vm)
         self._engine = self._accesses.engine
-        self._engine.map_ram(tuple(vm.slots.values()))
+        self._engine.map_memory(tuple(vm.slots.values()))
         self._gate = self._engine.gate
         # It translates code, and what a disk is read into may be code.
         self.write_hook = ffi.addressof(lib, "tv_soft_gate_code"), self._gate
         self._halted = False
+        self._masked = SLICE_MASKED
         self._kicked = False
         self._closed = False
         self._closing = threading.Lock()
@@ -131,6 +141,8 @@ class SoftVcpu(ThreadVcpu):
                     self._halt()
                     continue
                 stop = accesses.run(budget, bus)
+                if vm.memory_fault is not None and (why := vm.memory_fault(stopped=False)) is not None:
+                    return Crashed(why, self.describe())
                 undo = accesses.take_undo()
                 if undo is not None:
                     self._take_back(undo)
@@ -150,7 +162,7 @@ class SoftVcpu(ThreadVcpu):
                         what = f"the soft CPU gave up (error {engine.failure} of its engine) at {engine.rip:#x}"
                         return Crashed(what, self.describe())
             except Shutdown:
-                return Crashed("triple fault", self.describe())
+                return triple_fault(self.describe())
 
     def finish(self, bus: Bus) -> Outcome:
         """Every stop lies between two instructions; only writes of the last one may still wait."""
@@ -175,13 +187,15 @@ class SoftVcpu(ThreadVcpu):
             lapic.nmi = False
             event = Event(NMI_VECTOR, "interrupt")
         elif not env.eflags & FLAG_IF:
-            return SLICE_MASKED
+            budget, self._masked = self._masked, min(2 * self._masked, SLICE)  # firmware masks for its whole life
+            return budget
         elif (vector := lapic.pending()) is not None:
             lapic.acknowledge(vector)
             event = Event(vector, "interrupt")
         else:
             event = Event(self._chips.acknowledge(), "interrupt")
         self._halted = False
+        self._masked = SLICE_MASKED
         self._deliver(event)
         return SLICE
 
@@ -241,8 +255,11 @@ class SoftVcpu(ThreadVcpu):
 
     # --- registers -------------------------------------------------------------------------------------------
 
-    def set_boot_state(self, entry_gpa: int, start_info_gpa: int) -> None:
-        registers.set_pvh(self._engine.reset(), entry_gpa, start_info_gpa)
+    def set_boot_state(self, entry: PvhEntry | LongModeEntry) -> None:
+        if isinstance(entry, PvhEntry):
+            registers.set_pvh(self._engine.reset(), entry)
+        else:
+            registers.set_long_mode(self._engine.reset(), entry)
         self._engine.commit()
         self._engine.flush()
         self._halted = False

@@ -21,7 +21,7 @@ import attrs
 
 from trivmm.errors import HypervisorError, NotSupported
 from trivmm.hypervisor.base import VmBackend, VmBackendState
-from trivmm.hypervisor.soft.engine import PHYSICAL_END
+from trivmm.hypervisor.soft.engine import PHYSICAL_END, Slot
 from trivmm.hypervisor.soft.env import ENGINE_VERSION
 from trivmm.hypervisor.soft.ioapic import IoApic
 from trivmm.hypervisor.soft.lapic import Lapic
@@ -56,7 +56,7 @@ class SoftVm(VmBackend):
     ioapic: IoApic = attrs.field(factory=IoApic)
     lapic: Lapic = attrs.field(default=attrs.Factory(lambda self: Lapic(self.ioapic.end_of_interrupt), takes_self=True))
     doorbells: dict[int, int] = attrs.field(factory=dict)
-    slots: dict[int, tuple[int, int, int]] = attrs.field(factory=dict)
+    slots: dict[int, Slot] = attrs.field(factory=dict)
     _sources: dict[int, Source] = attrs.field(factory=dict, init=False)
     _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False)
     _epoll: select.epoll = attrs.field(factory=select.epoll, init=False)
@@ -64,13 +64,19 @@ class SoftVm(VmBackend):
 
     # --- memory ----------------------------------------------------------------------------------------------
 
-    def add_memory(self, slot: int, gpa: int, size: int, hva: int) -> None:
+    def add_memory(self, slot: int, gpa: int, size: int, hva: int, *, rom: bool = False) -> None:
         if self._vcpu is not None:
             raise HypervisorError("add_memory", "soft takes memory before its vCPU exists")
         if gpa + size > PHYSICAL_END:
             raise HypervisorError("add_memory", f"{gpa + size:#x} is above the soft CPU's 40 address bits")
-        self.slots[slot] = (gpa, size, hva)
-        self.physical.add(gpa, size, hva)
+        self.slots[slot] = Slot(gpa, size, hva, rom)
+        self.physical.add(gpa, size, hva, rom=rom)
+
+    def add_device_memory(self, slot: int, gpa: int, size: int, hva: int) -> None:
+        self.add_memory(slot, gpa, size, hva)
+
+    def remove_device_memory(self, slot: int, gpa: int, size: int) -> None:
+        raise HypervisorError("remove_device_memory", "soft keeps the memory that its vCPU began with")
 
     def set_dirty_log(self, enabled: bool) -> None:
         raise HypervisorError("set_dirty_log", "soft has no dirty log", "copy while the VM is paused")

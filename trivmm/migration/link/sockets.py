@@ -147,6 +147,7 @@ class SocketSender(SendingHalf):
         job = self._thread.job("tv_page_send")
         job.grace_ms, job.slot, job.pages = GRACE_MS, region.slot, region.pages
         job.hva, job.dirty = ffi.cast("uint8_t *", region.hva), dirty.bits
+        job.memfd = region.memfd if region.given_back else -1
         job.staging, job.max_pages, job.sequence = self._thread.buffer, limit, self.sequence
         try:
             await self._thread.run(lib.tv_pages_send, job)

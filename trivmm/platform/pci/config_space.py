@@ -34,6 +34,9 @@ FIRST_CAPABILITY: Final = 0x40
 
 MEMORY_ENABLE: Final = 0x2
 BUS_MASTER: Final = 0x4
+# Section 6.2.2: I/O, memory, bus master, parity response, SERR#, INTx off. Special cycles, write-and-invalidate,
+# palette snooping and back-to-back are for functions that have a use for them; 7 and 11 to 15 are reserved.
+COMMAND_WRITABLE: Final = 0x0547
 STATUS_HAS_CAPABILITIES: Final = 0x10
 MEMORY_64BIT: Final = 0x4
 PREFETCHABLE: Final = 0x8
@@ -82,7 +85,7 @@ class PciConfigSpace:
         self._put(0x08, class_code << 8 | revision, 4)
         self._put(SUBSYSTEM, subsystem_vendor_id, 2)
         self._put(SUBSYSTEM + 2, subsystem_id, 2)
-        self._writable[COMMAND : COMMAND + 2] = b"\xff\xff"
+        self._writable[COMMAND : COMMAND + 2] = COMMAND_WRITABLE.to_bytes(2, "little")
         self._writable[CACHE_LINE] = 0xFF
         self._writable[INTERRUPT_LINE] = 0xFF
 

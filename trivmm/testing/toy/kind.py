@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from trivmm.syntax import as_text
 from trivmm.testing.toy.config import ToyConfig
-from trivmm.virtio.kind import BUS_KEYS, Contract, DeviceKind, Option, Place
+from trivmm.virtio.kind import BUS_KEYS, Contract, DeviceKind, Hotplug, Option, Place
 
 if TYPE_CHECKING:
     from trivmm.virtio.device import WorkerDevice
@@ -26,4 +26,5 @@ TOY: Final = DeviceKind(
     option=Option("toy", "src=FILE[,id=…]", "a toy, for tests", keys={"src": ("src", as_text), **BUS_KEYS}, main="src"),
     name="_toy{}",
     make=_make,
+    hotplug=Hotplug("add-toy", "The toy could not be added to the VM"),
 )

@@ -58,33 +58,37 @@ class Flow:
 
 @attrs.frozen
 class BlockCounts:
-    """Of one queue, or added up. ``flush_ops`` and ``errors`` (requests answered with another status than OK) are
-    ours."""
+    """Of one queue, or added up. Ours beside Cloud Hypervisor's: ``flush_ops``, ``discard_ops``, ``write_zeroes_ops``;
+    ``errors``, requests answered with another status than OK; ``io_errors``, those of these that are the image's fault;
+    ``limited``, how often a request had to wait for the rate limiter."""
 
     read: Flow = Flow()
     write: Flow = Flow()
     flush_ops: int = 0
+    discard_ops: int = 0
+    write_zeroes_ops: int = 0
     errors: int = 0
+    io_errors: int = 0
+    limited: int = 0
 
     @classmethod
     def of(cls, native: Any) -> BlockCounts:
         """Of a ``struct tv_block``, whose worker may run."""
         counts = ffi.new("struct tv_block_counts *")
         lib.tv_block_count(native, counts)
-        return cls(_flow(counts.read), _flow(counts.write), int(counts.flush_ops), int(counts.errors))
+        return cls(_flow(counts.read), _flow(counts.write), *(int(getattr(counts, name)) for name in PLAIN))
 
     def __add__(self, other: BlockCounts) -> BlockCounts:
-        return BlockCounts(
-            self.read + other.read,
-            self.write + other.write,
-            self.flush_ops + other.flush_ops,
-            self.errors + other.errors,
-        )
+        plain = (getattr(self, name) + getattr(other, name) for name in PLAIN)
+        return BlockCounts(self.read + other.read, self.write + other.write, *plain)
 
     def shown(self) -> dict[str, int]:
-        """``{read,write}_{bytes,ops,latency_min,latency_max,latency_avg}``, ``flush_ops`` and ``errors``."""
-        ours = {"flush_ops": self.flush_ops, "errors": self.errors}
+        """``{read,write}_{bytes,ops,latency_min,latency_max,latency_avg}``, and what is ours."""
+        ours = {name: getattr(self, name) for name in PLAIN}
         return {**self.read.shown("read"), **self.write.shown("write"), **ours}
+
+
+PLAIN: Final = tuple(field.name for field in attrs.fields(BlockCounts) if field.name not in ("read", "write"))
 
 
 def _flow(native: Any) -> Flow:

@@ -20,12 +20,11 @@ import struct
 from collections.abc import Sequence
 from typing import Final
 
-from trivmm.config import DiskConfig
 from trivmm.errors import ConfigError, MigrationError, reason_of
+from trivmm.virtio.block.geometry import SECTOR
 
 __all__ = ["SECTOR", "ImageFile", "check_given_once"]
 
-SECTOR: Final = 512
 BLKGETSIZE64: Final = 0x80081272
 BLKFLSBUF: Final = 0x1261  # write out and drop the page cache of a block device
 F_OFD_SETLK: Final = 37
@@ -33,21 +32,27 @@ FLOCK: Final = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, le
 
 
 class ImageFile:
-    """``fd`` is open from construction to :meth:`close`; ``sync_fd`` is :meth:`flush`'s."""
+    """``fd`` is open from construction to :meth:`close`; ``sync_fd`` is :meth:`flush`'s; ``direct_fd`` is for I/O past
+    the page cache, -1 unless it was asked for."""
 
-    def __init__(self, path: str, *, readonly: bool, lock: bool) -> None:
-        """:raises ConfigError: naming ``disks.path`` and what is wrong with it."""
+    def __init__(
+        self, path: str, *, readonly: bool, lock: bool, direct: bool = False, field: str = "disks.path"
+    ) -> None:
+        """:raises ConfigError: naming ``field`` and what is wrong with the file."""
         self.path = path
+        self.field = field
         self.readonly = readonly
-        self.sync_fd = -1
+        self.sync_fd = self.direct_fd = -1
         self._lost: str | None = None  # why what the guest wrote may be lost
         self.fd = self._open()
         try:
             self.size = self._measure()
             self.sync_fd = self._open()
-            if not os.path.sameopenfile(self.fd, self.sync_fd):
-                raise ConfigError("disks.path", path, "was replaced in this moment", "leave it alone while a VM starts")
-            for fd in (self.fd, self.sync_fd):
+            if direct:
+                self.direct_fd = self._open_direct()
+            if not all(os.path.sameopenfile(self.fd, fd) for fd in self._fds[1:]):
+                raise ConfigError(field, path, "was replaced in this moment", "leave it alone while a VM starts")
+            for fd in self._fds:
                 os.set_blocking(fd, True)
             if lock:
                 self.take_lock()
@@ -55,8 +60,23 @@ class ImageFile:
             self.close()
             raise
 
-    def _open(self) -> int:
-        flags = (os.O_RDONLY if self.readonly else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+    @property
+    def _fds(self) -> list[int]:
+        """Those that are open."""
+        return [fd for fd in (self.fd, self.sync_fd, self.direct_fd) if fd >= 0]
+
+    def _open_direct(self) -> int:
+        try:
+            return self._open(os.O_DIRECT)
+        except ConfigError as error:
+            cause = error.__cause__
+            if not isinstance(cause, OSError) or cause.errno != errno.EINVAL:
+                raise
+            problem = f"{self.path} lies on a file system that has no direct I/O"
+            raise ConfigError("disks.direct", True, problem, "leave it out") from cause
+
+    def _open(self, more: int = 0) -> int:
+        flags = (os.O_RDONLY if self.readonly else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY | more
         try:
             return os.open(self.path, flags)
         except (OSError, ValueError) as error:
@@ -70,7 +90,7 @@ class ImageFile:
             remedy = "create it (truncate -s 1G PATH), or correct the path"
         elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
             remedy = "make it readable and writable, or give readonly=on"
-        return ConfigError("disks.path", self.path, why, remedy)
+        return ConfigError(self.field, self.path, why, remedy)
 
     def _measure(self) -> int:
         mode = os.fstat(self.fd).st_mode
@@ -81,7 +101,20 @@ class ImageFile:
             fcntl.ioctl(self.fd, BLKGETSIZE64, size)
             return int.from_bytes(size, "little")
         kind = "a directory" if stat.S_ISDIR(mode) else "neither a file nor a block device"
-        raise ConfigError("disks.path", self.path, kind, "give a raw image file")
+        raise ConfigError(self.field, self.path, kind, "give a raw image file")
+
+    def resize(self, size: int) -> None:
+        """Of a file; a block device has the size that it has, which is looked at anew.
+
+        :raises ConfigError: it can't be."""
+        try:
+            if not self.is_block_device:
+                os.ftruncate(self.fd, size)
+            self.size = self._measure()
+        except OSError as error:
+            raise ConfigError("desired_size", size, reason_of(error), "give a size that its storage has") from error
+        if self.size < size:
+            raise ConfigError("desired_size", size, f"the device has {self.size} bytes", "make the device larger first")
 
     @property
     def is_block_device(self) -> bool:
@@ -103,10 +136,10 @@ class ImageFile:
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise ConfigError(
-                    "disks.path", self.path, "in use by another VM or program", "stop that one, or give a copy"
+                    self.field, self.path, "in use by another VM or program", "stop that one, or give a copy"
                 ) from error
             raise ConfigError(
-                "disks.path", self.path, f"cannot lock it ({error.strerror})", "give a local file"
+                self.field, self.path, f"cannot lock it ({error.strerror})", "give a local file"
             ) from error
 
     def release_lock(self) -> None:
@@ -126,7 +159,7 @@ class ImageFile:
         except OSError as error:
             self._lost = reason_of(error)
         if self._lost is not None:
-            raise MigrationError(f"disks.path = {self.path}: what the guest wrote can't be flushed ({self._lost})")
+            raise MigrationError(f"{self.field} = {self.path}: what the guest wrote can't be flushed ({self._lost})")
 
     def refresh(self) -> None:
         """What was cached here before the lock was taken is read anew; ``size`` too.
@@ -136,7 +169,7 @@ class ImageFile:
             self.size = self._measure()
             self._drop_cache()
         except OSError as error:
-            raise ConfigError("disks.path", self.path, reason_of(error), "look after its storage") from error
+            raise ConfigError(self.field, self.path, reason_of(error), "look after its storage") from error
 
     def _drop_cache(self) -> None:
         """Drop the clean pages that this host has cached. Of a page that somebody has mapped the host keeps its copy.
@@ -151,28 +184,26 @@ class ImageFile:
         os.posix_fadvise(self.sync_fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
-        for fd in (self.fd, self.sync_fd):
-            if fd >= 0:
-                os.close(fd)
-        self.fd = self.sync_fd = -1
+        fds = self._fds
+        self.fd = self.sync_fd = self.direct_fd = -1
+        for fd in fds:
+            os.close(fd)
 
 
-def check_given_once(disks: Sequence[DiskConfig]) -> None:
-    """Two disks on one image would spoil each other's data; the lock would call that "another VM".
+def check_given_once(given: Sequence[tuple[str, str, bool]], remedy: str) -> None:
+    """Two devices on one image would spoil each other's data; the lock would call that "another VM". ``given``: where
+    each stands in the configuration, its path, and whether it is only read.
 
     :raises ConfigError: naming both, unless both only read."""
-    seen: dict[tuple[object, ...], int] = {}
-    for index, disk in enumerate(disks):
+    seen: dict[tuple[object, ...], tuple[str, bool]] = {}
+    for where, path, readonly in given:
         try:
-            found = os.stat(disk.path)
+            found = os.stat(path)
         except (OSError, ValueError):  # opening it says what is wrong
             continue
+        if stat.S_ISDIR(found.st_mode):  # a new file in it
+            continue
         which = ("device", found.st_rdev) if stat.S_ISBLK(found.st_mode) else ("file", found.st_dev, found.st_ino)
-        first = seen.setdefault(which, index)
-        if first != index and not (disk.readonly and disks[first].readonly):
-            raise ConfigError(
-                f"disks[{index}].path",
-                disk.path,
-                f"the same image as disks[{first}].path",
-                "give each disk its own, or give both readonly=on",
-            )
+        first, first_readonly = seen.setdefault(which, (where, readonly))
+        if first != where and not (readonly and first_readonly):
+            raise ConfigError(where, path, f"the same image as {first}", remedy)

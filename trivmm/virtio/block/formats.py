@@ -1,11 +1,11 @@
 """Which format an image has, and opening it as that.
 
-Only raw images can be opened, and none is taken for raw by mistake: where the configuration doesn't say ``Raw``, a file
+Raw and qcow2 images can be opened, and none is taken for raw by mistake: where the configuration says ``Unknown``, one
 whose first bytes (for a fixed VHD: last sector) are another format's is refused by name. The guess is made once, before
 the guest first runs, and its result stays in the VM's configuration: what a guest writes into its own disk never shuts
 it out at a reboot or after a migration. Cloud Hypervisor and QEMU refuse a guest's writes to sector 0 of an image that
 they guessed, since a later guess could open a format that the guest forged, and with it another file of the host. Here
-no guess ever opens anything but raw, so the guest may write what it likes.
+a guess opens no other file (:mod:`trivmm.virtio.block.chain`), so the guest may write what it likes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from trivmm.config import DiskConfig
 from trivmm.errors import ConfigError, NotSupported
 from trivmm.virtio.block.file import SECTOR, ImageFile
 from trivmm.virtio.block.image import Image
+from trivmm.virtio.block.qcow2 import Qcow2Image
 from trivmm.virtio.block.raw import RawImage
 
 __all__ = ["foreign_format", "open_image"]
@@ -53,17 +54,30 @@ def open_image(config: DiskConfig, *, lock: bool) -> Image:
     """The image of a disk, as its ``image_type`` says, locked or not.
 
     :raises ConfigError: naming ``disks.path`` and what is wrong with it. :raises NotSupported: its format."""
-    file = ImageFile(config.path, readonly=config.readonly, lock=lock)
+    file = ImageFile(config.path, readonly=config.readonly, lock=lock, direct=config.direct)
     try:
-        if config.image_type != "Raw":
-            _refuse_foreign(file)
+        found = None if config.image_type == "Raw" else _look(file)
+        if config.image_type == "Qcow2" and found != "qcow2":
+            what = "a raw one" if found is None else f"a {found} image"
+            raise ConfigError("disks.path", file.path, f"no qcow2 image but {what}", "give the image_type that it has")
+        if found == "qcow2":
+            if config.direct:
+                remedy = "leave it out, or convert the image (qemu-img convert -O raw OLD NEW)"
+                raise NotSupported("disks.direct", True, "not for qcow2 images yet", remedy)
+            return Qcow2Image(file, config, lock=lock)
+        if found is not None:
+            remedy = (
+                "convert it (qemu-img convert -O qcow2 OLD NEW), or give image_type=raw if its very bytes are meant"
+            )
+            problem = f"a {found} image; only raw and qcow2 ones are supported yet"
+            raise NotSupported("disks.path", file.path, problem, remedy)
         return RawImage(file)
     except BaseException:
         file.close()
         raise
 
 
-def _refuse_foreign(file: ImageFile) -> None:
+def _look(file: ImageFile) -> str | None:
     try:
         first = os.pread(file.fd, SECTOR, 0)
         last = os.pread(file.fd, SECTOR, max(0, file.size - SECTOR))
@@ -71,7 +85,4 @@ def _refuse_foreign(file: ImageFile) -> None:
         raise ConfigError(
             "disks.path", file.path, f"cannot read it ({error.strerror})", "give a readable image"
         ) from error
-    found = foreign_format(first, last)
-    if found is not None:
-        remedy = "convert it (qemu-img convert -O raw OLD NEW), or give image_type=raw if its very bytes are meant"
-        raise NotSupported("disks.path", file.path, f"a {found} image; only raw ones are supported yet", remedy)
+    return foreign_format(first, last)

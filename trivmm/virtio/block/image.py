@@ -20,8 +20,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from trivmm.errors import ConfigError, TrivmmError
-from trivmm.virtio.block.file import SECTOR, ImageFile
+from trivmm.errors import ConfigError, NotSupported, TrivmmError
+from trivmm.virtio.block.file import ImageFile
+from trivmm.virtio.block.geometry import SECTOR, Geometry
 
 __all__ = ["Image"]
 
@@ -32,12 +33,16 @@ class Image:
     :ivar native: ``struct tv_image *`` for all workers of the disk.
     :ivar owner: the cffi object that ``native`` points into: it lives as long as this.
     :ivar capacity: bytes that the guest sees.
-    :ivar promised: how many of these its driver was told of."""
+    :ivar promised: how many of these its driver was told of.
+    :ivar geometry: what its driver is told of blocks; ``discard`` is what the format itself can give back.
+    :ivar can_clear: the format has discard and write_zeroes."""
 
     image_type: ClassVar[str]  # as DiskConfig spells it
     native: Any
     owner: Any
     capacity: int
+    can_clear: ClassVar[bool] = True
+    geometry: Geometry = Geometry()
 
     def __init__(self, files: Sequence[ImageFile]) -> None:
         self.files = tuple(files)
@@ -60,6 +65,12 @@ class Image:
     def identity(self) -> str:
         """Of the disk, for GET_ID, where no serial was given."""
         return self.files[0].identity
+
+    def resize(self, capacity: int) -> None:
+        """While the driver goes on, who is told of it after that. May wait for the storage.
+
+        :raises NotSupported: not in this format. :raises ConfigError: it can't be."""
+        raise NotSupported("desired_size", capacity, f"a {self.image_type} image can't be resized yet", "leave it")
 
     def counters(self) -> dict[str, int]:
         """What the format counts beside the disk's own. Any thread, while workers run."""

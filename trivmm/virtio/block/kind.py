@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
@@ -11,7 +12,8 @@ from trivmm.config import DiskConfig
 from trivmm.errors import ConfigError
 from trivmm.notyet import NotYet
 from trivmm.syntax import as_text, parse_integer, parse_toggle
-from trivmm.virtio.kind import BUS_KEYS, BUS_NOT_YET, Contract, DeviceKind, Option, Place
+from trivmm.virtio.kind import BUS_KEYS, BUS_NOT_YET, Contract, DeviceKind, Hotplug, Option, Place
+from trivmm.virtio.limiter import LIMITER_KEYS, parse_limited
 
 if TYPE_CHECKING:
     from trivmm.virtio.device import WorkerDevice
@@ -35,7 +37,7 @@ def parse_image_type(option: str, text: str) -> str:
     """Cloud Hypervisor's words, and the API's. :raises ConfigError:"""
     made = IMAGE_TYPES.get(text.lower())
     if made is None:
-        raise ConfigError(option, text, "no such type", "give raw, or leave it out")
+        raise ConfigError(option, text, "no such type", "give raw or qcow2, or leave it out")
     return made
 
 
@@ -48,7 +50,8 @@ def _make(config: DiskConfig, place: Place) -> WorkerDevice:
 def _check(disks: Sequence[DiskConfig]) -> None:
     from trivmm.virtio.block.file import check_given_once
 
-    check_given_once(disks)
+    given = [(f"disks[{index}].path", disk.path, disk.readonly) for index, disk in enumerate(disks)]
+    check_given_once(given, "give each disk its own, or give both readonly=on")
 
 
 def _as_built(disk: DiskConfig, device: WorkerDevice) -> DiskConfig:
@@ -66,23 +69,18 @@ BLOCK: Final = DeviceKind(
         required=("path",),
         not_yet={
             **BUS_NOT_YET,
-            "direct": False,
             "vhost_user": False,
             "vhost_socket": None,
-            "rate_limiter_config": None,
             "rate_limit_group": None,
             "queue_affinity": None,
-            "disable_io_uring": NotYet(False, also=(True,)),  # neither is used here
-            "disable_aio": NotYet(False, also=(True,)),
-            "backing_files": False,
-            "sparse": True,
+            "disable_aio": NotYet(False, also=(True,)),  # it is not used here
             "lock_granularity": "ByteRange",
         },
     ),
     option=Option(
         "disk",
-        "path=FILE[,readonly=on,id=…,serial=…]",
-        "raw images; several values, or the option again",
+        "path=FILE[,readonly=on,direct=on,bw_size=…,bw_refill_time=MS,…]",
+        "raw and qcow2 images; several values, or the option again",
         keys={
             "path": ("path", as_text),
             "readonly": ("readonly", parse_toggle),
@@ -94,21 +92,17 @@ BLOCK: Final = DeviceKind(
             "socket": ("vhost_socket", as_text),
             "queue_affinity": ("queue_affinity", as_text),
             "rate_limit_group": ("rate_limit_group", as_text),
-            "bw_size": ("rate_limiter_config", as_text),
-            "bw_one_time_burst": ("rate_limiter_config", as_text),
-            "bw_refill_time": ("rate_limiter_config", as_text),
-            "ops_size": ("rate_limiter_config", as_text),
-            "ops_one_time_burst": ("rate_limiter_config", as_text),
-            "ops_refill_time": ("rate_limiter_config", as_text),
             "_disable_io_uring": ("disable_io_uring", parse_toggle),
             "_disable_aio": ("disable_aio", parse_toggle),
             "backing_files": ("backing_files", parse_toggle),
             "sparse": ("sparse", parse_toggle),
             "image_type": ("image_type", parse_image_type),
             "lock_granularity": ("lock_granularity", as_text),
+            **LIMITER_KEYS,
             **BUS_KEYS,
         },
         main="path",
+        custom=partial(parse_limited, main="path"),
     ),
     name="_disk{}",
     make=_make,
@@ -116,4 +110,5 @@ BLOCK: Final = DeviceKind(
     bar_is_64bit=False,
     check=_check,
     as_built=_as_built,
+    hotplug=Hotplug("add-disk", "The disk could not be added to the VM"),
 )

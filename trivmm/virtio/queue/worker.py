@@ -40,7 +40,8 @@ BROKEN: Final = {
 
 class QueueWorker:
     """``native`` is the device's C struct, whose first member is ``struct tv_worker``; its own fields are set and
-    its ``init`` called by the device. ``on_broken`` is called in the trio thread, once for each queue that breaks."""
+    its ``init`` called by the device. ``on_broken`` is called in the trio thread, once for each queue that breaks,
+    ``on_news`` there whenever the C thread is back."""
 
     def __init__(
         self,
@@ -51,12 +52,14 @@ class QueueWorker:
         handles: Sequence[QueueHandle],
         features: int,
         on_broken: Callable[[str], None],
+        on_news: Callable[[QueueWorker], None] = lambda worker: None,
     ) -> None:
         """``queues`` and ``handles`` by index. :raises ValueError: when a queue's rings don't lie in RAM."""
         self.name = name
         self.native = native
         self.done = trio.Event()
         self._on_broken = on_broken
+        self._on_news = on_news
         self._memory = memory
         self._kick_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._queues = queues
@@ -103,14 +106,18 @@ class QueueWorker:
         self._memory.hold()  # a thread stuck in the kernel keeps guest memory until it returns
         try:
             with trio.CancelScope(shield=True):
-                while await trio.to_thread.run_sync(
-                    lib.tv_worker_run,
-                    ffi.addressof(self._worker),
-                    thread_name=self.name,
-                    limiter=trio.CapacityLimiter(1),
-                    abandon_on_cancel=False,
-                ):
-                    self._tell_broken()
+                more = True
+                while more:
+                    more = await trio.to_thread.run_sync(
+                        lib.tv_worker_run,
+                        ffi.addressof(self._worker),
+                        thread_name=self.name,
+                        limiter=trio.CapacityLimiter(1),
+                        abandon_on_cancel=False,
+                    )
+                    if more:
+                        self._tell_broken()
+                    self._on_news(self)
         finally:
             self.done.set()
             self.close()

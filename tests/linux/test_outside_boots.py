@@ -1,0 +1,51 @@
+"""Boot code that was made for a PC, on the soft CPU: ISOLINUX and iPXE through SeaBIOS, Memtest86+ by its own entry.
+
+Fetched by apt at each run; nothing of them is in the repository.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trio
+
+from trivmm import DiskConfig, MemoryConfig, PayloadConfig, SerialConfig, VmConfig, open_vm
+
+pytest.importorskip("unicorn", reason="the soft extra is not installed")
+pytestmark = [pytest.mark.slow, pytest.mark.soft]
+
+from trivmm.hypervisor.soft import SoftHypervisor  # noqa: E402
+
+LIMIT_S = 300
+SEABIOS = Path("/usr/share/seabios/bios-256k.bin")
+
+
+@pytest.mark.skipif(not SEABIOS.exists(), reason=f"needs {SEABIOS} (apt-get install seabios)")
+async def test_ipxe_boots_from_its_iso_through_seabios(package: Callable[[str], Path], tmp_path: Path) -> None:
+    image = (package("ipxe") / "usr/lib/ipxe/ipxe.iso").read_bytes()
+    (tmp_path / "ipxe.img").write_bytes(image + bytes(-len(image) % (1 << 20)))
+    config = VmConfig(
+        PayloadConfig(firmware=str(SEABIOS)),
+        memory=MemoryConfig(256 << 20),
+        disks=(DiskConfig(str(tmp_path / "ipxe.img"), readonly=True),),
+        serial=SerialConfig("Null"),
+    )
+    with trio.fail_after(LIMIT_S):
+        async with open_vm(config, hypervisor=SoftHypervisor()) as vm:
+            await vm.boot()
+            for said in ("Booting from Hard Disk", "ISOLINUX", "iPXE initialising devices", "No more network devices"):
+                await vm.wait_for_console(said)
+
+
+async def test_memtest86_starts_at_its_64_bit_entry(package: Callable[[str], Path]) -> None:
+    kernel = package("memtest86+") / "boot/memtest86+x64.bin"
+    config = VmConfig(
+        PayloadConfig(str(kernel), "console=ttyS0,115200"), memory=MemoryConfig(8 << 20), serial=SerialConfig("Null")
+    )
+    with trio.fail_after(LIMIT_S):
+        async with open_vm(config, hypervisor=SoftHypervisor()) as vm:
+            await vm.boot()
+            await vm.wait_for_console("Memtest86+ v")
+            await vm.wait_for_console("Pass")

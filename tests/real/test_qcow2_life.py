@@ -1,0 +1,148 @@
+"""A qcow2 image over its life: opened after a crash, marked while it changes, handed from side to side, out of room."""
+
+from __future__ import annotations
+
+import errno
+import resource
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from trivmm.errors import ConfigError, MigrationError
+from trivmm.testing.images import ImageDriver, qemu_img, why_no_qemu_img
+
+pytestmark = pytest.mark.skipif(bool(why_no_qemu_img()), reason=why_no_qemu_img())
+
+SECTOR = 512
+MIB = 1 << 20
+
+
+def create(path: Path, size: int, options: str = "", backing: tuple[Path, str] | None = None) -> Path:
+    extra = [] if backing is None else ["-b", backing[0].name, "-F", backing[1]]
+    chosen = ["-o", options] if options else []
+    qemu_img("create", "-q", "-f", "qcow2", *chosen, *extra, path, str(size))
+    return path
+
+
+def check(path: Path) -> None:
+    said = qemu_img("check", path).stdout
+    assert "No errors were found" in said
+
+
+def content(path: Path) -> bytes:
+    """What QEMU reads."""
+    raw = path.with_suffix(".content")
+    qemu_img("convert", "-O", "raw", path, raw)
+    return raw.read_bytes()
+
+
+def test_dirty_images_are_mended_when_they_are_opened(tmp_path: Path) -> None:
+    """QEMU, killed with lazy refcounts: clusters are used that no refcount says are."""
+    path = create(tmp_path / "disk.qcow2", 4 * MIB, "lazy_refcounts=on")
+    told = "write -P 7 0 2M", "flush", "abort"
+    arguments = [each for command in told for each in ("-c", command)]
+    subprocess.run(["qemu-io", *arguments, path], capture_output=True, timeout=60, check=False)
+    assert qemu_img("check", path, accept=(2,)).stdout
+    with ImageDriver(path, readonly=True) as driver:  # nobody writes to it, and what it maps is right
+        assert driver.read(0, 2 * MIB) == b"\7" * (2 * MIB)
+    with ImageDriver(path) as driver:
+        assert driver.image.counters()["qcow2_mended"] >= 32
+        assert driver.read(0, 2 * MIB) == b"\7" * (2 * MIB)
+        driver.write(3 * MIB, b"\1" * MIB)
+        driver.image.flush()
+    check(path)
+
+
+def test_a_mark_that_says_dirty_goes_with_the_flush_after_the_last_change(tmp_path: Path) -> None:
+    path = create(tmp_path / "disk.qcow2", 4 * MIB)
+
+    def marked() -> bool:
+        return bool(path.read_bytes()[79] & 1)
+
+    with ImageDriver(path) as driver:
+        driver.read(0, MIB)
+        assert not marked()
+        driver.write(0, b"\1" * SECTOR)
+        assert marked()
+        driver.flush()
+        driver.flush()
+        assert not marked()
+        driver.write(0, b"\2" * SECTOR)  # in place: nothing that could be half done
+        assert not marked()
+        driver.write(MIB, b"\2" * SECTOR)
+        assert marked()
+        driver.image.flush()  # as before a migration
+        assert not marked()
+    check(path)
+
+
+def test_a_side_that_is_not_locked_writes_nothing(tmp_path: Path) -> None:
+    path = create(tmp_path / "disk.qcow2", MIB)
+    with ImageDriver(path) as one:
+        one.write(0, b"\1" * SECTOR)
+        before = path.read_bytes()
+        assert before[79] & 1  # its user is at work
+        with ImageDriver(path, lock=False) as other:
+            other.image.refresh()
+            assert other.size == MIB
+            with pytest.raises(ConfigError, match="in use by another VM"):
+                other.image.take_lock()
+        assert path.read_bytes() == before
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file grows beyond 1 MiB: as a full disk, but for the number of the error."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    heard = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, heard)
+
+
+def test_a_write_that_finds_no_room_is_an_error_and_no_more(tmp_path: Path, small_files: None) -> None:
+    path = create(tmp_path / "disk.qcow2", 4 * MIB)
+    data = bytearray(4 * MIB)
+    with ImageDriver(path) as driver:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        failed = written = 0
+        for at in range(0, 4 * MIB, 65536):
+            try:
+                driver.write(at, b"\5" * 4096)
+            except OSError as error:
+                failed += error.errno == errno.EFBIG
+            else:
+                data[at : at + 4096] = b"\5" * 4096
+                written += 1
+        assert failed
+        assert written
+        assert failed + written == 64
+        assert driver.read(0, 4 * MIB) == data
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        driver.write(0, b"\6" * MIB)  # room again
+        data[:MIB] = b"\6" * MIB
+        driver.image.flush()
+    check(path)
+    assert content(path) == data
+
+
+def test_what_was_lost_at_a_flush_is_said_at_every_later_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trivmm.virtio.block import qcow2
+
+    path = create(tmp_path / "disk.qcow2", MIB)
+
+    class Failing:
+        def __getattr__(self, name: str) -> object:
+            return (lambda *_: -1) if name == "tv_qcow2_settle" else getattr(real, name)
+
+    real = qcow2.lib
+    with ImageDriver(path) as driver:
+        monkeypatch.setattr(qcow2, "lib", Failing())
+        with pytest.raises(MigrationError, match="can't be flushed"):
+            driver.image.flush()
+        monkeypatch.setattr(qcow2, "lib", real)
+        with pytest.raises(MigrationError, match="can't be flushed"):
+            driver.image.flush()

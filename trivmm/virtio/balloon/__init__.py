@@ -1,0 +1,1 @@
+"""virtio-balloon: memory that the guest gives back."""

@@ -1,0 +1,1 @@
+"""virtio-pmem: a file mapped as memory."""
