@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from subprocess import DEVNULL
 from typing import Any
 
 import pytest
@@ -314,5 +314,27 @@ async def test_the_example_talks_with_the_guest(tmp_path: Path) -> None:
             await vm.boot()
             for port, code, heard in ((ECHO, 0, said), (99, 1, b"")):
                 command = [sys.executable, str(EXAMPLE), str(tmp_path / "v.sock"), str(port)]
-                done = await trio.run_process(command, stdin=said, capture_stdout=True, stderr=DEVNULL, check=False)
+                done = await trio.run_process(
+                    command, stdin=said, capture_stdout=True, stderr=subprocess.DEVNULL, check=False
+                )
                 assert (done.returncode, done.stdout) == (code, heard)
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("cid=2,socket=v", "vsock.cid = 2: no guest can have that address"),
+        ("cid=3", "no socket; give socket=PATH"),
+        (f"cid=3,socket={'a' * 97}", "has more than 96 bytes"),
+        ("cid=3,socket=taken", "exists and is not a socket"),
+    ],
+)
+def test_mistakes_cost_one_line(option: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("mine")
+    words = ["--kernel", str(probe_path()), "--serial", "null", "--vsock", option]
+    command = [sys.executable, "-m", "trivmm", *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert [each.name for each in tmp_path.iterdir()] == ["taken"]
