@@ -157,7 +157,7 @@ async def test_unknown_keys_fail_nothing_and_are_counted(stage_of: StageOf) -> N
 async def test_errors_speak_json(stage_of: StageOf) -> None:
     async with stage_of() as stage, Client(stage.path) as client:
         for body, said in [
-            ({**BODY, "watchdog": True}, "watchdog = true: not supported yet; leave it out, or false"),
+            ({**BODY, "landlock_enable": True}, "landlock_enable = true: not supported yet; leave it out, or false"),
             ({**BODY, "disks": [{"path": None}]}, "disks[0].path = null: missing; give it"),
             ({**BODY, "rng": {"src": ["é"]}}, 'rng.src = ["é"]: wrong type; give text'),
         ]:

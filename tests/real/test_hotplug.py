@@ -19,6 +19,7 @@ from trivmm.testing.scripted import ScriptedHypervisor
 from trivmm.testing.told_guest import PCIU, ToldGuest, eject, hotplug_read
 from trivmm.virtio.kinds import hotplug_verbs, kind_of
 from trivmm.virtio.net.config import NetConfig
+from trivmm.virtio.pmem.config import PmemConfig
 from trivmm.virtio.vsock.config import VsockConfig
 from trivmm.vm import Vm
 
@@ -41,7 +42,18 @@ def a_vsock(folder: Path) -> VsockConfig:
     return VsockConfig(3, f"{folder}/vsock.sock")
 
 
-SAMPLES: dict[str, Callable[[Path], Any]] = {"add-disk": a_disk, "add-net": a_net, "add-vsock": a_vsock}
+def a_pmem(folder: Path) -> PmemConfig:
+    image = folder / "pmem.img"
+    image.write_bytes(bytes(4 << 20))
+    return PmemConfig(str(image))
+
+
+SAMPLES: dict[str, Callable[[Path], Any]] = {
+    "add-disk": a_disk,
+    "add-net": a_net,
+    "add-pmem": a_pmem,
+    "add-vsock": a_vsock,
+}
 
 
 def test_every_verb_has_a_sample() -> None:
