@@ -16,6 +16,7 @@ import pytest
 
 from trivmm.errors import ConfigError
 from trivmm.testing.fuzz import Finding, build, compiler, find, run
+from trivmm.testing.sanitized import run_tests
 
 FFI = Path(__file__).parents[2] / "ffi"
 LIMIT_S = 120.0  # for what takes a second or two
@@ -167,3 +168,20 @@ def test_the_command_tells_a_line_on_a_terminal() -> None:
     os.close(ours)
     assert process.wait(timeout=LIMIT_S) == 0
     assert b"rings: 500 cases, no finding" in said
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("own_cache")
+def test_the_extension_runs_under_the_sanitizers_and_they_see_its_bugs(tmp_path: Path, gcc: list[str]) -> None:
+    """One that is planted from Python: a log that is shorter than it is said to be."""
+    root, cache = FFI.parent, tmp_path / "cache"
+    cache.mkdir()
+    assert run_tests(root, cache, gcc, ["tests/unit/test_virtio_ring.py"]) == 0
+    planted = tmp_path / "test_planted.py"
+    planted.write_text(
+        "from trivmm._native import ffi, lib\n"
+        "def test_it():\n"
+        "    bytes_ = ffi.new('uint8_t[]', 8)\n"
+        "    lib.tv_dirty_take(ffi.cast('uint64_t *', bytes_), ffi.new('uint64_t[]', 64), 64)\n"
+    )
+    assert run_tests(root, cache, gcc, [str(planted)]) != 0

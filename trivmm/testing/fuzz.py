@@ -31,6 +31,7 @@ from trivmm.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, say_error
 from trivmm.cli.parser import Parser, UsageError
 from trivmm.errors import ConfigError, one_line
 from trivmm.syntax import parse_integer
+from trivmm.testing.sanitized import run_tests
 
 __all__ = ["FLAGS", "Finding", "Harness", "build", "compiler", "find", "main", "run", "sources"]
 
@@ -238,6 +239,7 @@ class Options:
     seed: int
     first: int
     limit_s: float
+    tests: bool
     as_json: bool
 
 
@@ -250,6 +252,7 @@ def parse(arguments: Sequence[str]) -> Options:
     parser.add_argument("--seed", metavar="S", help="a number; the same one makes the same cases (a new one)")
     parser.add_argument("--first", default="0", metavar="N", help="the first case's number (0)")
     parser.add_argument("--limit", default=f"{RUN_LIMIT_S:g}", metavar="SECONDS", help="for one harness")
+    parser.add_argument("--tests", action="store_true", help="the Python tests of ffi/ too, on an extension built so")
     parser.add_argument("--json", action="store_true", help="the results as JSON; so it is where no terminal is")
     given: argparse.Namespace = parser.parse(arguments)
     count = None if given.count is None else parse_integer("--count", given.count)
@@ -265,6 +268,7 @@ def parse(arguments: Sequence[str]) -> Options:
         seed=secrets.randbelow(1 << 31) if given.seed is None else parse_integer("--seed", given.seed),
         first=parse_integer("--first", given.first),
         limit_s=limit_s,
+        tests=given.tests,
         as_json=given.json or not sys.stdout.isatty(),
     )
 
@@ -313,12 +317,13 @@ def main(arguments: Sequence[str]) -> int:
         options = parse(arguments)
         command = compiler()
         found = trio.run(fuzz, options, [build(harness, command) for harness in options.harnesses])
+        failed = options.tests and run_tests(sources().parent, _cache(), command) != 0
     except (UsageError, ConfigError) as error:
         say_error(error)
         return EXIT_USAGE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    ok = all(each.report is None for each in found)
+    ok = not failed and all(each.report is None for each in found)
     if options.as_json:
         print(json.dumps({"ok": ok, "harnesses": [attrs.asdict(each) for each in found]}, indent=2))
     return 0 if ok else EXIT_FAILED
