@@ -1,8 +1,8 @@
 """qcow2 against raw: requests a second through virtio-blk, and through QEMU's block layer where it is installed.
 
 The mock driver of rings.py offers bursts of requests; the images are in the page cache. Allocating writes go to a
-fresh image each, in order, a cluster at a time. QEMU's figures are `qemu-img bench`'s: its block layer, without a
-virtqueue. A ratio above 1 means that qcow2, or that we, are faster.
+fresh image each, in order, a cluster at a time. QEMU's figures are `qemu-img bench`'s: its block layer alone, without
+a virtqueue, a doorbell and an interrupt. A ratio above 1 means that qcow2, or that we, are faster.
 
     python benchmarks/qcow2.py [--runs 5] [--json]
 """
@@ -21,13 +21,14 @@ from pathlib import Path
 import attrs
 import trio
 from results import Figure, median, parser_for, show
-from rings import HEADERS, STATUS, Burst, active
+from rings import HEADERS, STATUS, Burst
 
 from trivmm.config import DiskConfig
 from trivmm.memory.guest import GuestMemory
-from trivmm.testing.driver import WRITE, Descriptor, MockDriver
+from trivmm.testing.driver import WRITE, Descriptor, MockDriver, activated
 from trivmm.testing.images import qemu_img, why_no_qemu_img
-from trivmm.virtio.block.device import BlockDevice
+from trivmm.virtio.block.device import F_FLUSH, BlockDevice
+from trivmm.virtio.queue import F_EVENT_IDX, F_VERSION_1
 
 DISK = 256 << 20
 AT_ONCE = 16
@@ -93,8 +94,10 @@ async def ours(path: Path, kind: str, work: Work) -> float:
         return REQUESTS / took
 
     config = DiskConfig(str(path), queue_size=64, image_type=kind.capitalize())
-    async with active(BlockDevice(config, memory, "_disk0"), driver):
+    device = BlockDevice(config, memory, "_disk0")
+    async with activated(device, driver.setup(F_VERSION_1 | F_EVENT_IDX | F_FLUSH), [driver.handle]):
         rate = await trio.to_thread.run_sync(run)
+    device.close()
     driver.close()
     memory.close()
     return rate
@@ -125,7 +128,7 @@ async def measure(work: Work, runs: int) -> Sequence[Figure]:
     note = ", ".join(f"{name} {value / 1e3:,.1f}" for name, value in middle.items()) + " thousand/s"
     return [
         Figure(f"{work.name}: qcow2 over raw", against_raw, aim=0.8, note=f"QEMU's own ratio is {theirs:.2f}"),
-        Figure(f"{work.name}: ours over QEMU's, qcow2", against_qemu, aim=1.0, note=note),
+        Figure(f"{work.name}: ours over QEMU's, qcow2", against_qemu, note=note),
     ]
 
 

@@ -2,7 +2,8 @@
 
 The mock driver offers a burst, rings the doorbell once and waits for the interrupt that tells of its last chain. Chains
 of the entropy device, whose source is /dev/zero, cost next to nothing themselves: their figure is that of the walker,
-the used ring and the interrupts. The disk's are 4 KiB reads of an image that the host has in its page cache.
+the used ring and the interrupts. The disk's are 4 KiB reads of an image that the host has in its page cache, and, where
+the folder for temporary files can do that, past it: with io_uring and by the thread alone, in turns.
 
     python benchmarks/rings.py [--runs 5] [--json]
 """
@@ -15,6 +16,7 @@ import struct
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -22,6 +24,7 @@ from results import Figure, median, parser_for, show
 
 from trivmm.config import DiskConfig, RngConfig
 from trivmm.memory.guest import GuestMemory
+from trivmm.testing.blocks import has_direct
 from trivmm.testing.driver import WRITE, Descriptor, MockDriver, activated
 from trivmm.virtio.block.device import BlockDevice
 from trivmm.virtio.device import WorkerDevice
@@ -30,6 +33,7 @@ from trivmm.virtio.rng.device import RngDevice
 
 SIZE = 256  # of the queues
 BURSTS = 200
+DIRECT_BURSTS = 20  # they wait for a disk
 DATA, HEADERS, STATUS = 0x100000, 0x200000, 0x210000
 READ = 4096
 IMAGE = 8 << 20
@@ -84,6 +88,7 @@ async def measure(
     *,
     event_idx: bool,
     chains: int = 0,
+    bursts: int = BURSTS,
 ) -> float:
     """Median of seconds a burst; ``chains``: in each, all that were laid out unless given."""
     memory = GuestMemory([(0, 4 << 20)])
@@ -92,7 +97,7 @@ async def measure(
     device = make(memory)
     features = F_VERSION_1 | (F_EVENT_IDX if event_idx else 0)
     async with activated(device, driver.setup(features), [driver.handle]):
-        took = await trio.to_thread.run_sync(lambda: [burst.run(chains or burst.count) for _ in range(BURSTS)])
+        took = await trio.to_thread.run_sync(lambda: [burst.run(chains or burst.count) for _ in range(bursts)])
     device.close()
     driver.close()
     memory.close()
@@ -123,7 +128,28 @@ async def run(runs: int) -> list[Figure]:
                     f"4 KiB read, one at a time ({kind})", median(alone) * 1e6, "µs", note="from doorbell to interrupt"
                 ),
             ]
+        if has_direct(Path(folder)):
+            figures += [await direct_reads(image, runs, chains, aim) for chains, aim in ((SIZE // 4, 2.0), (1, None))]
     return figures
+
+
+async def direct_reads(image: Path, runs: int, chains: int, aim: float | None) -> Figure:
+    """How much faster so many direct reads at once are through io_uring."""
+
+    def disk(alone: bool, memory: GuestMemory) -> WorkerDevice:
+        config = DiskConfig(str(image), queue_size=SIZE, direct=True, disable_io_uring=alone)
+        return BlockDevice(config, memory, "_disk0")
+
+    took: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(runs):
+        for alone in took:
+            seconds = await measure(
+                partial(disk, alone), lay_out_reads, event_idx=True, chains=chains, bursts=DIRECT_BURSTS
+            )
+            took[alone].append(seconds)
+    ratio = median([alone / ring for ring, alone in zip(took[False], took[True], strict=True)])
+    each = f"{chains / median(took[False]) / 1e3:.1f} and {chains / median(took[True]) / 1e3:.1f} thousand/s"
+    return Figure(f"direct 4 KiB reads, {chains} at once: io_uring / thread alone", ratio, aim=aim, note=each)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 
 # Order matters to cffi only where one .cdef names a struct of another.
-FIRST = ["image.cdef", "limit.cdef", "line.cdef", "memory.cdef", "park.cdef", "ring.cdef", "worker.cdef"]
+FIRST = ["assist.cdef", "image.cdef", "limit.cdef", "line.cdef", "memory.cdef", "park.cdef", "ring.cdef", "worker.cdef"]
 
 
 def _relative(path: Path) -> str:

@@ -1,6 +1,7 @@
 #include "kvm.h"
 
 #include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
@@ -51,9 +52,24 @@ void tv_vcpu_close(struct tv_vcpu *vcpu)
     if (vcpu->run)
         munmap(vcpu->run, vcpu->run_size);
     vcpu->run = NULL;
+    if (vcpu->assist)
+        tv_assist_close(vcpu->assist);
+    free(vcpu->assist);
+    vcpu->assist = NULL;
     if (vcpu->fd >= 0)
         close(vcpu->fd);
     vcpu->fd = -1;
+}
+
+/* Finish what KVM can't emulate, on `memory`, which outlives the vCPU. Before the thread starts. 0, or -ENOMEM. */
+int tv_vcpu_assist(struct tv_vcpu *vcpu, struct tv_memory *memory, int xsave2)
+{
+    if (!vcpu->assist)
+        vcpu->assist = aligned_alloc(64, (sizeof *vcpu->assist + 63) & ~63ul);
+    if (!vcpu->assist)
+        return -ENOMEM;
+    tv_assist_open(vcpu->assist, memory, vcpu->fd, xsave2);
+    return 0;
 }
 
 /* The vCPU's thread, first; undone by tv_kicker_withdraw. */
@@ -90,6 +106,12 @@ static int serve_port(struct tv_vcpu *vcpu)
     return 0;
 }
 
+/* 1 when an instruction that KVM could not emulate is done, or the guest has the exception that it raises. */
+static int finished_it(struct tv_vcpu *vcpu)
+{
+    return vcpu->assist && vcpu->run->internal.suberror == KVM_INTERNAL_ERROR_EMULATION && tv_assist(vcpu->assist);
+}
+
 /* Run the guest until an exit that Python must handle: its KVM_EXIT_ number, TV_RUN_INTERRUPTED after a kick, or
  * -errno. With finish_only no further instruction is started: what the last one still asks for comes out as exits,
  * and then TV_RUN_INTERRUPTED. The vCPU's thread only.
@@ -114,7 +136,8 @@ int tv_vcpu_run(struct tv_vcpu *vcpu, int finish_only)
         uint32_t reason = run->exit_reason;
         vcpu->exits++;
         vcpu->by_reason[reason < TV_EXIT_COUNTERS ? reason : TV_EXIT_COUNTERS - 1]++;
-        if (reason == KVM_EXIT_INTR || (reason == KVM_EXIT_IO && serve_port(vcpu)))
+        if (reason == KVM_EXIT_INTR || (reason == KVM_EXIT_IO && serve_port(vcpu)) ||
+            (reason == KVM_EXIT_INTERNAL_ERROR && finished_it(vcpu)))
             continue;
         vcpu->python_exits++;
         return (int)reason;

@@ -49,8 +49,11 @@ if TYPE_CHECKING:
     from trivmm.incoming import Incoming, open_incoming
     from trivmm.migration.destination.verdicts import Verdicts
     from trivmm.migration.progress import MigrationProgress, MigrationReport
+    from trivmm.virtio.balloon.config import BalloonConfig
     from trivmm.virtio.net.config import NetConfig
+    from trivmm.virtio.pmem.config import PmemConfig
     from trivmm.virtio.vsock.config import VsockConfig
+    from trivmm.virtio.watchdog.config import WatchdogConfig
     from trivmm.vm import ExitReason, PciDeviceInfo, Vm, VmState, open_vm
 
 __version__ = "0.1.0"
@@ -69,12 +72,16 @@ _HOME = {
     "trivmm.migration.destination.verdicts": "Verdicts",
     "trivmm.migration.progress": "MigrationProgress MigrationReport",
     "trivmm.vm": "ExitReason PciDeviceInfo Vm VmState open_vm",
+    "trivmm.virtio.balloon.config": "BalloonConfig",
     "trivmm.virtio.net.config": "NetConfig",
+    "trivmm.virtio.pmem.config": "PmemConfig",
     "trivmm.virtio.vsock.config": "VsockConfig",
+    "trivmm.virtio.watchdog.config": "WatchdogConfig",
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
 
 __all__ = [
+    "BalloonConfig",
     "CommitRefused",
     "ConfigError",
     "ConsoleConfig",
@@ -101,6 +108,7 @@ __all__ = [
     "PauseTimeout",
     "PayloadConfig",
     "PciDeviceInfo",
+    "PmemConfig",
     "RngConfig",
     "RunsElsewhere",
     "SerialConfig",
@@ -112,6 +120,7 @@ __all__ = [
     "VmMigrating",
     "VmState",
     "VsockConfig",
+    "WatchdogConfig",
     "WrongState",
     "__version__",
     "choose_hypervisor",

@@ -195,7 +195,8 @@ async def test_a_destination_with_a_shorter_disk_refuses_at_setup(tmp_path: Path
             assert report_of(tmp_path).errors == 0
 
 
-ALONE = sorted({path.name for path in EXAMPLES.glob("*.py")} - {"watch_move.py"})  # that one: test_watch_move
+# Those two: test_watch_move, test_vsock.
+ALONE = sorted({path.name for path in EXAMPLES.glob("*.py")} - {"watch_move.py", "vsock.py"})
 
 
 @pytest.mark.parametrize("example", ALONE)

@@ -36,16 +36,16 @@ def hypervisor(request: pytest.FixtureRequest) -> Iterator[Hypervisor]:
     chosen.close()
 
 
-def config_of(folder: Path, *, pages: int = PAGES, **options: object) -> VmConfig:
+def config_of(folder: Path, *, pages: int = PAGES, **words: object) -> VmConfig:
     image = folder / "pmem.img"
     if not image.exists():
         image.touch()
         os.truncate(image, 4 * MIB)
     return VmConfig(
-        PayloadConfig(str(probe_path()), probe_cmdline(cpus=1, report=50, mem=4, pmem=pages)),
+        PayloadConfig(str(probe_path()), probe_cmdline(cpus=1, report=50, mem=4, pmem=pages, **words)),
         memory=MemoryConfig(64 * MIB),
         serial=SerialConfig("File", str(folder / "serial.txt")),
-        virtio=[PmemConfig(image, **options)],  # type: ignore[arg-type]
+        virtio=[PmemConfig(image)],
         deadlines=Deadlines(pause=10, downtime=20, quiesce=5),
     )
 
@@ -140,11 +140,16 @@ async def test_a_file_that_is_cut_is_its_guests_end_and_nobody_elses(tmp_path: P
 
 @pytest.mark.kvm
 async def test_one_that_is_plugged_in_later_moves_and_goes(tmp_path: Path) -> None:
-    """The guest here does not look for it: where it lies, and that it moves and comes out, is the VMM's affair."""
-    config = config_of(tmp_path)
+    """The guest lets go of it, and the memory and the file's lock are free."""
+    config = config_of(tmp_path, plug=3)
     more = tmp_path / "more.img"
     more.touch()
     os.truncate(more, 2 * MIB)
+
+    async def works(vm: Vm) -> None:
+        since = (await until(vm, tmp_path, lambda report: True)).counts["pmem_stored"]
+        await until(vm, tmp_path, lambda report: report.counts["pmem_stored"] > since + PAGES)
+
     with trio.fail_after(LIMIT_S):
         async with open_road(config) as road:
             await until(road.vm, tmp_path, lambda report: report.counts["pmem_flushed"] > 2)
@@ -154,5 +159,13 @@ async def test_one_that_is_plugged_in_later_moves_and_goes(tmp_path: Path) -> No
             await road.move(f"unix:{tmp_path}/m.sock")
             tree = road.vm.info()["device_tree"]
             assert tree["_pmem1"]["resources"][0]["MmioAddressRange"]["size"] == 2 * MIB
-            since = (await until(road.vm, tmp_path, lambda report: True)).counts["pmem_stored"]
-            await until(road.vm, tmp_path, lambda report: report.counts["pmem_stored"] > since + PAGES)
+            await works(road.vm)
+            with road.vm.events.subscribe() as events:
+                await road.vm.remove_device("_pmem1")
+                async for event in events:
+                    if event.event == "device-removed":
+                        break
+            assert "_pmem1" not in road.vm.info()["device_tree"]
+            again = await road.vm.add_device(PmemConfig(more))
+            assert again is not None
+            await works(road.vm)

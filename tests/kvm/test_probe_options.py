@@ -102,6 +102,25 @@ async def test_the_guest_discards_and_zeroes_by_every_queue(tmp_path: Path, dire
     assert holes > 0
 
 
+@pytest.mark.parametrize("spoiled", [False, True])
+async def test_a_load_checks_each_block_that_it_reads(tmp_path: Path, spoiled: bool) -> None:
+    """What benchmarks/disks.py counts on."""
+    config = probe_config(tmp_path, cpus=1)
+    cmdline = probe_cmdline(cpus=1, report=200, rate=0, mem=2, cycle="load", load_depth=8)
+    numbers = [number if number != 3 or not spoiled else 4 for number in range(32)]
+    Path(config.disks[0].path).write_bytes(b"".join(number.to_bytes(8, "little").ljust(4096) for number in numbers))
+    config = attrs.evolve(config, payload=attrs.evolve(config.payload, cmdline=cmdline))
+    with trio.fail_after(LIMIT_S):
+        async with open_vm(config) as vm:
+            await vm.boot()
+            report = report_of(tmp_path)
+            while report.counts.get("load_ios", 0) < 500 and not report.problems:
+                await vm.console_output()
+                report = report_of(tmp_path)
+    assert bool(report.problems) == spoiled
+    assert not spoiled or "LOST block" in report.problems[0]
+
+
 @pytest.mark.parametrize("packing", PACKINGS)
 async def test_a_bzimage_boots(tmp_path: Path, packing: str) -> None:
     config = probe_config(tmp_path, cpus=1, once=2)

@@ -17,8 +17,8 @@ from trivmm._native import ffi
 from trivmm.config import DiskConfig
 from trivmm.errors import ConfigError
 from trivmm.memory.guest import GuestMemory
-from trivmm.testing.blocks import FLUSH, IN, OUT, BlockDriver, has_direct, worked_by
-from trivmm.testing.driver import MockDriver
+from trivmm.testing.blocks import FLUSH, IN, OUT, BlockDriver, has_direct
+from trivmm.testing.driver import MockDriver, activated
 from trivmm.virtio.block.device import BlockDevice
 from trivmm.virtio.queue import F_VERSION_1
 
@@ -66,7 +66,7 @@ async def test_many_at_once_each_have_their_own_data(
     expected = bytearray(image.read_bytes())
     evict(image)
     device = make(image, blocks, direct=direct, disable_io_uring=disable_io_uring)
-    async with worked_by(device, blocks.driver, FEATURES):
+    async with activated(device, blocks.driver.setup(FEATURES), [blocks.driver.handle]):
         for _ in range(4):
             sectors = rng.sample(range(SIZE // PAGE), SLOTS)
             kinds = [rng.choice((IN, OUT)) for _ in sectors]
@@ -122,7 +122,7 @@ async def test_direct_io_of_any_alignment(
         pytest.skip("the folder for temporary files has larger blocks")
     device.image.owner.block_align = device.image.owner.memory_align = block
     data = random.Random(3).randbytes(length)
-    async with worked_by(device, blocks.driver, FEATURES):
+    async with activated(device, blocks.driver.setup(FEATURES), [blocks.driver.handle]):
         read = await blocks.do(IN, sector, room=length, cut=cut, shift=shift)
         assert (read.status, read.used) == (0, length + 1)
         assert read.data == before[sector * 512 : sector * 512 + length]
@@ -158,8 +158,8 @@ async def test_parts_of_one_block_written_side_by_side_all_arrive(blocks: BlockD
             assert {each.status for each in (await side.answers(32)).values()} == {0}
 
     async with (
-        worked_by(device, blocks.driver, FEATURES),
-        worked_by(device, other, FEATURES),
+        activated(device, blocks.driver.setup(FEATURES), [blocks.driver.handle]),
+        activated(device, other.setup(FEATURES), [other.handle]),
         trio.open_nursery() as both,
     ):
         both.start_soon(write, blocks, 0)

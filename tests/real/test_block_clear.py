@@ -12,8 +12,8 @@ import pytest
 from trivmm._native import lib
 from trivmm.config import DiskConfig
 from trivmm.memory.guest import GuestMemory
-from trivmm.testing.blocks import DISCARD, GET_ID, IN, OUT, WRITE_ZEROES, BlockDriver, ranges, worked_by
-from trivmm.testing.driver import MockDriver
+from trivmm.testing.blocks import DISCARD, GET_ID, IN, OUT, WRITE_ZEROES, BlockDriver, ranges
+from trivmm.testing.driver import MockDriver, activated
 from trivmm.virtio.block.device import F_DISCARD, F_WRITE_ZEROES, BlockDevice
 from trivmm.virtio.queue import F_VERSION_1
 
@@ -47,7 +47,7 @@ def room_taken(path: Path) -> int:
 async def test_a_discard_gives_room_back_and_nothing_else_changes(blocks: BlockDriver, image: Path) -> None:
     device = BlockDevice(DiskConfig(str(image)), blocks.driver.memory, "_disk0")
     before = room_taken(image)
-    async with worked_by(device, blocks.driver, ALL):
+    async with activated(device, blocks.driver.setup(ALL), [blocks.driver.handle]):
         answer = await blocks.do(DISCARD, data=ranges((8, 2048, 0), (4096, 8, 0)))
         assert (answer.status, answer.used) == (OK, 1)
         assert (await blocks.do(IN, 0, room=512)).data == b"\xaa" * 512
@@ -73,7 +73,7 @@ async def test_zeroes_are_written_with_a_hole_or_without(
     try:
         device = BlockDevice(DiskConfig(str(path), sparse=sparse), blocks.driver.memory, "_disk0")
         before = room_taken(path)
-        async with worked_by(device, blocks.driver, ALL):
+        async with activated(device, blocks.driver.setup(ALL), [blocks.driver.handle]):
             assert (await blocks.do(WRITE_ZEROES, data=ranges((9, 4099, flags)))).status == OK
         data = path.read_bytes()
         assert data == b"\xaa" * (9 * 512) + bytes(4099 * 512) + b"\xaa" * (SIZE - (9 + 4099) * 512)
@@ -114,7 +114,7 @@ async def test_what_is_no_range_changes_nothing(
     blocks: BlockDriver, image: Path, kind: int, data: bytes, status: int
 ) -> None:
     device = BlockDevice(DiskConfig(str(image)), blocks.driver.memory, "_disk0")
-    async with worked_by(device, blocks.driver, ALL):
+    async with activated(device, blocks.driver.setup(ALL), [blocks.driver.handle]):
         assert (await blocks.do(kind, data=data)).status == status
         assert (await blocks.do(kind, data=ranges((0, 0, 0), (SECTORS, 0, 0)))).status == OK, "nothing, anywhere"
         assert (await blocks.do(GET_ID, room=20)).status == OK
@@ -126,7 +126,7 @@ async def test_what_is_no_range_changes_nothing(
 
 async def test_a_discard_must_not_say_unmap(blocks: BlockDriver, image: Path) -> None:
     device = BlockDevice(DiskConfig(str(image)), blocks.driver.memory, "_disk0")
-    async with worked_by(device, blocks.driver, ALL):
+    async with activated(device, blocks.driver.setup(ALL), [blocks.driver.handle]):
         assert (await blocks.do(DISCARD, data=ranges((0, 8, UNMAP)))).status == UNSUPP
     assert image.read_bytes() == b"\xaa" * SIZE
     device.close()
@@ -134,7 +134,7 @@ async def test_a_discard_must_not_say_unmap(blocks: BlockDriver, image: Path) ->
 
 async def test_what_was_not_negotiated_is_not_there(blocks: BlockDriver, image: Path) -> None:
     device = BlockDevice(DiskConfig(str(image)), blocks.driver.memory, "_disk0")
-    async with worked_by(device, blocks.driver, F_VERSION_1):
+    async with activated(device, blocks.driver.setup(F_VERSION_1), [blocks.driver.handle]):
         for kind in (DISCARD, WRITE_ZEROES):
             assert (await blocks.do(kind, data=ranges((0, 8, 0)))).status == UNSUPP
     assert image.read_bytes() == b"\xaa" * SIZE
@@ -144,7 +144,7 @@ async def test_what_was_not_negotiated_is_not_there(blocks: BlockDriver, image: 
 async def test_a_read_only_disk_keeps_what_it_has(blocks: BlockDriver, image: Path) -> None:
     device = BlockDevice(DiskConfig(str(image), readonly=True), blocks.driver.memory, "_disk0")
     assert not device.features & (F_DISCARD | F_WRITE_ZEROES)
-    async with worked_by(device, blocks.driver, ALL):
+    async with activated(device, blocks.driver.setup(ALL), [blocks.driver.handle]):
         for kind in (DISCARD, WRITE_ZEROES):
             assert (await blocks.do(kind, data=ranges((0, 8, 0)))).status == IOERR
         assert (await blocks.do(OUT, data=b"x" * 512)).status == IOERR

@@ -13,8 +13,8 @@ import pytest
 from trivmm.config import DiskConfig
 from trivmm.errors import ConfigError
 from trivmm.memory.guest import GuestMemory
-from trivmm.testing.blocks import DISCARD, FLUSH, IN, OUT, WRITE_ZEROES, BlockDriver, has_direct, ranges, worked_by
-from trivmm.testing.driver import MockDriver
+from trivmm.testing.blocks import DISCARD, FLUSH, IN, OUT, WRITE_ZEROES, BlockDriver, has_direct, ranges
+from trivmm.testing.driver import MockDriver, activated
 from trivmm.virtio.block.device import F_DISCARD, F_WRITE_ZEROES, BlockDevice
 from trivmm.virtio.block.geometry import Geometry, geometry_of
 from trivmm.virtio.queue import F_VERSION_1
@@ -69,7 +69,7 @@ async def test_a_block_device_is_a_disk(
     assert struct.unpack("<Q", disk.read_config(0, 8)) == (SIZE // 512,)
     assert struct.unpack("<I", disk.read_config(20, 4)) == (block,), "blk_size is the device's logical block"
     taken = os.stat(backing).st_blocks
-    async with worked_by(disk, blocks.driver, FEATURES):
+    async with activated(disk, blocks.driver.setup(FEATURES), [blocks.driver.handle]):
         assert (await blocks.do(OUT, 8, data=b"w" * 4096)).status == 0
         assert (await blocks.do(OUT, 17, data=b"s" * 512)).status == 0, "a part of a block"
         assert (await blocks.do(IN, 8, room=8192)).data == b"w" * 4096 + b"\xaa" * 512 + b"s" * 512 + b"\xaa" * 3072

@@ -16,8 +16,8 @@ from trivmm.config import DiskConfig, MemoryConfig, PayloadConfig, RateLimiterCo
 from trivmm.errors import ConfigError, NoSuchDevice, WrongState
 from trivmm.guest import probe_path
 from trivmm.memory.guest import GuestMemory
-from trivmm.testing.blocks import DISCARD, FLUSH, GET_ID, IN, OUT, WRITE_ZEROES, BlockDriver, ranges, worked_by
-from trivmm.testing.driver import MockDriver, until
+from trivmm.testing.blocks import DISCARD, FLUSH, GET_ID, IN, OUT, WRITE_ZEROES, BlockDriver, ranges
+from trivmm.testing.driver import MockDriver, activated, until
 from trivmm.testing.scripted import ScriptedHypervisor
 from trivmm.virtio.block.device import F_DISCARD, F_WRITE_ZEROES, BlockDevice
 from trivmm.virtio.queue import F_VERSION_1
@@ -77,7 +77,7 @@ async def test_errors_of_the_image_are_the_guests_io_errors_and_one_event_a_kind
     events: list[tuple[str, dict[str, str]]] = []
     device.on_event = lambda event, **properties: events.append((event, properties))
     failing(device, number)
-    async with worked_by(device, blocks.driver, FEATURES):
+    async with activated(device, blocks.driver.setup(FEATURES), [blocks.driver.handle]):
         for _ in range(3):
             for _, kind, how in REQUESTS:
                 assert (await blocks.do(kind, **how)).status == 1
@@ -97,7 +97,7 @@ async def test_an_image_that_shrinks_under_us_fails_its_reads_alone(
     device = BlockDevice(DiskConfig(str(image), disable_io_uring=disable_io_uring), blocks.driver.memory, "_disk0")
     events: list[dict[str, str]] = []
     device.on_event = lambda event, **properties: events.append(properties)
-    async with worked_by(device, blocks.driver, FEATURES):
+    async with activated(device, blocks.driver.setup(FEATURES), [blocks.driver.handle]):
         os.truncate(image, SIZE // 2)
         assert (await blocks.do(IN, 0, room=4096)).data == b"\xaa" * 4096
         for sector in (SIZE // 1024, SIZE // 1024 - 1, SIZE // 512 - 8):
@@ -127,7 +127,7 @@ async def test_a_full_file_system_is_the_guests_io_error(blocks: BlockDriver, tm
         device = BlockDevice(DiskConfig(str(path)), blocks.driver.memory, "_disk0")
         events: list[dict[str, str]] = []
         device.on_event = lambda event, **properties: events.append(properties)
-        async with worked_by(device, blocks.driver, FEATURES):
+        async with activated(device, blocks.driver.setup(FEATURES), [blocks.driver.handle]):
             statuses = [(await blocks.do(OUT, 8 * page, data=b"x" * 4096)).status for page in range(32)]
             assert statuses[0] == 0
             assert statuses[-1] == 1
@@ -150,7 +150,7 @@ def limited(image: Path, blocks: BlockDriver, **buckets: TokenBucketConfig) -> B
 async def test_a_rate_is_kept_and_everything_is_served(blocks: BlockDriver, image: Path) -> None:
     """Eight at once, then one every 20 ms: the last of 16 is not earlier than the buckets allow."""
     device = limited(image, blocks, ops=TokenBucketConfig(8, 160), bandwidth=TokenBucketConfig(1 << 30, 1))
-    async with worked_by(device, blocks.driver, FEATURES):
+    async with activated(device, blocks.driver.setup(FEATURES), [blocks.driver.handle]):
         began = trio.current_time()
         for slot in range(16):
             blocks.offer(IN, 8 * slot, room=4096, slot=slot)
@@ -166,7 +166,7 @@ async def test_a_rate_is_kept_and_everything_is_served(blocks: BlockDriver, imag
 async def test_a_limiter_never_holds_a_stop_and_the_chain_goes_back(blocks: BlockDriver, image: Path) -> None:
     hour = 3_600_000
     device = limited(image, blocks, bandwidth=TokenBucketConfig(4096, hour))
-    async with worked_by(device, blocks.driver, FEATURES):
+    async with activated(device, blocks.driver.setup(FEATURES), [blocks.driver.handle]):
         assert (await blocks.do(IN, 0, room=4096)).status == 0
         blocks.offer(OUT, 0, data=b"x" * 512)
         blocks.driver.ring()
@@ -182,7 +182,10 @@ async def test_queues_of_a_disk_share_its_limit(blocks: BlockDriver, image: Path
     device = limited(image, blocks, ops=TokenBucketConfig(2, 3_600_000))
     half = 4 << 20
     other = BlockDriver(MockDriver(blocks.driver.memory, base=half + 0x10000, size=64), base=half)
-    async with worked_by(device, blocks.driver, FEATURES), worked_by(device, other.driver, FEATURES):
+    async with (
+        activated(device, blocks.driver.setup(FEATURES), [blocks.driver.handle]),
+        activated(device, other.driver.setup(FEATURES), [other.driver.handle]),
+    ):
         assert (await blocks.do(GET_ID, room=20)).status == 0
         assert (await other.do(GET_ID, room=20)).status == 0
         for each in (blocks, other):
@@ -217,7 +220,7 @@ async def test_a_disk_that_is_resized_tells_its_driver(blocks: BlockDriver, imag
     device = BlockDevice(DiskConfig(str(image)), blocks.driver.memory, "_disk0")
     told: list[bytes] = []
     device.on_config_change = lambda: told.append(device.read_config(0, 8))
-    async with worked_by(device, blocks.driver, FEATURES):
+    async with activated(device, blocks.driver.setup(FEATURES), [blocks.driver.handle]):
         assert (await blocks.do(OUT, SIZE // 512, data=b"x" * 512)).status == 1
         device.set_capacity(2 * SIZE)
         device.capacity_changed()

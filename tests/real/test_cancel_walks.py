@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 import trio
 
 from trivmm import DiskConfig, MemoryConfig, PayloadConfig, Vm, VmConfig, VmState, open_incoming, open_vm
-from trivmm.errors import TrivmmError
+from trivmm.errors import PastCommit, TrivmmError
 from trivmm.guest import probe_path
 from trivmm.migration.progress import MigrationReport
 from trivmm.nursery.kernel import KernelCalls
@@ -159,7 +160,8 @@ async def test_receive_cancelled_at_every_await(config: VmConfig, tmp_path: Path
                     nursery.start_soon(send)
                     await walk.run(incoming.receive)
                     if incoming.vm.state is not VmState.RUNNING:
-                        source.cancel_migration()  # nobody listens any more
+                        with suppress(PastCommit):  # nobody listens any more; or it is refused, and goes on there
+                            source.cancel_migration()
                 assert exactly_one(source, incoming.vm)
                 outcomes.add(source.state)
         assert all_closed(hypervisor)

@@ -14,12 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trivmm.config import ConsoleConfig, PayloadConfig, VmConfig
+from trivmm.control.bodies import ResizeData, SendMigrationData
 from trivmm.control.contract import NOT_YET_KEYS, NOT_YET_ROUTES, REQUIRED_KEYS, NotYet, markdown_not_yet
 from trivmm.control.schema import (
     CLASSES,
     NESTED,
-    ResizeData,
-    SendMigrationData,
     dump_config,
     load_config,
     load_receive,

@@ -24,6 +24,14 @@ from trivmm.config import (
     TokenBucketConfig,
     VmConfig,
 )
+from trivmm.control.bodies import (
+    ReceiveMigrationData,
+    RemoveDeviceData,
+    ResizeData,
+    ResizeDiskData,
+    ResolveMigrationData,
+    SendMigrationData,
+)
 from trivmm.control.contract import NOT_YET_KEYS, REQUIRED_KEYS
 from trivmm.control.unknown import Unknown, UnknownKeys
 from trivmm.deadlines import Deadlines
@@ -37,12 +45,6 @@ from trivmm.virtio.kind import AnyKind
 from trivmm.virtio.kinds import KINDS, sections
 
 __all__ = [
-    "ReceiveMigrationData",
-    "RemoveDeviceData",
-    "ResizeData",
-    "ResizeDiskData",
-    "ResolveMigrationData",
-    "SendMigrationData",
     "dump_config",
     "load_config",
     "load_device",
@@ -58,48 +60,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-
-
-@attrs.frozen
-class SendMigrationData:
-    """The body of vm.send-migration: where to, and how."""
-
-    destination_url: str
-    options: SendOptions
-
-
-@attrs.frozen
-class ReceiveMigrationData:
-    receiver_url: str
-
-
-@attrs.frozen
-class ResolveMigrationData:
-    """Ours. ``force``: take the doubt away although nobody knows, at the risk of two copies."""
-
-    force: bool = False
-
-
-@attrs.frozen
-class ResizeData:
-    """Sizes that a VM is to have, RAM and balloon in bytes; None: as it is."""
-
-    desired_vcpus: int | None = None
-    desired_ram: int | None = None
-    desired_balloon: int | None = None
-
-
-@attrs.frozen
-class RemoveDeviceData:
-    id: str
-
-
-@attrs.frozen
-class ResizeDiskData:
-    """``desired_size`` in bytes."""
-
-    id: str
-    desired_size: int
 
 
 @attrs.frozen

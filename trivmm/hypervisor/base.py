@@ -234,6 +234,11 @@ class VmBackend(Protocol):
     def remove_device_memory(self, slot: int, gpa: int, size: int) -> None:
         """Take it away again. The guest does not use it. :raises HypervisorError: it can't be, any more."""
 
+    def attach_memory(self, memory: Any) -> None:
+        """An offer: all of guest RAM as C sees it (cffi ``struct tv_memory *``), for a back end that must reach it by
+        itself. After the slots are added, before the vCPUs are created; it outlives them."""
+        return None
+
     def set_dirty_log(self, enabled: bool) -> None:
         """Start or stop logging of guest writes for every slot. Starting gives a log in which nothing is dirty."""
 

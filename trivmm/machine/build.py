@@ -158,6 +158,7 @@ def _assemble(
 ) -> Board:
     for region in memory.regions:
         vm.add_memory(region.slot, region.gpa, region.size, region.hva, rom=region.rom)
+    vm.attach_memory(memory.native)
     pio, mmio = AddressSpace("pio"), AddressSpace("mmio")
     has_rom = any(region.rom for region in memory.regions)
     pci = PciBus(mmio, config.deadlines, for_firmware=has_rom)

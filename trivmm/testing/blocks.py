@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -13,7 +12,6 @@ import attrs
 import trio
 
 from trivmm.testing.driver import WRITE, Descriptor, MockDriver
-from trivmm.virtio.device import WorkerDevice
 
 __all__ = [
     "DISCARD",
@@ -26,7 +24,6 @@ __all__ = [
     "BlockDriver",
     "has_direct",
     "ranges",
-    "worked_by",
 ]
 
 IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
@@ -126,15 +123,3 @@ class BlockDriver:
         self.offer(kind, sector, **how)  # type: ignore[arg-type]
         self.driver.ring()
         return (await self.answers())[0]
-
-
-@asynccontextmanager
-async def worked_by(device: WorkerDevice, driver: MockDriver, features: int) -> AsyncIterator[None]:
-    """``device`` serves the queue of ``driver`` within the block."""
-    async with trio.open_nursery() as workers:
-        await device.activate(driver.setup(features), [driver.handle], workers)
-        try:
-            yield
-        finally:
-            with trio.move_on_after(LIMIT_S, shield=True):
-                await device.stop()

@@ -16,7 +16,8 @@ __all__ = ["DeviceBackend", "Storage"]
 
 
 class Storage(Protocol):
-    """What a device keeps on storage that other hosts may have too, and that one at a time may use: a disk's image.
+    """What a device keeps on storage that other hosts may have too, and that one at a time may use: a disk's image. The
+    path of a socket that it listens at is one too: the side that runs the VM has it.
 
     Every call may wait for the storage: they are made in a thread, one at a time."""
 

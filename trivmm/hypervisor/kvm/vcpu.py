@@ -52,6 +52,9 @@ SYSTEM_EVENTS: Final = {
 }
 MP_STATE: Final = struct.Struct("<I")  # struct kvm_mp_state
 WAITS_FOR_START: Final = (int(lib.KVM_MP_STATE_UNINITIALIZED), int(lib.KVM_MP_STATE_INIT_RECEIVED))
+ASSISTED: Final = (  # by their number in enum tv_assist_kind
+    "", "clac_stac", "int3", "wait", "cmpxchg16b", "xsave", "mxcsr", "rdpid", "integer", "x87", "sse", "avx", "fault",
+)  # fmt: skip
 MAX_CPUID: Final = 256  # KVM's own limit (KVM_MAX_CPUID_ENTRIES)
 
 
@@ -96,6 +99,12 @@ class KvmVcpu(ThreadVcpu):
     def add_hook(self, base: int, length: int, function: Any, opaque: Any) -> None:
         if lib.tv_vcpu_hook(self._native, base, length, function, opaque):
             raise HypervisorError("attach_pio_hook", "too many port ranges served in C")
+
+    def assist_on(self, memory: Any) -> None:
+        """Finish what KVM can't emulate (``ffi/assist.h``), on this RAM (``struct tv_memory *``)."""
+        size = extension(self._vm_fd, "KVM_CAP_XSAVE2")
+        if size <= int(lib.TV_ASSIST_AREA):
+            lib.tv_vcpu_assist(self._native, memory, size > 0)
 
     # --- the vCPU's thread -----------------------------------------------------------------------------------
 
@@ -216,6 +225,10 @@ class KvmVcpu(ThreadVcpu):
             "python_exits": int(native.python_exits),
             "post_codes": int(native.post_codes),
         }
+        assist = native.assist
+        if assist != ffi.NULL:
+            counts |= {f"assist_{name}": int(assist.by_kind[number]) for number, name in enumerate(ASSISTED) if name}
+            counts["assist_refused"] = int(assist.refused)
         return totals | {name: count for name, count in counts.items() if count}
 
     def describe(self) -> str:

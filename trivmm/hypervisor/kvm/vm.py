@@ -40,6 +40,7 @@ class KvmVm(VmBackend):
         self._roms: dict[int, tuple[int, int, int]] = {}
         self._logs: dict[int, Any] = {}
         self._hooks: list[tuple[int, int, Any, Any]] = []
+        self._memory: Any = None
         self._doorbell_lock = threading.Lock()
         self._fd = kvm_call(kvm_fd, "KVM_CREATE_VM", 0)
         try:
@@ -66,6 +67,9 @@ class KvmVm(VmBackend):
         flags = lib.KVM_MEM_LOG_DIRTY_PAGES if self._logs else 0
         self._set_slot(slot, gpa, size, hva, flags)
         self._slots[slot] = (gpa, size, hva)
+
+    def attach_memory(self, memory: Any) -> None:
+        self._memory = memory
 
     def _set_slot(self, slot: int, gpa: int, size: int, hva: int, flags: int) -> None:
         kvm_call(self._fd, "KVM_SET_USER_MEMORY_REGION", struct.pack("<IIQQQ", slot, flags, gpa, size, hva))
@@ -155,6 +159,8 @@ class KvmVm(VmBackend):
     def create_vcpu(self, index: int) -> KvmVcpu:
         vcpu = KvmVcpu(self, self._kvm_fd, self._fd, index, self._run_size)
         self.vcpus.append(vcpu)
+        if self._memory is not None:
+            vcpu.assist_on(self._memory)
         for hook in self._hooks:
             vcpu.add_hook(*hook)
         return vcpu
