@@ -7,7 +7,6 @@
  *  - nothing changed but the used rings and the writable segments of chains that were taken;
  *  - whatever changed is marked dirty;
  *  - every turn ends, and a broken queue gives nothing any more.
- * Regions are separate heap blocks, so that the sanitizer sees a byte outside one.
  *
  * links: ring.c worker.c park.c
  * short: 20000
@@ -17,24 +16,15 @@
 #include "fuzz.h"
 
 #include <sys/eventfd.h>
-#include <sys/mman.h>
 
+#include "ram.h"
 #include "worker.h"
 
-#define REGIONS 4
-#define LARGE 3 /* only there so that a chain can name more than TV_CHAIN_BYTES; not compared */
 #define TURNS 12
 #define DEVICE_BYTES 4096 /* a device reads and writes of one chain, mostly */
 
 enum { NEXT = 1, WRITE = 2, INDIRECT = 4 };
 
-static const struct {
-    uint64_t gpa, size;
-} LAYOUT[REGIONS] = {{0, 0x8000}, {0x8000, 0x2000}, {0x100000, 0x1000}, {0x100000000, 1u << 30}};
-
-static struct tv_memory memory;
-static uint8_t *expected[LARGE]; /* what RAM holds if no device writes */
-static uint8_t *allowed[LARGE];  /* bytes that a device may write */
 static struct tv_worker *worker;
 static struct tv_chain *other;
 static struct fuzz *random_of; /* of the case under way */
@@ -55,33 +45,6 @@ int clock_gettime(clockid_t clock, struct timespec *now)
     return 0;
 }
 
-/* Which of LAYOUT holds all of [gpa, gpa + length), found the slow way; -1 when none does. */
-static int region_of(uint64_t gpa, uint64_t length)
-{
-    for (int i = 0; i < (int)memory.count; i++) {
-        unsigned __int128 end = (unsigned __int128)gpa + length;
-        if (gpa >= LAYOUT[i].gpa && end <= (unsigned __int128)LAYOUT[i].gpa + LAYOUT[i].size)
-            return i;
-    }
-    return -1;
-}
-
-static void guest_writes(uint64_t gpa, const void *from, uint64_t length)
-{
-    int at = region_of(gpa, length);
-    if (at < 0 || at >= LARGE)
-        return;
-    memcpy(memory.regions[at].hva + (gpa - LAYOUT[at].gpa), from, length);
-    memcpy(expected[at] + (gpa - LAYOUT[at].gpa), from, length);
-}
-
-static void allow(uint64_t gpa, uint64_t length)
-{
-    int at = region_of(gpa, length);
-    if (at >= 0 && at < LARGE)
-        memset(allowed[at] + (gpa - LAYOUT[at].gpa), 1, length);
-}
-
 /* --- what a hostile guest writes --------------------------------------------------------------------------------- */
 
 static uint32_t some_length(struct fuzz *fuzz)
@@ -100,9 +63,8 @@ static uint64_t some_gpa(struct fuzz *fuzz, uint64_t length)
     uint64_t gpa = LAYOUT[region].gpa, size = LAYOUT[region].size;
     switch (fuzz_below(fuzz, 200)) {
     case 0:
-        return gpa + size - length; /* ends with the region */
     case 1:
-        return gpa + size - length + 1 + fuzz_below(fuzz, 8); /* a little over */
+        return gpa + size - length + fuzz_below(fuzz, 4); /* ends with the region, or a little after it */
     case 2:
         return gpa + size - fuzz_below(fuzz, length + 2); /* straddles */
     case 3:
@@ -171,11 +133,10 @@ static void write_descriptor(struct fuzz *fuzz, uint64_t table, uint64_t at, uin
 /* Offer a few heads, now and then far too many, the same twice, or none that exists. */
 static void offer(struct fuzz *fuzz, const struct tv_queue *queue)
 {
-    uint16_t index = 0, room = (uint16_t)(queue->size + 1), count;
+    uint16_t index = 0, count = (uint16_t)fuzz_below(fuzz, queue->size + 1u);
     uint8_t *at = tv_ptr(&memory, queue->avail_gpa + 2, 2);
     if (at)
         memcpy(&index, at, 2);
-    count = (uint16_t)fuzz_below(fuzz, room);
     for (uint16_t i = 0; i < count; i++) {
         uint16_t head = some_index(fuzz, fuzz_below(fuzz, queue->size), queue->size);
         guest_writes(queue->avail_gpa + 4 + 2 * ((uint16_t)(index + i) % queue->size), &head, 2);
@@ -287,8 +248,7 @@ static int64_t serve(struct tv_worker *at, struct tv_queue *queue, struct tv_cha
     case 2:
         return TV_STOPPED;
     case 3:
-        if (!queue->broken)
-            queue->broken = TV_BROKEN_REQUEST;
+        queue->broken = queue->broken ? queue->broken : TV_BROKEN_REQUEST;
         return 0;
     default:
         return (int64_t)used;
@@ -392,44 +352,22 @@ static int add_queue(struct fuzz *fuzz)
     return 1;
 }
 
-static void check_memory(void)
-{
-    for (int at = 0; at < LARGE; at++) {
-        const uint8_t *now = memory.regions[at].hva;
-        if (!memcmp(now, expected[at], LAYOUT[at].size))
-            continue;
-        for (uint64_t i = 0; i < LAYOUT[at].size; i++) {
-            if (now[i] == expected[at][i])
-                continue;
-            uint64_t page = i >> TV_PAGE_SHIFT;
-            FUZZ_CHECK(allowed[at][i]);
-            FUZZ_CHECK(memory.regions[at].dirty[page / 64] >> page % 64 & 1);
-        }
-    }
-}
-
 static void one(struct fuzz *fuzz)
 {
     random_of = fuzz;
     now_ns = 1;
     memory.count = fuzz_one_in(fuzz, 16) ? REGIONS : LARGE;
-    for (int at = 0; at < LARGE; at++) {
-        memset(memory.regions[at].hva, 0, LAYOUT[at].size);
-        memset(expected[at], 0, LAYOUT[at].size);
-        memset(allowed[at], 0, LAYOUT[at].size);
-        memory.regions[at].dirty[0] = 0;
-    }
+    reset_ram();
     int kick = worker->kick_fd;
     memset(worker, 0, offsetof(struct tv_worker, chain));
     worker->kick_fd = kick;
     worker->serve = serve;
     worker->on_ready = on_ready;
     turns = 0;
-    int queues = 0;
+    int queues = 0, told = 0;
     for (uint64_t wanted = 1 + fuzz_below(fuzz, 3); wanted; wanted--)
         queues += add_queue(fuzz);
     if (queues) {
-        int told = 0;
         while (tv_worker_run(worker) == 1)
             FUZZ_CHECK(++told <= queues);
         met.told += (uint64_t)told;
@@ -437,8 +375,8 @@ static void one(struct fuzz *fuzz)
             met.broken[worker->queues[i].broken]++;
         check_memory();
     }
-    if (memory.count == REGIONS && fuzz_one_in(fuzz, 64)) /* what piles up there */
-        madvise(memory.regions[LARGE].hva, LAYOUT[LARGE].size, MADV_DONTNEED);
+    if (fuzz_one_in(fuzz, 1024))
+        forget_large();
     random_of = NULL;
 }
 
@@ -454,19 +392,7 @@ static void summarize(char *into, size_t size)
 
 int main(int argc, char **argv)
 {
-    for (int at = 0; at < REGIONS; at++) {
-        struct tv_region *region = &memory.regions[at];
-        *region = (struct tv_region){.gpa = LAYOUT[at].gpa, .size = LAYOUT[at].size};
-        region->dirty = calloc((LAYOUT[at].size / TV_PAGE_SIZE + 63) / 64, 8);
-        if (at == LARGE) {
-            region->hva = mmap(NULL, LAYOUT[at].size, PROT_READ | PROT_WRITE,
-                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-            continue;
-        }
-        region->hva = aligned_alloc(TV_PAGE_SIZE, LAYOUT[at].size);
-        expected[at] = malloc(LAYOUT[at].size);
-        allowed[at] = malloc(LAYOUT[at].size);
-    }
+    make_ram();
     worker = calloc(1, sizeof *worker);
     other = malloc(sizeof *other);
     worker->kick_fd = eventfd(0, EFD_NONBLOCK);

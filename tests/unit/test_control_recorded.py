@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trivmm.config import (
+    MAX_SERIAL,
     OUR_IDS,
     CpusConfig,
     DiskConfig,
@@ -191,13 +192,14 @@ def test_the_structs_table_finds_faults(broken: dict[str, Any], said: str) -> No
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=8)
+SERIAL: Final = TEXT.filter(lambda text: len(text.encode()) <= MAX_SERIAL)
 NAME = st.none() | TEXT.filter(lambda name: name.isprintable() and not name.startswith(OUR_IDS))
 CONFIGS = st.builds(
     VmConfig,
     payload=st.builds(PayloadConfig, kernel=TEXT | st.just(""), cmdline=st.just("") | TEXT, initramfs=st.none() | TEXT),
     cpus=st.builds(CpusConfig, st.integers(1, 8)),
     memory=st.builds(MemoryConfig, st.integers(1, 1 << 20).map(lambda number: number << 21), shared=st.booleans()),
-    disks=st.lists(st.builds(DiskConfig, TEXT, readonly=st.booleans(), id=NAME, serial=st.none() | TEXT), max_size=3),
+    disks=st.lists(st.builds(DiskConfig, TEXT, readonly=st.booleans(), id=NAME, serial=st.none() | SERIAL), max_size=3),
     rng=st.builds(RngConfig, TEXT, id=NAME),
     serial=st.builds(SerialConfig, st.sampled_from(["Off", "Null", "Tty"]))
     | st.builds(SerialConfig, st.just("File"), TEXT),

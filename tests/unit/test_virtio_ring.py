@@ -101,6 +101,27 @@ def test_several_chains_are_published_together(driver: MockDriver) -> None:
     assert queue.taken == 0
 
 
+def test_used_elements_around_the_rings_end_are_marked_dirty(memory: GuestMemory) -> None:
+    """A ring of three pages, whose index is on the one before: the elements at its end and those at its start."""
+    driver = MockDriver(memory, size=1024)
+    queue = ffi.new("struct tv_queue *")
+    queue.memory, queue.irq, queue.size = memory.native, driver.irq, 1024
+    queue.desc_gpa, queue.avail_gpa, queue.used_gpa = 0x20000, 0x28000, 0x30FFC
+    queue.next_avail = queue.next_used = 1022
+    memory.write(queue.avail_gpa + 2, struct.pack("<H", 1026))
+    assert lib.tv_queue_open(queue) == 0
+    dirty = memory.regions[0].dirty
+    for word in range(memory.regions[0].bitmap_words):
+        dirty[word] = 0
+    for _ in range(4):
+        got, chain = pop(queue)
+        assert got == 1
+        lib.tv_queue_push(queue, chain.head, 0)
+    lib.tv_queue_publish(queue)
+    assert [page for page in range(0x30, 0x34) if dirty[page // 64] >> page % 64 & 1] == [0x30, 0x31, 0x32]
+    driver.close()
+
+
 def test_chains_that_were_not_pushed_can_be_given_back(driver: MockDriver) -> None:
     queue = driver.open()
     for number in range(4):
