@@ -216,7 +216,7 @@ async def test_on_paper_it_is_there_at_the_boot(tmp_path: Path, autojump_clock: 
             await vm.add_device(CardConfig("a"))
         with pytest.raises(ConfigError, match="pci_device_id = 9: the slot is taken"):
             await vm.add_device(CardConfig(pci_device_id=9))
-        with pytest.raises(NoSuchDevice, match='no device with id "b" to remove'):
+        with pytest.raises(NoSuchDevice, match='no device with id "b"'):
             await vm.remove_device("b")
         await vm.add_device(CardConfig("b"))
         await vm.remove_device("b")
