@@ -268,6 +268,20 @@ async def test_buffers_that_can_never_hold_a_frame_cost_that_frame(tmp_path: Pat
                 assert counted(device, "rx_long") == (1,)
 
 
+async def test_buffers_that_do_not_suffice_yet_are_not_looked_at_again_and_again(tmp_path: Path) -> None:
+    """The driver is asked to ring for the one behind them, which is the first that helps."""
+    guest = Guest(room=64, size=8, event_idx=True)
+    with listening(tmp_path / "s") as sock:
+        async with running(NetConfig(link=f"connect:{tmp_path}/s"), guest, MERGEABLE | EVENT_IDX):
+            with await accepted(sock) as peer:
+                guest.offer(3)
+                peer.sendall(spoken(frame(4 * 64 - 12)))
+                await until(lambda: guest.receive.avail_event == 3)
+                guest.offer(first=3)
+                header, data = await guest.heard()
+                assert (header[10:], data) == (b"\4\0", frame(4 * 64 - 12))
+
+
 async def test_a_buffer_without_room_for_a_header_breaks_the_queue(tmp_path: Path) -> None:
     guest = Guest(room=12)
     with listening(tmp_path / "s") as sock:
