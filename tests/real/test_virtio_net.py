@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import socket
@@ -19,6 +20,7 @@ from trivmm.state.virtio import QueueState
 from trivmm.testing.driver import WRITE, Descriptor, MockDriver, until
 from trivmm.testing.states import sent
 from trivmm.virtio.handles import QueueHandle
+from trivmm.virtio.net import link
 from trivmm.virtio.net.config import NetConfig
 from trivmm.virtio.net.device import NetDevice, NetState
 from trivmm.virtio.setup import DriverSetup
@@ -507,6 +509,20 @@ def test_a_path_that_somebody_has(tmp_path: Path, link: str) -> None:
     with pytest.raises(ConfigError, match=r"net\.link = "):
         NetDevice(config, memory, "_net0")
     memory.close()
+
+
+def test_a_link_that_is_taken_by_half_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Descriptors may run out between the socket and what the worker has of it."""
+
+    def fail(sock: socket.socket) -> int:
+        raise OSError(errno.EMFILE, "no more")
+
+    monkeypatch.setattr(link, "_copy", fail)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ConfigError, match=r'^net\.link = "listen:.*": cannot make it \(no more\)'):
+        link.NetLinks(NetConfig(link=f"listen:{tmp_path}/s"), incoming=False)
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert not os.listdir(tmp_path)
 
 
 def test_descriptors_do_not_travel() -> None:
