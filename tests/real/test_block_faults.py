@@ -120,8 +120,14 @@ async def test_a_full_file_system_is_the_guests_io_error(blocks: BlockDriver, tm
     )
     if done.returncode:
         pytest.skip("only root may mount a small file system: run this test as root")
+    inside = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        path = folder / "disk.img"
+        with (
+            trio.CancelScope(shield=True),
+            trio.fail_after(60),
+        ):  # lazily: it goes with the last descriptor of its files
+            await trio.run_process(["umount", "-l", str(folder)])
+        path = Path(f"/proc/self/fd/{inside}/disk.img")
         path.touch()
         os.truncate(path, SIZE)
         device = BlockDevice(DiskConfig(str(path)), blocks.driver.memory, "_disk0")
@@ -136,8 +142,7 @@ async def test_a_full_file_system_is_the_guests_io_error(blocks: BlockDriver, tm
         assert events == [{"operation": "write", "error": "ENOSPC"}]
         device.close()
     finally:
-        with trio.CancelScope(shield=True), trio.fail_after(60):
-            await trio.run_process(["umount", str(folder)])
+        os.close(inside)
 
 
 # --- the rate limiter ----------------------------------------------------------------------------------------
