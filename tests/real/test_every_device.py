@@ -1,4 +1,4 @@
-"""Every kind of device but one, driven by one mock driver: requests of any bytes, in chains of any shape, on any of its queues.
+"""Every kind of device but one, driven by one mock driver: requests of any bytes, in chains of any shape, on any queue.
 
 Whatever comes: the device stops when it is asked to, memory outside the chains that it was given and its used rings is
 as it was, and after a reset it works for a driver that behaves.
