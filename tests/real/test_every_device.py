@@ -1,4 +1,4 @@
-"""Every kind of device, driven by one mock driver: requests of any bytes, in chains of any shape, on any of its queues.
+"""Every kind of device but one, driven by one mock driver: requests of any bytes, in chains of any shape, on any queue.
 
 Whatever comes: the device stops when it is asked to, memory outside the chains that it was given and its used rings is
 as it was, and after a reset it works for a driver that behaves.
@@ -27,9 +27,12 @@ from trivmm.virtio.console.device import ConsoleDevice
 from trivmm.virtio.device import WorkerDevice
 from trivmm.virtio.net.config import NetConfig
 from trivmm.virtio.net.device import NetDevice
+from trivmm.virtio.pmem.config import PmemConfig
+from trivmm.virtio.pmem.device import PmemDevice
 from trivmm.virtio.rng.device import RngDevice
 from trivmm.virtio.vsock.config import VsockConfig
 from trivmm.virtio.vsock.device import VsockDevice
+from trivmm.virtio.watchdog.device import WatchdogDevice
 
 LIMIT_S = 60
 RAM = 2 << 20
@@ -43,12 +46,19 @@ def disk(memory: GuestMemory, folder: Path) -> WorkerDevice:
     return BlockDevice(DiskConfig(str(folder / "disk.img")), memory, "_disk0")
 
 
-KINDS: dict[str, Make] = {
+def pmem(memory: GuestMemory, folder: Path) -> WorkerDevice:
+    (folder / "pmem").write_bytes(bytes(2 << 20))
+    return PmemDevice(PmemConfig(str(folder / "pmem")), memory, "_pmem0")
+
+
+KINDS: dict[str, Make] = {  # but the balloon, which may empty any page: see test_virtio_balloon.py
     "rng": lambda memory, folder: RngDevice(RngConfig("/dev/zero"), memory),
     "disk": disk,
     "console": lambda memory, folder: ConsoleDevice(ConsoleConfig("Null"), memory, NullSink()),
     "net": lambda memory, folder: NetDevice(NetConfig(link=f"listen:{folder}/net"), memory, "_net0"),
     "vsock": lambda memory, folder: VsockDevice(VsockConfig(3, str(folder / "vsock")), memory),
+    "pmem": pmem,
+    "watchdog": lambda memory, folder: WatchdogDevice(memory),
 }
 # what a driver that behaves asks of it: (readable, writable, queue)
 GOOD: dict[str, tuple[bytes, tuple[int, ...], int]] = {
@@ -57,6 +67,8 @@ GOOD: dict[str, tuple[bytes, tuple[int, ...], int]] = {
     "console": (b"hello", (), 1),
     "net": (bytes(12 + 64), (), 1),
     "vsock": (struct.pack("<QQIIIHHIII", 3, 2, 1, 52, 0, 1, 3, 0, 0, 0), (), 1),
+    "pmem": (bytes(4), (4,), 0),
+    "watchdog": (b"", (1,), 0),
 }
 HEADERS = (
     struct.pack("<IIQ", 0, 0, 1),  # a disk's read
