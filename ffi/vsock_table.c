@@ -22,6 +22,7 @@ void tv_vsock_table_init(struct tv_vsock *vsock, uint32_t slots)
     }
     for (uint32_t i = 0; i < TV_VSOCK_BUCKETS; i++)
         vsock->buckets[i] = TV_VSOCK_NOBODY;
+    vsock->slots = slots;
     vsock->free = slots ? 0 : TV_VSOCK_NOBODY;
     vsock->first = vsock->last = TV_VSOCK_NOBODY;
     vsock->next_port = 0;

@@ -72,6 +72,7 @@ struct tv_vsock {
     uint16_t buckets[TV_VSOCK_BUCKETS];
     uint32_t replies_first, replies_used;
     struct tv_vsock_reply replies[TV_VSOCK_REPLIES];
+    uint32_t slots; /* that are ever used, the first ones */
     struct tv_vsock_conn conns[TV_VSOCK_CONNECTIONS];
     struct iovec iov[TV_QUEUE_MAX]; /* of the call that is under way */
     struct tv_chain more[TV_VSOCK_BATCH - 1]; /* of the read that is under way, behind the worker's own */
