@@ -110,6 +110,23 @@ async def test_a_driver_that_resets_its_disk_again_and_again_makes_no_flood_of_e
     device.close()
 
 
+@pytest.mark.parametrize("written_back", [False, True])
+async def test_zeroes_are_written_through_where_the_driver_has_no_flush(
+    blocks: BlockDriver, image: Path, written_back: bool
+) -> None:
+    """A driver without F_FLUSH can't ask for it later. The image's flush fails here, so that it is seen."""
+    device = BlockDevice(DiskConfig(str(image)), blocks.driver.memory, "_disk0")
+    failing(device, errno.EIO)
+    own = device.image.native.ops[0]
+    device.image.native.ops.write_zeroes = kept = ffi.callback(ffi.typeof(own.write_zeroes), lambda *given: given[2])
+    features = FEATURES if written_back else FEATURES & ~(1 << 9)
+    async with activated(device, blocks.driver.setup(features), [blocks.driver.handle]):
+        answer = await blocks.do(WRITE_ZEROES, data=ranges((0, 8, 1)))
+    assert answer.status == (0 if written_back else 1)
+    device.close()
+    del kept
+
+
 @pytest.mark.parametrize("disable_io_uring", [False, True])
 async def test_an_image_that_shrinks_under_us_fails_its_reads_alone(
     blocks: BlockDriver, image: Path, disable_io_uring: bool
