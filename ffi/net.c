@@ -256,10 +256,9 @@ static void receive_turn(struct tv_net_worker *self)
         }
         tv_queue_disarm(queue);
         enum tv_net_delivered how = tv_net_deliver(self, queue, &header, data, length);
+        if (how == TV_NET_AGAIN)
+            continue;
         if (how == TV_NET_NO_BUFFER) {
-            tv_queue_publish(queue);
-            if (tv_queue_rearm(queue))
-                continue;
             watch(self, READ, 0); /* the next buffer rings the doorbell */
             return;
         }

@@ -56,8 +56,9 @@ struct tv_net_worker {
     struct tv_net_counts counts;
 };
 
-/* What became of a frame: it is done with, or dropped for its length; it waits; or its driver is at fault. */
-enum tv_net_delivered { TV_NET_DELIVERED, TV_NET_TOO_LONG, TV_NET_NO_BUFFER, TV_NET_BROKEN };
+/* What became of a frame: it is done with, or dropped for its length; it waits for a buffer that the driver rings for,
+ * or for none, since that has come; or its driver is at fault. */
+enum tv_net_delivered { TV_NET_DELIVERED, TV_NET_TOO_LONG, TV_NET_NO_BUFFER, TV_NET_AGAIN, TV_NET_BROKEN };
 
 static inline void tv_net_add(uint64_t *count, uint64_t more)
 {

@@ -1,6 +1,14 @@
 /* A received frame and the driver's buffers. */
 #include "net.h"
 
+/* At the end of those that there are, before they are given back: the driver is to ring for the next one, since fewer
+ * than these were not enough. 1: it has come meanwhile. */
+static int ask_for_buffers(struct tv_queue *queue)
+{
+    tv_queue_publish(queue); /* first: the driver may have nothing more before it hears of these */
+    return tv_queue_rearm(queue);
+}
+
 /* Into one buffer, or with MRG_RXBUF into as many as it takes (section 5.1.6.4). Nothing of it is the driver's before
  * all of it is there. */
 static enum tv_net_delivered put(struct tv_net_worker *self, struct tv_queue *queue, struct tv_vnet_header *header,
@@ -16,8 +24,9 @@ static enum tv_net_delivered put(struct tv_net_worker *self, struct tv_queue *qu
         int got = used && !mergeable ? 0 : tv_queue_pop(queue, chain);
         if (got <= 0) {
             int never = used && (!mergeable || used == queue->size);
+            int more = got == 0 && !never && ask_for_buffers(queue);
             tv_queue_rewind(queue, (uint16_t)used);
-            return got < 0 ? TV_NET_BROKEN : never ? TV_NET_TOO_LONG : TV_NET_NO_BUFFER;
+            return got < 0 ? TV_NET_BROKEN : never ? TV_NET_TOO_LONG : more ? TV_NET_AGAIN : TV_NET_NO_BUFFER;
         }
         if (chain->writable_bytes <= before) {
             tv_queue_rewind(queue, (uint16_t)(used + 1));

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/timerfd.h>
 #include <unistd.h>
@@ -71,6 +72,15 @@ static void on_ready(struct tv_worker *worker, uint32_t at)
     }
 }
 
+/* Connections at once: a descriptor each, of which the guest has half at the most, so that the VM has the rest. */
+static uint32_t how_many(void)
+{
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_NOFILE, &limit) || limit.rlim_cur / 2 > TV_VSOCK_CONNECTIONS)
+        return TV_VSOCK_CONNECTIONS;
+    return (uint32_t)(limit.rlim_cur / 2);
+}
+
 /* A device without connections whose listener is none yet; `path` is that of its socket, for the guest's connections.
  * NULL without memory or descriptors, or when the path is too long. */
 struct tv_vsock *tv_vsock_new(uint64_t cid, const char *path)
@@ -84,7 +94,7 @@ struct tv_vsock *tv_vsock_new(uint64_t cid, const char *path)
     vsock->path_length = (uint32_t)strlen(path);
     vsock->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     vsock->timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC);
-    tv_vsock_table_init(vsock);
+    tv_vsock_table_init(vsock, how_many());
     tv_vsock_set_patience(vsock, GREETING_MS, LINGER_MS);
     struct epoll_event event = {.events = EPOLLIN, .data.ptr = &vsock->timer_fd};
     if (vsock->path_length + TV_VSOCK_SUFFIX >= sizeof vsock->address.sun_path || vsock->epoll_fd < 0 ||

@@ -15,7 +15,8 @@
  *  - It belongs to its worker's thread while one runs, to Python otherwise: but the counts, which any may read.
  *  - Connections outlive a worker: a device gate that closes and opens again loses nothing. They end with the driver
  *    (tv_vsock_reset), and do not travel: a destination owes its driver a transport reset (tv_vsock_moved).
- *  - What a guest and a peer can make it hold is bounded: TV_VSOCK_CONNECTIONS slots with TV_VSOCK_BUFFER bytes each,
+ *  - What a guest and a peer can make it hold is bounded: TV_VSOCK_CONNECTIONS slots with TV_VSOCK_BUFFER bytes each
+ *    (fewer where the process may have few descriptors: the others' are not this guest's to use up),
  *    TV_VSOCK_HALF_OPEN of them not established, TV_VSOCK_REPLIES resets to nobody.
  *  - Credit (section 5.10.6.3): no byte is read from a host's socket that the guest has not promised room for, and a
  *    guest that sends more than it was promised room for loses the connection. So a peer that doesn't read, on either

@@ -13,16 +13,16 @@ static uint16_t slot_of(const struct tv_vsock *vsock, const struct tv_vsock_conn
     return (uint16_t)(conn - vsock->conns);
 }
 
-/* Every slot free, nobody in a list. What connections hold is let go of before. */
-void tv_vsock_table_init(struct tv_vsock *vsock)
+/* The first `slots` free, the others never used; nobody in a list. What connections hold is let go of before. */
+void tv_vsock_table_init(struct tv_vsock *vsock, uint32_t slots)
 {
     for (uint32_t i = 0; i < TV_VSOCK_CONNECTIONS; i++) {
         vsock->conns[i].fd = -1;
-        vsock->conns[i].next = i + 1 < TV_VSOCK_CONNECTIONS ? (uint16_t)(i + 1) : TV_VSOCK_NOBODY;
+        vsock->conns[i].next = i + 1 < slots ? (uint16_t)(i + 1) : TV_VSOCK_NOBODY;
     }
     for (uint32_t i = 0; i < TV_VSOCK_BUCKETS; i++)
         vsock->buckets[i] = TV_VSOCK_NOBODY;
-    vsock->free = 0;
+    vsock->free = slots ? 0 : TV_VSOCK_NOBODY;
     vsock->first = vsock->last = TV_VSOCK_NOBODY;
     vsock->next_port = 0;
 }

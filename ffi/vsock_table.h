@@ -91,7 +91,7 @@ static inline uint32_t tv_vsock_credit(const struct tv_vsock_conn *conn)
 }
 
 /* vsock_table.c */
-void tv_vsock_table_init(struct tv_vsock *vsock);
+void tv_vsock_table_init(struct tv_vsock *vsock, uint32_t slots);
 struct tv_vsock_conn *tv_vsock_take(struct tv_vsock *vsock, int fd);
 void tv_vsock_enter(struct tv_vsock *vsock, struct tv_vsock_conn *conn, enum tv_vsock_stage stage);
 void tv_vsock_set_ports(struct tv_vsock *vsock, struct tv_vsock_conn *conn, uint32_t guest_port, uint32_t host_port);

@@ -47,13 +47,14 @@ async def echoing(address: str) -> AsyncIterator[int]:
     with trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         await sock.bind((address, 0))
 
-        async def serve() -> None:
+        async def serve(*, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+            task_status.started()
             while True:
                 data, whom = await sock.recvfrom(1 << 16)
                 await sock.sendto(data, whom)
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(serve)
+            await nursery.start(serve)
             yield sock.getsockname()[1]
             nursery.cancel_scope.cancel()
 

@@ -126,7 +126,7 @@ async def echo_server(path: str) -> AsyncIterator[list[trio.SocketStream]]:
     await sock.bind(path)
     sock.listen(16)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(trio.serve_listeners, serve, [trio.SocketListener(sock)])
+        await nursery.start(trio.serve_listeners, serve, [trio.SocketListener(sock)])
         yield clients
         nursery.cancel_scope.cancel()
 

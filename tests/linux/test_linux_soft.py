@@ -6,7 +6,8 @@ Disks come and go by its own ACPI hotplug. The kernel is fetched by apt at each 
 from __future__ import annotations
 
 import re
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ def answer_to(frame: bytes) -> bytes | None:
     return None
 
 
-async def serve_echo(path: str, *, task_status: trio.TaskStatus[None]) -> None:
+@asynccontextmanager
+async def echoing(path: str) -> AsyncIterator[None]:
     """The other end of a network interface, for whoever connects: the guest's side now, another one after a move."""
 
     async def serve(peer: trio.SocketStream) -> None:
@@ -78,7 +80,10 @@ async def serve_echo(path: str, *, task_status: trio.TaskStatus[None]) -> None:
     with trio.socket.socket(trio.socket.AF_UNIX) as sock:
         await sock.bind(path)
         sock.listen()
-        await trio.serve_listeners(serve, [trio.SocketListener(sock)], task_status=task_status)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(trio.serve_listeners, serve, [trio.SocketListener(sock)])
+            yield
+            nursery.cancel_scope.cancel()
 
 
 async def test_linux_boots_uses_its_devices_and_moves(linux: Any, tmp_path: Path) -> None:
@@ -95,9 +100,7 @@ async def test_linux_boots_uses_its_devices_and_moves(linux: Any, tmp_path: Path
     )
     with trio.fail_after(LIMIT_S):
         async with AsyncExitStack() as stack:
-            nursery = await stack.enter_async_context(trio.open_nursery())
-            stack.callback(nursery.cancel_scope.cancel)
-            await nursery.start(serve_echo, f"{tmp_path}/net.sock")
+            await stack.enter_async_context(echoing(f"{tmp_path}/net.sock"))
             vm = await stack.enter_async_context(open_vm(config, hypervisor=SoftHypervisor()))
             await vm.boot()
             for number, at in enumerate(MOVES_AT):

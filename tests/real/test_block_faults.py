@@ -173,7 +173,8 @@ async def test_a_full_file_system_is_the_guests_io_error(blocks: BlockDriver, tm
         assert events == [{"operation": "write", "error": "ENOSPC"}]
         device.close()
     finally:
-        await trio.run_process(["umount", str(folder)])
+        with trio.CancelScope(shield=True), trio.fail_after(60):
+            await trio.run_process(["umount", str(folder)])
 
 
 # --- the rate limiter ----------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def wait_until_it_serves(path: Path, process: subprocess.Popen[str]) -> None:
         (["run", "--kernel"], "argument --kernel: expected one argument"),
         (["frobnicate"], "frobnicate: unknown command"),
         (["run"], "nothing to do"),
-        (["--pmem", "file=p"], "--pmem: not supported yet"),
+        (["--fs", "tag=t,socket=s"], "--fs: not supported yet"),
         (["--firmware=x", "--kernel=k"], 'payload.firmware = "x": there is a kernel too; give one of them'),
         (["--memory", "size=1G"], "--memory: there is no --kernel and no --firmware"),
         (["--kernel", "k", "--memory", "size=0"], "memory.size = 0: no memory; give a size such as 512M"),

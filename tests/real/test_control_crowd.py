@@ -9,6 +9,7 @@ import re
 import resource
 import select
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -288,8 +289,10 @@ def test_the_process_serves_beside_a_thousand_idle_and_two_hundred_half_sent(tmp
         for data in [b""] * 1000 + [HALF] * 200:
             client = socket.socket(socket.AF_UNIX)
             clients.append(client)
-            client.settimeout(LIMIT_S)
+            # A timeout of Python's would make it non-blocking: EAGAIN where the backlog is full for a moment.
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", LIMIT_S, 0))
             client.connect(path)
+            client.settimeout(LIMIT_S)
             if data:
                 client.sendall(data)
         with pytest.raises(ChRemoteError) as caught:

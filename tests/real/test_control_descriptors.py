@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import json
 import os
 import socket
@@ -15,6 +16,7 @@ import trio
 
 from trivmm.config import MemoryConfig, PayloadConfig, VmConfig
 from trivmm.control.descriptors import MAX_KEPT
+from trivmm.control.http import Request, Response
 from trivmm.control.routes import Router
 from trivmm.control.server import open_server
 from trivmm.deadlines import Deadlines
@@ -29,6 +31,7 @@ from trivmm.vmm import Vmm, open_vmm
 
 NO_TAP = why_no_tap()
 LIMIT_S = 60
+EMPTY = b"PUT /api/v1/x HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
 TAP = f"tvd{os.getpid() % 100000}"
 
 needs_tap = pytest.mark.skipif(NO_TAP is not None, reason=f"no tap can be made here ({NO_TAP}): run as root")
@@ -156,6 +159,33 @@ async def test_a_client_that_passes_more_than_anybody_needs(tmp_path: Path, pipe
             await until(lambda: len(os.listdir("/proc/self/fd")) <= most)
         os.close(write)
         assert await everybody_has_closed(read)
+
+
+async def test_a_request_that_fails_leaves_none_to_the_next_one(
+    tmp_path: Path, pipe: tuple[int, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    """On one connection; a bug of ours is what it fails by."""
+    write, read = pipe
+    seen: list[int] = []
+
+    async def handle(request: Request) -> Response:
+        seen.append(len(request.passed.fds))
+        raise RuntimeError("a bug")
+
+    path = str(tmp_path / "api.sock")
+    with trio.fail_after(LIMIT_S):
+        async with open_server(path, handle, Deadlines()):
+            with trio.socket.socket(socket.AF_UNIX) as sock:
+                await sock.connect(path)
+                rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [write]))
+                await sock.sendmsg([EMPTY], [rights])
+                os.close(write)
+                assert b" 500 " in await sock.recv(4096)
+                assert await everybody_has_closed(read)
+                await sock.send(EMPTY)
+                assert b" 500 " in await sock.recv(4096)
+    assert seen == [1, 0]
+    assert "API handler failed" in caplog.text
 
 
 async def test_a_vm_that_is_made_takes_none_by_number(tmp_path: Path) -> None:

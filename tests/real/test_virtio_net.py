@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import socket
@@ -19,6 +20,7 @@ from trivmm.state.virtio import QueueState
 from trivmm.testing.driver import WRITE, Descriptor, MockDriver, until
 from trivmm.testing.states import sent
 from trivmm.virtio.handles import QueueHandle
+from trivmm.virtio.net import link
 from trivmm.virtio.net.config import NetConfig
 from trivmm.virtio.net.device import NetDevice, NetState
 from trivmm.virtio.setup import DriverSetup
@@ -268,6 +270,20 @@ async def test_buffers_that_can_never_hold_a_frame_cost_that_frame(tmp_path: Pat
                 assert counted(device, "rx_long") == (1,)
 
 
+async def test_buffers_that_do_not_suffice_yet_are_not_looked_at_again_and_again(tmp_path: Path) -> None:
+    """The driver is asked to ring for the one behind them, which is the first that helps."""
+    guest = Guest(room=64, size=8, event_idx=True)
+    with listening(tmp_path / "s") as sock:
+        async with running(NetConfig(link=f"connect:{tmp_path}/s"), guest, MERGEABLE | EVENT_IDX):
+            with await accepted(sock) as peer:
+                guest.offer(3)
+                peer.sendall(spoken(frame(4 * 64 - 12)))
+                await until(lambda: guest.receive.avail_event == 3)
+                guest.offer(first=3)
+                header, data = await guest.heard()
+                assert (header[10:], data) == (b"\4\0", frame(4 * 64 - 12))
+
+
 async def test_a_buffer_without_room_for_a_header_breaks_the_queue(tmp_path: Path) -> None:
     guest = Guest(room=12)
     with listening(tmp_path / "s") as sock:
@@ -493,6 +509,20 @@ def test_a_path_that_somebody_has(tmp_path: Path, link: str) -> None:
     with pytest.raises(ConfigError, match=r"net\.link = "):
         NetDevice(config, memory, "_net0")
     memory.close()
+
+
+def test_a_link_that_is_taken_by_half_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Descriptors may run out between the socket and what the worker has of it."""
+
+    def fail(sock: socket.socket) -> int:
+        raise OSError(errno.EMFILE, "no more")
+
+    monkeypatch.setattr(link, "_copy", fail)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ConfigError, match=r'^net\.link = "listen:.*": cannot make it \(no more\)'):
+        link.NetLinks(NetConfig(link=f"listen:{tmp_path}/s"), incoming=False)
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert not os.listdir(tmp_path)
 
 
 def test_descriptors_do_not_travel() -> None:

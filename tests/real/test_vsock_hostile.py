@@ -205,6 +205,29 @@ async def test_descriptors_that_run_out_are_waited_for(guest: VsockGuest, device
         await stream.aclose()
 
 
+async def test_a_guest_leaves_the_vm_half_of_the_descriptors(guest: VsockGuest, tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (40, before[1]))
+    try:
+        device = VsockDevice(VsockConfig(3, str(tmp_path / "v.sock")), guest.memory)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    try:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(str(tmp_path / "v.sock_7"))
+            sock.listen(64)
+            async with active(device, guest):
+                for port in range(1000, 1021):
+                    await guest.send(Packet(REQUEST, port, 7))
+                    assert (await guest.packet()).op == (RESPONSE if port < 1020 else RST)
+                assert [device.counters()[name] for name in ("open", "refused")] == [20, 1]
+                await guest.send(Packet(RST, 1000, 7))
+                await guest.send(Packet(REQUEST, 1021, 7))
+                assert (await guest.packet()).op == RESPONSE
+    finally:
+        device.close()
+
+
 # --- state -------------------------------------------------------------------------------------------------------
 
 

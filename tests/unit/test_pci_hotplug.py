@@ -77,6 +77,14 @@ def test_what_is_ejected_is_gone_at_once_and_its_slot_is_free_later(world: World
     assert world.there(3)
 
 
+def test_what_is_ejected_before_it_was_seen_is_not_announced_any_more(world: World) -> None:
+    world.hotplug.inserted(2)
+    world.hotplug.inserted(3)
+    world.hotplug.ask(3)
+    world.eject(1 << 3)
+    assert world.read(PCIU) == 1 << 2
+
+
 def test_what_was_not_asked_for_is_not_ejected_nor_anything_twice(world: World) -> None:
     world.eject(1 << 0 | 1 << 1 | 1 << 2 | 1 << 31)
     assert all(world.there(slot) for slot in (1, 2, 3))

@@ -60,6 +60,20 @@ async def test_a_guest_that_faults_after_every_boot_has_crashed(autojump_clock: 
         assert vm.reboots == LIMIT - 1
 
 
+@pytest.mark.parametrize("times", [LIMIT - 1, LIMIT])
+async def test_a_boot_by_its_owner_begins_the_count_anew(autojump_clock: trio.testing.MockClock, times: int) -> None:
+    guest = Guest(times, 1.0)
+    async with open_vm(BARE, hypervisor=ScriptedHypervisor(guest, needs_payload=False)) as vm:
+        await vm.boot()
+        await trio.sleep(100)
+        before, guest.left = vm.reboots, 1
+        assert vm.state is (VmState.SHUTDOWN if times == LIMIT else VmState.RUNNING)
+        await (vm.boot() if times == LIMIT else vm.reboot())
+        await trio.sleep(100)
+        assert vm.state is VmState.RUNNING
+        assert vm.reboots - before == (1 if times == LIMIT else 2)
+
+
 async def test_a_guest_that_gets_further_may_reboot_so_for_ever(autojump_clock: trio.testing.MockClock) -> None:
     hypervisor = ScriptedHypervisor(Guest(4 * LIMIT, SOON_S + 1), needs_payload=False)
     async with open_vm(BARE, hypervisor=hypervisor) as vm:

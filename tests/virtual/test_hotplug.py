@@ -464,6 +464,25 @@ async def test_while_a_migration_owns_the_vm_nothing_comes_or_is_asked_for(world
     await world.until_gone("card")
 
 
+async def test_a_disk_that_its_guest_has_let_go_of_is_not_resized(
+    world: World, tmp_path: Path, autojump_clock: Clock
+) -> None:
+    """Whoever takes it away closes it soon, and its image is its owner's again."""
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(1 << 20))
+    await world.vm.add_device(DiskConfig(str(image), id="disk"))
+    await world.vm.remove_device("disk")
+    await world.vm.resize_disk("disk", 2 << 20)  # asked for, and its guest's still
+    machine = world.vm.host.machine
+    assert machine is not None
+    async with machine.hotplug.ejector.held():
+        await world.guest.does(eject(1 << 2))
+        with pytest.raises(NoSuchDevice, match="disk"):
+            await world.vm.resize_disk("disk", 4 << 20)
+    await world.until_gone("disk")
+    assert image.stat().st_size == 2 << 20
+
+
 async def test_nothing_goes_while_the_gate_is_closed(world: World, autojump_clock: Clock) -> None:
     (slot,) = await world.add("card")
     await world.vm.remove_device("card")

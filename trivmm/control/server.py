@@ -254,7 +254,6 @@ class _Server:
     async def _handled(self, connection: _Connection, request: Request) -> Response:
         try:
             response = await self._handler(request)
-            request.passed.close()
         except trio.Cancelled:
             response = error_response(500, f"{request.name} was cancelled", "the VMM is shutting down")
             with trio.move_on_after(self._deadlines.api_write, shield=True):
@@ -264,6 +263,7 @@ class _Server:
             logger.exception("API handler failed")
             problem = f"internal error: {type(error).__name__}: {error}"
             response = error_response(500, f"{request.name} failed", problem)
+        request.passed.close()
         if response.stream is not None and self._streaming >= self._max_streams:
             return error_response(429, f"{request.name} failed", f"there are {self._streaming} streams already")
         return response

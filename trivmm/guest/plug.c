@@ -10,12 +10,14 @@
 #define BARS 0xd0000000u /* away from where the VMM begins */
 #define BAR_BYTES 0x80000u
 #define LOOK_MS 5
+#define ANNOUNCED_MS 10000
 
 enum { SERVE = 1, KEEP, SURPRISE }; /* lets go at rest, never, or in the middle of whatever goes on */
 
 extern struct driver blk_driver, plug_driver;
 
-static uint32_t asked; /* slots whose device is to go */
+static uint32_t asked;     /* slots whose device is to go */
+static uint32_t announced; /* slots whose device is new, read before its turn */
 static uint64_t inserted, ejected;
 
 static volatile uint32_t *hotplug(uint32_t offset)
@@ -56,6 +58,21 @@ static void come(uint32_t slot)
     blk_plug(slot);
 }
 
+/* Behind an ejection the slot is empty, unless the next device is in it already: then that is announced, soon. */
+static void check_gone(uint32_t slot)
+{
+    uint64_t began = rdtsc();
+    if (*ecam(slot, 0) == 0xffffffff && pci_read(slot, 0, 4) == 0xffffffff)
+        return;
+    while (!(announced >> slot & 1)) {
+        if (rdtsc() - began > milliseconds(ANNOUNCED_MS)) {
+            device_error("PLUG still there, slot", slot, 0xffffffff, *ecam(slot, 0));
+            return;
+        }
+        announced |= *hotplug(0);
+    }
+}
+
 static void let_go(uint32_t slot)
 {
     if (plug_driver.wanted == SURPRISE)
@@ -65,15 +82,15 @@ static void let_go(uint32_t slot)
     *hotplug(8) = 1u << slot;
     asked &= ~(1u << slot);
     ejected++;
-    if (*ecam(slot, 0) != 0xffffffff || pci_read(slot, 0, 4) != 0xffffffff)
-        device_error("PLUG still there, slot", slot, 0xffffffff, *ecam(slot, 0));
+    check_gone(slot);
 }
 
 static void look(void)
 {
-    if (!(*(volatile uint8_t *)GED & PCI_DEVICES_CHANGED))
+    if (!(*(volatile uint8_t *)GED & PCI_DEVICES_CHANGED) && !announced)
         return;
-    uint32_t up = *hotplug(0), down = *hotplug(4);
+    uint32_t up = announced | *hotplug(0), down = *hotplug(4);
+    announced = 0;
     for (uint32_t slot = 1; slot < 32; slot++)
         if (up >> slot & 1)
             come(slot);

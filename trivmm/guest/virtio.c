@@ -177,7 +177,11 @@ static int queue_start(struct vdev *dev)
         ((volatile uint64_t *)rings)[i] = 0;
     dev->next_used = 0;
     common_write(dev, 0x16, 2, dev->queue);
-    common_write(dev, 0x18, 2, QUEUE_SIZE);
+    uint32_t most = common_read(dev, 0x18, 2);
+    dev->size = most < QUEUE_SIZE ? (uint16_t)most : QUEUE_SIZE;
+    if (!dev->size)
+        return 0;
+    common_write(dev, 0x18, 2, dev->size);
     common_write(dev, 0x1a, 2, dev->queue + 1u);
     if (common_read(dev, 0x1a, 2) != dev->queue + 1u)
         return 0;
@@ -233,6 +237,17 @@ int vdev_start(struct vdev *dev, uint64_t wanted)
     return 1;
 }
 
+/* Behind a ring of the device's size (sections 2.7.6 and 2.7.8). */
+static volatile uint16_t *used_event(struct vdev *dev)
+{
+    return dev->rings->avail.ring + dev->size;
+}
+
+static volatile uint16_t *avail_event(struct vdev *dev)
+{
+    return (volatile uint16_t *)(dev->rings->used.ring + dev->size);
+}
+
 /* Offer the chain that starts at descriptor 0 (count descriptors) and ring the doorbell. */
 void vdev_submit(struct vdev *dev, uint32_t count)
 {
@@ -248,14 +263,14 @@ void vdev_submit(struct vdev *dev, uint32_t count)
         rings->desc[0].len = count * sizeof(struct desc);
         rings->desc[0].flags = DESC_INDIRECT;
     }
-    rings->avail.used_event = rings->used.index; /* with EVENT_IDX: tell me of the next */
-    rings->avail.ring[rings->avail.index % QUEUE_SIZE] = 0;
+    *used_event(dev) = rings->used.index; /* with EVENT_IDX: tell me of the next */
+    rings->avail.ring[rings->avail.index % dev->size] = 0;
     dev->irq_seen = irq_count[dev->vector + 1];
     barrier();
     uint16_t before = rings->avail.index;
     rings->avail.index = (uint16_t)(before + 1);
     barrier();
-    int wanted = dev->features & EVENT_IDX ? rings->used.avail_event == before : !(rings->used.flags & 1);
+    int wanted = dev->features & EVENT_IDX ? *avail_event(dev) == before : !(rings->used.flags & 1);
     if (wanted)
         *(volatile uint16_t *)(dev->notify + dev->notify_off) = dev->queue;
 }
@@ -267,7 +282,7 @@ int vdev_finished(struct vdev *dev, uint32_t *length)
     if (irq_count[dev->vector + 1] == dev->irq_seen || rings->used.index == dev->next_used)
         return 0;
     barrier();
-    *length = rings->used.ring[dev->next_used % QUEUE_SIZE].len;
+    *length = rings->used.ring[dev->next_used % dev->size].len;
     dev->next_used++;
     return 1;
 }

@@ -48,6 +48,7 @@ struct vdev {
     volatile uint32_t *msix;
     struct rings *rings;
     uint16_t queue; /* whose rings these are */
+    uint16_t size;  /* of them: the device's, where that is less than ours */
     struct vdev *next; /* the same device as its next queue, or NULL */
     uint64_t features;
     uint16_t next_used;

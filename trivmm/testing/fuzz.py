@@ -86,11 +86,14 @@ class Finding:
 
 
 def sources() -> Path:
-    """The folder ``ffi/`` of the source tree. :raises ConfigError: this is an installed package, without one."""
-    folder = Path(trivmm.__file__).resolve().parents[1] / "ffi"
-    if not (folder / "fuzz").is_dir():
-        raise ConfigError("ffi/fuzz", str(folder), "not there", "run this in a source tree (pip install -e)")
-    return folder
+    """The folder ``ffi/`` of the source tree: of the one that this package lies in, or stands in the current folder.
+
+    :raises ConfigError: there is none."""
+    places = [Path(trivmm.__file__).resolve().parents[1] / "ffi", Path.cwd() / "ffi"]
+    for folder in places:
+        if (folder / "fuzz").is_dir():
+            return folder
+    raise ConfigError("ffi/fuzz", str(places[-1]), "not there", "run this at the root of a source tree")
 
 
 def _said(text: str, key: str) -> list[str]:

@@ -87,7 +87,9 @@ class Devices(VmCore):
             if machine is None:
                 raise WrongState("resize-disk", self.state.value, "booted")
             name = name.removeprefix(TRANSPORT)
-            disk = next((each.backend for each in machine.board.devices if each.backend.name == name), None)
+            ejected = machine.board.hotplug.ejected  # one that is closed in a moment, and its image another's
+            there = [each for each in machine.board.devices if each.pci_slot not in ejected]
+            disk = next((each.backend for each in there if each.backend.name == name), None)
             if not isinstance(disk, WorkerDevice) or disk.storage is None:
                 raise NoSuchDevice(name)
             await machine.storage.call("resizing a disk", partial(disk.set_capacity, size))

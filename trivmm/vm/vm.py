@@ -18,7 +18,7 @@ from trivmm.vm.consoles import Consoles
 from trivmm.vm.core import ExitReason, VmState
 from trivmm.vm.devices import Devices
 from trivmm.vm.moves import Moves
-from trivmm.vm.triplefaults import LIMIT
+from trivmm.vm.triplefaults import LIMIT, TripleFaults
 
 __all__ = ["Vm"]
 
@@ -38,6 +38,7 @@ class Vm(Consoles, Devices, Moves):
             if self.state not in (VmState.CREATED, VmState.SHUTDOWN) or self.host.machine is not None:
                 raise WrongState("boot", self.state.value, "Created or Shutdown")
             self._tell("booting")
+            self._triple_faults = TripleFaults()  # you may have mended what made it fault
             await self.host.end()  # of a machine that ended by itself, if that still goes on
             await self._boot()
             self._console = None
@@ -118,6 +119,7 @@ class Vm(Consoles, Devices, Moves):
         async with self.ownership.lease("reboot"):
             machine = self._machine_in("reboot", VmState.RUNNING, VmState.PAUSED)
             await self._out_of_doubt(machine, "reboot", force=False)
+            self._triple_faults = TripleFaults()
             try:
                 await self._reboot("reboot")
             except BaseException:

@@ -100,6 +100,7 @@ class PciHotplug:
                 granted = bits & self._asked
                 self._asked &= ~granted
                 self._down &= ~granted
+                self._up &= ~granted  # who ejects what it has not looked at finds nothing there
                 self._ejected |= granted
                 self.ignored_ejects += (bits & ~granted).bit_count()
             if granted:
@@ -120,7 +121,7 @@ class PciHotplug:
         """:raises ProtocolError: bits of slots that have no such device, or that contradict each other."""
         removable = self._removable()
         for name, bits, allowed, what in (
-            ("up", state.up, removable, "slots with a device that can be plugged"),
+            ("up", state.up, removable & ~state.ejected, "slots with a device that can be plugged"),
             ("asked", state.asked, removable & ~state.ejected, "slots with a device that can go, and has not"),
             ("ejected", state.ejected, removable, "slots with a device that can go"),
             ("down", state.down, state.asked, "slots whose device was asked for"),

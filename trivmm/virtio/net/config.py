@@ -31,7 +31,7 @@ MAX_PAIRS: Final = 16  # ``TV_NET_PAIRS``: a worker thread each
 MIN_QUEUE_SIZE, MAX_QUEUE_SIZE = 4, 1024
 MIN_MTU, MAX_MTU = 1280, 65535  # Cloud Hypervisor's least, IPv6's
 IFNAMSIZ: Final = 16
-RESERVED_FDS: Final = 2  # standard input, output and error are nobody's network
+RESERVED_FDS, MAX_FD = 2, (1 << 31) - 1  # standard input, output and error are nobody's network
 MAC: Final = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", re.ASCII)
 STREAMS: Final = ("connect", "listen")
 LINKS: Final = "connect:PATH, listen:PATH, dgram:PATH or passt"
@@ -145,6 +145,8 @@ class NetConfig:
             if self.peer is None:
                 raise ConfigError("net.peer", None, "missing, and the link is a datagram one", "give peer=PATH")
             check_path(self.peer, "net.peer", self.peer)
+            if self.peer == path:
+                raise ConfigError("net.peer", self.peer, "the interface itself", "give the other one's path")
         elif self.peer is not None:
             raise ConfigError("net.peer", self.peer, f"a {kind} link has its other end itself", "leave it out")
         given = {"tap": self.tap, "fds": self.fds, "ip": self.ip, "host_mac": self.host_mac}
@@ -172,7 +174,7 @@ class NetConfig:
                 f"give num_queues={2 * len(self.fds)}",
             )
         for fd in self.fds:
-            if fd <= RESERVED_FDS:
+            if not RESERVED_FDS < fd <= MAX_FD:
                 raise ConfigError("net.fds", fd, "not a descriptor for this", "give the number of an open tap")
 
 

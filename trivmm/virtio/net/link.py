@@ -87,7 +87,12 @@ class NetLinks:
             for native, fd in zip(self.natives, fds, strict=True):
                 native.fd = fd
         else:
-            self._take_link(config.link)
+            try:
+                self._take_link(config.link)
+            except OSError as error:
+                self.release_lock()
+                problem = f"cannot make it ({reason_of(error)})"
+                raise ConfigError("net.link", config.link, problem, "look at the host's limits (ulimit -n)") from error
         self._taken = True
 
     def _take_link(self, link: str) -> None:
