@@ -60,7 +60,7 @@ static int transfer(struct tv_block *block, struct tv_chain *chain, int in, uint
 }
 
 /* 0 or FAILED, with errno. */
-static int sync_data(struct tv_block *block)
+int tv_block_sync(struct tv_block *block)
 {
     int result;
     do
@@ -130,7 +130,7 @@ static int write_data(struct tv_block *block, struct tv_chain *chain, uint64_t s
     int failed = transfer(block, chain, 0, at, sizeof(struct header), out);
     if (failed == TV_STOPPED)
         return TV_STOPPED;
-    if (failed || (write_through && sync_data(block)))
+    if (failed || (write_through && tv_block_sync(block)))
         return tv_block_fail(block, TV_BLOCK_WRITE);
     tv_block_count_flow(&block->counts.write, out, block->worker.taken_ns);
     return TV_BLOCK_OK;
@@ -140,7 +140,7 @@ static int write_data(struct tv_block *block, struct tv_chain *chain, uint64_t s
 static int flush_data(struct tv_block *block)
 {
     tv_worker_publish(&block->worker);
-    if (sync_data(block))
+    if (tv_block_sync(block))
         return tv_block_fail(block, TV_BLOCK_FLUSH);
     tv_block_add(&block->counts.flush_ops, 1);
     return TV_BLOCK_OK;

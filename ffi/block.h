@@ -74,6 +74,7 @@ void tv_block_set_sectors(struct tv_block *block, uint64_t sectors);
 
 /* Among its files. */
 int tv_block_in_range(const struct tv_block *block, uint64_t sector, uint64_t length);
+int tv_block_sync(struct tv_block *block);
 int tv_block_clear(struct tv_block *block, struct tv_chain *chain, uint64_t offset, int zeroes);
 void tv_block_add(uint64_t *count, uint64_t more);
 void tv_block_count_flow(struct tv_flow *flow, uint64_t bytes, uint64_t since_ns);

@@ -68,6 +68,8 @@ int tv_block_clear(struct tv_block *block, struct tv_chain *chain, uint64_t offs
         if (status)
             return status;
     }
+    if (zeroes && !(block->features & TV_BLOCK_F_FLUSH) && tv_block_sync(block))
+        return tv_block_fail(block, TV_BLOCK_WRITE_ZEROES); /* a write like others, and written through like them */
     tv_block_add(zeroes ? &block->counts.write_zeroes_ops : &block->counts.discard_ops, 1);
     return TV_BLOCK_OK;
 }

@@ -90,6 +90,43 @@ async def test_errors_of_the_image_are_the_guests_io_errors_and_one_event_a_kind
     device.close()
 
 
+async def test_a_driver_that_resets_its_disk_again_and_again_makes_no_flood_of_events(
+    blocks: BlockDriver, image: Path
+) -> None:
+    """Once a minute and kind, of the disk: neither a reset nor another queue begins anew."""
+    device = BlockDevice(DiskConfig(str(image), num_queues=2), blocks.driver.memory, "_disk0")
+    events: list[dict[str, str]] = []
+    device.on_event = lambda event, **properties: events.append(properties)
+    failing(device, errno.EIO)
+    other = BlockDriver(MockDriver(blocks.driver.memory, base=4 << 20, size=64), base=5 << 20)
+    for each in (blocks, other, blocks):
+        each.driver.avail = each.driver.seen = 0
+        async with activated(device, each.driver.setup(FEATURES), [each.driver.handle]):
+            assert (await each.do(IN, 0, room=512)).status == 1
+        device.reset()
+        each.driver.memory.write(each.driver.base, bytes(0x9000))
+    other.driver.close()
+    assert events == [{"operation": "read", "error": "EIO"}]
+    device.close()
+
+
+@pytest.mark.parametrize("written_back", [False, True])
+async def test_zeroes_are_written_through_where_the_driver_has_no_flush(
+    blocks: BlockDriver, image: Path, written_back: bool
+) -> None:
+    """A driver without F_FLUSH can't ask for it later. The image's flush fails here, so that it is seen."""
+    device = BlockDevice(DiskConfig(str(image)), blocks.driver.memory, "_disk0")
+    failing(device, errno.EIO)
+    own = device.image.native.ops[0]
+    device.image.native.ops.write_zeroes = kept = ffi.callback(ffi.typeof(own.write_zeroes), lambda *given: given[2])
+    features = FEATURES if written_back else FEATURES & ~(1 << 9)
+    async with activated(device, blocks.driver.setup(features), [blocks.driver.handle]):
+        answer = await blocks.do(WRITE_ZEROES, data=ranges((0, 8, 1)))
+    assert answer.status == (0 if written_back else 1)
+    device.close()
+    del kept
+
+
 @pytest.mark.parametrize("disable_io_uring", [False, True])
 async def test_an_image_that_shrinks_under_us_fails_its_reads_alone(
     blocks: BlockDriver, image: Path, disable_io_uring: bool

@@ -34,6 +34,7 @@ F_WRITE_ZEROES: Final = 1 << 14
 
 MAX_QUEUES: Final = 16  # worker threads a disk; more than any guest here has vCPUs
 MIN_QUEUE_SIZE, MAX_QUEUE_SIZE = 4, 1024  # a request is a header, a segment of data and a status at least
+TOLD_AGAIN_NS: Final = 60 * 10**9  # an I/O error of the same kind; as ffi/block.h has it for one worker
 OPERATIONS: Final = {
     lib.TV_BLOCK_READ: "read",
     lib.TV_BLOCK_WRITE: "write",
@@ -86,6 +87,7 @@ class BlockDevice(WorkerDevice):
         self._id = identity.encode(errors="replace")[:MAX_SERIAL].ljust(MAX_SERIAL, b"\0")
         self._sectors, self._geometry = self.image.sectors, self.image.geometry
         self._counted = BlockCounts()  # of the workers that have ended
+        self._told: dict[tuple[int, int], int] = {}  # when, of each kind of I/O error; workers forget it at a reset
 
     def _make_worker(self, features: int) -> Any:
         native = ffi.new("struct tv_block *")
@@ -152,9 +154,14 @@ class BlockDevice(WorkerDevice):
         self.on_config_change()
 
     def _news(self, worker: QueueWorker) -> None:
-        """I/O errors of the image: one event for each kind, and again when a minute has passed (ffi/block.h)."""
+        """I/O errors of the image: one event for each kind, and again when a minute has passed (ffi/block.h), whichever
+        queue has it and however often the driver resets the disk."""
         fault = ffi.new("struct tv_block_fault *")
         while lib.tv_block_next_fault(worker.native, fault):
+            kind = fault.op, fault.error
+            if kind in self._told and fault.at_ns - self._told[kind] <= TOLD_AGAIN_NS:
+                continue
+            self._told[kind] = fault.at_ns
             error = errno.errorcode.get(fault.error, str(fault.error))
             self.on_event("io-error", operation=OPERATIONS[fault.op], error=error)
 
