@@ -162,7 +162,7 @@ async def test_a_full_file_system_is_the_guests_io_error(blocks: BlockDriver, tm
         with (
             trio.CancelScope(shield=True),
             trio.fail_after(60),
-        ):  # lazily: it goes with the last descriptor of its files
+        ):  # goes with the last descriptor
             await trio.run_process(["umount", "-l", str(folder)])
         path = Path(f"/proc/self/fd/{inside}/disk.img")
         path.touch()
