@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -233,8 +234,10 @@ def ch_remote(path: str, method: str, command: str, body: str | None = None, *, 
     """One request as Cloud Hypervisor's own client sends it and reads its answer: several writes, a plain search for
     ``HTTP/1.1``, for the header spelled ``Content-Length: ``, up to the next CR, text decoded read by read."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(20)
+        # Blocking, as its own: with a timeout of Python's a backlog that is full for a moment is EAGAIN.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 20, 0))
         sock.connect(path)
+        sock.settimeout(20)
         sock.sendall(f"{method} /api/v1/{command} HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n".encode())
         if body is not None:
             sock.sendall(f"Content-Length: {len(body)}\r\n".encode())
