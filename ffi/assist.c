@@ -1,10 +1,12 @@
 #include "assist.h"
 
+#include <errno.h>
 #include <string.h>
 #include <sys/ioctl.h>
 
 #define FLAG_AC (1ull << 18)
 #define FLAG_RF (1ull << 16)
+#define FLAG_TF (1ull << 8)
 #define FLAG_ZF (1ull << 6)
 #define CR0_MP 2u
 #define CR0_EM 4u
@@ -41,14 +43,16 @@ void tv_assist_close(struct tv_assist *assist)
 static int fetch(struct tv_assist *assist)
 {
     struct tv_insn *insn = &assist->insn;
-    uint64_t gpa = 0, va = assist->regs.rip;
+    uint64_t va = assist->regs.rip;
     memset(insn, 0, sizeof *insn);
-    for (uint32_t at = 0; at < TV_INSN_MAX; at++, va++, gpa++) {
-        if ((at == 0 || !(va & (TV_PAGE_SIZE - 1))) && tv_assist_translate(assist, va, TV_FETCH, &gpa))
+    while (insn->available < TV_INSN_MAX) {
+        uint64_t gpa, room = TV_PAGE_SIZE - (va & (TV_PAGE_SIZE - 1)), left = TV_INSN_MAX - insn->available;
+        uint64_t piece = left < room ? left : room;
+        if (tv_assist_translate(assist, va, TV_FETCH, &gpa) ||
+            tv_memory_read(assist->memory, gpa, insn->bytes + insn->available, piece))
             break;
-        if (tv_memory_read(assist->memory, gpa, &insn->bytes[at], 1))
-            break;
-        insn->available = at + 1;
+        insn->available += (uint32_t)piece;
+        va += piece;
     }
     assist->has_fault = 0; /* behind the instruction, or at the start of one that KVM has read: no fault of its */
     return insn->available ? 0 : -2;
@@ -159,38 +163,74 @@ static int execute(struct tv_assist *assist, enum tv_assist_kind *kind, int *jum
     return problem ? problem : tv_assist_native(assist, &operand);
 }
 
-/* After KVM_RUN gave an emulation failure. 1: the guest goes on, with the instruction done or with the exception that it
- * raises; 0: refused, nothing has changed. */
+static int is_native(enum tv_assist_kind kind)
+{
+    return kind == TV_ASSIST_INTEGER || kind == TV_ASSIST_X87 || kind == TV_ASSIST_SSE || kind == TV_ASSIST_AVX;
+}
+
+/* One instruction at RIP, with the registers in `assist`: 0 done, -1 with a fault, -2 refused. */
+static int one(struct tv_assist *assist, enum tv_assist_kind *kind, int *jumped)
+{
+    *kind = TV_ASSIST_NONE;
+    assist->has_fault = assist->implicit = 0;
+    if (fetch(assist) || tv_insn_decode(assist))
+        return -2;
+    int result = execute(assist, kind, jumped);
+    if (result)
+        return result;
+    if (!*jumped)
+        assist->regs.rip += assist->insn.length;
+    assist->regs.rflags &= ~FLAG_RF;
+    assist->by_kind[*kind]++;
+    return 0;
+}
+
+/* What follows is of the same sort often, and an exit costs many times what an instruction does: up to TV_ASSIST_BATCH
+ * are done while they are. What is not, is KVM's again. 0, or -1 with the fault of the last one. */
+static int some_more(struct tv_assist *assist, enum tv_assist_kind *kind)
+{
+    int jumped = 0;
+    for (uint32_t done = 1; done < TV_ASSIST_BATCH && !(assist->regs.rflags & FLAG_TF); done++) {
+        if (fetch(assist) || tv_insn_decode(assist) || !tv_assist_operand(&assist->insn).kind)
+            break;
+        int result = one(assist, kind, &jumped);
+        if (result)
+            return result == -1 ? -1 : 0;
+    }
+    return 0;
+}
+
+/* The registers as they are after all that was done, and the fault of what came then. 0, or -errno. */
+static int put_back(struct tv_assist *assist, int jumped, int fault)
+{
+    if (jumped && ioctl(assist->fd, KVM_SET_SREGS, &assist->sregs) < 0)
+        return -errno;
+    if (assist->xstate_is == TV_XSTATE_CHANGED && ioctl(assist->fd, KVM_SET_XSAVE, assist->xstate) < 0)
+        return -errno;
+    if (ioctl(assist->fd, KVM_SET_REGS, &assist->regs) < 0)
+        return -errno;
+    if (!fault)
+        return 0;
+    assist->by_kind[TV_ASSIST_FAULT]++;
+    return tv_assist_inject(assist);
+}
+
+/* After KVM_RUN gave an emulation failure. 1: the guest goes on, with the instruction done, and perhaps some behind it, or
+ * with the exception that it raises; 0: refused, nothing has changed. */
 int tv_assist(struct tv_assist *assist)
 {
-    enum tv_assist_kind kind = TV_ASSIST_NONE;
+    enum tv_assist_kind kind;
     int jumped = 0;
-    assist->has_fault = assist->implicit = 0;
+    assist->xstate_is = TV_XSTATE_UNKNOWN;
     if (!assist->memory || ioctl(assist->fd, KVM_GET_REGS, &assist->regs) < 0 ||
         ioctl(assist->fd, KVM_GET_SREGS, &assist->sregs) < 0)
         return 0;
-    if (!(assist->sregs.efer & EFER_LMA) || !assist->sregs.cs.l || fetch(assist) || tv_insn_decode(assist)) {
+    int result = assist->sregs.efer & EFER_LMA && assist->sregs.cs.l ? one(assist, &kind, &jumped) : -2;
+    if (!result && is_native(kind))
+        result = some_more(assist, &kind);
+    if (result == -2 || put_back(assist, jumped, result)) {
         assist->refused++;
         return 0;
     }
-    int result = execute(assist, &kind, &jumped);
-    if (result == 0) {
-        if (!jumped)
-            assist->regs.rip += assist->insn.length;
-        assist->regs.rflags &= ~FLAG_RF;
-        if (jumped && ioctl(assist->fd, KVM_SET_SREGS, &assist->sregs) < 0)
-            result = -2;
-        else if (ioctl(assist->fd, KVM_SET_REGS, &assist->regs) < 0)
-            result = -2;
-    } else if (result == -1) {
-        kind = TV_ASSIST_FAULT;
-        if (tv_assist_inject(assist))
-            result = -2;
-    }
-    if (result == -2) {
-        assist->refused++;
-        return 0;
-    }
-    assist->by_kind[kind]++;
     return 1;
 }

@@ -22,6 +22,7 @@
 #include "memory.h"
 
 #define TV_INSN_MAX 15
+#define TV_ASSIST_BATCH 1024 /* instructions of one exit: less than a millisecond, in which no interrupt is taken */
 #define TV_ASSIST_AREA 16384 /* an XSAVE area with AMX has 11 KiB */
 #define TV_XSTATE_PARTS 63
 #define TV_XSTATE_WORDS (TV_ASSIST_AREA / 8)
@@ -88,7 +89,7 @@ struct tv_assist {
     struct tv_exception fault;
     int has_fault;
     int implicit; /* accesses are the CPU's own, of its tables and stacks */
-    int xstate_loaded;
+    enum { TV_XSTATE_UNKNOWN, TV_XSTATE_KNOWN, TV_XSTATE_CHANGED } xstate_is;
     uint64_t xstate[TV_XSTATE_WORDS] __attribute__((aligned(64))); /* the guest's, in the standard format */
     uint8_t area[TV_ASSIST_AREA] __attribute__((aligned(64)));     /* the bounced operand */
 };

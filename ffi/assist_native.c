@@ -19,6 +19,9 @@
 #define SIMD_ERROR 19
 #define CR4_OSXMMEXCPT (1u << 10)
 #define XSTATE_BV (512 / 8) /* in the XSAVE area */
+#define X87_IP (8 / 8)
+#define X87_DP (16 / 8)
+#define TOUCHED 832 /* bytes of the area that x87, SSE and AVX have, with the header */
 #define NO_REGISTER 16u
 #define ARITHMETIC 0x8d5ull /* CF PF AF ZF SF OF */
 
@@ -153,18 +156,22 @@ static void xsave(void *area, uint64_t mask)
     __asm__ volatile("xsave64 (%0)" ::"r"(area), "a"((uint32_t)mask), "d"((uint32_t)(mask >> 32)) : "memory");
 }
 
-static void call_with_state(struct tv_assist *assist, struct tv_frame *frame)
+static void call_with_state(struct tv_assist *assist, const struct tv_operand *operand, struct tv_frame *frame)
 {
     static const uint32_t PLAIN = 0x1f80;
     static const uint16_t X87_PLAIN = 0x37f;
     uint32_t mxcsr;
     uint16_t control;
     __asm__ volatile("stmxcsr %0\n\tfnstcw %1" : "=m"(mxcsr), "=m"(control));
-    uint64_t mask = usable(assist);
+    uint64_t mask = usable(assist), data_pointer = assist->xstate[X87_DP];
     xrstor(assist->xstate, mask);
     tv_assist_guarded(frame);
     xsave(assist->xstate, mask);
     assist->xstate[XSTATE_BV] |= 2; /* of a part in its initial state KVM would forget MXCSR */
+    if (operand->kind == TV_ASSIST_X87) { /* where it lay and what it worked on: the guest's addresses, never ours */
+        assist->xstate[X87_IP] = assist->regs.rip;
+        assist->xstate[X87_DP] = assist->insn.is_memory ? assist->insn.address : data_pointer;
+    }
     __asm__ volatile("fninit\n\tldmxcsr %0\n\tfldcw %1" ::"m"(PLAIN), "m"(X87_PLAIN));
     if (mask & 4)
         __asm__ volatile("vzeroupper");
@@ -235,7 +242,7 @@ static int run(struct tv_assist *assist, const struct tv_operand *operand, struc
     if (operand->kind == TV_ASSIST_INTEGER)
         tv_assist_guarded(frame);
     else if (!(problem = tv_assist_load_xstate(assist)))
-        call_with_state(assist, frame);
+        call_with_state(assist, operand, frame);
     if (insn->is_memory)
         frame->registers[free] = *tv_insn_register(&assist->regs, free);
     if (frame->trapped == UNDEFINED)
@@ -249,6 +256,7 @@ int tv_assist_native(struct tv_assist *assist, const struct tv_operand *operand)
 {
     const struct tv_insn *insn = &assist->insn;
     struct tv_frame frame;
+    uint64_t before[TOUCHED / 8];
     uint8_t *at = assist->area + (insn->address & 63); /* aligned as the guest's is */
     int absent = 0;
     if (!native_open(assist) || !is_there(assist, insn) || uses_rsp(insn, operand))
@@ -258,17 +266,22 @@ int tv_assist_native(struct tv_assist *assist, const struct tv_operand *operand)
     if (!absent && insn->is_memory) /* a store too: one that an x87 exception holds back leaves what is there */
         absent = tv_assist_read(assist, insn->address, at, operand->size);
     struct tv_exception fault = assist->fault;
+    int known = assist->xstate_is != TV_XSTATE_UNKNOWN;
+    if (insn->is_memory && known)
+        memcpy(before, assist->xstate, TOUCHED);
     int problem = run(assist, operand, &frame, at);
     if (problem) /* an undefined encoding and a misaligned operand come before the page fault of the operand */
         return problem;
-    if (absent) {
+    if (absent)
         assist->fault = fault;
+    else if (insn->is_memory && operand->writes)
+        absent = tv_assist_write(assist, insn->address, at, operand->size);
+    if (absent) { /* it has not been: nor has what it did to the FPU's state */
+        if (known)
+            memcpy(assist->xstate, before, TOUCHED);
+        else
+            assist->xstate_is = TV_XSTATE_UNKNOWN;
         return absent;
-    }
-    if (insn->is_memory && operand->writes) {
-        problem = tv_assist_write(assist, insn->address, at, operand->size);
-        if (problem)
-            return problem;
     }
     to_guest(assist, &frame);
     return operand->kind == TV_ASSIST_INTEGER ? 0 : tv_assist_store_xstate(assist);

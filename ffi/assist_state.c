@@ -57,16 +57,23 @@ void tv_assist_state_open(struct tv_assist *assist)
     }
 }
 
-/* 0, or -2: KVM does not give it. */
+/* Once, until tv_assist puts it back. 0, or -2: KVM does not give it. */
 int tv_assist_load_xstate(struct tv_assist *assist)
 {
     unsigned long call = assist->xsave2 ? KVM_GET_XSAVE2 : KVM_GET_XSAVE;
-    return ioctl(assist->fd, call, assist->xstate) < 0 ? -2 : 0;
+    if (assist->xstate_is != TV_XSTATE_UNKNOWN)
+        return 0;
+    if (ioctl(assist->fd, call, assist->xstate) < 0)
+        return -2;
+    assist->xstate_is = TV_XSTATE_KNOWN;
+    return 0;
 }
 
+/* What is in `xstate` is the guest's from now on. */
 int tv_assist_store_xstate(struct tv_assist *assist)
 {
-    return ioctl(assist->fd, KVM_SET_XSAVE, assist->xstate) < 0 ? -2 : 0;
+    assist->xstate_is = TV_XSTATE_CHANGED;
+    return 0;
 }
 
 static uint64_t guest_xcr0(struct tv_assist *assist)

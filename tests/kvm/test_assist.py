@@ -30,6 +30,7 @@ pytestmark = pytest.mark.kvm
 OUT = bytes((0xE6, PORT))
 AC, IOPL3, ZF = 1 << 18, 3 << 12, 1 << 6
 TRIALS, ALL_TRIALS = 3_000, 100_000
+TF = 1 << 8
 PAGE_FAULT, PROTECTION, UNDEFINED, NO_MATH, SIMD = 14, 13, 6, 7, 19
 PTE_ACCESSED, PTE_DIRTY = 0x20, 0x40
 
@@ -219,6 +220,51 @@ def test_vzeroall_leaves_mxcsr(guest: LongMode) -> None:
     assert struct.unpack_from("<I", guest.xsave(), 24) == (0x9FC0,)
 
 
+def test_x87_remembers_the_guests_addresses(guest: LongMode) -> None:
+    guest.put_registers(rdi=DATA)
+    assert guest.finish(bytes.fromhex("d907"))  # fld dword [rdi]
+    assert struct.unpack_from("<QQ", guest.xsave(), 8) in ((CODE, DATA), (0, 0))  # some CPUs tell it with an error only
+
+
+BURST = bytes.fromhex("660ffec1") * 40  # paddd xmm0, xmm1
+
+
+def test_some_more_of_the_same_sort_are_done_at_once(guest: LongMode) -> None:
+    state = guest.xsave()
+    state[160:192] = struct.pack("<8I", 0, 0, 0, 0, 1, 2, 3, 4)
+    struct.pack_into("<Q", state, 512, 3)
+    guest.put_xsave(state)
+    assert guest.finish(BURST + bytes.fromhex("90"))
+    assert guest.registers()["rip"] == CODE + len(BURST)  # NOP is KVM's
+    assert struct.unpack_from("<4I", guest.xsave(), 160) == (40, 80, 120, 160)
+
+
+def test_a_fault_in_the_middle_of_some_more(guest: LongMode) -> None:
+    """What came before it has been, and nothing of it: neither memory nor registers."""
+    state = guest.xsave()
+    state[160:192] = struct.pack("<8I", 0, 0, 0, 0, 1, 2, 3, 4)
+    struct.pack_into("<Q", state, 512, 3)
+    guest.put_xsave(state)
+    guest.put_registers(rdi=UNMAPPED)
+    assert guest.finish(BURST + bytes.fromhex("660ffe07") + BURST)
+    assert guest.injected() == (PAGE_FAULT, 0)
+    assert guest.registers()["rip"] == CODE + len(BURST)
+    assert struct.unpack_from("<4I", guest.xsave(), 160) == (40, 80, 120, 160)
+
+
+def test_a_traced_guest_is_told_of_every_instruction(guest: LongMode) -> None:
+    guest.put_registers(rflags=2 | TF)
+    assert guest.finish(BURST)
+    assert guest.registers()["rip"] == CODE + 4
+
+
+def test_a_burst_ends(guest: LongMode) -> None:
+    """A page of nothing else is no way to keep the VMM from its kicks."""
+    guest.memory.write(CODE, BURST * 60)
+    assert guest.finish(BURST[:4])
+    assert guest.registers()["rip"] == CODE + 4 * 1024
+
+
 def test_code_behind_a_hole(guest: LongMode) -> None:
     assert not guest.finish(bytes.fromhex("f348"), UNMAPPED - 2)  # the rest of it is not there
     assert guest.registers()["rip"] == UNMAPPED - 2
@@ -321,6 +367,7 @@ def try_one(
         if guest.system()[2] & 3 == 0:  # in a handler: AL is its vector
             return "fault", written.data[0]
     else:
+        guest.put_registers(rflags=registers["rflags"] | TF)  # one instruction only
         if not guest.finish(code + OUT * 8):
             return ("refused",)
         if (fault := guest.injected()) is not None:
