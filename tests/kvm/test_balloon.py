@@ -85,8 +85,8 @@ async def test_it_moves_while_pages_come_and_go(tmp_path: Path, cpus: int) -> No
                 before, there = resident(road.vm), road.vm
                 await road.move(f"unix:{tmp_path}/{number}.sock")
                 assert there.host.machine is None
-                # What it gave away costs no host anything.
-                assert resident(road.vm) < before + 2 * MIB
+                # What it gave away costs no host anything; how much of the 8 MiB that is, changes all the time.
+                assert resident(road.vm) < before + 6 * MIB
                 assert abs(RAM - road.vm.info()["memory_actual_size"] - 8 * MIB) <= 64 * 4096
                 since = await until(road.vm, tmp_path, lambda report: True)
                 goal = since.counts["balloon_taken"] + 2500  # all of them have been away since

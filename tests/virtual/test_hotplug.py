@@ -397,11 +397,10 @@ async def test_a_kernel_that_refuses_leaves_it_to_be_tried_again(
     machine = world.vm.host.machine
     assert machine is not None
     card = machine.board.devices[-1].transport
-    unplugs, connected = card.disconnect_interrupts, []
+    unplugs, refusing = card.disconnect_interrupts, [True]
 
     def refuse() -> None:
-        if not connected:
-            connected.append(1)
+        if refusing[0]:
             raise OSError("not now")
         unplugs()
 
@@ -411,6 +410,7 @@ async def test_a_kernel_that_refuses_leaves_it_to_be_tried_again(
     await trio.sleep(1)
     assert "the device in PCI slot 2 is ejected, and can't be taken away: not now" in caplog.text
     assert "card" in world.vm.info()["device_tree"]
+    refusing[0] = False
     await world.vm.remove_device("card")
     await world.until_gone("card")
 

@@ -248,11 +248,12 @@ static int key_q(void)
     return quit;
 }
 
-static void leave_if_done(void)
+/* `done`: activations before the report, which has them all. */
+static void leave_if_done(uint64_t done)
 {
-    if (key_q() || (options.once && activations >= options.once))
+    if (key_q() || (options.once && done >= options.once))
         power_off();
-    if (options.reboot && activations >= options.reboot) {
+    if (options.reboot && done >= options.reboot) {
         put("PROBE reboot\n");
         outb(0x64, 0xfe);
     }
@@ -290,9 +291,11 @@ static void boss_loop(void)
         else if (options.race)
             disturb_devices(now);
         if (now - reported >= milliseconds(options.report_ms)) {
+            uint64_t done = activations;
             reported = now;
+            barrier();
             report(began, beats, gap);
-            leave_if_done();
+            leave_if_done(done);
         }
     }
 }
