@@ -37,7 +37,7 @@ def cycling(
         seen[what] = seen.get(what, 0) + 1
         if draw.random() < 0.1:
             yield Compute(draw.random() / 100)
-        if draw.random() < 0.02:
+        if draw.random() < 0.4:  # few of these come while the other vCPU waits for that very device
             yield MmioWrite(status_gpa(draw.choice(others)), b"\0")
     done.set()
 
@@ -84,8 +84,6 @@ async def test_no_barrier_is_stuck(autojump_clock: trio.testing.MockClock, cycle
         nursery.cancel_scope.cancel()
     seen = {what: sum(cpu.registers.get(what, 0) for cpu in board.cpus) for what in ("active", "failed", "reset")}
     assert sum(seen.values()) == cycles // 2 * 2, [cpu.registers for cpu in board.cpus]
-    assert seen["active"]
+    assert all(seen.values()), "each way to be settled was met"
     assert all(counts.values())
-    if cycles >= 100_000:  # in fewer, the order that trio takes tasks in may leave one out
-        assert all(seen.values()), "each way to be settled was met"
     assert board.stuck == []
