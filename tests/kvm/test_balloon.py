@@ -80,13 +80,17 @@ async def test_it_moves_while_pages_come_and_go(tmp_path: Path, cpus: int) -> No
     """Stale or lost in a move: a page that is not zero when it is taken back, or not its own before it is given."""
     with trio.fail_after(LIMIT_S):
         async with open_road(config_of(tmp_path, size=8 * MIB, cpus=cpus, rate=500)) as road:
-            await until(road.vm, tmp_path, lambda report: report.counts["balloon"] >= 2000)
+            # All 3072 pages of its pool have been used: from now on memory only comes and goes.
+            used = 3072 - 8 * MIB // 4096 + 256
+            await until(road.vm, tmp_path, lambda report: report.counts["balloon_taken"] > used)
             for number in range(3):
                 before, there = resident(road.vm), road.vm
                 await road.move(f"unix:{tmp_path}/{number}.sock")
                 assert there.host.machine is None
-                # What it gave away costs no host anything; how much of the 8 MiB that is, changes all the time.
-                assert resident(road.vm) < before + 6 * MIB
+                # What it gave away costs no host anything, but where it shares a huge page with what the guest keeps:
+                # the 4 MiB of the pool that it keeps, a ring, lie in three of them at the most. Beside it, 64 pages
+                # each are given, taken and reported in this moment.
+                assert resident(road.vm) <= before + 2 * MIB + 3 * 64 * 4096
                 assert abs(RAM - road.vm.info()["memory_actual_size"] - 8 * MIB) <= 64 * 4096
                 since = await until(road.vm, tmp_path, lambda report: True)
                 goal = since.counts["balloon_taken"] + 2500  # all of them have been away since
