@@ -54,7 +54,7 @@ void tv_assist_call(struct tv_frame *frame);
 static const struct {
     int signal;
     uint32_t vector;
-} TRAPS[] = {{SIGILL, UNDEFINED}, {SIGSEGV, PROTECTION}, {SIGBUS, PROTECTION}, {SIGFPE, SIMD_ERROR}};
+} TRAPS[] = {{SIGILL, UNDEFINED}, {SIGSEGV, PROTECTION}, {SIGFPE, SIMD_ERROR}};
 
 #define TRAP_COUNT (sizeof TRAPS / sizeof TRAPS[0])
 
