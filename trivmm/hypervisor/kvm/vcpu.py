@@ -52,9 +52,23 @@ SYSTEM_EVENTS: Final = {
 }
 MP_STATE: Final = struct.Struct("<I")  # struct kvm_mp_state
 WAITS_FOR_START: Final = (int(lib.KVM_MP_STATE_UNINITIALIZED), int(lib.KVM_MP_STATE_INIT_RECEIVED))
-ASSISTED: Final = (  # by their number in enum tv_assist_kind
-    "", "clac_stac", "int3", "wait", "cmpxchg16b", "xsave", "mxcsr", "rdpid", "integer", "x87", "sse", "avx", "fault",
-)  # fmt: skip
+ASSISTED: Final = {
+    f"assist_{name.lower()}": int(getattr(lib, f"TV_ASSIST_{name}"))
+    for name in [
+        "CLAC_STAC",
+        "INT3",
+        "WAIT",
+        "CMPXCHG16B",
+        "XSAVE",
+        "MXCSR",
+        "RDPID",
+        "INTEGER",
+        "X87",
+        "SSE",
+        "AVX",
+        "FAULT",
+    ]
+}
 MAX_CPUID: Final = 256  # KVM's own limit (KVM_MAX_CPUID_ENTRIES)
 
 
@@ -227,7 +241,7 @@ class KvmVcpu(ThreadVcpu):
         }
         assist = native.assist
         if assist != ffi.NULL:
-            counts |= {f"assist_{name}": int(assist.by_kind[number]) for number, name in enumerate(ASSISTED) if name}
+            counts |= {name: int(assist.by_kind[number]) for name, number in ASSISTED.items()}
             counts["assist_refused"] = int(assist.refused)
         return totals | {name: count for name, count in counts.items() if count}
 
