@@ -102,7 +102,8 @@ static int processor_id(struct tv_assist *assist)
     } msr = {.head.nmsrs = 1, .entry.index = MSR_TSC_AUX};
     if (ioctl(assist->fd, KVM_GET_MSRS, &msr) != 1)
         return -2;
-    *tv_insn_register(&assist->regs, (assist->insn.modrm & 7u) | (assist->insn.rex & 1u) << 3) = msr.entry.data & 0xffffffffu;
+    unsigned into = (assist->insn.modrm & 7u) | (assist->insn.rex & 1u) << 3;
+    *tv_insn_register(&assist->regs, into) = msr.entry.data & 0xffffffffu;
     return 0;
 }
 
@@ -168,13 +169,17 @@ static int is_native(enum tv_assist_kind kind)
     return kind == TV_ASSIST_INTEGER || kind == TV_ASSIST_X87 || kind == TV_ASSIST_SSE || kind == TV_ASSIST_AVX;
 }
 
-/* One instruction at RIP, with the registers in `assist`: 0 done, -1 with a fault, -2 refused. */
-static int one(struct tv_assist *assist, enum tv_assist_kind *kind, int *jumped)
+/* The instruction at RIP. 0, or -2. */
+static int look(struct tv_assist *assist)
+{
+    assist->has_fault = assist->implicit = 0;
+    return fetch(assist) || tv_insn_decode(assist) ? -2 : 0;
+}
+
+/* What `look` has found, with the registers in `assist`: 0 done, -1 with a fault, -2 refused. */
+static int finish(struct tv_assist *assist, enum tv_assist_kind *kind, int *jumped)
 {
     *kind = TV_ASSIST_NONE;
-    assist->has_fault = assist->implicit = 0;
-    if (fetch(assist) || tv_insn_decode(assist))
-        return -2;
     int result = execute(assist, kind, jumped);
     if (result)
         return result;
@@ -187,13 +192,14 @@ static int one(struct tv_assist *assist, enum tv_assist_kind *kind, int *jumped)
 
 /* What follows is of the same sort often, and an exit costs many times what an instruction does: up to TV_ASSIST_BATCH
  * are done while they are. What is not, is KVM's again. 0, or -1 with the fault of the last one. */
-static int some_more(struct tv_assist *assist, enum tv_assist_kind *kind)
+static int some_more(struct tv_assist *assist)
 {
+    enum tv_assist_kind kind;
     int jumped = 0;
     for (uint32_t done = 1; done < TV_ASSIST_BATCH && !(assist->regs.rflags & FLAG_TF); done++) {
-        if (fetch(assist) || tv_insn_decode(assist) || !tv_assist_operand(&assist->insn).kind)
+        if (look(assist) || !tv_assist_operand(&assist->insn).kind)
             break;
-        int result = one(assist, kind, &jumped);
+        int result = finish(assist, &kind, &jumped);
         if (result)
             return result == -1 ? -1 : 0;
     }
@@ -225,9 +231,11 @@ int tv_assist(struct tv_assist *assist)
     if (!assist->memory || ioctl(assist->fd, KVM_GET_REGS, &assist->regs) < 0 ||
         ioctl(assist->fd, KVM_GET_SREGS, &assist->sregs) < 0)
         return 0;
-    int result = assist->sregs.efer & EFER_LMA && assist->sregs.cs.l ? one(assist, &kind, &jumped) : -2;
+    int result = assist->sregs.efer & EFER_LMA && assist->sregs.cs.l ? look(assist) : -2;
+    if (!result)
+        result = finish(assist, &kind, &jumped);
     if (!result && is_native(kind))
-        result = some_more(assist, &kind);
+        result = some_more(assist);
     if (result == -2 || put_back(assist, jumped, result)) {
         assist->refused++;
         return 0;

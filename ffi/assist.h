@@ -27,7 +27,7 @@
 #define TV_XSTATE_PARTS 63
 #define TV_XSTATE_WORDS (TV_ASSIST_AREA / 8)
 
-/* What is counted apart; the names that Python shows are in the same order (TV_ASSIST_NAMES). */
+/* What is counted apart. */
 enum tv_assist_kind {
     TV_ASSIST_NONE,
     TV_ASSIST_CLAC_STAC,
@@ -76,6 +76,7 @@ struct tv_assist {
     int fd;                   /* the vCPU's */
     int xsave2;               /* KVM_GET_XSAVE2 is there */
     uint64_t host_xcr0;
+    uint32_t ecx1, ebx7, ecx7; /* of CPUID leaves 1 and 7, which may be dear to ask for */
     uint64_t by_kind[TV_ASSIST_KINDS];
     uint64_t refused;
     struct {

@@ -23,7 +23,9 @@
 /* -1, with the fault noted. `error` below 0: it has none. */
 int tv_assist_raise(struct tv_assist *assist, uint8_t vector, int64_t error)
 {
-    assist->fault = (struct tv_exception){.vector = vector, .has_error = error >= 0, .error = error < 0 ? 0 : (uint32_t)error};
+    assist->fault = (struct tv_exception){.vector = vector, .has_error = error >= 0};
+    if (error >= 0)
+        assist->fault.error = (uint32_t)error;
     assist->has_fault = 1;
     return -1;
 }

@@ -29,12 +29,13 @@
  * never needs it, have the rest of the assist, and this process's signals as they were. */
 static int native_open(struct tv_assist *assist)
 {
-    uint32_t low, high, eax, ebx, ecx, edx;
+    uint32_t low, high, eax, ebx, edx;
     if (assist->opened)
         return !!assist->code;
     assist->opened = 1;
-    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & bit_OSXSAVE))
+    if (!__get_cpuid(1, &eax, &ebx, &assist->ecx1, &edx) || !(assist->ecx1 & bit_OSXSAVE))
         return 0;
+    __get_cpuid_count(7, 0, &eax, &assist->ebx7, &assist->ecx7, &edx);
     __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     assist->host_xcr0 = low | (uint64_t)high << 32;
     void *page = mmap(NULL, CODE_BYTES, PROT_READ | PROT_WRITE | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -55,10 +56,9 @@ void tv_assist_native_close(struct tv_assist *assist)
 /* This CPU has what the instruction wants: what KVM's guest sees is what the host has, and SSE4.2 is the oldest here. */
 static int is_there(const struct tv_assist *assist, const struct tv_insn *insn)
 {
-    uint32_t eax, ebx, ecx, edx, ebx7 = 0, ecx7 = 0;
-    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & bit_SSE4_2))
+    uint32_t ecx = assist->ecx1, ebx7 = assist->ebx7, ecx7 = assist->ecx7;
+    if (!(ecx & bit_SSE4_2))
         return 0;
-    __get_cpuid_count(7, 0, &eax, &ebx7, &ecx7, &edx);
     if (insn->vex && (!(assist->host_xcr0 & 4) || !(ebx7 & bit_AVX2)))
         return 0;
     if (insn->map == 1)
