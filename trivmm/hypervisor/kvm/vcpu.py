@@ -52,23 +52,11 @@ SYSTEM_EVENTS: Final = {
 }
 MP_STATE: Final = struct.Struct("<I")  # struct kvm_mp_state
 WAITS_FOR_START: Final = (int(lib.KVM_MP_STATE_UNINITIALIZED), int(lib.KVM_MP_STATE_INIT_RECEIVED))
-ASSISTED: Final = {
-    f"assist_{name.lower()}": int(getattr(lib, f"TV_ASSIST_{name}"))
-    for name in [
-        "CLAC_STAC",
-        "INT3",
-        "WAIT",
-        "CMPXCHG16B",
-        "XSAVE",
-        "MXCSR",
-        "RDPID",
-        "INTEGER",
-        "X87",
-        "SSE",
-        "AVX",
-        "FAULT",
-    ]
-}
+ASSIST_KINDS: Final = (
+    *("CLAC_STAC", "INT3", "WAIT", "CMPXCHG16B", "XSAVE", "MXCSR"),
+    *("RDPID", "INTEGER", "X87", "SSE", "AVX", "FAULT"),
+)
+ASSISTED: Final = {f"assist_{name.lower()}": int(getattr(lib, f"TV_ASSIST_{name}")) for name in ASSIST_KINDS}
 MAX_CPUID: Final = 256  # KVM's own limit (KVM_MAX_CPUID_ENTRIES)
 
 
