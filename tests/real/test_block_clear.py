@@ -12,8 +12,8 @@ import pytest
 from trivmm._native import lib
 from trivmm.config import DiskConfig
 from trivmm.memory.guest import GuestMemory
-from trivmm.testing.blocks import DISCARD, GET_ID, IN, OUT, WRITE_ZEROES, BlockDriver, ranges
-from trivmm.testing.driver import MockDriver, activated
+from trivmm.testing.blocks import DISCARD, GET_ID, IN, OUT, WRITE_ZEROES, BlockDriver, open_blocks, ranges
+from trivmm.testing.driver import activated
 from trivmm.virtio.block.device import F_DISCARD, F_WRITE_ZEROES, BlockDevice
 from trivmm.virtio.queue import F_VERSION_1
 
@@ -26,11 +26,8 @@ OK, IOERR, UNSUPP = 0, 1, 2
 
 @pytest.fixture
 def blocks() -> Iterator[BlockDriver]:
-    memory = GuestMemory([(0, 8 << 20)])
-    driver = MockDriver(memory, size=64)
-    yield BlockDriver(driver)
-    driver.close()
-    memory.close()
+    with open_blocks() as made:
+        yield made
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import pytest
 from trivmm.config import DiskConfig
 from trivmm.errors import ConfigError
 from trivmm.memory.guest import GuestMemory
-from trivmm.testing.blocks import DISCARD, FLUSH, IN, OUT, WRITE_ZEROES, BlockDriver, has_direct, ranges
-from trivmm.testing.driver import MockDriver, activated
+from trivmm.testing.blocks import DISCARD, FLUSH, IN, OUT, WRITE_ZEROES, BlockDriver, has_direct, open_blocks, ranges
+from trivmm.testing.driver import activated
 from trivmm.virtio.block.device import F_DISCARD, F_WRITE_ZEROES, BlockDevice
 from trivmm.virtio.block.geometry import Geometry, geometry_of
 from trivmm.virtio.queue import F_VERSION_1
@@ -51,11 +51,8 @@ def device(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Pat
 
 @pytest.fixture
 def blocks() -> Iterator[BlockDriver]:
-    memory = GuestMemory([(0, 8 << 20)])
-    driver = MockDriver(memory, size=64)
-    yield BlockDriver(driver)
-    driver.close()
-    memory.close()
+    with open_blocks() as made:
+        yield made
 
 
 @pytest.mark.parametrize("direct", [False, True])

@@ -15,8 +15,7 @@ from trivmm._native import ffi
 from trivmm.config import DiskConfig, MemoryConfig, PayloadConfig, RateLimiterConfig, TokenBucketConfig, VmConfig
 from trivmm.errors import ConfigError, NoSuchDevice, WrongState
 from trivmm.guest import probe_path
-from trivmm.memory.guest import GuestMemory
-from trivmm.testing.blocks import DISCARD, FLUSH, GET_ID, IN, OUT, WRITE_ZEROES, BlockDriver, ranges
+from trivmm.testing.blocks import DISCARD, FLUSH, GET_ID, IN, OUT, WRITE_ZEROES, BlockDriver, open_blocks, ranges
 from trivmm.testing.driver import MockDriver, activated, until
 from trivmm.testing.scripted import ScriptedHypervisor
 from trivmm.virtio.block.device import F_DISCARD, F_WRITE_ZEROES, BlockDevice
@@ -29,11 +28,8 @@ SIZE = 1 << 20
 
 @pytest.fixture
 def blocks() -> Iterator[BlockDriver]:
-    memory = GuestMemory([(0, 8 << 20)])
-    driver = MockDriver(memory, size=64)
-    yield BlockDriver(driver)
-    driver.close()
-    memory.close()
+    with open_blocks() as made:
+        yield made
 
 
 @pytest.fixture

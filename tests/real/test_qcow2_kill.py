@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from trivmm.testing.images import ImageDriver, qemu_img, why_no_qemu_img
+from trivmm.testing.images import ImageDriver, content, qemu_img, why_no_qemu_img
 
 pytestmark = pytest.mark.skipif(bool(why_no_qemu_img()), reason=why_no_qemu_img())
 
@@ -80,12 +80,6 @@ def judge(noted: bytes, before: bytes, now: bytes) -> None:
         if at in answered:
             is_to_be = struct.pack("<QQ", at, answered[at]) * (BLOCK // 16)
         assert now[at : at + BLOCK] == is_to_be, at
-
-
-def content(path: Path) -> bytes:
-    raw = path.with_suffix(".raw")
-    qemu_img("convert", "-O", "raw", path, raw)
-    return raw.read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["compat=1.1", "compat=0.10", "compat=1.1,cluster_size=4096", "backed"])

@@ -12,31 +12,12 @@ from pathlib import Path
 import pytest
 
 from trivmm.errors import ConfigError, MigrationError
-from trivmm.testing.images import ImageDriver, qemu_img, why_no_qemu_img
+from trivmm.testing.images import ImageDriver, check, content, create, qemu_img, why_no_qemu_img
 
 pytestmark = pytest.mark.skipif(bool(why_no_qemu_img()), reason=why_no_qemu_img())
 
 SECTOR = 512
 MIB = 1 << 20
-
-
-def create(path: Path, size: int, options: str = "", backing: tuple[Path, str] | None = None) -> Path:
-    extra = [] if backing is None else ["-b", backing[0].name, "-F", backing[1]]
-    chosen = ["-o", options] if options else []
-    qemu_img("create", "-q", "-f", "qcow2", *chosen, *extra, path, str(size))
-    return path
-
-
-def check(path: Path) -> None:
-    said = qemu_img("check", path).stdout
-    assert "No errors were found" in said
-
-
-def content(path: Path) -> bytes:
-    """What QEMU reads."""
-    raw = path.with_suffix(".content")
-    qemu_img("convert", "-O", "raw", path, raw)
-    return raw.read_bytes()
 
 
 def test_dirty_images_are_mended_when_they_are_opened(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 
 import attrs
 import pytest
@@ -15,7 +15,7 @@ import trio
 from trivmm._native import ffi, lib
 from trivmm.errors import ConfigError
 from trivmm.memory.guest import PAGE_SIZE, GuestMemory
-from trivmm.testing.driver import WRITE, Descriptor, MockDriver, until
+from trivmm.testing.driver import WRITE, Descriptor, MockDriver, activated, answered, until
 from trivmm.testing.states import sent
 from trivmm.virtio.balloon.config import BalloonConfig
 from trivmm.virtio.balloon.device import BalloonDevice, BalloonState
@@ -51,27 +51,16 @@ def device(memory: GuestMemory) -> BalloonDevice:
     return BalloonDevice(BalloonConfig(0, free_page_reporting=True), memory, "__balloon")
 
 
-@asynccontextmanager
-async def active(device: BalloonDevice, queues: Sequence[MockDriver]) -> AsyncIterator[None]:
+def active(device: BalloonDevice, queues: Sequence[MockDriver]) -> AbstractAsyncContextManager[None]:
+    """From where each queue's driver is."""
     setup = DriverSetup(VERSION_1 | REPORTING, tuple(each.queue(each.avail, each.seen) for each in queues))
-    async with trio.open_nursery() as workers:
-        await device.activate(setup, [each.handle for each in queues], workers)
-        try:
-            yield
-        finally:
-            with trio.move_on_after(10, shield=True):
-                await device.stop()
+    return activated(device, setup, [each.handle for each in queues])
 
 
 async def used(driver: MockDriver) -> int:
     """Until its chain is back: the used length."""
-    with trio.fail_after(20):
-        while True:
-            await trio.lowlevel.wait_readable(driver.call)
-            driver.interrupts()
-            if found := driver.used():
-                ((_, length),) = found
-                return length
+    ((_, length),) = await answered(driver)
+    return length
 
 
 async def give(driver: MockDriver, *pages: int) -> int:

@@ -22,7 +22,7 @@ from trivmm.config import DiskConfig, RngConfig
 from trivmm.errors import ConfigError, TrivmmError
 from trivmm.memory.guest import GuestMemory
 from trivmm.state.strict import structure, unstructure
-from trivmm.testing.driver import WRITE, Descriptor, MockDriver, activated
+from trivmm.testing.driver import WRITE, Descriptor, MockDriver, activated, answered
 from trivmm.testing.states import sent
 from trivmm.virtio.block.device import BlockDevice
 from trivmm.virtio.device import WorkerDevice
@@ -82,17 +82,6 @@ async def active(
 ) -> AsyncIterator[None]:
     async with activated(device, driver.setup(features, **where), [driver.handle]):
         yield
-
-
-async def answered(driver: MockDriver, count: int = 1) -> list[tuple[int, int]]:
-    """Wait for interrupts until ``count`` chains are used."""
-    found: list[tuple[int, int]] = []
-    with trio.fail_after(20):
-        while len(found) < count:
-            await trio.lowlevel.wait_readable(driver.call)
-            driver.interrupts()
-            found += driver.used()
-    return found
 
 
 def request(driver: MockDriver, kind: int, sector: int, length: int, writable: bool) -> None:

@@ -7,8 +7,8 @@ import os
 import struct
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
@@ -19,13 +19,12 @@ from trivmm.errors import ConfigError, MigrationError
 from trivmm.memory import layout
 from trivmm.memory.device_memory import DeviceMemory, FileMapping
 from trivmm.memory.guest import GuestMemory
-from trivmm.testing.driver import WRITE, Descriptor, MockDriver, until
+from trivmm.testing.driver import WRITE, Descriptor, MockDriver, activated, answered, until
 from trivmm.testing.scripted import ScriptedVm
 from trivmm.testing.states import sent
 from trivmm.virtio.pmem.config import PmemConfig
 from trivmm.virtio.pmem.device import PmemDevice
 from trivmm.virtio.queue.worker import BROKEN
-from trivmm.virtio.setup import DriverSetup
 
 VERSION_1 = 1 << 32
 REQUEST, ANSWER = 0x100000, 0x101000
@@ -75,16 +74,10 @@ def poke(mapping: FileMapping, offset: int, data: bytes) -> None:
     ctypes.memmove(mapping.hva + offset, data, len(data))
 
 
-@asynccontextmanager
-async def active(device: PmemDevice, driver: MockDriver) -> AsyncIterator[None]:
-    setup = DriverSetup(VERSION_1, (driver.queue(driver.avail, driver.seen),))
-    async with trio.open_nursery() as workers:
-        await device.activate(setup, [driver.handle], workers)
-        try:
-            yield
-        finally:
-            with trio.move_on_after(10, shield=True):
-                await device.stop()
+def active(device: PmemDevice, driver: MockDriver) -> AbstractAsyncContextManager[None]:
+    """From where the driver is."""
+    setup = driver.setup(VERSION_1, next_avail=driver.avail, next_used=driver.seen)
+    return activated(device, setup, [driver.handle])
 
 
 async def ask(driver: MockDriver, request: bytes, room: int = 4) -> tuple[int, int]:
@@ -94,10 +87,7 @@ async def ask(driver: MockDriver, request: bytes, room: int = 4) -> tuple[int, i
     parts = [Descriptor(REQUEST, len(request))] if request else []
     driver.offer(driver.chain(*parts, Descriptor(ANSWER, room, WRITE)))
     driver.ring()
-    with trio.fail_after(20):
-        while not (found := driver.used()):
-            await trio.lowlevel.wait_readable(driver.call)
-            driver.interrupts()
+    found = await answered(driver)
     return struct.unpack("<I", driver.memory.read(ANSWER, 4))[0], found[0][1]
 
 

@@ -24,6 +24,7 @@ from trivmm.testing.vsock import (
     SHUTDOWN,
     Packet,
     VsockGuest,
+    serving,
 )
 from trivmm.virtio.setup import VERSION_1
 from trivmm.virtio.vsock.config import VsockConfig
@@ -48,20 +49,6 @@ def device(guest: VsockGuest, tmp_path: Path) -> Iterator[VsockDevice]:
     made = VsockDevice(VsockConfig(3, str(tmp_path / "v.sock")), guest.memory)
     yield made
     made.close()
-
-
-@asynccontextmanager
-async def active(
-    device: VsockDevice, guest: VsockGuest, features: int = VERSION_1, queues: tuple[Any, ...] = ()
-) -> AsyncIterator[None]:
-    with trio.fail_after(LIMIT_S):
-        async with trio.open_nursery() as nursery:
-            await device.activate(guest.setup(features, queues), guest.handles, nursery)
-            try:
-                yield
-            finally:
-                with trio.move_on_after(LIMIT_S, shield=True):
-                    await device.stop()
 
 
 class Client:
@@ -141,7 +128,7 @@ async def service(path: Path, port: int, backlog: int = 16) -> AsyncIterator[Any
 async def test_a_client_of_the_host_talks_with_the_guest(event_idx: bool, tmp_path: Path) -> None:
     guest = VsockGuest(event_idx=event_idx)
     device = VsockDevice(VsockConfig(3, str(tmp_path / "v.sock")), guest.memory)
-    async with active(device, guest, VERSION_1 | (EVENT_IDX if event_idx else 0)):
+    async with serving(device, guest, VERSION_1 | (EVENT_IDX if event_idx else 0)):
         client, host = await connected(device, guest, tmp_path)
         await client.send(b"hello, guest")
         got = await guest.packet()
@@ -164,7 +151,7 @@ async def test_a_client_of_the_host_talks_with_the_guest(event_idx: bool, tmp_pa
 async def test_the_guest_talks_with_a_server_of_the_host(
     guest: VsockGuest, device: VsockDevice, tmp_path: Path
 ) -> None:
-    async with active(device, guest), service(tmp_path, 7) as listener:
+    async with serving(device, guest), service(tmp_path, 7) as listener:
         await guest.send(Packet(REQUEST, 1000, 7))
         answer = await guest.packet()
         assert (answer.op, answer.guest, answer.host, answer.buf_alloc) == (RESPONSE, 1000, 7, BUFFER)
@@ -181,7 +168,7 @@ async def test_the_guest_talks_with_a_server_of_the_host(
 
 
 async def test_nobody_listens(guest: VsockGuest, device: VsockDevice) -> None:
-    async with active(device, guest):
+    async with serving(device, guest):
         await guest.send(Packet(REQUEST, 1000, 7))
         answer = await guest.packet()
         assert (answer.op, answer.guest, answer.host) == (RST, 1000, 7)
@@ -190,7 +177,7 @@ async def test_nobody_listens(guest: VsockGuest, device: VsockDevice) -> None:
 
 async def test_what_follows_the_line_is_the_guests(guest: VsockGuest, device: VsockDevice, tmp_path: Path) -> None:
     """A client that doesn't wait for the OK, and one whose line comes in pieces."""
-    async with active(device, guest):
+    async with serving(device, guest):
         client = Client.at(tmp_path / "v.sock")
         for piece in (b"CON", b"NECT 5", b"2\nand more"):
             await client.send(piece)
@@ -210,7 +197,7 @@ async def test_what_follows_the_line_is_the_guests(guest: VsockGuest, device: Vs
 async def test_a_client_that_says_something_else_is_closed(
     line: bytes, guest: VsockGuest, device: VsockDevice, tmp_path: Path
 ) -> None:
-    async with active(device, guest):
+    async with serving(device, guest):
         client = Client.at(tmp_path / "v.sock")
         await client.send(line)
         with contextlib.suppress(ConnectionResetError):  # what it said was not read
@@ -221,7 +208,7 @@ async def test_a_client_that_says_something_else_is_closed(
 
 
 async def test_a_guest_that_refuses(guest: VsockGuest, device: VsockDevice, tmp_path: Path) -> None:
-    async with active(device, guest):
+    async with serving(device, guest):
         client = Client.at(tmp_path / "v.sock")
         await client.send(b"connect 52 \r\n")
         asked = await guest.packet()
@@ -235,7 +222,7 @@ async def test_half_made_connections_have_a_limit_in_time(
     guest: VsockGuest, device: VsockDevice, tmp_path: Path
 ) -> None:
     device.set_patience(150, 150)
-    async with active(device, guest):
+    async with serving(device, guest):
         silent, unanswered = Client.at(tmp_path / "v.sock"), Client.at(tmp_path / "v.sock")
         await unanswered.send(b"CONNECT 52\n")
         asked = await guest.packet()
@@ -255,7 +242,7 @@ async def test_half_made_connections_have_a_limit_in_number(
     """The next clients wait in the listener's queue; that somebody is done with lets them in."""
     device.set_patience(60_000, 60_000)
     most = int(lib.TV_VSOCK_HALF_OPEN)
-    async with active(device, guest):
+    async with serving(device, guest):
         silent = [Client.at(tmp_path / "v.sock") for _ in range(most)]
         await until(lambda: device.counters()["half_open"] == most)
         late = Client.at(tmp_path / "v.sock")
@@ -270,7 +257,7 @@ async def test_a_thousand_connections_side_by_side(guest: VsockGuest, device: Vs
     most = int(lib.TV_VSOCK_CONNECTIONS)
     clients: list[Client] = []
     ports: list[int] = []
-    async with active(device, guest):
+    async with serving(device, guest):
         for _ in range(1000):
             client, host = await connected(device, guest, tmp_path)
             clients.append(client)
@@ -305,7 +292,7 @@ async def test_a_thousand_connections_side_by_side(guest: VsockGuest, device: Vs
 async def test_the_guest_gets_no_more_than_it_has_room_for(
     guest: VsockGuest, device: VsockDevice, tmp_path: Path
 ) -> None:
-    async with active(device, guest):
+    async with serving(device, guest):
         client, host = await connected(device, guest, tmp_path, buf_alloc=10)
         await client.send(bytes(range(25)))
         assert (await guest.packet()).data == bytes(range(10))
@@ -326,7 +313,7 @@ async def test_the_guest_gets_no_more_than_it_has_room_for(
 async def test_a_peer_that_never_reads_holds_up_its_own_stream(
     guest: VsockGuest, device: VsockDevice, tmp_path: Path
 ) -> None:
-    async with active(device, guest):
+    async with serving(device, guest):
         lazy, lazy_port = await connected(device, guest, tmp_path)
         client, host = await connected(device, guest, tmp_path)
         forwarded = sent = 0
@@ -350,7 +337,7 @@ async def test_a_peer_that_never_reads_holds_up_its_own_stream(
 
 
 async def test_a_guest_that_floods_loses_the_connection(guest: VsockGuest, device: VsockDevice, tmp_path: Path) -> None:
-    async with active(device, guest):
+    async with serving(device, guest):
         lazy, port = await connected(device, guest, tmp_path)
         while not device.counters()["over_credit"]:
             await guest.send(Packet(RW, PORT, port, bytes(65536)))
@@ -366,7 +353,7 @@ async def test_a_guest_that_offers_no_buffers_is_served_when_it_does(tmp_path: P
     guest = VsockGuest(buffers=0)
     device = VsockDevice(VsockConfig(3, str(tmp_path / "v.sock")), guest.memory)
     most = int(lib.TV_VSOCK_REPLIES)
-    async with active(device, guest):
+    async with serving(device, guest):
         client = Client.at(tmp_path / "v.sock")
         await client.send(b"CONNECT 52\n")
         for number in range(most):
@@ -388,7 +375,7 @@ async def test_a_guest_that_offers_no_buffers_is_served_when_it_does(tmp_path: P
 
 
 async def test_each_direction_ends_by_itself(guest: VsockGuest, device: VsockDevice, tmp_path: Path) -> None:
-    async with active(device, guest):
+    async with serving(device, guest):
         client, host = await connected(device, guest, tmp_path)
         client.sock.shutdown(socket.SHUT_WR)
         ended = await guest.packet()
@@ -406,7 +393,7 @@ async def test_each_direction_ends_by_itself(guest: VsockGuest, device: VsockDev
 
 
 async def test_a_guest_that_receives_no_more(guest: VsockGuest, device: VsockDevice, tmp_path: Path) -> None:
-    async with active(device, guest):
+    async with serving(device, guest):
         client, host = await connected(device, guest, tmp_path)
         await guest.send(Packet(SHUTDOWN, PORT, host, flags=RCV))
         await guest.send(Packet(RW, PORT, host, b"I talk"))
@@ -417,7 +404,7 @@ async def test_a_guest_that_receives_no_more(guest: VsockGuest, device: VsockDev
 
 
 async def test_a_peer_that_receives_no_more(guest: VsockGuest, device: VsockDevice, tmp_path: Path) -> None:
-    async with active(device, guest):
+    async with serving(device, guest):
         client, host = await connected(device, guest, tmp_path)
         client.sock.shutdown(socket.SHUT_RD)
         await guest.send(Packet(RW, PORT, host, b"for nobody"))
@@ -433,7 +420,7 @@ async def test_a_peer_that_receives_no_more(guest: VsockGuest, device: VsockDevi
 async def test_a_peer_that_goes_away_with_something_unread(
     guest: VsockGuest, device: VsockDevice, tmp_path: Path
 ) -> None:
-    async with active(device, guest):
+    async with serving(device, guest):
         client, host = await connected(device, guest, tmp_path)
         await client.send(b"the last words")
         await guest.send(Packet(RW, PORT, host, b"unread"))
@@ -450,7 +437,7 @@ async def test_what_the_guest_sent_before_its_end_arrives(
     guest: VsockGuest, device: VsockDevice, tmp_path: Path
 ) -> None:
     """Its ports are its own again at once, while the rest lingers."""
-    async with active(device, guest), service(tmp_path, 7) as listener:
+    async with serving(device, guest), service(tmp_path, 7) as listener:
         await guest.send(Packet(REQUEST, 1000, 7))
         assert (await guest.packet()).op == RESPONSE
         first, _ = await listener.accept()
@@ -479,11 +466,11 @@ async def test_what_the_guest_sent_before_its_end_arrives(
 
 async def test_a_reset_ends_every_connection(guest: VsockGuest, device: VsockDevice, tmp_path: Path) -> None:
     """And a stop ends none: what comes meanwhile is there afterwards."""
-    async with active(device, guest):
+    async with serving(device, guest):
         client, host = await connected(device, guest, tmp_path)
         waiting = Client.at(tmp_path / "v.sock")
     await client.send(b"meanwhile")
-    async with active(device, guest, queues=device.queues):
+    async with serving(device, guest, queues=device.queues):
         assert (await guest.packet()).data == b"meanwhile"
         await guest.send(Packet(RW, PORT, host, b"and back"))
         assert await client.exactly(8) == b"and back"
@@ -495,7 +482,7 @@ async def test_a_reset_ends_every_connection(guest: VsockGuest, device: VsockDev
     waiting.close()
     again = VsockGuest()
     device.memory = again.memory
-    async with active(device, again):
+    async with serving(device, again):
         client, _ = await connected(device, again, tmp_path)
         client.close()
     again.close()

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager
 
 import pytest
 import trio
 
 from trivmm.bus.space import GuestRequest
 from trivmm.memory.guest import GuestMemory
-from trivmm.testing.driver import WRITE, Descriptor, MockDriver
+from trivmm.testing.driver import WRITE, Descriptor, MockDriver, activated, answered
 from trivmm.testing.states import sent
-from trivmm.virtio.setup import DriverSetup
 from trivmm.virtio.watchdog import device as module
 from trivmm.virtio.watchdog.device import WatchdogDevice, WatchdogState
 
@@ -35,16 +34,10 @@ def driver(memory: GuestMemory) -> Iterator[MockDriver]:
     made.close()
 
 
-@asynccontextmanager
-async def active(device: WatchdogDevice, driver: MockDriver) -> AsyncIterator[None]:
-    setup = DriverSetup(VERSION_1, (driver.queue(driver.avail, driver.seen),))
-    async with trio.open_nursery() as workers:
-        await device.activate(setup, [driver.handle], workers)
-        try:
-            yield
-        finally:
-            with trio.move_on_after(10, shield=True):
-                await device.stop()
+def active(device: WatchdogDevice, driver: MockDriver) -> AbstractAsyncContextManager[None]:
+    """From where the driver is."""
+    setup = driver.setup(VERSION_1, next_avail=driver.avail, next_used=driver.seen)
+    return activated(device, setup, [driver.handle])
 
 
 async def ping(driver: MockDriver, *parts: Descriptor) -> tuple[int, int]:
@@ -52,10 +45,7 @@ async def ping(driver: MockDriver, *parts: Descriptor) -> tuple[int, int]:
     driver.memory.write(BUFFER, b"\xaa\xaa")
     driver.offer(driver.chain(*(parts or (Descriptor(BUFFER, 2, WRITE),))))
     driver.ring()
-    with trio.fail_after(20):
-        while not (found := driver.used()):
-            await trio.lowlevel.wait_readable(driver.call)
-            driver.interrupts()
+    found = await answered(driver)
     return driver.memory.read(BUFFER, 1)[0], found[0][1]
 
 

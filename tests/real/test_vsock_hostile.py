@@ -7,8 +7,7 @@ import os
 import resource
 import socket
 import struct
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,18 @@ from trivmm.errors import ConfigError
 from trivmm.memory.guest import GuestMemory
 from trivmm.state.strict import structure, unstructure
 from trivmm.testing.driver import until
-from trivmm.testing.vsock import CREDIT_REQUEST, CREDIT_UPDATE, REQUEST, RESPONSE, RST, RW, SHUTDOWN, Packet, VsockGuest
-from trivmm.virtio.setup import VERSION_1
+from trivmm.testing.vsock import (
+    CREDIT_REQUEST,
+    CREDIT_UPDATE,
+    REQUEST,
+    RESPONSE,
+    RST,
+    RW,
+    SHUTDOWN,
+    Packet,
+    VsockGuest,
+    serving,
+)
 from trivmm.virtio.vsock.config import VsockConfig
 from trivmm.virtio.vsock.device import VsockDevice
 from trivmm.virtio.vsock.kind import VSOCK
@@ -42,18 +51,6 @@ def device(guest: VsockGuest, tmp_path: Path) -> Iterator[VsockDevice]:
     made = VsockDevice(VsockConfig(3, str(tmp_path / "v.sock")), guest.memory)
     yield made
     made.close()
-
-
-@asynccontextmanager
-async def active(device: VsockDevice, guest: VsockGuest, queues: tuple[Any, ...] = ()) -> AsyncIterator[None]:
-    with trio.fail_after(LIMIT_S):
-        async with trio.open_nursery() as nursery:
-            await device.activate(guest.setup(VERSION_1, queues), guest.handles, nursery)
-            try:
-                yield
-            finally:
-                with trio.move_on_after(LIMIT_S, shield=True):
-                    await device.stop()
 
 
 async def connected(guest: VsockGuest, path: Path) -> tuple[trio.SocketStream, int]:
@@ -83,7 +80,7 @@ async def test_packets_that_are_none_are_counted_and_told_of_once(
     guest: VsockGuest, device: VsockDevice, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
-    async with active(device, guest):
+    async with serving(device, guest):
         stream, host = await connected(guest, tmp_path)
         await guest.send_raw(b"")
         await guest.send_raw(bytes(43))
@@ -111,7 +108,7 @@ async def test_packets_that_are_none_are_counted_and_told_of_once(
 async def test_packets_of_no_connection_are_answered_with_a_reset(
     op: int, guest: VsockGuest, device: VsockDevice
 ) -> None:
-    async with active(device, guest):
+    async with serving(device, guest):
         await guest.send(Packet(op, 5, 6, flags=3))
         answer = await guest.packet()
         assert (answer.op, answer.guest, answer.host, answer.type) == (RST, 5, 6, 1)
@@ -119,7 +116,7 @@ async def test_packets_of_no_connection_are_answered_with_a_reset(
 
 
 async def test_sequenced_packets_are_not_there(guest: VsockGuest, device: VsockDevice, tmp_path: Path) -> None:
-    async with active(device, guest):
+    async with serving(device, guest):
         await guest.send(Packet(REQUEST, 5, 6, type=2))
         answer = await guest.packet()
         assert (answer.op, answer.type) == (RST, 2)
@@ -139,7 +136,7 @@ async def test_sequenced_packets_are_not_there(guest: VsockGuest, device: VsockD
 async def test_packets_that_make_no_sense_cost_their_connection(
     packet: dict[str, int], guest: VsockGuest, device: VsockDevice, tmp_path: Path
 ) -> None:
-    async with active(device, guest):
+    async with serving(device, guest):
         other, other_port = await connected(guest, tmp_path)
         stream, host = await connected(guest, tmp_path)
         await guest.send(Packet(guest=PORT, host=host, **packet))
@@ -155,7 +152,7 @@ async def test_packets_that_make_no_sense_cost_their_connection(
 async def test_data_after_its_own_end_and_before_the_answer(
     guest: VsockGuest, device: VsockDevice, tmp_path: Path
 ) -> None:
-    async with active(device, guest):
+    async with serving(device, guest):
         stream, host = await connected(guest, tmp_path)
         await guest.send(Packet(SHUTDOWN, PORT, host, flags=2))
         await guest.send(Packet(RW, PORT, host, b"after all"))
@@ -177,7 +174,7 @@ async def test_a_buffer_without_room_for_a_packet_breaks_the_queue(size: int, tm
     device = VsockDevice(VsockConfig(3, str(tmp_path / "v.sock")), guest.memory)
     broken = trio.Event()
     device.on_broken = lambda problem: broken.set()
-    async with active(device, guest):
+    async with serving(device, guest):
         await guest.send(Packet(RW, 1, 1))
         await broken.wait()
     device.reset()
@@ -187,7 +184,7 @@ async def test_a_buffer_without_room_for_a_packet_breaks_the_queue(size: int, tm
 
 async def test_descriptors_that_run_out_are_waited_for(guest: VsockGuest, device: VsockDevice, tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    async with active(device, guest):
+    async with serving(device, guest):
         stream = await trio.open_unix_socket(tmp_path / "v.sock")
         await until(lambda: device.counters()["half_open"] == 1)
         late = socket.socket(socket.AF_UNIX)
@@ -216,7 +213,7 @@ async def test_a_guest_leaves_the_vm_half_of_the_descriptors(guest: VsockGuest, 
         with socket.socket(socket.AF_UNIX) as sock:
             sock.bind(str(tmp_path / "v.sock_7"))
             sock.listen(64)
-            async with active(device, guest):
+            async with serving(device, guest):
                 for port in range(1000, 1021):
                     await guest.send(Packet(REQUEST, port, 7))
                     assert (await guest.packet()).op == (RESPONSE if port < 1020 else RST)
@@ -232,7 +229,7 @@ async def test_a_guest_leaves_the_vm_half_of_the_descriptors(guest: VsockGuest, 
 
 
 async def test_a_destination_resets_the_transport(guest: VsockGuest, device: VsockDevice, tmp_path: Path) -> None:
-    async with active(device, guest):
+    async with serving(device, guest):
         stream, host = await connected(guest, tmp_path)
     state = structure("state", unstructure(device.save()), device.state_type)
     twin = VsockDevice(VsockConfig(3, str(tmp_path / "v.sock")), guest.memory, listen=False)
@@ -245,7 +242,7 @@ async def test_a_destination_resets_the_transport(guest: VsockGuest, device: Vso
     assert device.storage is not None
     device.storage.release_lock()
     twin.storage.take_lock()
-    async with active(twin, guest, queues=device.queues):
+    async with serving(twin, guest, queues=device.queues):
         assert await guest.event() == 0
         await guest.send(Packet(RW, PORT, host, b"from before"))
         assert (await guest.packet()).op == RST
@@ -261,7 +258,7 @@ async def test_a_driver_that_begins_anew_hears_of_no_reset(
 ) -> None:
     device.load(device.save())
     device.reset()
-    async with active(device, guest):
+    async with serving(device, guest):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(guest.event)
             stream, _ = await connected(guest, tmp_path)
@@ -274,7 +271,7 @@ async def test_an_undone_switchover_goes_on_at_the_same_path(
     guest: VsockGuest, device: VsockDevice, tmp_path: Path
 ) -> None:
     assert device.storage is not None
-    async with active(device, guest):
+    async with serving(device, guest):
         stream, _ = await connected(guest, tmp_path)
     device.save()
     for _ in range(2):
@@ -284,7 +281,7 @@ async def test_an_undone_switchover_goes_on_at_the_same_path(
     device.storage.refresh()
     for _ in range(2):
         device.storage.take_lock()
-    async with active(device, guest, queues=device.queues):
+    async with serving(device, guest, queues=device.queues):
         await stream.send_all(b"on it goes")
         assert (await guest.packet()).data == b"on it goes"
         again, _ = await connected(guest, tmp_path)

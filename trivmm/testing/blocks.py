@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 import attrs
 import trio
 
+from trivmm.memory.guest import GuestMemory
 from trivmm.testing.driver import WRITE, Descriptor, MockDriver
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "Answer",
     "BlockDriver",
     "has_direct",
+    "open_blocks",
     "ranges",
 ]
 
@@ -123,3 +126,13 @@ class BlockDriver:
         self.offer(kind, sector, **how)  # type: ignore[arg-type]
         self.driver.ring()
         return (await self.answers())[0]
+
+
+@contextmanager
+def open_blocks() -> Iterator[BlockDriver]:
+    """One with guest RAM of its own, and a queue of 64."""
+    memory = GuestMemory([(0, 8 << 20)])
+    driver = MockDriver(memory, size=64)
+    yield BlockDriver(driver)
+    driver.close()
+    memory.close()

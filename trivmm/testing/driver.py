@@ -24,12 +24,13 @@ from trivmm.virtio.handles import QueueHandle
 from trivmm.virtio.queue import F_EVENT_IDX
 from trivmm.virtio.setup import DriverSetup
 
-__all__ = ["INDIRECT", "NEXT", "WRITE", "Descriptor", "DeviceDriver", "MockDriver", "activated", "until"]
+__all__ = ["INDIRECT", "NEXT", "WRITE", "Descriptor", "DeviceDriver", "MockDriver", "activated", "answered", "until"]
 
 NEXT: Final = 1
 WRITE: Final = 2
 INDIRECT: Final = 4
 STOP_LIMIT_S: Final = 10.0
+ANSWER_LIMIT_S: Final = 20.0
 RINGS_ROOM: Final = 0x10000
 DESCRIPTOR: Final = struct.Struct("<QIHH")
 
@@ -52,6 +53,17 @@ async def activated(device: WorkerDevice, setup: DriverSetup, handles: Sequence[
         finally:
             with trio.move_on_after(STOP_LIMIT_S, shield=True):
                 await device.stop()
+
+
+async def answered(driver: MockDriver, count: int = 1) -> list[tuple[int, int]]:
+    """What ``used`` gives, once interrupts have told of ``count`` chains at the least. Within 20 s."""
+    found: list[tuple[int, int]] = []
+    with trio.fail_after(ANSWER_LIMIT_S):
+        while len(found) < count:
+            await trio.lowlevel.wait_readable(driver.call)
+            driver.interrupts()
+            found += driver.used()
+    return found
 
 
 @attrs.frozen

@@ -12,7 +12,7 @@ from trivmm._native import ffi
 from trivmm.config import DiskConfig
 from trivmm.virtio.block.formats import open_image
 
-__all__ = ["ImageDriver", "qemu_img", "why_no_qemu_img"]
+__all__ = ["ImageDriver", "check", "content", "create", "qemu_img", "why_no_qemu_img"]
 
 LIMIT_S = 120
 
@@ -28,6 +28,26 @@ def qemu_img(*arguments: str | Path, accept: tuple[int, ...] = (0,)) -> subproce
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, errors="replace")
     assert done.returncode in accept, f"{command}: {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
     return done
+
+
+def create(path: Path, size: int, options: str = "", backing: tuple[Path, str] | None = None) -> Path:
+    """A qcow2 image with qemu-img's ``-o`` options, over ``backing``: a file of its folder, and that one's format."""
+    extra = [] if backing is None else ["-b", backing[0].name, "-F", backing[1]]
+    chosen = ["-o", options] if options else []
+    qemu_img("create", "-q", "-f", "qcow2", *chosen, *extra, path, str(size))
+    return path
+
+
+def check(path: Path) -> None:
+    """:raises AssertionError: qemu-img finds something wrong with a qcow2 image."""
+    assert "No errors were found" in qemu_img("check", path).stdout
+
+
+def content(path: Path) -> bytes:
+    """What QEMU reads of an image; leaves a copy beside it."""
+    raw = path.with_suffix(".content")
+    qemu_img("convert", "-O", "raw", path, raw)
+    return raw.read_bytes()
 
 
 class ImageDriver:

@@ -7,17 +7,19 @@ them; credit is the caller's business.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Final
 
 import attrs
 import trio
 
 from trivmm.memory.guest import GuestMemory
-from trivmm.testing.driver import WRITE, Descriptor, MockDriver
+from trivmm.state.virtio import QueueState
+from trivmm.testing.driver import WRITE, Descriptor, MockDriver, activated
 from trivmm.virtio.handles import QueueHandle
 from trivmm.virtio.setup import VERSION_1, DriverSetup
+from trivmm.virtio.vsock.device import VsockDevice
 
 __all__ = [
     "CREDIT_REQUEST",
@@ -29,6 +31,7 @@ __all__ = [
     "SHUTDOWN",
     "Packet",
     "VsockGuest",
+    "serving",
 ]
 
 REQUEST: Final = 1
@@ -43,6 +46,7 @@ CID: Final = 3
 HOST: Final = 2
 BUFFER: Final = 4096  # of one packet that comes, header and all, as Linux's drivers offer them
 BUFFERS: Final = 32
+LIMIT_S: Final = 20.0
 INCOMING: Final = 0x400000
 OUTGOING: Final = 0x800000
 
@@ -182,3 +186,13 @@ def vsock_guest(**how: int) -> Iterator[VsockGuest]:
         yield guest
     finally:
         guest.close()
+
+
+@asynccontextmanager
+async def serving(
+    device: VsockDevice, guest: VsockGuest, features: int = VERSION_1, queues: tuple[QueueState, ...] = ()
+) -> AsyncIterator[None]:
+    """``device`` works for ``guest`` within the block, at most :data:`LIMIT_S` seconds. Not closed."""
+    with trio.fail_after(LIMIT_S):
+        async with activated(device, guest.setup(features, queues), guest.handles):
+            yield
