@@ -115,7 +115,10 @@ static int receives(const struct tv_net_worker *self)
 /* There is a peer, or another one. */
 static void met(struct tv_net_worker *self)
 {
+    if (self->stalled_at)
+        self->worker.due |= 1u << self->transmit; /* what waited for the one before goes to this one */
     self->dial_at = self->dial_wait = self->stalled_at = 0;
+    self->link->hung_up = 0; /* that was the one before */
     watch(self, READ, receives(self) ? POLLIN : 0);
     watch(self, ROOM, 0);
 }
@@ -217,8 +220,10 @@ static void transmit_turn(struct tv_net_worker *self)
     if (self->transmit == TV_NET_NONE)
         return;
     tv_worker_serve(&self->worker, self->transmit);
-    if (!flush(self) && self->stalled_at)
+    if (!flush(self) && self->stalled_at) {
+        self->stalled_at = 0;
         self->worker.due |= 1u << self->transmit; /* what waited for room has it now */
+    }
 }
 
 /* --- receive ------------------------------------------------------------------------------------------------------- */
@@ -267,6 +272,8 @@ static void receive_turn(struct tv_net_worker *self)
         tv_net_taken(self->link);
     }
     tv_queue_publish(queue);
+    if (queue->broken)
+        watch(self, READ, 0); /* nobody takes anything from there until the device is reset */
 }
 
 /* --- announcements ------------------------------------------------------------------------------------------------- */

@@ -7,6 +7,7 @@ import os
 import resource
 import socket
 import struct
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ import trio
 from trivmm.errors import ConfigError, NotSupported, ProtocolError
 from trivmm.memory.guest import GuestMemory
 from trivmm.state.virtio import QueueState
-from trivmm.testing.driver import WRITE, Descriptor, MockDriver, until
+from trivmm.testing.driver import WRITE, Descriptor, MockDriver, activated, until
 from trivmm.testing.states import sent
 from trivmm.virtio.handles import QueueHandle
 from trivmm.virtio.net import link
@@ -121,16 +122,18 @@ async def running(
     device = NetDevice(config, guest.memory, "_net0")
     try:
         with trio.fail_after(LIMIT_S):
-            async with trio.open_nursery() as workers:
-                await device.activate(guest.setup(features, queues), guest.handles, workers)
-                try:
-                    yield device
-                finally:
-                    with trio.CancelScope(shield=True):
-                        await device.stop()
+            async with activated(device, guest.setup(features, queues), guest.handles):
+                yield device
     finally:
         device.close()
         guest.close()
+
+
+async def rests() -> bool:
+    """No thread of this process spins: for a while, it is not all on the CPU."""
+    wall, busy = time.monotonic(), time.process_time()
+    await trio.sleep(0.3)
+    return time.process_time() - busy < (time.monotonic() - wall) / 2
 
 
 def counted(device: NetDevice, *names: str) -> tuple[int, ...]:
@@ -295,6 +298,8 @@ async def test_a_buffer_without_room_for_a_header_breaks_the_queue(tmp_path: Pat
                 peer.sendall(spoken(frame(60)))
                 await until(lambda: bool(told))
                 assert told == ["queue 0: request without room for its answer"]
+                peer.sendall(spoken(frame(61)))
+                assert await rests()
 
 
 # --- lies of a peer ------------------------------------------------------------------------------------------------
@@ -381,6 +386,12 @@ async def test_a_peer_that_never_reads_costs_frames_and_never_the_queue(tmp_path
                 sent += 1
             assert sent < 10000
             assert counted(device, "tx_frames", "tx_lost") == (sent - 100, 100)
+            if kind == "stream":
+                deaf.accept()[0].close()
+                deaf.close()
+            guest.say(frame(60))
+            await guest.said()
+            assert await rests()
 
 
 async def test_without_a_peer_frames_are_lost_and_the_next_peer_is_found(tmp_path: Path) -> None:
@@ -401,6 +412,7 @@ async def test_the_newest_peer_counts(tmp_path: Path) -> None:
     """As when the other end has moved: its old connection may still be there."""
     guest = Guest()
     async with running(NetConfig(link=f"listen:{tmp_path}/s"), guest) as device:
+        guest.offer(1)
         with socket.socket(socket.AF_UNIX) as first, socket.socket(socket.AF_UNIX) as second:
             first.connect(f"{tmp_path}/s")
             await until(lambda: counted(device, "link_connections") == (1,))
@@ -410,6 +422,8 @@ async def test_the_newest_peer_counts(tmp_path: Path) -> None:
             await guest.said()
             assert await read_frame(second) == frame(70)
             assert first.recv(1) == b""
+            second.sendall(spoken(frame(71)))
+            assert (await guest.heard())[1] == frame(71)
 
 
 # --- commands ------------------------------------------------------------------------------------------------------
