@@ -331,3 +331,20 @@ def test_a_path_that_is_taken_leaves_nothing_behind(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
     assert path.read_text() == "mine"
     memory.close()
+
+
+async def test_a_worker_that_is_stuck_keeps_what_it_works_on(
+    device: VsockDevice, guest: VsockGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Closed while its thread runs, as after ``device_stop`` has expired: nothing is freed under it."""
+    freed: list[object] = []
+
+    class Library:
+        def __getattr__(self, name: str) -> object:
+            return freed.append if name == "tv_vsock_free" else getattr(lib, name)
+
+    monkeypatch.setattr("trivmm.virtio.vsock.device.lib", Library())
+    async with serving(device, guest):
+        device.close()
+        assert freed == []
+        assert set(device.counters().values()) == {0}

@@ -137,10 +137,11 @@ class VsockDevice(WorkerDevice):
                 logger.warning("%s: %s; said once, counted as %s", self.name, what, name)
 
     def close(self) -> None:
-        """After the last worker. Idempotent; what it counted can still be read."""
+        """After the last worker, or with a thread that is stuck, which keeps what it works on. Idempotent; what it
+        counted can still be read."""
         self._socket.release_lock()
         native, self._native = self._native, ffi.NULL
-        if native != ffi.NULL:
+        if native != ffi.NULL and not self._workers:
             counts = ffi.new("struct tv_vsock_counts *")
             counts[0] = self._counts[0]
             self._counts = counts
