@@ -19,10 +19,20 @@ from trivmm._native import ffi, lib
 from trivmm.errors import ConfigError
 from trivmm.memory.guest import GuestMemory
 from trivmm.state.virtio import NO_VECTOR, QueueState
-from trivmm.testing.driver import WRITE, Descriptor, MockDriver, until
+from trivmm.testing.driver import WRITE, Descriptor, MockDriver, activated, until
 from trivmm.virtio.net.config import NetConfig
 from trivmm.virtio.net.device import NetDevice
-from trivmm.virtio.net.tap import IFF_TAP, IFREQ, TUN, TUNGETIFF, TUNSETIFF, open_taps, why_no_tap
+from trivmm.virtio.net.tap import (
+    IFF_NO_PI,
+    IFF_TAP,
+    IFF_VNET_HDR,
+    IFREQ,
+    TUN,
+    TUNGETIFF,
+    TUNSETIFF,
+    open_taps,
+    why_no_tap,
+)
 from trivmm.virtio.setup import DriverSetup
 
 NO_TAP = why_no_tap()
@@ -30,6 +40,7 @@ LIMIT_S = 30
 VERSION_1 = 1 << 32
 ETH_P_ALL = 3
 IFF_DETACH_QUEUE = 0x400
+IFF_TUN = 1
 NAME = f"tvt{os.getpid() % 100000}"
 FRAME = bytes.fromhex("ffffffffffff52540000000a88b5") + b"x" * 100
 
@@ -47,13 +58,8 @@ async def running(
     setup = DriverSetup(features | VERSION_1, tuple(driver.queue() for driver in drivers))
     try:
         with trio.fail_after(LIMIT_S):
-            async with trio.open_nursery() as workers:
-                await device.activate(setup, [driver.handle for driver in drivers], workers)
-                try:
-                    yield device, memory, drivers
-                finally:
-                    with trio.CancelScope(shield=True):
-                        await device.stop()
+            async with activated(device, setup, [driver.handle for driver in drivers]):
+                yield device, memory, drivers
     finally:
         device.close()
         for driver in drivers:
@@ -213,11 +219,12 @@ def test_a_tap_is_taken_by_descriptor_and_stays_its_owners(tmp_path: Path) -> No
     os.close(fd)
     with open(tmp_path / "no tap", "wb") as file, pytest.raises(ConfigError, match=r"net\.fds = \d+: not a tap"):
         NetDevice(NetConfig(fds=(file.fileno(),)), memory, "_net0")
-    bare = os.open(TUN, os.O_RDWR)
-    fcntl.ioctl(bare, TUNSETIFF, IFREQ.pack(NAME.encode(), struct.pack("<H", IFF_TAP)))
-    with pytest.raises(ConfigError, match="a tap without virtio-net headers"):
-        NetDevice(NetConfig(fds=(bare,)), memory, "_net0")
-    os.close(bare)
+    for flags in (IFF_TAP, IFF_TAP | IFF_NO_PI, IFF_TUN | IFF_NO_PI | IFF_VNET_HDR):  # some kernels tell no PI always
+        bare = os.open(TUN, os.O_RDWR)
+        fcntl.ioctl(bare, TUNSETIFF, IFREQ.pack(NAME.encode(), struct.pack("<H", flags)))
+        with pytest.raises(ConfigError, match="not a tap with virtio-net headers and nothing before them"):
+            NetDevice(NetConfig(fds=(bare,)), memory, "_net0")
+        os.close(bare)
     with pytest.raises(ConfigError, match=r"net\.fds = \d+: not an open descriptor"):
         NetDevice(NetConfig(fds=(bare,)), memory, "_net0")
     with pytest.raises(ConfigError, match=r'net\.tap = "lo": cannot open it'):

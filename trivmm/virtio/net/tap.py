@@ -29,6 +29,7 @@ NEW: Final = "vmtap%d"  # the kernel counts; Cloud Hypervisor's name
 TUNSETIFF, TUNGETIFF, TUNSETVNETHDRSZ = 0x400454CA, 0x800454D2, 0x400454D8
 IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, IFF_MULTI_QUEUE = 0x2, 0x1000, 0x4000, 0x100
 IFF_UP = 0x1
+PLAIN: Final = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR  # frames with virtio-net headers, and nothing else
 SIOCGIFFLAGS, SIOCSIFFLAGS = 0x8913, 0x8914
 SIOCSIFADDR, SIOCSIFNETMASK, SIOCSIFMTU, SIOCSIFHWADDR = 0x8916, 0x891C, 0x8922, 0x8924
 ARPHRD_ETHER = 1
@@ -76,8 +77,9 @@ def dup_taps(fds: Sequence[int]) -> list[int]:
             made.append(copy)
             try:
                 flags = struct.unpack_from("<H", fcntl.ioctl(copy, TUNGETIFF, bytes(IFREQ.size)), 16)[0]
-                if not flags & IFF_VNET_HDR:
-                    raise ConfigError("net.fds", fd, "a tap without virtio-net headers", remedy)
+                if flags & PLAIN != PLAIN:
+                    problem = "not a tap with virtio-net headers and nothing before them"
+                    raise ConfigError("net.fds", fd, problem, remedy)
                 fcntl.ioctl(copy, TUNSETVNETHDRSZ, struct.pack("<i", HEADER))
             except OSError as error:
                 raise ConfigError("net.fds", fd, f"not a tap ({error.strerror})", remedy) from error
@@ -96,7 +98,7 @@ def _attach(name: str, multi_queue: bool) -> tuple[int, str]:
     except OSError as error:
         raise _refused(name, error) from error
     try:
-        flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | (IFF_MULTI_QUEUE if multi_queue else 0)
+        flags = PLAIN | (IFF_MULTI_QUEUE if multi_queue else 0)
         answer = fcntl.ioctl(fd, TUNSETIFF, IFREQ.pack(os.fsencode(name), struct.pack("<H", flags)))
         fcntl.ioctl(fd, TUNSETVNETHDRSZ, struct.pack("<i", HEADER))
     except OSError as error:
