@@ -48,7 +48,7 @@ def driver(memory: GuestMemory) -> Iterator[MockDriver]:
 
 @pytest.fixture
 def room(memory: GuestMemory) -> Iterator[DeviceMemory]:
-    made = DeviceMemory(ScriptedVm(()), memory)
+    made = DeviceMemory(ScriptedVm(()), memory, 10)
     yield made
     made.close()
 

@@ -97,7 +97,10 @@ class Board:
     in_use: bool = False
     on_request: Callable[[GuestRequest], None] = lambda request: None  # the machine's: what a device asks of it
     device_memory: DeviceMemory = attrs.field(
-        default=attrs.Factory(lambda self: DeviceMemory(self.vm, self.memory), takes_self=True), init=False
+        default=attrs.Factory(
+            lambda self: DeviceMemory(self.vm, self.memory, self.config.deadlines.kernel), takes_self=True
+        ),
+        init=False,
     )
     _connected: set[int] = attrs.field(factory=set)  # ISA lines
     _closed: bool = False

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import os
 import stat
-import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
 from trivmm._native import ffi, lib
+from trivmm.bus.lock import BoundedLock
 from trivmm.errors import ConfigError
 from trivmm.memory import layout
 
@@ -71,12 +71,16 @@ class FileMapping:
 @attrs.define(eq=False)
 class DeviceMemory:
     """Where it lies: from :data:`~trivmm.memory.layout.DEVICE_MEMORY_END` down, in multiples of 2 MiB. ``vm`` is the
-    hypervisor's (``VmBackend``)."""
+    hypervisor's (``VmBackend``); ``kernel_s``: the deadline ``kernel``, since who changes it waits for that."""
 
     vm: Any
     memory: GuestMemory
+    kernel_s: float
     _mapped: dict[int, tuple[int, FileMapping]] = attrs.field(factory=dict, init=False)  # by slot: gpa
-    _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False)
+    _lock: BoundedLock = attrs.field(
+        default=attrs.Factory(lambda self: BoundedLock("the map of device memory", self.kernel_s, "kernel"), True),
+        init=False,
+    )
 
     def add(self, mapping: FileMapping, at: int | None = None) -> int:
         """Map it into the guest, ``at`` an address or where there is room. Gives the address.
@@ -99,7 +103,7 @@ class DeviceMemory:
                     del self._mapped[slot]
 
     def holds(self, mapping: FileMapping) -> bool:
-        return any(each is mapping for _, each in self._mapped.values())
+        return any(each is mapping for _, each in tuple(self._mapped.values()))
 
     def close(self) -> None:
         """With the VM closed: unmap what is left. Idempotent."""
