@@ -534,7 +534,7 @@ def test_a_link_that_is_taken_by_half_is_let_go(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(link, "_copy", fail)
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(ConfigError, match=r'^net\.link = "listen:.*": cannot make it \(no more\)'):
-        link.NetLinks(NetConfig(link=f"listen:{tmp_path}/s"), incoming=False)
+        link.NetLinks(NetConfig(link=f"listen:{tmp_path}/s"), incoming=False, passt_s=2)
     assert len(os.listdir("/proc/self/fd")) == before
     assert not os.listdir(tmp_path)
 

@@ -37,7 +37,7 @@ def children() -> set[str]:
 def test_it_gives_addresses_and_ends_with_its_device() -> None:
     """As a guest asks: DHCP, answered by the program and not by us."""
     before = children()
-    made = Passt(MAC)
+    made = Passt(MAC, LIMIT_S)
     assert len(children() - before) == 1
     with socket.socket(fileno=made.fd) as sock:
         sock.settimeout(LIMIT_S)
@@ -96,7 +96,7 @@ def test_one_that_ends_at_once_is_a_line_with_its_last_words(
     program(tmp_path, source, monkeypatch)
     before, open_before = children(), fds_before_and_after()
     with pytest.raises(ConfigError) as caught:
-        Passt(MAC)
+        Passt(MAC, LIMIT_S)
     assert str(caught.value).startswith(f'net.link = "passt": {said}')
     assert str(caught.value).endswith("install passt (apt-get install passt), or give tap=NAME")
     assert len(str(caught.value)) < 600
@@ -108,9 +108,8 @@ def test_one_that_says_nothing_is_used_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     program(tmp_path, "exec sleep 60", monkeypatch)
-    monkeypatch.setattr("trivmm.virtio.net.passt.LIMIT_S", 0.05)
     before = children()
-    made = Passt(MAC)
+    made = Passt(MAC, 0.05)
     assert "has not answered within 0.05 s" in caplog.text
     os.close(made.fd)
     made.end()

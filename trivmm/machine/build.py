@@ -210,7 +210,7 @@ def _plug_devices(board: Board, incoming: bool, sinks: Mapping[str, Sink]) -> No
         built = []
         for config, name in zip(kind.of(board.config), mine, strict=True):
             sink = sinks.get(kind.contract.section) if kind.line(config) is not None else None
-            device = kind.make(config, Place(board.memory, name, incoming, sink))
+            device = kind.make(config, Place(board.memory, name, incoming, sink, board.config.deadlines))
             for line in device.lines.values():
                 line.keeps_sink = True
             number = next(slots)

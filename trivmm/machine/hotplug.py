@@ -70,7 +70,7 @@ class Hotplug:
         board = self.board
         name = check_new(board.config, kind, config)
         (number,) = pick_slots([config.pci_device_id], board.pci.placement.names())
-        place = Place(board.memory, name, incoming=False, sink=None)
+        place = Place(board.memory, name, incoming=False, sink=None, deadlines=board.config.deadlines)
         device = await self.storage.call(
             f"opening {name}", lambda: kind.make(config, place), late=lambda device: device.close()
         )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeAlias, Type
 import attrs
 
 from trivmm.config import VmConfig
+from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError
 from trivmm.notyet import NotYet
 from trivmm.syntax import Keys, as_text, parse_integer, parse_object, parse_toggle
@@ -116,12 +117,14 @@ class Hotplug:
 
 @attrs.frozen
 class Place:
-    """What a device is made in. ``name`` is its id; ``incoming``: locks and sinks wait for a migration's COMMIT."""
+    """What a device is made in. ``name`` is its id; ``incoming``: locks and sinks wait for a migration's COMMIT;
+    ``deadlines`` are its VM's."""
 
     memory: GuestMemory
     name: str
     incoming: bool
     sink: Sink | None
+    deadlines: Deadlines
 
 
 def _nothing(configs: Sequence[Any]) -> None:

@@ -84,12 +84,15 @@ def features_of(config: NetConfig) -> int:
 
 
 class NetDevice(WorkerDevice):
-    """``incoming``: its link waits for a migration's COMMIT. Owns its links."""
+    """``incoming``: its link waits for a migration's COMMIT; ``passt_s``: how long for passt (the deadline ``passt``).
+    Owns its links."""
 
     device_type = 1
     state_type = NetState
 
-    def __init__(self, config: NetConfig, memory: GuestMemory, name: str, *, incoming: bool = False) -> None:
+    def __init__(
+        self, config: NetConfig, memory: GuestMemory, name: str, *, incoming: bool = False, passt_s: float = 2.0
+    ) -> None:
         """:raises ConfigError: naming what is wrong with what it is tied to."""
         super().__init__(config.id or name, memory)
         self._pairs = config.pairs
@@ -97,7 +100,7 @@ class NetDevice(WorkerDevice):
         self._mac = mac_bytes(config.mac)
         self.features = features_of(config)
         self.queue_sizes = (config.queue_size,) * config.num_queues + (CONTROL_SIZE,)
-        self.links = NetLinks(config, incoming=incoming)
+        self.links = NetLinks(config, incoming=incoming, passt_s=passt_s)
         self.storage = self.links
         self._net = ffi.new("struct tv_net *")
         lib.tv_net_init(self._net, self._mac, config.pairs)

@@ -21,7 +21,8 @@ NETWORK: Final = 0x020000  # PCI class: network controller, Ethernet
 def _make(config: NetConfig, place: Place) -> WorkerDevice:
     from trivmm.virtio.net.device import NetDevice
 
-    return NetDevice(config, place.memory, place.name, incoming=place.incoming)
+    passt_s = place.deadlines.passt
+    return NetDevice(config, place.memory, place.name, incoming=place.incoming, passt_s=passt_s)
 
 
 def parse_fds(option: str, text: str) -> list[int]:

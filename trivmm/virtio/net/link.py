@@ -29,9 +29,10 @@ class NetLinks:
     """``natives``: a ``struct tv_net_link *`` each, which live as long as this does; what is behind them comes with
     :meth:`take_lock` and goes with :meth:`release_lock`. Neither while a worker runs."""
 
-    def __init__(self, config: NetConfig, *, incoming: bool) -> None:
+    def __init__(self, config: NetConfig, *, incoming: bool, passt_s: float) -> None:
         """:raises ConfigError: naming what is wrong with it."""
         self._config = config
+        self._passt_s = passt_s
         self._listener: UnixListener | None = None
         self._passt: Passt | None = None
         self._path: tuple[str, tuple[int, int]] | None = None  # of a datagram socket that was made, and its inode
@@ -103,7 +104,7 @@ class NetLinks:
         elif kind == "dgram":
             native.fd = self._bind(path, link)
         elif kind == "passt":
-            self._passt = Passt(mac_bytes(self._config.mac))
+            self._passt = Passt(mac_bytes(self._config.mac), self._passt_s)
             native.fd = self._passt.fd
         # A peer that is dialled may come later: the worker looks for it.
 

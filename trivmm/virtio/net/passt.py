@@ -18,7 +18,6 @@ import subprocess
 import time
 from typing import Final
 
-from trivmm.deadlines import TABLE
 from trivmm.errors import ConfigError, reason_of, shown
 
 __all__ = ["PROGRAM", "Passt", "find_passt"]
@@ -31,7 +30,6 @@ SAID_MOST: Final = 400  # characters of its last words that a message repeats
 HEARD_MOST: Final = 4096  # bytes of what it says that are kept: the first ones, and it never waits for us to read them
 ETHERTYPE_ARP, REQUEST = 0x0806, 1
 SHORTEST: Final = 60
-LIMIT_S: Final = TABLE["passt"].default_s
 
 
 def find_passt() -> str:
@@ -46,8 +44,11 @@ class Passt:
     """``fd`` is our end, a nonblocking unix stream socket that its taker owns. Made in a thread: it waits for the
     program, ``passt`` seconds at the most."""
 
-    def __init__(self, mac: bytes) -> None:
-        """``mac`` is the guest's. :raises ConfigError: it can't be started, or ended at once, with its last words."""
+    def __init__(self, mac: bytes, limit_s: float) -> None:
+        """``mac`` is the guest's, ``limit_s`` the deadline ``passt``.
+
+        :raises ConfigError: it can't be started, or ended at once, with its last words."""
+        self._limit_s = limit_s
         program = find_passt()
         self._said = _fixed_file(HEARD_MOST)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -78,21 +79,21 @@ class Passt:
         """Ask it for an address, as a machine does that sees whether one is free: it has them all."""
         probe = b"\xff" * 6 + mac + struct.pack(">HHHBBH", ETHERTYPE_ARP, 1, 0x0800, 6, 4, REQUEST)
         probe = (probe + mac + bytes(4) + bytes(6) + bytes((192, 0, 2, 1))).ljust(SHORTEST, b"\0")
-        ends = time.monotonic() + LIMIT_S
+        ends = time.monotonic() + self._limit_s
         with contextlib.suppress(OSError):
             sock.sendall(struct.pack(">I", len(probe)) + probe)
-        if select.select([sock], [], [], LIMIT_S)[0]:
+        if select.select([sock], [], [], self._limit_s)[0]:
             with contextlib.suppress(OSError):
                 sock.settimeout(max(0.1, ends - time.monotonic()))
                 if head := sock.recv(4, socket.MSG_WAITALL):
                     sock.recv(min(int.from_bytes(head, "big"), 1 << 16), socket.MSG_WAITALL)
                     return
             raise ConfigError("net.link", PROGRAM, f"it ended at once: {self._last_words()}", REMEDY)
-        logger.warning("passt has not answered within %g s; it may come yet", LIMIT_S)
+        logger.warning("passt has not answered within %g s; it may come yet", self._limit_s)
 
     def _last_words(self) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(LIMIT_S)
+            self._process.wait(self._limit_s)
         said = os.pread(self._said, HEARD_MOST, 0).rstrip(b"\0").decode(errors="replace").strip().splitlines()
         return shown(said[-1])[1:-1][:SAID_MOST] if said else f"its status is {self._process.returncode}"
 
@@ -101,7 +102,8 @@ class Passt:
         if self._said < 0:
             return
         self._process.kill()
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it is killed, and reaped when the next one is started
+            self._process.wait(self._limit_s)
         os.close(self._said)
         self._said = -1
 
