@@ -26,7 +26,7 @@ static void give_back(struct tv_qcow2 *image, struct qcow2_span *span, uint64_t 
 }
 
 /* Entries [index, index + count) become `made`; what the old ones referred to, and the new ones don't, loses that
- * reference. At most QCOW2_RUN_MAX. -1 with errno: nothing has changed. */
+ * reference. At most QCOW2_RUN_MAX. -1 with errno: some may have changed, and nothing was given back. */
 int qcow2_replace(struct tv_qcow2 *image, struct qcow2_table *table, uint64_t index, const uint64_t *made,
                   uint64_t count)
 {

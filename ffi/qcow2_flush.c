@@ -97,7 +97,9 @@ int qcow2_flush_image(struct tv_image *seam)
         image->flushing = 0;
     if (mine && !result)
         release(image, &image->given_up);
-    if (!result && image->steps == steps && image->flushed_steps == steps)
+    if (result)
+        image->lost = 1; /* the kernel tells of it once */
+    if (!result && !image->lost && image->steps == steps && image->flushed_steps == steps)
         (void)qcow2_mark(image, 0); /* if that fails, or is lost, somebody counts for nothing */
     if (!result)
         image->flushed_steps = steps;
@@ -114,13 +116,18 @@ int tv_qcow2_settle(struct tv_qcow2 *image, int sync_fd)
         return -1;
     pthread_rwlock_wrlock(&image->map);
     int result = qcow2_sync(sync_fd);
+    if (!result && image->lost) {
+        errno = EIO;
+        result = -1;
+    }
     if (!result && !image->flushing) {
         release(image, &image->resting);
         release(image, &image->given_up);
     }
     if (!result && image->marked)
         result = qcow2_mark(image, 0) || qcow2_sync(sync_fd);
-    image->flushed_steps = image->steps;
+    if (!result)
+        image->flushed_steps = image->steps;
     pthread_rwlock_unlock(&image->map);
     return result ? -1 : 0;
 }

@@ -44,8 +44,7 @@ static int write_header(struct tv_qcow2 *image, const struct place *place)
     uint8_t bytes[12];
     qcow2_put64(bytes, (place->start + place->blocks) << image->header.cluster_bits);
     qcow2_put32(bytes + 8, (uint32_t)place->table);
-    return qcow2_sync(image->fd) || qcow2_write_all(image->fd, bytes, sizeof bytes, QCOW2_AT_REFTABLE) ||
-           qcow2_sync(image->fd);
+    return qcow2_sync(image->fd) || qcow2_write_all(image->fd, bytes, sizeof bytes, QCOW2_AT_REFTABLE);
 }
 
 static int grow(struct tv_qcow2 *image, uint64_t clusters)
@@ -80,9 +79,14 @@ static int grow(struct tv_qcow2 *image, uint64_t clusters)
     for (uint64_t at = 0; !failed && at < place.blocks + place.table; at++)
         failed = qcow2_set_add(&image->metadata, place.start + at) < 0;
     if (failed || write_header(image, &place)) {
+        int error = errno;
+        for (uint64_t at = 0; at < place.blocks + place.table; at++)
+            qcow2_set_drop(&image->metadata, place.start + at);
         free(entries);
+        errno = error;
         return -1;
     }
+    /* The file names the new table now, durably or not: so does memory. */
     uint64_t old = image->header.reftable_offset >> bits, old_clusters = image->header.reftable_clusters;
     free(image->reftable);
     image->reftable = entries;
@@ -90,7 +94,10 @@ static int grow(struct tv_qcow2 *image, uint64_t clusters)
     image->header.reftable_offset = (place.start + place.blocks) << bits;
     image->header.reftable_clusters = (uint32_t)place.table;
     image->end = place.start + place.blocks + place.table;
-    return qcow2_give_back(image, old, old_clusters);
+    if (qcow2_sync(image->fd))
+        return -1; /* the old table stays: a host that loses power may still need it */
+    (void)qcow2_give_back(image, old, old_clusters);
+    return 0;
 }
 
 /* The table covers what one step may allocate. Where it can't grow, what is free in it may still do. */

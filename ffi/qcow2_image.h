@@ -86,6 +86,7 @@ struct tv_qcow2 {
     uint64_t steps;         /* that changed something since it was opened */
     uint64_t flushed_steps; /* of these, those that the last flush made durable */
     int flushing;           /* somebody makes `given_up` durable */
+    int lost;               /* a flush failed: what is durable is not known any more, so the mark stays */
     struct qcow2_set metadata;          /* clusters that hold tables, which no guest's data may lie on */
     struct qcow2_set resting, given_up; /* free clusters, but not durably so: since the last flush began, and before */
     struct qcow2_cache l2, blocks;

@@ -13,15 +13,15 @@
 #include <stdlib.h>
 
 #define BYTES (256ull << 20) /* of tables that are read: 2 TiB of data in clusters of 64 KiB */
-#define CLUSTERS (1ull << 26) /* that a count is kept of, a byte each */
-#define MANY 255 /* a count that stays */
+#define CLUSTERS (1ull << 26) /* that a count is kept of, two bytes each */
+#define MANY UINT16_MAX /* more than this mends: even compressed clusters share one by the hundred only */
 
 static const char REPAIR[] = "mend it (qemu-img check -r all IMAGE), or give an intact copy";
 
 struct walk {
     struct tv_qcow2 *image;
-    uint8_t *seen; /* references of each cluster, MANY and more alike */
-    int damaged;   /* an entry that can't be right: then nothing is changed */
+    uint16_t *seen; /* references of each cluster, MANY and more alike */
+    int damaged;    /* an entry that can't be right: then nothing is changed */
 };
 
 static void refer(struct walk *walk, uint64_t cluster)
@@ -97,9 +97,9 @@ static int settle(struct walk *walk)
             }
             if (qcow2_refcount(image, cluster, &count))
                 return -1;
-            if (count == seen || (seen == MANY && count > MANY))
+            if (count == seen && seen < MANY)
                 continue;
-            if (image->header.refcount_order < 3 && seen >> (1u << image->header.refcount_order))
+            if (seen == MANY || (image->header.refcount_order < 4 && seen >> (1u << image->header.refcount_order)))
                 return 0; /* more references than it can count */
             if (!change)
                 continue;
@@ -125,7 +125,7 @@ int qcow2_repair(struct tv_qcow2 *image, struct tv_qcow2_error *error)
     const char *why = blind ? "it has snapshots, or structures that are not known here" : "it is too large for that";
     int result = 0;
     if (!blind && table_bytes(image) <= BYTES && image->end <= CLUSTERS) {
-        struct walk walk = {.image = image, .seen = calloc(image->end + 1, 1)};
+        struct walk walk = {.image = image, .seen = calloc(image->end + 1, sizeof(uint16_t))};
         result = walk.seen ? refer_all(&walk) : -1;
         if (!result && believable(&walk))
             result = settle(&walk);

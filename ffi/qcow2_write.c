@@ -124,12 +124,7 @@ static int step(struct tv_qcow2 *image, const struct iovec *iov, int count, uint
         made[each] = (first + each) << bits | QCOW2_COPIED;
     if (way == ANEW && qcow2_take(image, first, clusters))
         return -1;
-    if (qcow2_replace(image, table, index, made, clusters)) {
-        if (way == ANEW) /* else they are leaked */
-            (void)qcow2_set_refcounts(image, first, clusters, 0);
-        return -1;
-    }
-    return 0;
+    return qcow2_replace(image, table, index, made, clusters); /* leaked if it fails: some may have been entered */
 }
 
 /* As long as clusters are ours alone. `map` is held for reading. */

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import errno
+import os
+import random
 import resource
 import signal
+import struct
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -127,3 +131,109 @@ def test_what_was_lost_at_a_flush_is_said_at_every_later_one(tmp_path: Path, mon
         monkeypatch.setattr(qcow2, "lib", real)
         with pytest.raises(MigrationError, match="can't be flushed"):
             driver.image.flush()
+
+
+FAILING_SYNC = """#define _GNU_SOURCE
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+unsigned long calls;
+int fdatasync(int fd)
+{
+    if (++calls == strtoul(getenv("FAIL_AT"), 0, 10)) {
+        errno = EIO;
+        return -1;
+    }
+    return (int)syscall(SYS_fdatasync, fd);
+}
+"""
+WRITER = """import ctypes, random, sys
+from trivmm.testing.images import ImageDriver
+piece = random.Random(1).randbytes(1 << 20)
+failed = 0
+with ImageDriver(sys.argv[1]) as driver:
+    for at in range(int(sys.argv[2])):
+        for tries in range(3):
+            try:
+                driver.write(at << 20, piece)
+                break
+            except OSError:
+                failed += 1
+        else:
+            raise SystemExit("it does not heal")
+    syncs = ctypes.c_ulong.in_dll(ctypes.CDLL(None), "calls").value
+    for _ in range(3):
+        try:
+            driver.flush()
+        except OSError:
+            failed += 1
+print(failed, syncs)
+"""
+
+
+@pytest.fixture(scope="session")
+def failing_sync(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("preload")
+    (folder / "sync.c").write_text(FAILING_SYNC)
+    command = ["gcc", "-shared", "-fPIC", "-o", folder / "sync.so", folder / "sync.c"]
+    subprocess.run(command, check=True, timeout=60)
+    return folder / "sync.so"
+
+
+def written_while_a_sync_fails(failing_sync: Path, path: Path, mib: int, fail_at: int) -> tuple[int, int]:
+    """(calls that failed, syncs before the three flushes at the end)"""
+    done = subprocess.run(
+        [sys.executable, "-c", WRITER, path, str(mib)],
+        env={**os.environ, "LD_PRELOAD": str(failing_sync), "FAIL_AT": str(fail_at)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    failed, syncs = map(int, done.stdout.split())
+    return failed, syncs
+
+
+def is_marked(path: Path) -> bool:
+    return bool(path.read_bytes()[79] & 1)
+
+
+def test_whichever_sync_fails_the_tables_stay_right(tmp_path: Path, failing_sync: Path) -> None:
+    """Its refcount table grows three times meanwhile; an image that is marked is mended by whoever opens it next."""
+    mib, data = 20, random.Random(1).randbytes(MIB) * 20
+    make = lambda at: create(tmp_path / f"{at}.qcow2", mib * MIB, "cluster_size=512")  # noqa: E731
+    _, syncs = written_while_a_sync_fails(failing_sync, make(0), mib, 0)
+    assert syncs > 10
+    for fail_at in (*range(1, syncs, 8), syncs, syncs + 1):
+        path = make(fail_at)
+        failed, _ = written_while_a_sync_fails(failing_sync, path, mib, fail_at)
+        assert failed >= 1
+        if fail_at > syncs:
+            assert is_marked(path), "what is durable is not known any more, whatever later flushes say"
+        ImageDriver(path).close()
+        qemu_img("check", path, accept=(0, 3))  # 3: clusters are leaked, and nothing else
+        assert content(path) == data
+        path.unlink()
+
+
+def test_a_cluster_that_hundreds_share_is_mended_to_all_of_them(tmp_path: Path) -> None:
+    """QEMU packs compressed clusters: some 800 of this kind lie in one cluster of the image."""
+    plain, path = tmp_path / "plain", tmp_path / "disk.qcow2"
+    plain.write_bytes(b"".join(bytes([1 + at % 255]) * 65536 for at in range(1500)))
+    qemu_img("convert", "-c", "-O", "qcow2", plain, path)
+    image = bytearray(path.read_bytes())
+    (table,) = struct.unpack_from(">Q", image, 48)
+    (block,) = struct.unpack_from(">Q", image, table)
+    counts = struct.unpack_from(">32768H", image, block)
+    shared = [cluster for cluster, count in enumerate(counts) if count > 255]
+    assert shared
+    for wrong in (3, 255, 300):
+        for cluster in shared:
+            struct.pack_into(">H", image, block + 2 * cluster, wrong)
+        image[79] |= 1  # it was not closed
+        path.write_bytes(image)
+        ImageDriver(path).close()
+        mended = path.read_bytes()
+        assert struct.unpack_from(">32768H", mended, block) == counts
+        check(path)
