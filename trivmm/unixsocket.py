@@ -1,4 +1,4 @@
-"""Unix stream sockets to listen on: made at a path, or passed in as a descriptor. Without trio.
+"""Unix sockets that others find by a path: made there, or passed in as a descriptor that listens. Without trio.
 
 A socket that is made has mode 0600 and a lock file beside it (``PATH.lock``). Who holds the lock may remove and make
 the socket: a socket left by a killed process is removed, since the lock dies with its holder, and one in use never is.
@@ -78,22 +78,30 @@ def check_path(path: str, field: str, value: object) -> None:
         raise ConfigError(field, value, f"a socket path has at most {MAX_UNIX_PATH} bytes, none of them zero", OTHER)
 
 
-def listen_unix(path: str, field: str, value: object = None, *, backlog: int = BACKLOG) -> UnixListener:
-    """Make and lock a socket at ``path``, and listen there.
+def listen_unix(
+    path: str,
+    field: str,
+    value: object = None,
+    *,
+    backlog: int = BACKLOG,
+    kind: socket.SocketKind = socket.SOCK_STREAM,
+) -> UnixListener:
+    """Make and lock a socket at ``path``, and listen there; one of datagrams has nobody to listen for.
 
     ``field`` and ``value`` (by default the path) are what the user wrote. :raises ConfigError: names them."""
     value = path if value is None else value
     check_path(path, field, value)
     lock = _lock(path, field, value)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock = socket.socket(socket.AF_UNIX, kind)
     inode: tuple[int, int] | None = None
     try:
         try:
-            _remove_stale(path, field, value)
+            _remove_stale(path, field, value, kind)
             os.fchmod(sock.fileno(), 0o600)  # before bind: the socket is never there with a wider mode
             sock.bind(path)
             inode = _inode(os.lstat(path))
-            sock.listen(backlog)
+            if kind == socket.SOCK_STREAM:
+                sock.listen(backlog)
         except OSError as error:
             raise ConfigError(field, value, f"cannot listen ({error.strerror})", OTHER) from error
         return UnixListener(sock, path, inode, lock)
@@ -185,14 +193,14 @@ def _unlink_if(path: str, inode: tuple[int, int]) -> None:
             os.unlink(path)
 
 
-def _remove_stale(path: str, field: str, value: object) -> None:
+def _remove_stale(path: str, field: str, value: object, kind: socket.SocketKind) -> None:
     """Under the lock: a socket there that nobody answers was left by a killed process."""
     try:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             raise ConfigError(field, value, "exists and is not a socket", OTHER)
     except FileNotFoundError:
         return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+    with socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK) as probe:
         code = probe.connect_ex(path)
     if code in (0, errno.EAGAIN):  # EAGAIN: its queue is full
         raise ConfigError(field, value, IN_USE, OTHER)

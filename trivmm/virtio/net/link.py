@@ -7,10 +7,8 @@ takes them at COMMIT. What a switch has to know of that, the device announces.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
-import stat
 from typing import Any
 
 from trivmm._native import ffi, lib
@@ -35,7 +33,6 @@ class NetLinks:
         self._passt_s = passt_s
         self._listener: UnixListener | None = None
         self._passt: Passt | None = None
-        self._path: tuple[str, tuple[int, int]] | None = None  # of a datagram socket that was made, and its inode
         self._taken = False
         if incoming and config.fds is not None:
             raise NotSupported(
@@ -102,34 +99,12 @@ class NetLinks:
             self._listener = listen_unix(path, "net.link", link, backlog=PEERS)
             native.listen_fd = _copy(self._listener.sock)
         elif kind == "dgram":
-            native.fd = self._bind(path, link)
+            self._listener = listen_unix(path, "net.link", link, kind=socket.SOCK_DGRAM)
+            native.fd = _copy(self._listener.sock)
         elif kind == "passt":
             self._passt = Passt(mac_bytes(self._config.mac), self._passt_s)
             native.fd = self._passt.fd
         # A peer that is dialled may come later: the worker looks for it.
-
-    def _bind(self, path: str, link: str) -> int:
-        """A datagram socket at ``path``. One that a killed process left is replaced."""
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        remedy = "give a path in a directory that exists and is yours, where nothing else is"
-        try:
-            os.fchmod(sock.fileno(), 0o600)  # before bind: never there with a wider mode
-            try:
-                if stat.S_ISSOCK(os.lstat(path).st_mode):
-                    _remove_if_nobody_is_there(path, link)
-            except FileNotFoundError:
-                pass
-            sock.bind(path)
-            about = os.lstat(path)
-            self._path = path, (about.st_dev, about.st_ino)
-        except OSError as error:
-            sock.close()
-            raise ConfigError("net.link", link, f"cannot make it ({reason_of(error)})", remedy) from error
-        except BaseException:
-            sock.close()
-            raise
-        sock.setblocking(False)
-        return sock.detach()
 
     def release_lock(self) -> None:
         """Idempotent. Nobody is on the other end after this, and the paths are free."""
@@ -139,13 +114,6 @@ class NetLinks:
         if self._listener is not None:
             self._listener.close()
             self._listener = None
-        if self._path is not None:
-            path, inode = self._path
-            self._path = None
-            with contextlib.suppress(OSError):
-                about = os.lstat(path)
-                if (about.st_dev, about.st_ino) == inode:
-                    os.unlink(path)
         if self._passt is not None:
             self._passt.end()
             self._passt = None
@@ -159,16 +127,3 @@ def _copy(sock: socket.socket) -> int:
     copy = sock.dup()
     copy.setblocking(False)
     return copy.detach()
-
-
-def _remove_if_nobody_is_there(path: str, link: str) -> None:
-    """:raises ConfigError: somebody is."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-        except OSError:
-            pass  # somebody's, whatever they let us do with it
-    raise ConfigError("net.link", link, "in use by another process", "give another path")
