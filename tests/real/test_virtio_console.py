@@ -61,19 +61,8 @@ class Guest:
         self.receive.offer(self.receive.chain(Descriptor(at, length, WRITE), first=number))
         self.receive.ring()
 
-    async def used(self, driver: MockDriver) -> tuple[int, int]:
-        """The next (head, length) on its used ring."""
-        driver.set_used_event(driver.seen)  # "tell me of the next", before looking whether it is there already
-        while driver.seen == driver.used_index:
-            await trio.lowlevel.wait_readable(driver.call)
-            driver.interrupts()
-        entry = self.memory.read(driver.used_gpa + 4 + 8 * (driver.seen % driver.size), 8)
-        driver.seen = (driver.seen + 1) & 0xFFFF
-        head, length = struct.unpack("<II", entry)
-        return head, length
-
     async def heard(self) -> bytes:
-        head, length = await self.used(self.receive)
+        head, length = await self.receive.next_used()
         return self.memory.read(INPUT + 0x10000 * head, length)
 
     def dirty(self, gpa: int) -> bool:
@@ -138,7 +127,7 @@ async def test_both_ways(guest: Guest) -> None:
     device = device_of(guest, NullSink())
     async with active(device, guest):
         guest.say(b"hello, host", pieces=3)
-        assert await guest.used(guest.transmit) == (0, 0)
+        assert await guest.transmit.next_used() == (0, 0)
         await until(lambda: device.line.tail() == b"hello, host")
         guest.listen(64)
         assert device.line.push_input(b"hello, guest") == 12
@@ -196,7 +185,7 @@ async def test_a_worker_that_has_nothing_to_do_does_nothing(guest: Guest) -> Non
         await trio.testing.wait_all_tasks_blocked(0.2)
         assert [int(worker.native.worker.wakeups) for worker in device._workers] == before
         sink.gate.set()
-        assert await guest.used(guest.transmit) == (0, 0)
+        assert await guest.transmit.next_used() == (0, 0)
     device.close()
 
 
@@ -210,7 +199,7 @@ async def test_a_slow_sink_holds_the_driver_up_and_nothing_is_lost(guest: Guest)
         await until(lambda: lib.tv_line_tx_used(device.line.rings) == TX_SIZE)
         assert guest.transmit.used_index == 0
         sink.gate.set()
-        assert [(await guest.used(guest.transmit))[0] for _ in range(2)] == [0, 5]
+        assert [(await guest.transmit.next_used())[0] for _ in range(2)] == [0, 5]
         await device.line.drain(LIMIT_S)
     assert bytes(sink.got) == said + b"the end"
     device.close()
@@ -249,7 +238,7 @@ async def test_what_is_under_way_travels(guest: Guest) -> None:
     twin.load(state)
     there.gate.set()
     async with active(twin, guest, queues=queues):
-        assert await guest.used(guest.transmit) == (0, 0)
+        assert await guest.transmit.next_used() == (0, 0)
         await twin.line.drain(LIMIT_S)
         guest.listen(100)
         assert await guest.heard() == b"typed before"
@@ -265,7 +254,7 @@ async def test_what_is_under_way_travels(guest: Guest) -> None:
     device.memory = again.memory
     again.say(said)
     async with active(device, again, queues=queues):
-        assert await again.used(again.transmit) == (0, 0)
+        assert await again.transmit.next_used() == (0, 0)
         await device.line.drain(LIMIT_S)
     assert bytes(sink.got) == said
     device.close()
@@ -287,7 +276,7 @@ async def test_a_reset_forgets_the_chain_but_not_what_was_said_or_typed(guest: G
     async with active(device, again):
         again.listen(100)
         assert await again.heard() == b"for the next driver"
-        await again.used(again.transmit)
+        await again.transmit.next_used()
         await device.line.drain(LIMIT_S)
     assert bytes(sink.got) == b"a" * TX_SIZE + b"b" * 10
     device.close()
@@ -307,10 +296,10 @@ async def test_buffers_that_make_no_sense_cost_only_their_driver(guest: Guest) -
     async with active(device, guest):
         guest.receive.offer(guest.receive.chain(Descriptor(INPUT, 16)))  # readable, on the receive queue
         guest.receive.ring()
-        assert await guest.used(guest.receive) == (0, 0)
+        assert await guest.receive.next_used() == (0, 0)
         guest.transmit.offer(guest.transmit.chain(Descriptor(OUTPUT, 16, WRITE)))
         guest.transmit.ring()
-        assert await guest.used(guest.transmit) == (0, 0)
+        assert await guest.transmit.next_used() == (0, 0)
         assert guest.memory.read(OUTPUT, 16) == bytes(16)
         guest.transmit.offer(guest.transmit.chain(Descriptor(1 << 40, 16), first=1))
         guest.transmit.ring()
@@ -399,9 +388,9 @@ async def test_a_half_taken_chain_that_is_shorter_now_is_done(guest: Guest) -> N
     device.line.thaw()
     async with active(device, guest):
         guest.say(b"short")
-        assert await guest.used(guest.transmit) == (0, 0)
+        assert await guest.transmit.next_used() == (0, 0)
         guest.say(b"next", first=1)
-        assert await guest.used(guest.transmit) == (1, 0)
+        assert await guest.transmit.next_used() == (1, 0)
         await until(lambda: device.line.tail() == b"next")
     device.close()
 

@@ -75,28 +75,18 @@ class Guest:
         self.transmit.offer(self.transmit.chain(Descriptor(at, len(header) + len(data)), first=first))
         self.transmit.ring()
 
-    async def used(self, driver: MockDriver) -> tuple[int, int]:
-        driver.set_used_event(driver.seen)
-        while driver.seen == driver.used_index:
-            await trio.lowlevel.wait_readable(driver.call)
-            driver.interrupts()
-        entry = self.memory.read(driver.used_gpa + 4 + 8 * (driver.seen % driver.size), 8)
-        driver.seen = (driver.seen + 1) & 0xFFFF
-        head, length = struct.unpack("<II", entry)
-        return head, length
-
     async def heard(self) -> tuple[bytes, bytes]:
         """(header, frame) of the next one, out of as many buffers as it takes."""
-        head, length = await self.used(self.receive)
+        head, length = await self.receive.next_used()
         data = self.memory.read(0x100000 + self.room * head, length)
         header, data = data[:12], data[12:]
         for _ in range(struct.unpack_from("<H", header, 10)[0] - 1):
-            head, length = await self.used(self.receive)
+            head, length = await self.receive.next_used()
             data += self.memory.read(0x100000 + self.room * head, length)
         return header, data
 
     async def said(self) -> None:
-        await self.used(self.transmit)
+        await self.transmit.next_used()
 
     async def command(self, kind: int, command: int, data: bytes) -> int:
         """The device's answer."""
@@ -106,7 +96,7 @@ class Guest:
         parts = Descriptor(at, length), Descriptor(at + length, 1, WRITE)
         self.control.offer(self.control.chain(*parts))
         self.control.ring()
-        await self.used(self.control)
+        await self.control.next_used()
         return self.memory.read(at + length, 1)[0]
 
     def close(self) -> None:

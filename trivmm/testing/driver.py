@@ -153,14 +153,26 @@ class MockDriver:
     def used_index(self) -> int:
         return int(struct.unpack("<H", self.memory.read(self.used_gpa + 2, 2))[0])
 
+    def _next(self) -> tuple[int, int]:
+        entry = self.memory.read(self.used_gpa + 4 + 8 * (self.seen % self.size), 8)
+        self.seen = (self.seen + 1) & 0xFFFF
+        head, length = struct.unpack("<II", entry)
+        return head, length
+
     def used(self) -> list[tuple[int, int]]:
         """(head, length) of every entry that is new since the last call."""
         found = []
         while self.seen != self.used_index:
-            entry = self.memory.read(self.used_gpa + 4 + 8 * (self.seen % self.size), 8)
-            found.append(struct.unpack("<II", entry))
-            self.seen = (self.seen + 1) & 0xFFFF
+            found.append(self._next())
         return found
+
+    async def next_used(self) -> tuple[int, int]:
+        """(head, length) of the next entry, once an interrupt has told of it. Bounded by the caller."""
+        self.set_used_event(self.seen)  # "tell me of the next", before looking whether it is there already
+        while self.seen == self.used_index:
+            await trio.lowlevel.wait_readable(self.call)
+            self.interrupts()
+        return self._next()
 
     def ring(self) -> None:
         os.eventfd_write(self.doorbell, 1)

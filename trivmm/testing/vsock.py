@@ -7,8 +7,8 @@ them; credit is the caller's business.
 from __future__ import annotations
 
 import struct
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Final
 
 import attrs
@@ -118,7 +118,7 @@ class VsockGuest:
 
     async def packet(self, *, again: bool = True) -> Packet:
         """The next one. ``again``: its buffer is offered again. The caller bounds it."""
-        head, length = await _used(self.receive)
+        head, length = await self.receive.next_used()
         found = Packet.to_guest(self.memory.read(INCOMING + 0x10000 * head, length))
         if again:
             self._offer(head)
@@ -133,7 +133,7 @@ class VsockGuest:
         """Offer a buffer for an event and wait for one: its id."""
         self.events.offer(self.events.chain(Descriptor(0x70000, 4, WRITE)))
         self.events.ring()
-        _, length = await _used(self.events)
+        _, length = await self.events.next_used()
         assert length == 4
         return int(struct.unpack("<I", self.memory.read(0x70000, 4))[0])
 
@@ -156,36 +156,16 @@ class VsockGuest:
     async def send(self, packet: Packet) -> None:
         """And wait until the device has taken it."""
         self.post(packet)
-        await _used(self.transmit)
+        await self.transmit.next_used()
 
     async def send_raw(self, raw: bytes) -> None:
         self.post_raw(raw)
-        await _used(self.transmit)
+        await self.transmit.next_used()
 
     def close(self) -> None:
         for each in (self.receive, self.transmit, self.events):
             each.close()
         self.memory.close()
-
-
-async def _used(driver: MockDriver) -> tuple[int, int]:
-    driver.set_used_event(driver.seen)  # "tell me of the next", before looking whether it is there already
-    while driver.seen == driver.used_index:
-        await trio.lowlevel.wait_readable(driver.call)
-        driver.interrupts()
-    entry = driver.memory.read(driver.used_gpa + 4 + 8 * (driver.seen % driver.size), 8)
-    driver.seen = (driver.seen + 1) & 0xFFFF
-    head, length = struct.unpack("<II", entry)
-    return head, length
-
-
-@contextmanager
-def vsock_guest(**how: int) -> Iterator[VsockGuest]:
-    guest = VsockGuest(**how)  # type: ignore[arg-type]
-    try:
-        yield guest
-    finally:
-        guest.close()
 
 
 @asynccontextmanager
