@@ -281,7 +281,7 @@ static void conn_event(struct tv_vsock *vsock, struct tv_vsock_conn *conn, uint3
         return;
     case TV_VSOCK_OPEN:
         conn->hung_up |= ended;
-        if (conn->eof && ended) {
+        if (ended && (conn->eof || conn->guest_shut & TV_VSOCK_SHUT_RCV)) { /* nothing of it is to be read */
             tv_vsock_host_ended(vsock, conn);
             return;
         }

@@ -167,6 +167,23 @@ async def test_the_guest_talks_with_a_server_of_the_host(
     assert device.counters()["connected"] == 1
 
 
+async def test_a_guest_that_receives_no_more_hears_that_its_peer_has_gone(
+    guest: VsockGuest, device: VsockDevice, tmp_path: Path
+) -> None:
+    async with serving(device, guest), service(tmp_path, 7) as listener:
+        await guest.send(Packet(REQUEST, 1000, 7))
+        assert (await guest.packet()).op == RESPONSE
+        sock, _ = await listener.accept()
+        await guest.send(Packet(SHUTDOWN, 1000, 7, flags=RCV))
+        await guest.send(Packet(RW, 1000, 7, b"last words"))
+        assert await sock.recv(20) == b"last words"
+        sock.close()
+        told = await guest.packet()
+        assert (told.op, told.flags) == (SHUTDOWN, RCV | SEND)
+        await guest.send(Packet(RST, 1000, 7))
+    assert not any(device.counters()[name] for name in ("open", "half_open", "ending", "lingering"))
+
+
 async def test_nobody_listens(guest: VsockGuest, device: VsockDevice) -> None:
     async with serving(device, guest):
         await guest.send(Packet(REQUEST, 1000, 7))
