@@ -21,7 +21,7 @@ from trivmm.state.virtio import QueueState
 from trivmm.testing.driver import WRITE, Descriptor, MockDriver, activated, until
 from trivmm.testing.states import sent
 from trivmm.virtio.handles import QueueHandle
-from trivmm.virtio.net import link
+from trivmm.virtio.net import link, tap
 from trivmm.virtio.net.config import NetConfig
 from trivmm.virtio.net.device import NetDevice, NetState
 from trivmm.virtio.setup import DriverSetup
@@ -527,6 +527,21 @@ def test_a_link_that_is_taken_by_half_is_let_go(tmp_path: Path, monkeypatch: pyt
         link.NetLinks(NetConfig(link=f"listen:{tmp_path}/s"), incoming=False, passt_s=2)
     assert len(os.listdir("/proc/self/fd")) == before
     assert not os.listdir(tmp_path)
+
+
+def test_a_tap_that_no_socket_is_left_for_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attach(name: str, multi_queue: bool) -> tuple[int, str]:
+        return os.dup(0), "tap0"
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EMFILE, "no more")
+
+    monkeypatch.setattr(tap, "_attach", attach)
+    monkeypatch.setattr("socket.socket", fail)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ConfigError, match=r'^net\.tap = "tap0": cannot open it \(no more\); look at the host.s limits'):
+        tap.open_taps(NetConfig(tap="tap0"))
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_descriptors_do_not_travel() -> None:

@@ -61,6 +61,7 @@ def test_the_option_alone_is_the_internet_without_root() -> None:
     [
         ({"mac": "52:54:00:00:00"}, 'net.mac = "52:54:00:00:00": not a MAC address'),
         ({"mac": "01:54:00:00:00:00"}, 'net.mac = "01:54:00:00:00:00": a multicast address'),
+        ({"mac": "00:00:00:00:00:00"}, 'net.mac = "00:00:00:00:00:00": no address'),
         ({"mac": 7}, "net[0].mac = 7: wrong type"),
         ({"host_mac": "x"}, 'net.host_mac = "x": not a MAC address'),
         ({"num_queues": 0}, "net.num_queues = 0: not a number of queues; give an even one, 2 to 32"),

@@ -183,3 +183,5 @@ def _check_mac(field: str, value: str) -> None:
         raise ConfigError(field, value, "not a MAC address", "give one such as 52:54:00:12:34:56, or leave it out")
     if int(value[:2], 16) & 1:
         raise ConfigError(field, value, "a multicast address", "give one whose first byte is even")
+    if not int(value.replace(":", ""), 16):
+        raise ConfigError(field, value, "no address", "give one such as 52:54:00:12:34:56, or leave it out")

@@ -47,9 +47,11 @@ def open_taps(config: NetConfig) -> list[int]:
             fd, name = _attach(name, config.pairs > 1)
             fds.append(fd)
         _set_up(name, config)
-    except BaseException:
+    except BaseException as error:
         for fd in fds:
             os.close(fd)
+        if isinstance(error, OSError):  # no socket to ask with
+            raise _refused(name, error) from error
         raise
     return fds
 
@@ -117,6 +119,8 @@ def _refused(name: str, error: OSError) -> ConfigError:
         remedy = "stop who has it, or give another one"
     elif error.errno == errno.EINVAL:
         remedy = "an interface of that name is no tap, or was made with (without) multi_queue, unlike num_queues"
+    elif error.errno in (errno.EMFILE, errno.ENFILE):
+        remedy = "look at the host's limits (ulimit -n)"
     elif error.errno in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
         remedy = "load the kernel's tun module, or give link=passt"
     return ConfigError("net.tap", shown, f"cannot open it ({reason_of(error)})", remedy)
