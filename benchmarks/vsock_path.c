@@ -107,6 +107,8 @@ static int connect_guest(const char *path)
     snprintf(where.sun_path, sizeof where.sun_path, "%s", path);
     int listener = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0), fd = socket(AF_UNIX, SOCK_STREAM, 0);
     vsock = tv_vsock_new(CID, path);
+    if (vsock)
+        tv_vsock_set_patience(vsock, 2000000000ull, 30000000000ull);
     if (!vsock || bind(listener, (struct sockaddr *)&where, sizeof where) || listen(listener, 8) ||
         tv_vsock_listen(vsock, listener) || connect(fd, (struct sockaddr *)&where, sizeof where))
         exit(1);

@@ -12,8 +12,6 @@
 #include "vsock_table.h"
 
 #define HOST 0 /* which of the worker's own descriptors: the epoll set */
-#define GREETING_MS 2000  /* as Cloud Hypervisor */
-#define LINGER_MS 30000
 #define TRANSPORT_RESET 0 /* section 5.10.6.7: the id of an event */
 
 static uint32_t bit_of(const struct tv_worker *worker, uint16_t index)
@@ -82,7 +80,7 @@ static uint32_t how_many(void)
 }
 
 /* A device without connections whose listener is none yet; `path` is that of its socket, for the guest's connections.
- * NULL without memory or descriptors, or when the path is too long. */
+ * NULL without memory or descriptors, or when the path is too long. Its patience is set next. */
 struct tv_vsock *tv_vsock_new(uint64_t cid, const char *path)
 {
     struct tv_vsock *vsock = calloc(1, sizeof *vsock);
@@ -95,7 +93,6 @@ struct tv_vsock *tv_vsock_new(uint64_t cid, const char *path)
     vsock->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     vsock->timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC);
     tv_vsock_table_init(vsock, how_many());
-    tv_vsock_set_patience(vsock, GREETING_MS, LINGER_MS);
     struct epoll_event event = {.events = EPOLLIN, .data.ptr = &vsock->timer_fd};
     if (vsock->path_length + TV_VSOCK_SUFFIX >= sizeof vsock->address.sun_path || vsock->epoll_fd < 0 ||
         vsock->timer_fd < 0 || epoll_ctl(vsock->epoll_fd, EPOLL_CTL_ADD, vsock->timer_fd, &event)) {
@@ -128,10 +125,10 @@ void tv_vsock_worker_init(struct tv_vsock_worker *worker, struct tv_vsock *vsock
 }
 
 /* How long a connection may be half made (a client's line, the guest's answer), and half closed. */
-void tv_vsock_set_patience(struct tv_vsock *vsock, uint32_t greeting_ms, uint32_t linger_ms)
+void tv_vsock_set_patience(struct tv_vsock *vsock, uint64_t greeting_ns, uint64_t linger_ns)
 {
-    vsock->greeting_ns = greeting_ms * 1000000ull;
-    vsock->linger_ns = linger_ms * 1000000ull;
+    vsock->greeting_ns = greeting_ns;
+    vsock->linger_ns = linger_ns;
 }
 
 /* Take clients from this listening, nonblocking socket, which stays the caller's; -1: from none any more, which is said

@@ -64,7 +64,7 @@ struct tv_vsock_worker {
 struct tv_vsock *tv_vsock_new(uint64_t cid, const char *path);
 void tv_vsock_free(struct tv_vsock *vsock);
 void tv_vsock_worker_init(struct tv_vsock_worker *worker, struct tv_vsock *vsock);
-void tv_vsock_set_patience(struct tv_vsock *vsock, uint32_t greeting_ms, uint32_t linger_ms);
+void tv_vsock_set_patience(struct tv_vsock *vsock, uint64_t greeting_ns, uint64_t linger_ns);
 int tv_vsock_listen(struct tv_vsock *vsock, int fd);
 void tv_vsock_reset(struct tv_vsock *vsock);
 void tv_vsock_moved(struct tv_vsock *vsock);

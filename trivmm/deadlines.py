@@ -74,6 +74,17 @@ _ROWS: Final = (
         "source runs; its thread is named as stuck until it is back. In a switchover it has what is left of `downtime`",
     ),
     Deadline("passt", 2.0, "a passt that was started has not answered; it is used all the same, and the log says so"),
+    Deadline(
+        "vsock_greeting",
+        2.0,
+        "a vsock connection is not made: its client has not said CONNECT (it is closed), or the guest has not answered "
+        "(both ends are told)",
+    ),
+    Deadline(
+        "vsock_linger",
+        30.0,
+        "one end of a vsock connection is done and the other does not get on: what is left is dropped, both are told",
+    ),
     Deadline("lock", 2.0, "a register lock was held too long: a bug, reported with the lock's name"),
     Deadline("api_read", 10.0, "the connection is closed"),
     Deadline("api_write", 10.0, "the connection is closed"),
@@ -134,6 +145,8 @@ class Deadlines:
     api_idle: float = _limit("api_idle")
     verdict_read: float = _limit("verdict_read")
     free: float = _limit("free")
+    vsock_greeting: float = _limit("vsock_greeting")
+    vsock_linger: float = _limit("vsock_linger")
     shutdown_grace: float = _limit("shutdown_grace")
 
     def limit_s(self, name: str) -> float:

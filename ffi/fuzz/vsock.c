@@ -220,6 +220,8 @@ static void one(struct fuzz *fuzz)
         known[i] = (struct known){(uint32_t)i, 7};
     listener = listen_at(&address);
     vsock = tv_vsock_new(CID, address.sun_path);
+    if (vsock)
+        tv_vsock_set_patience(vsock, 2000000000ull, 30000000000ull);
     FUZZ_CHECK(vsock && listener >= 0 && !tv_vsock_listen(vsock, listener));
     if (fuzz_one_in(fuzz, 2))
         toggle_service();

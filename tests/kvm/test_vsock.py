@@ -65,7 +65,7 @@ def patient(vm: Vm) -> None:
     machine = vm.host.machine
     assert machine is not None
     device = next(slot.backend for slot in machine.board.devices if isinstance(slot.backend, VsockDevice))
-    device.set_patience(1000 * LIMIT_S, 1000 * LIMIT_S)
+    device.set_patience(LIMIT_S, LIMIT_S)
 
 
 class Client:

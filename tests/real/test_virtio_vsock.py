@@ -238,7 +238,7 @@ async def test_a_guest_that_refuses(guest: VsockGuest, device: VsockDevice, tmp_
 async def test_half_made_connections_have_a_limit_in_time(
     guest: VsockGuest, device: VsockDevice, tmp_path: Path
 ) -> None:
-    device.set_patience(150, 150)
+    device.set_patience(0.15, 0.15)
     async with serving(device, guest):
         silent, unanswered = Client.at(tmp_path / "v.sock"), Client.at(tmp_path / "v.sock")
         await unanswered.send(b"CONNECT 52\n")
@@ -257,7 +257,7 @@ async def test_half_made_connections_have_a_limit_in_number(
     guest: VsockGuest, device: VsockDevice, tmp_path: Path
 ) -> None:
     """The next clients wait in the listener's queue; that somebody is done with lets them in."""
-    device.set_patience(60_000, 60_000)
+    device.set_patience(60, 60)
     most = int(lib.TV_VSOCK_HALF_OPEN)
     async with serving(device, guest):
         silent = [Client.at(tmp_path / "v.sock") for _ in range(most)]

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from trivmm._native import ffi, lib
+from trivmm.deadlines import Deadlines
 from trivmm.errors import ConfigError
 from trivmm.memory.guest import GuestMemory
 from trivmm.unixsocket import UnixListener, listen_unix
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 F_STREAM: Final = 1 << 0
 QUEUE_SIZE: Final = 256
+MAX_NS: Final = 1 << 62  # some limit that no clock reaches
 COUNTS: Final = tuple(name for name, _ in ffi.typeof("struct tv_vsock_counts").fields)
 FAULTS: Final[dict[str, str]] = {
     "malformed": "packets that are no packets",
@@ -80,13 +82,23 @@ class VsockDevice(WorkerDevice):
     features = RING_FEATURES | F_STREAM
     queue_sizes = (QUEUE_SIZE, QUEUE_SIZE, QUEUE_SIZE)  # receive, transmit, events: section 5.10.2
 
-    def __init__(self, config: VsockConfig, memory: GuestMemory, name: str = "_vsock0", *, listen: bool = True) -> None:
+    def __init__(
+        self,
+        config: VsockConfig,
+        memory: GuestMemory,
+        name: str = "_vsock0",
+        *,
+        listen: bool = True,
+        deadlines: Deadlines | None = None,
+    ) -> None:
         """:raises ConfigError: when there can be no socket at the path."""
         super().__init__(config.id or name, memory)
         self._cid = config.cid
         self._native = lib.tv_vsock_new(config.cid, os.fsencode(config.socket))
         if self._native == ffi.NULL:
             raise ConfigError("vsock.socket", config.socket, "no memory or descriptors for it", "raise ulimit -n")
+        limits = deadlines or Deadlines()
+        self.set_patience(limits.vsock_greeting, limits.vsock_linger)
         self._counts = lib.tv_vsock_counts(self._native)
         self._told: set[str] = set()
         self.storage = self._socket = SocketLock(config.socket, self._native)
@@ -97,9 +109,9 @@ class VsockDevice(WorkerDevice):
             self.close()
             raise
 
-    def set_patience(self, greeting_ms: int, linger_ms: int) -> None:
+    def set_patience(self, greeting_s: float, linger_s: float) -> None:
         """How long a connection may be half made, and half closed. Before the first activation."""
-        lib.tv_vsock_set_patience(self._native, greeting_ms, linger_ms)
+        lib.tv_vsock_set_patience(self._native, *(min(round(each * 1e9), MAX_NS) for each in (greeting_s, linger_s)))
 
     def read_config(self, offset: int, size: int) -> bytes:
         return struct.pack("<Q", self._cid)[offset : offset + size].ljust(size, b"\xff")

@@ -23,7 +23,7 @@ SUFFIX: Final = len("_4294967295")  # of a guest's connection, behind the path
 def _make(config: VsockConfig, place: Place) -> WorkerDevice:
     from trivmm.virtio.vsock.device import VsockDevice
 
-    return VsockDevice(config, place.memory, place.name, listen=not place.incoming)
+    return VsockDevice(config, place.memory, place.name, listen=not place.incoming, deadlines=place.deadlines)
 
 
 def _check(devices: Sequence[VsockConfig]) -> None:
