@@ -16,6 +16,7 @@ import trio
 
 from trivmm import (
     ConsoleConfig,
+    CpusConfig,
     Deadlines,
     DiskConfig,
     MemoryConfig,
@@ -86,11 +87,13 @@ async def echoing(path: str) -> AsyncIterator[None]:
             nursery.cancel_scope.cancel()
 
 
-async def test_linux_boots_uses_its_devices_and_moves(linux: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cpus", [1, 2])
+async def test_linux_boots_uses_its_devices_and_moves(linux: Any, tmp_path: Path, cpus: int) -> None:
     disk, serial, console = tmp_path / "disk.img", tmp_path / "serial.txt", tmp_path / "console.txt"
     disk.write_bytes(bytes(4 << 20))
     config = VmConfig(
         PayloadConfig(str(linux.kernel), CMDLINE, initramfs=str(linux.initramfs)),
+        cpus=CpusConfig(cpus),
         memory=MemoryConfig(256 << 20),
         disks=(DiskConfig(str(disk)),),
         serial=SerialConfig("File", str(serial)),
@@ -130,6 +133,7 @@ async def test_linux_boots_uses_its_devices_and_moves(linux: Any, tmp_path: Path
             await vm.power_button()
             assert (await vm.wait()).kind == "poweroff"
     said = serial.read_text(errors="replace")
+    assert f"smp: Brought up 1 node, {cpus} CPU" in said
     assert "GUEST problem" not in said
     assert not re.search(r"GUEST plugged \d+ bad", said)
     assert said.count("GUEST power button") == 1

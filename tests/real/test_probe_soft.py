@@ -23,13 +23,13 @@ pytestmark = [
 ]
 
 
-async def last_words(folder: Path, **options: object) -> ProbeReport:
+async def last_words(folder: Path, cpus: int = 1, **options: object) -> ProbeReport:
     """Everything the guest said until it powered itself off."""
     disk, serial = folder / "disk.img", folder / "serial.txt"
     disk.write_bytes(bytes(1 << 20))
     config = VmConfig(
-        PayloadConfig(str(probe_path()), probe_cmdline(cpus=1, report=200, mem=8, cycle="rng,blk", **options)),
-        cpus=CpusConfig(1),
+        PayloadConfig(str(probe_path()), probe_cmdline(cpus=cpus, report=200, mem=8, cycle="rng,blk", **options)),
+        cpus=CpusConfig(cpus),
         memory=MemoryConfig(64 << 20),
         disks=(DiskConfig(str(disk)),),
         serial=SerialConfig("File", str(serial)),
@@ -48,6 +48,40 @@ async def test_devices_cycle(tmp_path: Path, options: dict[str, int]) -> None:
     assert report.rng_act + report.blk_act >= 20
     assert min(report.rng_ios, report.blk_ios) > 0
     assert report.dirtied > 0
+
+
+@pytest.mark.parametrize("cpus", [2, 4])
+async def test_several_cpus_take_turns(tmp_path: Path, cpus: int) -> None:
+    """Each checks its own pages, and all of them race for one device."""
+    report = await last_words(tmp_path, cpus, rate=300, once=20, race=2)
+    assert (report.cpus, report.problems, report.errors, report.stuck) == (cpus, (), 0, 0)
+    assert report.rng_act + report.blk_act >= 20
+
+
+async def test_several_cpus_move(tmp_path: Path) -> None:
+    serial = tmp_path / "serial.txt"
+    config = VmConfig(
+        PayloadConfig(str(probe_path()), probe_cmdline(cpus=2, report=100, mem=4, cycle="rng", rate=300)),
+        cpus=CpusConfig(2),
+        memory=MemoryConfig(64 << 20),
+        serial=SerialConfig("File", str(serial)),
+        deadlines=Deadlines(pause=10, downtime=20),
+    )
+
+    def report() -> ProbeReport:
+        return parse_report(serial.read_text(errors="replace"))
+
+    with trio.fail_after(BOUND_S):
+        async with open_road(config, hypervisor=SoftHypervisor()) as road:
+            for number in range(3):
+                since = report().checked
+                while report().checked < since + 5000 and not report().problems:
+                    await road.vm.console_output()
+                await road.move(f"unix:{tmp_path}/{number}.sock")
+            since = report().checked
+            while report().checked < since + 5000 and not report().problems:
+                await road.vm.console_output()
+    assert (report().problems, report().errors, report().stuck) == ((), 0, 0)
 
 
 async def test_a_disk_comes_is_used_and_goes(tmp_path: Path) -> None:

@@ -58,4 +58,4 @@ def test_what_a_back_end_lacks_has_a_default() -> None:
     assert cpu.write_hook is None
     assert cpu.counters() == {}
     soft = SoftHypervisor("no /dev/kvm")
-    assert (soft.note, soft.max_vcpus, soft.needs_payload) == ("no /dev/kvm", 1, True)
+    assert (soft.note, soft.max_vcpus, soft.needs_payload) == ("no /dev/kvm", 8, True)

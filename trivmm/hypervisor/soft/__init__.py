@@ -1,7 +1,7 @@
 """``soft``: guest code on the unicorn CPU emulator, for machines without /dev/kvm.
 
-The same guest memory and the same devices as ``kvm``; interrupts are delivered by us, with a small LAPIC, 8259s and
-a PIT. One vCPU. unicorn comes with the ``soft`` extra and is imported only when a VM is opened.
+The same guest memory and the same devices as ``kvm``; interrupts are delivered by us, with small LAPICs, 8259s and
+a PIT. Its vCPUs take turns. unicorn comes with the ``soft`` extra and is imported only when a VM is opened.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class SoftHypervisor(Hypervisor):
     """The back end for ``--hypervisor soft``. Holds nothing of its own."""
 
     name: ClassVar[str] = "soft"
-    max_vcpus = 1
+    max_vcpus = 8  # a bit each in the flat logical addresses of an xAPIC; and they share one host CPU
 
     def __init__(self, note: str = "") -> None:
         self.note = note

@@ -5,7 +5,7 @@ the bus. Writes to those controllers and to doorbells are carried out at once to
 asked: the instruction completes, the next one does not begin, and the write is served then (:meth:`Accesses.serve`). So
 a vCPU that must park at a barrier has executed nothing past the write.
 
-Everything here runs on the vCPU's thread.
+Everything here runs on the vCPU's thread, all but :meth:`Accesses.serve` while it has the turn.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trivmm.bus.space import AddressSpace, Effect
 from trivmm.hypervisor.soft.delivery import may_use_port
 from trivmm.hypervisor.soft.engine import Engine
 from trivmm.hypervisor.soft.ioapic import IOAPIC_SIZE
-from trivmm.hypervisor.soft.lapic import LAPIC_SIZE, TIMER_HZ
+from trivmm.hypervisor.soft.lapic import ICR_LOW, LAPIC_SIZE, Lapic
 from trivmm.hypervisor.soft.pic import PORTS
 from trivmm.memory.layout import IOAPIC_START, LAPIC_START
 
@@ -54,13 +54,13 @@ class _Write:
 
 
 class Accesses:
-    """Between one vCPU's engine, which it makes, and everything outside."""
+    """Between the engine, while it is one vCPU, and everything outside: its ``Handlers``."""
 
-    def __init__(self, vm: SoftVm) -> None:
-        self.engine = Engine(self._read_mmio, self._write_mmio, self._read_port, self._write_port, TIMER_HZ)
+    def __init__(self, vm: SoftVm, engine: Engine, lapic: Lapic) -> None:
+        self.engine = engine
         self._bus = Bus(AddressSpace("pio"), AddressSpace("mmio"))  # nobody's, until it runs
         self._vm = vm
-        self._lapic = vm.lapic
+        self._lapic = lapic
         self._chips = vm.chips
         self._gate = self.engine.gate
         self._writes: deque[_Write] = deque()
@@ -103,7 +103,7 @@ class Accesses:
 
     # --- in the middle of an instruction ---------------------------------------------------------------------
 
-    def _read_mmio(self, gpa: int, size: int) -> int:
+    def read_mmio(self, gpa: int, size: int) -> int:
         if LAPIC_START <= gpa < LAPIC_START + LAPIC_SIZE:
             register = self._lapic.read(gpa & 0xFF0, time.monotonic_ns())
             return register >> (gpa & 3) * 8 & (1 << size * 8) - 1 if gpa & 0xF < 4 else 0
@@ -111,10 +111,12 @@ class Accesses:
             return self._vm.ioapic.read(gpa & 0xFC) >> (gpa & 3) * 8 & (1 << size * 8) - 1
         return int.from_bytes(self._bus.read_mmio(gpa, size), "little")
 
-    def _write_mmio(self, gpa: int, size: int, value: int) -> None:
+    def write_mmio(self, gpa: int, size: int, value: int) -> None:
         if LAPIC_START <= gpa < LAPIC_START + LAPIC_SIZE:
             if gpa & 0xF == 0 and size == 4:
                 self._lapic.write(gpa & 0xFF0, value, time.monotonic_ns())
+                if gpa & 0xFF0 == ICR_LOW:
+                    lib.tv_soft_gate_ask(self._gate)  # who gets it shall not wait for the end of this slice
                 self._ask_if_deliverable()
             return
         if IOAPIC_START <= gpa < IOAPIC_START + IOAPIC_SIZE:
@@ -155,14 +157,14 @@ class Accesses:
         lib.tv_soft_gate_ask(self._gate)
         return True
 
-    def _read_port(self, port: int, size: int) -> int:
+    def read_port(self, port: int, size: int) -> int:
         if self._denied(port, size):
             return 0
         if port in PORTS:
             return self._chips.read(port, time.monotonic_ns())
         return int.from_bytes(self._bus.read_port(port, size), "little")
 
-    def _write_port(self, port: int, size: int, value: int) -> None:
+    def write_port(self, port: int, size: int, value: int) -> None:
         if self._denied(port, size):
             return
         if port in PORTS:
@@ -173,5 +175,5 @@ class Accesses:
         lib.tv_soft_gate_ask(self._gate)
 
     def _ask_if_deliverable(self) -> None:
-        if self._vm.interrupt_waits():
+        if self._vm.interrupt_waits(self._lapic):
             lib.tv_soft_gate_ask(self._gate)

@@ -1,6 +1,8 @@
 """The unicorn engine behind a few exact verbs: map, run so many instructions, read and write all registers.
 
-One engine is one CPU. It belongs to a vCPU from create to close and is used by one thread at a time.
+One engine is all of a VM's CPUs: each has its own :class:`Registers`, and :meth:`Engine.select` puts one's in. So
+translated code is shared, and whoever writes over code has it translated anew for all of them. It is used by one thread
+at a time: the one whose turn it is.
 
 The engine cannot be stopped safely from outside an instruction hook (see ``ffi/softgate.h``), so it never is: every
 stop goes through the *gate*, which a C hook asks before each instruction. A port or MMIO callback asks the gate too:
@@ -10,9 +12,7 @@ the instruction completes and the next one does not begin.
 from __future__ import annotations
 
 import ctypes
-import time
-from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import attrs
 import unicorn
@@ -21,39 +21,16 @@ from unicorn import x86_const as x86
 
 from trivmm._native import ffi, lib
 from trivmm.errors import HypervisorError
+from trivmm.hypervisor.soft import cpuid
 from trivmm.hypervisor.soft.env import CONTEXT_BYTES, ENGINE_VERSION, HEADER_BYTES, Env, merged, refusal
 
 _unicorn: Any = unicorn  # its Python package is not typed
 
-__all__ = ["PHYSICAL_END", "Engine", "Slot", "Stop"]
+__all__ = ["PHYSICAL_END", "Engine", "Handlers", "Registers", "Slot", "Stop"]
 
 PHYSICAL_END: Final = 1 << 40  # the engine's CPU has 40 physical address bits
 PAGE: Final = 0x1000
 _CTL_TLB_FLUSH: Final = uc_const.UC_CTL_TLB_FLUSH | uc_const.UC_CTL_IO_WRITE << 30
-
-
-HIGHEST_LEAF: Final = 0xD  # of the engine's CPU
-TSC_LEAF: Final = 0x15
-RATIO_OF: Final = 1000  # the TSC's rate is told in thousandths of the crystal's
-VENDOR: Final = (0x756E_6547, 0x6C65_746E, 0x4965_6E69)  # EBX, ECX, EDX
-CPUID_REGISTERS: Final = (x86.UC_X86_REG_RAX, x86.UC_X86_REG_RBX, x86.UC_X86_REG_RCX, x86.UC_X86_REG_RDX)
-
-
-class Clock:
-    """The rate of the TSC, told from two looks that lie far enough apart."""
-
-    ENOUGH_NS: Final = 50_000_000
-
-    def __init__(self) -> None:
-        self._tsc, self._ns = int(lib.tv_tsc()), time.monotonic_ns()
-        self._khz = 0
-
-    def tsc_khz(self) -> int:
-        """Sleeps for what is missing to 50 ms since the start, once. The vCPU's thread only."""
-        if not self._khz:
-            time.sleep(max(0, self._ns + self.ENOUGH_NS - time.monotonic_ns()) / 1e9)
-            self._khz = (int(lib.tv_tsc()) - self._tsc) * 1_000_000 // (time.monotonic_ns() - self._ns)
-        return self._khz
 
 
 @attrs.frozen
@@ -77,19 +54,35 @@ class Stop:
     FAILED: Final = "failed"  # ``Engine.failure`` is the engine's error number
 
 
-class Engine:
-    """``read_mmio(gpa, size)``, ``write_mmio(gpa, size, value)``, ``read_port(port, size)`` and
-    ``write_port(port, size, value)`` are called inside :meth:`run`, in the middle of an instruction. ``crystal_hz`` is
-    what the local APIC's timer counts: CPUID tells it, and the TSC's ratio to it."""
+class Handlers(Protocol):
+    """What a CPU does outside, called inside :meth:`Engine.run`, in the middle of an instruction."""
 
-    def __init__(
-        self,
-        read_mmio: Callable[[int, int], int],
-        write_mmio: Callable[[int, int, int], None],
-        read_port: Callable[[int, int], int],
-        write_port: Callable[[int, int, int], None],
-        crystal_hz: int,
-    ) -> None:
+    def read_mmio(self, gpa: int, size: int) -> int: ...
+
+    def write_mmio(self, gpa: int, size: int, value: int) -> None: ...
+
+    def read_port(self, port: int, size: int) -> int: ...
+
+    def write_port(self, port: int, size: int, value: int) -> None: ...
+
+
+class Registers:
+    """One CPU's, while another's are in the engine. ``env``: as last fetched."""
+
+    def __init__(self, context: Any, index: int) -> None:
+        self.context = context
+        self.index = index
+        self.address: int = context.context.value + HEADER_BYTES
+        self.env = Env.from_address(self.address)
+
+
+class Engine:
+    """``crystal_hz`` is what the local APICs' timers count: CPUID tells it, and the TSC's ratio to it."""
+
+    handlers: Handlers
+    """The selected CPU's."""
+
+    def __init__(self, crystal_hz: int) -> None:
         if tuple(_unicorn.__version__.split(".")[:3]) != tuple(str(part) for part in ENGINE_VERSION):
             wanted = ".".join(map(str, ENGINE_VERSION))
             raise HypervisorError(
@@ -97,30 +90,30 @@ class Engine:
             )
         self._uc: Any = _unicorn.Uc(uc_const.UC_ARCH_X86, uc_const.UC_MODE_64)
         self._library: Any = _unicorn.unicorn_py3.unicorn.uclib
-        self._context: Any = self._uc.context_save()
-        if self._context.size != HEADER_BYTES + CONTEXT_BYTES:
-            raise HypervisorError("uc_context_size", f"{self._context.size} bytes is not this version's size")
-        self._address: int = self._context.context.value + HEADER_BYTES
-        self.env = Env.from_address(self._address)
-        self._pristine = ctypes.string_at(self._address, CONTEXT_BYTES)
+        context = self._uc.context_save()
+        if context.size != HEADER_BYTES + CONTEXT_BYTES:
+            raise HypervisorError("uc_context_size", f"{context.size} bytes is not this version's size")
+        self._registers = Registers(context, 0)
+        self._all = [self._registers]
+        self.pristine = ctypes.string_at(self._registers.address, CONTEXT_BYTES)
         self.exception = 0
         self.failure = 0
         self._excepted = False
         self._syscalled = False
+        self._claimed = False  # the first CPU is somebody's
         self._rom_writes: list[tuple[int, bytes]] = []  # host address, what was there before
         self.gate = ffi.new("struct tv_soft_gate *")
         stop = ctypes.cast(self._library.uc_emu_stop, ctypes.c_void_p).value
         lib.tv_soft_gate_init(self.gate, stop)
-        self._read_mmio, self._write_mmio = read_mmio, write_mmio
         self._crystal_hz = crystal_hz
-        self._clock = Clock()
+        self._clock = cpuid.Clock()
         self._add_gate()
         self._uc.ctl_exits_enabled(True)  # no address ends a run
         self._uc.hook_add(uc_const.UC_HOOK_INTR, self._on_exception)
         self._uc.hook_add(uc_const.UC_HOOK_INSN, self._on_syscall, None, 1, 0, x86.UC_X86_INS_SYSCALL)
         self._uc.hook_add(
             uc_const.UC_HOOK_INSN,
-            lambda _uc, port, size, _data: read_port(port, size),
+            lambda _uc, port, size, _data: self.handlers.read_port(port, size),
             None,
             1,
             0,
@@ -128,7 +121,7 @@ class Engine:
         )
         self._uc.hook_add(
             uc_const.UC_HOOK_INSN,
-            lambda _uc, port, size, value, _data: write_port(port, size, value),
+            lambda _uc, port, size, value, _data: self.handlers.write_port(port, size, value),
             None,
             1,
             0,
@@ -152,20 +145,14 @@ class Engine:
             raise HypervisorError("uc_hook_add", f"error {status}")
 
     def _on_cpuid(self, uc: Any, _data: Any) -> int:
-        """Leaf 15H, and a highest leaf that reaches it; the engine answers the others. Intel SDM vol. 2, CPUID.
-
-        A guest can't calibrate its clocks here by counting loops, since every access to a timer leaves the engine."""
-        leaf = uc.reg_read(x86.UC_X86_REG_EAX)
-        if leaf == 0:
-            answer = (TSC_LEAF, *VENDOR)
-        elif leaf == TSC_LEAF:
-            ratio = self._clock.tsc_khz() * 1000 * RATIO_OF // self._crystal_hz
-            answer = (RATIO_OF, ratio, self._crystal_hz, 0)
-        elif HIGHEST_LEAF < leaf < TSC_LEAF:
-            answer = (0, 0, 0, 0)
-        else:
+        leaf, subleaf, cr4 = (
+            int(uc.reg_read(each)) for each in (x86.UC_X86_REG_EAX, x86.UC_X86_REG_ECX, x86.UC_X86_REG_CR4)
+        )
+        cpu, cpus = self._registers.index, len(self._all)
+        answer = cpuid.answer(leaf, subleaf, cr4, self._clock, self._crystal_hz, cpu, cpus)
+        if answer is None:
             return 0
-        for register, value in zip(CPUID_REGISTERS, answer, strict=True):
+        for register, value in zip(cpuid.REGISTERS, answer, strict=True):
             uc.reg_write(register, value)
         return 1
 
@@ -199,7 +186,7 @@ class Engine:
             inside = rom.gpa <= gpa and gpa + size <= rom.gpa + rom.size
             if inside:
                 self._rom_writes.append((rom.hva + gpa - rom.gpa, ctypes.string_at(rom.hva + gpa - rom.gpa, size)))
-                self._write_mmio(gpa, size, value)
+                self.handlers.write_mmio(gpa, size, value)
             return inside
 
         self._uc.hook_add(uc_const.UC_HOOK_MEM_WRITE_PROT, written)
@@ -207,13 +194,12 @@ class Engine:
     def _map_mmio(self, start: int, end: int) -> None:
         if start >= end:
             return
-        read_mmio, write_mmio = self._read_mmio, self._write_mmio
 
         def read(_uc: Any, offset: int, size: int, _data: Any) -> int:
-            return read_mmio(start + offset, size)
+            return self.handlers.read_mmio(start + offset, size)
 
         def write(_uc: Any, offset: int, size: int, value: int, _data: Any) -> None:
-            write_mmio(start + offset, size, value)
+            self.handlers.write_mmio(start + offset, size, value)
 
         self._uc.mmio_map(start, end - start, read, None, write, None)
 
@@ -247,6 +233,28 @@ class Engine:
 
     # --- registers: only between runs ------------------------------------------------------------------------
 
+    def add_cpu(self) -> Registers:
+        """Registers of one more CPU, the first one's the first time; out of the engine's own reset."""
+        if len(self._all) > 1 or self._claimed:
+            self._all.append(Registers(self._uc.context_save(), len(self._all)))
+        self._claimed = True
+        ctypes.memmove(self._all[-1].address, self.pristine, CONTEXT_BYTES)
+        return self._all[-1]
+
+    def select(self, registers: Registers, handlers: Handlers) -> None:
+        """It is this CPU from now on."""
+        self.handlers = handlers
+        if registers is not self._registers:
+            self._uc.context_update(self._registers.context)
+            self._registers = registers
+            self.commit()
+            self.forget_addresses()
+
+    @property
+    def env(self) -> Env:
+        """As last fetched."""
+        return self._registers.env
+
     @property
     def rip(self) -> int:
         return int(self._uc.reg_read(x86.UC_X86_REG_RIP))
@@ -264,23 +272,23 @@ class Engine:
 
     def fetch(self) -> Env:
         """All registers; changes take effect with :meth:`commit`."""
-        self._uc.context_update(self._context)
+        self._uc.context_update(self._registers.context)
         return self.env
 
     def commit(self) -> None:
-        self._uc.context_restore(self._context)
+        self._uc.context_restore(self._registers.context)
 
     def reset(self) -> Env:
         """The engine's own initial registers, fetched; :meth:`commit` them."""
         self.fetch()
-        ctypes.memmove(self._address, self._pristine, CONTEXT_BYTES)
+        ctypes.memmove(self._registers.address, self.pristine, CONTEXT_BYTES)
         return self.env
 
     def save(self) -> bytes:
         env = self.fetch()
         for index in range(4):
             env.breakpoints[index] = 0
-        return ctypes.string_at(self._address, CONTEXT_BYTES)
+        return ctypes.string_at(self._registers.address, CONTEXT_BYTES)
 
     def load(self, raw: bytes) -> None:
         """:raises HypervisorError: when these bytes are not registers that this engine can take."""
@@ -289,7 +297,7 @@ class Engine:
             raise HypervisorError("soft vCPU state", why)
         self.fetch()
         # How the emulator rounds is derived from the control words below, never taken from a stranger.
-        ctypes.memmove(self._address, merged(raw, self._pristine), CONTEXT_BYTES)
+        ctypes.memmove(self._registers.address, merged(raw, self.pristine), CONTEXT_BYTES)
         self.commit()
         for register in (x86.UC_X86_REG_FPCW, x86.UC_X86_REG_MXCSR):
             self._uc.reg_write(register, self._uc.reg_read(register))
@@ -298,6 +306,10 @@ class Engine:
     def flush(self) -> None:
         """Forget translated code and cached page tables: memory changed behind the engine's back."""
         self._uc.ctl_flush_tb()
+        self.forget_addresses()
+
+    def forget_addresses(self) -> None:
+        """What the CPU before has translated through its page tables."""
         self._library.uc_ctl(self._uc._uch, _CTL_TLB_FLUSH)
 
     def flush_code(self) -> None:
@@ -306,8 +318,10 @@ class Engine:
     def close(self) -> None:
         """Free the engine now: its package leaves it in a reference cycle, with a gigabyte of address space.
         Call once, with no run going on."""
-        self.env = Env.from_buffer_copy(self._pristine)  # the real one goes with the context
-        uc, self._uc, self._context = self._uc, None, None
+        for each in self._all:
+            each.env = Env.from_buffer_copy(self.pristine)  # the real one goes with the context
+            each.context = None
+        uc, self._uc = self._uc, None
         release = getattr(uc, "_Uc__finalizer", None)
         if release is not None:
             release()

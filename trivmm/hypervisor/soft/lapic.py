@@ -1,7 +1,8 @@
-"""The local APIC of the one soft vCPU: xAPIC registers, interrupt priority, MSI in, timer. Intel SDM vol. 3, ch. 11.
+"""The local APIC of a soft vCPU: xAPIC registers, interrupt priority, IPIs out and in, timer. Intel SDM vol. 3, ch. 11.
 
-Pure state: the vCPU's thread calls it, with the time as an argument. 256-bit registers are Python ints, a bit a
-vector. Not here: x2APIC, the TSC deadline (CPUID offers neither), INIT and SIPI (there is one vCPU).
+Pure state, changed by whoever has the turn, with the time as an argument. 256-bit registers are Python ints, a bit a
+vector. Whom a message is for, its bus knows (:mod:`.apic_bus`). Not here: x2APIC, the TSC deadline (CPUID offers
+neither).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any, Final
 
 import attrs
 
-__all__ = ["LAPIC_SIZE", "Lapic"]
+__all__ = ["ICR_LOW", "LAPIC_SIZE", "MODE_LOWEST", "TIMER_HZ", "Icr", "Lapic"]
 
 LAPIC_SIZE: Final = 0x1000
 TIMER_HZ: Final = 25_000_000  # the crystal of CPUID 15H, whose ratio guests compute in 32 bits
@@ -20,7 +21,8 @@ VERSION: Final = 0x0005_0014  # xAPIC, six LVT entries
 LVT_MASKED: Final = 1 << 16
 LVT_PERIODIC: Final = 1 << 17
 LVT_DEADLINE: Final = 1 << 18
-MODE_FIXED, MODE_LOWEST, MODE_NMI, MODE_EXTINT = 0, 1, 4, 7
+MODE_FIXED, MODE_LOWEST, MODE_NMI, MODE_INIT, MODE_STARTUP, MODE_EXTINT = 0, 1, 4, 5, 6, 7
+ICR_ASSERT, ICR_LEVEL = 1 << 14, 1 << 15
 SVR_ENABLED: Final = 1 << 8
 PERIOD_MIN_NS: Final = 20_000  # a guest that asks for more ticks than this gets them late, not all
 
@@ -32,18 +34,34 @@ LVTS: Final = (0x320, 0x330, 0x340, 0x350, 0x360, 0x370)
 INITIAL, CURRENT, DIVIDE = 0x380, 0x390, 0x3E0
 
 
-def _reset_lvts() -> dict[int, int]:
+@attrs.frozen
+class Icr:
+    """What a write to the interrupt command register sends, and to whom. ``shorthand``: 1 to itself, 2 to all, 3 to
+    all others, 0 to ``destination``."""
+
+    vector: int
+    mode: int
+    destination: int
+    logical: bool
+    shorthand: int
+
+
+def _reset_lvts(lapic: Lapic) -> dict[int, int]:
     lvts = dict.fromkeys(LVTS, LVT_MASKED)
-    lvts[LVT_LINT0] = MODE_EXTINT << 8  # the boot CPU's LINT0 passes the 8259's interrupts from reset on
+    if lapic.index == 0:
+        lvts[LVT_LINT0] = MODE_EXTINT << 8  # the boot CPU's LINT0 passes the 8259's interrupts from reset on
     return lvts
 
 
 @attrs.define(eq=False)
 class Lapic:
-    """``now`` arguments are nanoseconds of one monotonic clock. ``on_eoi(vector)`` is told of the EOI broadcast."""
+    """``now`` arguments are nanoseconds of one monotonic clock. ``on_eoi(vector)`` is told of the EOI broadcast,
+    ``on_ipi(lapic, icr)`` of what the guest sends. ``init`` and ``startup`` (its vector) wait for their vCPU."""
 
     on_eoi: Callable[[int], None]
-    apic_id: int = 0
+    on_ipi: Callable[[Lapic, Icr], None]
+    index: int
+    apic_id: int = attrs.field(default=attrs.Factory(lambda self: self.index, takes_self=True))
     tpr: int = 0
     ldr: int = 0
     dfr: int = 0xFFFF_FFFF
@@ -52,12 +70,14 @@ class Lapic:
     irr: int = 0
     esr: int = 0
     icr: int = 0
-    lvts: dict[int, int] = attrs.field(factory=_reset_lvts)
+    lvts: dict[int, int] = attrs.field(default=attrs.Factory(_reset_lvts, takes_self=True))
     divide: int = 0
     initial: int = 0
     armed_at: int = 0
     expires: int | None = None
     nmi: bool = False
+    init: bool = False
+    startup: int | None = None
 
     # --- the guest's side ------------------------------------------------------------------------------------
 
@@ -133,21 +153,25 @@ class Lapic:
                 self.lvts[offset] = value & 0x7_F7FF | masked
 
     def _send(self) -> None:
-        low, destination = self.icr & 0xFFFF_FFFF, self.icr >> 56
-        shorthand = low >> 18 & 3
-        if shorthand == 3 or (shorthand == 0 and not self._is_me(destination, bool(low & 1 << 11))):
-            return
-        self._accept(low >> 8 & 7, low & 0xFF)
+        low = self.icr & 0xFFFF_FFFF
+        mode = low >> 8 & 7
+        if mode == MODE_INIT and low & (ICR_LEVEL | ICR_ASSERT) == ICR_LEVEL:
+            return  # the de-assertion, which only old CPUs knew
+        self.on_ipi(self, Icr(low & 0xFF, mode, self.icr >> 56, bool(low & 1 << 11), low >> 18 & 3))
 
-    # --- interrupts in ---------------------------------------------------------------------------------------
+    def initialize(self) -> None:
+        """What INIT makes of it: as after a reset, but for its id. Section 11.4.7.3."""
+        fresh = Lapic(self.on_eoi, self.on_ipi, self.index, self.apic_id)
+        for field in attrs.fields(Lapic):
+            setattr(self, field.name, getattr(fresh, field.name))
 
-    def message(self, address: int, data: int) -> None:
-        """An MSI. One for somebody else, or with a mode that has no meaning here, is dropped."""
-        if address >> 20 != 0xFEE or not self._is_me(address >> 12 & 0xFF, bool(address & 4)):
-            return
-        self._accept(data >> 8 & 7, data & 0xFF)
+    # --- from the bus ----------------------------------------------------------------------------------------
 
-    def _is_me(self, destination: int, logical: bool) -> bool:
+    @property
+    def enabled(self) -> bool:
+        return bool(self.svr & SVR_ENABLED)
+
+    def is_addressed(self, destination: int, logical: bool) -> bool:
         if destination == 0xFF:
             return True
         if not logical:
@@ -157,9 +181,13 @@ class Lapic:
             return bool(destination & mine)
         return destination >> 4 == mine >> 4 and bool(destination & mine & 0xF)
 
-    def _accept(self, mode: int, vector: int) -> None:
+    def accept(self, mode: int, vector: int) -> None:
         if mode == MODE_NMI:
             self.nmi = True
+        elif mode == MODE_INIT:
+            self.init, self.startup = True, None
+        elif mode == MODE_STARTUP:
+            self.startup = vector
         elif mode in (MODE_FIXED, MODE_LOWEST):
             if vector < 16:
                 self.esr |= 1 << 6
@@ -223,7 +251,7 @@ class Lapic:
         else:
             self.expires = None
         if not lvt & LVT_MASKED:
-            self._accept(MODE_FIXED, lvt & 0xFF)
+            self.accept(MODE_FIXED, lvt & 0xFF)
 
     # --- saved state -----------------------------------------------------------------------------------------
 
@@ -235,6 +263,8 @@ class Lapic:
             "isr": f"{self.isr:x}",
             "irr": f"{self.irr:x}",
             "nmi": self.nmi,
+            "init": self.init,
+            "startup": self.startup,
             "lvts": [self.lvts[each] for each in LVTS],
             "timer_left_ns": left,
         }
@@ -244,7 +274,8 @@ class Lapic:
         for name in _WORDS:
             setattr(self, name, _word(state[name], 64))
         self.isr, self.irr = (_word(int(state[name], 16), 256) for name in ("isr", "irr"))
-        self.nmi = bool(state["nmi"])
+        self.nmi, self.init = bool(state["nmi"]), bool(state["init"])
+        self.startup = None if state["startup"] is None else _word(state["startup"], 8)
         values = [_word(each, 32) for each in state["lvts"]]
         self.lvts = dict(zip(LVTS, values, strict=True))
         left = state["timer_left_ns"]

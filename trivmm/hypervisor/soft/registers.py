@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Final
 
 from trivmm.hypervisor.base import LONG_MODE_GDT, LongModeEntry, PvhEntry
-from trivmm.hypervisor.soft.env import CR4_PAE, CS, HF_CS32, HF_CS64, HF_LMA, HF_PE, HF_SS32, RBX, RSI, Env
+from trivmm.hypervisor.soft.env import CR4_PAE, CS, HF_ADDSEG, HF_CS32, HF_CS64, HF_LMA, HF_PE, HF_SS32, RBX, RSI, Env
 
-__all__ = ["describe", "set_long_mode", "set_pvh", "set_reset"]
+__all__ = ["describe", "set_long_mode", "set_pvh", "set_reset", "set_startup"]
 
 FLAT_CODE: Final = 0x00CF_9B00
 FLAT_DATA: Final = 0x00CF_9300
@@ -25,7 +25,7 @@ GENERAL: Final = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{
 
 def set_reset(env: Env) -> None:
     """Intel SDM volume 3, table 9-1."""
-    env.hflags, env.efer = 0, 0
+    env.hflags, env.efer = HF_ADDSEG, 0  # as after a far jump in real mode: bases of data segments count
     env.cr[0], env.cr[2], env.cr[3], env.cr[4] = 0x6000_0010, 0, 0, 0
     for index in range(6):
         segment = env.segs[index]
@@ -34,6 +34,13 @@ def set_reset(env: Env) -> None:
     code.selector, code.base, code.flags = 0xF000, 0xFFFF_0000, REAL_CODE
     env.idt.limit = env.gdt.limit = 0xFFFF
     env.eip, env.eflags = 0xFFF0, 2
+
+
+def set_startup(env: Env, vector: int) -> None:
+    """What a STARTUP IPI makes of a CPU after its INIT: real mode at ``vector`` times 4 KiB. Volume 3, section 9.4."""
+    code = env.segs[CS]
+    code.selector, code.base = vector << 8, vector << 12
+    env.eip = 0
 
 
 def set_pvh(env: Env, entry: PvhEntry) -> None:

@@ -1,8 +1,9 @@
 """A soft VM: memory slots, doorbells, interrupt sources, the PC's old chips and its I/O APIC, around one emulated CPU.
 
-Interrupt sources are eventfds in one epoll set. The vCPU's thread looks into it between slices of guest code and
-sleeps on it when the guest halts: there is no other thread. What it takes from an eventfd is at once in the LAPIC
-or in the 8259s and the I/O APIC, and so part of the saved state; after ``disconnect`` it takes nothing any more.
+Its vCPUs take turns on that CPU (:mod:`.turns`). Interrupt sources are eventfds in one epoll set. A vCPU's thread looks
+into it between slices of guest code, for all of them, and sleeps on it when the guest halts: there is no other thread.
+What it takes from an eventfd is at once in a LAPIC or in the 8259s and the I/O APIC, and so part of the saved state;
+after ``disconnect`` it takes nothing any more.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ from typing import Any, Final
 
 import attrs
 
-from trivmm.errors import HypervisorError, NotSupported
+from trivmm._native import lib
+from trivmm.errors import HypervisorError
 from trivmm.hypervisor.base import VmBackend, VmBackendState
-from trivmm.hypervisor.soft.engine import PHYSICAL_END, Slot
+from trivmm.hypervisor.soft.apic_bus import ApicBus
+from trivmm.hypervisor.soft.engine import PHYSICAL_END, Engine, Slot
 from trivmm.hypervisor.soft.env import ENGINE_VERSION
 from trivmm.hypervisor.soft.ioapic import IoApic
-from trivmm.hypervisor.soft.lapic import Lapic
+from trivmm.hypervisor.soft.lapic import TIMER_HZ, Lapic
 from trivmm.hypervisor.soft.paging import Physical
 from trivmm.hypervisor.soft.pic import LegacyChips
+from trivmm.hypervisor.soft.turns import Turns
 from trivmm.hypervisor.soft.vcpu import SoftVcpu
 
 __all__ = ["STATE_KIND", "SoftVm"]
@@ -47,26 +51,30 @@ class Source:
 
 @attrs.define(eq=False)
 class SoftVm(VmBackend):
-    """``lapic``, ``chips`` and ``ioapic`` are the vCPU thread's; the tables are guarded by ``_lock``."""
+    """``apics``, ``chips`` and ``ioapic`` belong to whoever has the turn; the tables are guarded by ``_lock``."""
 
     name: str = "soft"
     live_copy: bool = False
     physical: Physical = attrs.field(factory=Physical)
     chips: LegacyChips = attrs.field(factory=LegacyChips)
     ioapic: IoApic = attrs.field(factory=IoApic)
-    lapic: Lapic = attrs.field(default=attrs.Factory(lambda self: Lapic(self.ioapic.end_of_interrupt), takes_self=True))
+    apics: ApicBus = attrs.field(
+        default=attrs.Factory(lambda self: ApicBus(self.ioapic.end_of_interrupt), takes_self=True)
+    )
+    turns: Turns = attrs.field(factory=Turns)
     doorbells: dict[int, int] = attrs.field(factory=dict)
     slots: dict[int, Slot] = attrs.field(factory=dict)
     _sources: dict[int, Source] = attrs.field(factory=dict, init=False)
     _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False)
     _epoll: select.epoll = attrs.field(factory=select.epoll, init=False)
-    _vcpu: SoftVcpu | None = attrs.field(default=None, init=False)
+    _engine: Engine | None = attrs.field(default=None, init=False)
+    _vcpus: list[SoftVcpu] = attrs.field(factory=list, init=False)
 
     # --- memory ----------------------------------------------------------------------------------------------
 
     def add_memory(self, slot: int, gpa: int, size: int, hva: int, *, rom: bool = False) -> None:
-        if self._vcpu is not None:
-            raise HypervisorError("add_memory", "soft takes memory before its vCPU exists")
+        if self._engine is not None:
+            raise HypervisorError("add_memory", "soft takes memory before its vCPUs exist")
         if gpa + size > PHYSICAL_END:
             raise HypervisorError("add_memory", f"{gpa + size:#x} is above the soft CPU's 40 address bits")
         self.slots[slot] = Slot(gpa, size, hva, rom)
@@ -76,7 +84,7 @@ class SoftVm(VmBackend):
         self.add_memory(slot, gpa, size, hva)
 
     def remove_device_memory(self, slot: int, gpa: int, size: int) -> None:
-        raise HypervisorError("remove_device_memory", "soft keeps the memory that its vCPU began with")
+        raise HypervisorError("remove_device_memory", "soft keeps the memory that its vCPUs began with")
 
     def set_dirty_log(self, enabled: bool) -> None:
         raise HypervisorError("set_dirty_log", "soft has no dirty log", "copy while the VM is paused")
@@ -86,17 +94,26 @@ class SoftVm(VmBackend):
 
     def flush_code(self) -> None:
         """Guest memory that may hold code was changed by the host: translate it anew. Any thread."""
-        if self._vcpu is not None:
-            self._vcpu.code_changed()
+        if self._engine is not None:
+            lib.tv_soft_gate_code(self._engine.gate)
 
     # --- vCPU ------------------------------------------------------------------------------------------------
 
     def create_vcpu(self, index: int) -> SoftVcpu:
-        if index != 0 or self._vcpu is not None:
-            raise NotSupported("cpus.boot", index + 1, "soft runs one vCPU for now", "use boot=1, or --hypervisor kvm")
-        self._vcpu = SoftVcpu(self)
-        self._epoll.register(self._vcpu.kick_fd, select.EPOLLIN)
-        return self._vcpu
+        if index != len(self._vcpus):
+            raise HypervisorError("create_vcpu", f"{index} is not the next one", "create them in their order")
+        if self._engine is None:
+            self._engine = Engine(TIMER_HZ)
+            self._engine.map_memory(tuple(self.slots.values()))
+        vcpu = SoftVcpu(self, self._engine, self.apics.add(), self._epoll.fileno())
+        self._vcpus.append(vcpu)
+        return vcpu
+
+    def rouse(self) -> None:
+        """Wake those that sleep and have got something to do. Who has the turn, before giving it away."""
+        for vcpu in self._vcpus:
+            if vcpu.asleep and vcpu.is_called():
+                vcpu.wake()
 
     # --- doorbells -------------------------------------------------------------------------------------------
 
@@ -139,10 +156,9 @@ class SoftVm(VmBackend):
                 with suppress(OSError, ValueError):  # closed already: the kernel has forgotten it
                     self._epoll.unregister(fd)
 
-    def collect(self, timeout_s: float) -> None:
-        """Wait at most ``timeout_s`` for an interrupt source or a kick; take what the sources hold. The vCPU's
-        thread only. The kick eventfd is left alone: it is the vCPU's to read."""
-        ready = self._epoll.poll(timeout_s, EVENTS_AT_ONCE)
+    def collect(self) -> None:
+        """Take what the interrupt sources hold. Who has the turn."""
+        ready = self._epoll.poll(0, EVENTS_AT_ONCE)
         if not ready:
             return
         with self._lock:
@@ -151,20 +167,19 @@ class SoftVm(VmBackend):
                 if source is None or not _take(fd):
                     continue
                 if source.gsi is None:
-                    self.lapic.message(source.address, source.data)
+                    self.apics.message(source.address, source.data)
                 else:
                     self.chips.raise_line(source.gsi)
                     self.pulse(source.gsi)
 
     def pulse(self, pin: int) -> None:
-        """An edge on an I/O APIC line; the ISA lines are there one to one, as in KVM. The vCPU's thread only."""
+        """An edge on an I/O APIC line; the ISA lines are there one to one, as in KVM. Who has the turn."""
         message = self.ioapic.pulse(pin)
         if message is not None:
-            self.lapic.message(*message)
+            self.apics.message(*message)
 
-    def interrupt_waits(self) -> bool:
-        """Whether there is one that the CPU would take, its flag aside. The vCPU's thread only."""
-        lapic = self.lapic
+    def interrupt_waits(self, lapic: Lapic) -> bool:
+        """Whether there is one that its CPU would take, its flag aside. Who has the turn."""
         return lapic.nmi or lapic.pending() is not None or (self.chips.pending() and lapic.takes_extint())
 
     def next_pit_interrupt(self) -> int | None:
@@ -190,6 +205,9 @@ class SoftVm(VmBackend):
             raise HypervisorError("soft VM state", f"its chips make no sense ({error!r})") from error
 
     def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
         self._epoll.close()
         self._sources.clear()
 

@@ -47,11 +47,11 @@ def open_taps(config: NetConfig) -> list[int]:
             fd, name = _attach(name, config.pairs > 1)
             fds.append(fd)
         _set_up(name, config)
-    except BaseException as error:
-        for fd in fds:
-            os.close(fd)
-        if isinstance(error, OSError):  # no socket to ask with
-            raise _refused(name, error) from error
+    except OSError as error:  # no socket to ask with
+        _close(fds)
+        raise _refused(name, error) from error
+    except BaseException:
+        _close(fds)
         raise
     return fds
 
@@ -87,10 +87,14 @@ def dup_taps(fds: Sequence[int]) -> list[int]:
                 raise ConfigError("net.fds", fd, f"not a tap ({error.strerror})", remedy) from error
             os.set_blocking(copy, False)  # its owner's too: they share it
     except BaseException:
-        for fd in made:
-            os.close(fd)
+        _close(made)
         raise
     return made
+
+
+def _close(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def _attach(name: str, multi_queue: bool) -> tuple[int, str]:
