@@ -26,6 +26,7 @@ from trivmm.hypervisor.base import (
     triple_fault,
 )
 from trivmm.hypervisor.kvm import boot, cpuid
+from trivmm.hypervisor.kvm.beyond import name_refused
 from trivmm.hypervisor.kvm.calls import kvm_call
 from trivmm.hypervisor.kvm.report import extension
 from trivmm.hypervisor.kvm.state import KIND, load_vcpu, save_vcpu, set_msrs
@@ -188,6 +189,10 @@ class KvmVcpu(ThreadVcpu):
             words = struct.unpack_from(f"<{min(count, MAX_WORDS)}Q", self._shared, UNION + 8)
             what = f"hypervisor internal error {suberror}{' (instruction emulation)' if suberror == 1 else ''}"
             what += f" [{' '.join(f'{word:#x}' for word in words)}]" if words else ""
+            assist = self._native.assist
+            if suberror == lib.KVM_INTERNAL_ERROR_EMULATION and assist != ffi.NULL and assist.refused:
+                insn = assist.insn
+                what += f"; beyond the assist, {name_refused(bytes(insn.bytes[0 : insn.available]))}"
         else:
             what = f"KVM_RUN gave exit {reason}, which nothing here asks for"
         return Crashed(what, self.describe())
