@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Iterator
 
@@ -117,6 +118,9 @@ def test_the_entry_may_move(guest: LongMode) -> None:
 
 
 def test_doctor_has_the_command_line_for_such_a_host(capsys: pytest.CaptureFixture[str]) -> None:
-    doctor([])
     line = " ".join(option for option, _ in SLOW_HOST_OPTIONS)
+    doctor([])
     assert (line in capsys.readouterr().out) == look_at_ring0().emulated
+    doctor(["--json"])
+    advice = json.loads(capsys.readouterr().out)["advice"]
+    assert any(line in each for each in advice) == look_at_ring0().emulated
