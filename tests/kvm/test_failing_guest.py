@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(not (shutil.which("gcc") and shutil.which("ld")), reason="needs gcc and ld"),
 ]
 ROUND = 512
-FAILURES = 9  # of a round, at least
+FAILURES = 8  # of a round, at least: what an emulator lacks that has MOVAPS
 SOME, MILLION = 20_000, 1_000_000
 LIMIT_S = 600
 GROWTH_KIB = 16 << 10  # of this process, at most
