@@ -246,7 +246,7 @@ class KvmVcpu(ThreadVcpu):
         if assist != ffi.NULL:
             counts |= {name: int(assist.by_kind[number]) for name, number in ASSISTED.items()}
             counts["assist_refused"] = int(assist.refused)
-            counts["assist_page_faults"] = int(assist.stepped)
+            counts["assist_page_faults"] = int(assist.page_faults)
         return totals | {name: count for name, count in counts.items() if count}
 
     def describe(self) -> str:
