@@ -16,7 +16,7 @@ from .life import Life
 
 pytestmark = [pytest.mark.slow, pytest.mark.kvm]
 
-LIMIT_S = 2400
+LIMIT_S = 3600
 
 
 async def test_linux_boots_uses_its_devices_and_moves(linux: Any, tmp_path: Path) -> None:
