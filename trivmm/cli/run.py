@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 SWITCH_INTERVAL_S: Final = 1e-4  # the GIL's: with the default 5 ms two busy vCPU threads starve each other
 VM_OPTIONS: Final = (
-    *("cmdline", "initramfs", "cpus", "memory", "serial", "pvpanic"),
+    *("cmdline", "initramfs", "cpus", "memory", "serial", "platform", "pvpanic"),
     *(kind.option.name for kind in KINDS),
 )
 
