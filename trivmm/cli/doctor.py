@@ -41,6 +41,7 @@ def doctor(arguments: Sequence[str]) -> int:
             "runs": runs,
             "kvm": kvm_works,
             "soft": soft[1],
+            "advice": _slow_lines(kvm_works),
             "rows": [dict(zip(keys, row, strict=True)) for row in rows],
         }
         print(json.dumps(report, indent=2))
@@ -76,7 +77,7 @@ def _slow_lines(kvm_works: bool) -> list[str]:
     lost = ", and SYSCALLs that it leaves in ring 3" if ring0.syscall_lost else ""
     return [
         "this KVM emulates the guest's ring 0, at 2-3 million instructions a second: Linux boots in minutes",
-        f"instructions that it lacks{lost} are finished by the VMM (vm.counters: assist_*)",
+        f"instructions that it lacks{lost} are finished by the VMM (vm.counters: assist_*), AVX-512 and gathers not",
         f"a Linux kernel's --cmdline here: {' '.join(option for option, _ in SLOW_HOST_OPTIONS)}",
     ]
 
