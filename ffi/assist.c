@@ -18,18 +18,21 @@
 #define X87_STATUS 2
 #define X87_ERROR 0x80u
 #define MSR_TSC_AUX 0xc0000103
+#define SYNCED (KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS)
 #define UNDEFINED 6
 #define NO_MATH 7
 #define PROTECTION 13
 #define MATH_ERROR 16
 
 /* The vCPU's, before its thread starts. `memory` outlives it. */
-void tv_assist_open(struct tv_assist *assist, struct tv_memory *memory, int vcpu_fd, int xsave2)
+void tv_assist_open(struct tv_assist *assist, struct tv_memory *memory, int vcpu_fd, int xsave2, int watched)
 {
     memset(assist, 0, sizeof *assist);
     assist->memory = memory;
     assist->fd = vcpu_fd;
     assist->xsave2 = xsave2;
+    assist->watched = watched;
+    assist->stale = 1;
     tv_assist_state_open(assist);
 }
 
@@ -206,37 +209,77 @@ static int some_more(struct tv_assist *assist)
     return 0;
 }
 
-/* The registers as they are after all that was done, and the fault of what came then. 0, or -errno. */
-static int put_back(struct tv_assist *assist, int jumped, int fault)
+/* The vCPU's registers, from kvm_run where the last exit has left them there: an ioctl costs as much as an exit on some
+ * hosts. `run` may be NULL. 0, or -errno. */
+int tv_assist_registers(struct tv_assist *assist, const struct kvm_run *run)
 {
-    if (jumped && ioctl(assist->fd, KVM_SET_SREGS, &assist->sregs) < 0)
+    if (run && !assist->stale && (run->kvm_valid_regs & SYNCED) == SYNCED) {
+        assist->regs = run->s.regs.regs;
+        assist->sregs = run->s.regs.sregs;
+        return 0;
+    }
+    if (ioctl(assist->fd, KVM_GET_REGS, &assist->regs) < 0 || ioctl(assist->fd, KVM_GET_SREGS, &assist->sregs) < 0)
         return -errno;
+    return 0;
+}
+
+/* The other way: KVM takes them from kvm_run when it runs next, or tv_assist_flush gives them. `system`: those too. */
+int tv_assist_put_registers(struct tv_assist *assist, struct kvm_run *run, int system)
+{
+    if (run && !assist->stale && (run->kvm_valid_regs & SYNCED) == SYNCED) {
+        run->s.regs.regs = assist->regs;
+        run->kvm_dirty_regs |= KVM_SYNC_X86_REGS;
+        if (system) {
+            run->s.regs.sregs = assist->sregs;
+            run->kvm_dirty_regs |= KVM_SYNC_X86_SREGS;
+        }
+        return 0;
+    }
+    if (system && ioctl(assist->fd, KVM_SET_SREGS, &assist->sregs) < 0)
+        return -errno;
+    return ioctl(assist->fd, KVM_SET_REGS, &assist->regs) < 0 ? -errno : 0;
+}
+
+/* So that the vCPU's ioctls see what kvm_run still holds: before anything but KVM_RUN. 0, or -errno. */
+int tv_assist_flush(struct tv_assist *assist, struct kvm_run *run)
+{
+    uint64_t dirty = run->kvm_dirty_regs;
+    run->kvm_dirty_regs = 0;
+    if (dirty & KVM_SYNC_X86_SREGS && ioctl(assist->fd, KVM_SET_SREGS, &run->s.regs.sregs) < 0)
+        return -errno;
+    return dirty & KVM_SYNC_X86_REGS && ioctl(assist->fd, KVM_SET_REGS, &run->s.regs.regs) < 0 ? -errno : 0;
+}
+
+/* The registers as they are after all that was done, and the fault of what came then. 0, or -errno. */
+static int put_back(struct tv_assist *assist, struct kvm_run *run, int jumped, int fault)
+{
     if (assist->xstate_is == TV_XSTATE_CHANGED && ioctl(assist->fd, KVM_SET_XSAVE, assist->xstate) < 0)
         return -errno;
-    if (ioctl(assist->fd, KVM_SET_REGS, &assist->regs) < 0)
-        return -errno;
-    if (!fault)
-        return 0;
+    int problem = tv_assist_put_registers(assist, run, jumped);
+    if (problem || !fault)
+        return problem;
     assist->by_kind[TV_ASSIST_FAULT]++;
+    if (run && (problem = tv_assist_flush(assist, run)) < 0)
+        return problem;
     return tv_assist_inject(assist);
 }
 
-/* After KVM_RUN gave an emulation failure. 1: the guest goes on, with the instruction done, and perhaps some behind it, or
- * with the exception that it raises; 0: refused, nothing has changed. */
-int tv_assist(struct tv_assist *assist)
+/* After KVM_RUN gave an emulation failure, with its kvm_run, or NULL: the registers come by ioctls. 1: the guest goes on,
+ * with the instruction done, and perhaps some behind it, or with the exception that it raises; 0: refused, nothing has
+ * changed. */
+int tv_assist(struct tv_assist *assist, struct kvm_run *run)
 {
     enum tv_assist_kind kind;
     int jumped = 0;
     assist->xstate_is = TV_XSTATE_UNKNOWN;
-    if (!assist->memory || ioctl(assist->fd, KVM_GET_REGS, &assist->regs) < 0 ||
-        ioctl(assist->fd, KVM_GET_SREGS, &assist->sregs) < 0)
+    if (!assist->memory || tv_assist_registers(assist, run))
         return 0;
     int result = assist->sregs.efer & EFER_LMA && assist->sregs.cs.l ? look(assist) : -2;
     if (!result)
         result = finish(assist, &kind, &jumped);
     if (!result && is_native(kind))
         result = some_more(assist);
-    if (result == -2 || put_back(assist, jumped, result)) {
+    if (result == -2 || put_back(assist, run, jumped, result)) {
         assist->refused++;
         return 0;
     }

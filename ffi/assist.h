@@ -37,6 +37,7 @@ enum tv_assist_kind {
     TV_ASSIST_XSAVE, /* and XRSTOR, FXSAVE, FXRSTOR, all variants */
     TV_ASSIST_MXCSR,
     TV_ASSIST_RDPID,
+    TV_ASSIST_SYSCALL, /* that KVM left in ring 3 (assist_syscall.c) */
     TV_ASSIST_INTEGER, /* POPCNT, MOVBE, BMI, ADX, CRC32 ... on general registers */
     TV_ASSIST_X87,
     TV_ASSIST_SSE,
@@ -77,6 +78,11 @@ struct tv_assist {
     int xsave2;               /* KVM_GET_XSAVE2 is there */
     uint64_t host_xcr0;
     uint32_t ecx1, ebx7, ecx7; /* of CPUID leaves 1 and 7, which may be dear to ask for */
+    int watched;      /* this KVM leaves SYSCALL in ring 3 */
+    int stale;        /* registers were set from outside: kvm_run has older ones */
+    int stepping;     /* over the breakpoint at `handler` */
+    uint64_t handler; /* of the guest's page faults, with a breakpoint; 0: none */
+    uint64_t stepped; /* page faults that were no SYSCALL */
     uint64_t by_kind[TV_ASSIST_KINDS];
     uint64_t refused;
     struct {
@@ -95,9 +101,17 @@ struct tv_assist {
     uint8_t area[TV_ASSIST_AREA] __attribute__((aligned(64)));     /* the bounced operand */
 };
 
-void tv_assist_open(struct tv_assist *assist, struct tv_memory *memory, int vcpu_fd, int xsave2);
+void tv_assist_open(struct tv_assist *assist, struct tv_memory *memory, int vcpu_fd, int xsave2, int watched);
 void tv_assist_close(struct tv_assist *assist);
-int tv_assist(struct tv_assist *assist);
+int tv_assist(struct tv_assist *assist, struct kvm_run *run);
+int tv_assist_registers(struct tv_assist *assist, const struct kvm_run *run);
+int tv_assist_put_registers(struct tv_assist *assist, struct kvm_run *run, int system);
+int tv_assist_flush(struct tv_assist *assist, struct kvm_run *run);
+
+/* assist_syscall.c */
+int tv_syscall_watch(struct tv_assist *assist, const struct kvm_run *run);
+int tv_syscall_trap(struct tv_assist *assist, struct kvm_run *run);
+void tv_syscall_msr(struct tv_assist *assist, struct kvm_run *run);
 
 /* assist_decode.c */
 int tv_insn_decode(struct tv_assist *assist);
@@ -110,6 +124,19 @@ int tv_assist_read(struct tv_assist *assist, uint64_t va, void *to, uint32_t len
 int tv_assist_check(struct tv_assist *assist, uint64_t va, uint32_t length, enum tv_access access);
 int tv_assist_write(struct tv_assist *assist, uint64_t va, const void *from, uint32_t length);
 int tv_assist_raise(struct tv_assist *assist, uint8_t vector, int64_t error);
+
+/* Of the IDT in 64-bit mode (Intel SDM volume 3, section 6.14.1). */
+struct tv_gate {
+    uint16_t offset_low, selector;
+    uint8_t ist, type;
+    uint16_t offset_middle;
+    uint32_t offset_high, reserved;
+};
+
+static inline uint64_t tv_gate_offset(const struct tv_gate *gate)
+{
+    return gate->offset_low | (uint64_t)gate->offset_middle << 16 | (uint64_t)gate->offset_high << 32;
+}
 
 /* assist_trap.c */
 int tv_assist_breakpoint(struct tv_assist *assist);

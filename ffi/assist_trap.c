@@ -17,13 +17,6 @@
 #define FLAG_RF (1ull << 16)
 #define SOFTWARE_ERROR(vector) ((vector) * 8 + 2)
 
-struct gate {
-    uint16_t offset_low, selector;
-    uint8_t ist, type;
-    uint16_t offset_middle;
-    uint32_t offset_high, reserved;
-};
-
 /* The code segment of the handler, from the guest's GDT. */
 static int load_code(struct tv_assist *assist, uint16_t selector, struct kvm_segment *code)
 {
@@ -64,7 +57,7 @@ int tv_assist_breakpoint(struct tv_assist *assist)
 {
     struct kvm_regs *regs = &assist->regs;
     struct kvm_sregs *sregs = &assist->sregs;
-    struct gate gate;
+    struct tv_gate gate;
     struct kvm_segment code;
     uint64_t rsp;
     int cpl = sregs->cs.selector & 3;
@@ -100,7 +93,7 @@ int tv_assist_breakpoint(struct tv_assist *assist)
     if (inner)
         sregs->ss = (struct kvm_segment){.selector = 0, .dpl = 0, .unusable = 1};
     regs->rsp = rsp;
-    regs->rip = gate.offset_low | (uint64_t)gate.offset_middle << 16 | (uint64_t)gate.offset_high << 32;
+    regs->rip = tv_gate_offset(&gate);
     regs->rflags &= ~(FLAG_TF | FLAG_NT | FLAG_RF | (type == INTERRUPT_GATE ? FLAG_IF : 0));
     return 0;
 }

@@ -61,14 +61,18 @@ void tv_vcpu_close(struct tv_vcpu *vcpu)
     vcpu->fd = -1;
 }
 
-/* Finish what KVM can't emulate, on `memory`, which outlives the vCPU. Before the thread starts. 0, or -ENOMEM. */
-int tv_vcpu_assist(struct tv_vcpu *vcpu, struct tv_memory *memory, int xsave2)
+/* Finish what KVM can't emulate, on `memory`, which outlives the vCPU. `sync`: KVM_CAP_SYNC_REGS has both kinds of
+ * registers; `watched`: this KVM leaves SYSCALL in ring 3, which wants `sync` (assist_syscall.c). Before the thread
+ * starts. 0, or -ENOMEM. */
+int tv_vcpu_assist(struct tv_vcpu *vcpu, struct tv_memory *memory, int xsave2, int sync, int watched)
 {
     if (!vcpu->assist)
         vcpu->assist = aligned_alloc(64, (sizeof *vcpu->assist + 63) & ~63ul);
     if (!vcpu->assist)
         return -ENOMEM;
-    tv_assist_open(vcpu->assist, memory, vcpu->fd, xsave2);
+    tv_assist_open(vcpu->assist, memory, vcpu->fd, xsave2, sync && watched);
+    vcpu->sync = sync ? KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS : 0;
+    vcpu->run->kvm_valid_regs = sync && watched ? vcpu->sync : 0;
     return 0;
 }
 
@@ -109,7 +113,54 @@ static int serve_port(struct tv_vcpu *vcpu)
 /* 1 when an instruction that KVM could not emulate is done, or the guest has the exception that it raises. */
 static int finished_it(struct tv_vcpu *vcpu)
 {
-    return vcpu->assist && vcpu->run->internal.suberror == KVM_INTERNAL_ERROR_EMULATION && tv_assist(vcpu->assist);
+    struct kvm_run *run = vcpu->run;
+    if (!vcpu->assist || run->internal.suberror != KVM_INTERNAL_ERROR_EMULATION || !tv_assist(vcpu->assist, run))
+        return 0;
+    run->kvm_valid_regs = vcpu->sync; /* there will be more: from now on the exits bring the registers */
+    return 1;
+}
+
+/* 1 when the exit in kvm_run needs no Python. */
+static int served(struct tv_vcpu *vcpu)
+{
+    struct kvm_run *run = vcpu->run;
+    switch (run->exit_reason) {
+    case KVM_EXIT_INTR:
+        return 1;
+    case KVM_EXIT_IO:
+        return serve_port(vcpu);
+    case KVM_EXIT_INTERNAL_ERROR:
+        return finished_it(vcpu);
+    case KVM_EXIT_DEBUG:
+        return vcpu->assist && tv_syscall_trap(vcpu->assist, run);
+    case KVM_EXIT_X86_WRMSR:
+        if (vcpu->assist)
+            tv_syscall_msr(vcpu->assist, run);
+        return !!vcpu->assist;
+    }
+    return 0;
+}
+
+/* KVM_RUN, with what the assist has to say before. 0, or -errno. */
+static int enter(struct tv_vcpu *vcpu)
+{
+    struct tv_assist *assist = vcpu->assist;
+    if (assist && assist->watched) {
+        int problem = tv_syscall_watch(assist, vcpu->run);
+        if (problem)
+            return problem;
+    }
+    int result = ioctl(vcpu->fd, KVM_RUN, 0) < 0 ? -errno : 0;
+    if (assist && vcpu->run->kvm_valid_regs)
+        assist->stale = 0;
+    return result;
+}
+
+/* What Python gets: every ioctl of its sees the registers as they are. */
+static int leave(struct tv_vcpu *vcpu, int code)
+{
+    int problem = vcpu->assist ? tv_assist_flush(vcpu->assist, vcpu->run) : 0;
+    return problem ? problem : code;
 }
 
 /* Run the guest until an exit that Python must handle: its KVM_EXIT_ number, TV_RUN_INTERRUPTED after a kick, or
@@ -124,23 +175,23 @@ int tv_vcpu_run(struct tv_vcpu *vcpu, int finish_only)
     for (;;) {
         __atomic_store_n(&run->immediate_exit, (uint8_t)!!finish_only, __ATOMIC_SEQ_CST);
         if (!finish_only && __atomic_exchange_n(&vcpu->kicker.kicked, 0, __ATOMIC_SEQ_CST))
-            return TV_RUN_INTERRUPTED;
-        if (ioctl(vcpu->fd, KVM_RUN, 0) < 0) {
+            return leave(vcpu, TV_RUN_INTERRUPTED);
+        int problem = enter(vcpu);
+        if (problem) {
             /* EAGAIN: an application processor that was woken and looks for its start-up message */
-            if (errno != EINTR && errno != EAGAIN)
-                return -errno;
+            if (problem != -EINTR && problem != -EAGAIN)
+                return problem;
             if (finish_only)
-                return TV_RUN_INTERRUPTED;
+                return leave(vcpu, TV_RUN_INTERRUPTED);
             continue;
         }
         uint32_t reason = run->exit_reason;
         vcpu->exits++;
         vcpu->by_reason[reason < TV_EXIT_COUNTERS ? reason : TV_EXIT_COUNTERS - 1]++;
-        if (reason == KVM_EXIT_INTR || (reason == KVM_EXIT_IO && serve_port(vcpu)) ||
-            (reason == KVM_EXIT_INTERNAL_ERROR && finished_it(vcpu)))
+        if (served(vcpu))
             continue;
         vcpu->python_exits++;
-        return (int)reason;
+        return leave(vcpu, (int)reason);
     }
 }
 

@@ -40,6 +40,7 @@ struct tv_vcpu {
     uint32_t hook_count;
     struct tv_pio_hook hooks[TV_MAX_PIO_HOOKS];
     struct tv_kicker kicker;
+    uint64_t sync;            /* kvm_run may hold the registers */
     struct tv_assist *assist; /* NULL: what KVM can't emulate ends the vCPU */
 };
 
@@ -47,7 +48,7 @@ int tv_ioctl(int fd, unsigned long request, void *argument);
 int tv_vcpu_open(struct tv_vcpu *vcpu, int vm_fd, unsigned long index, uint32_t run_size);
 void tv_vcpu_close(struct tv_vcpu *vcpu);
 void tv_vcpu_attach(struct tv_vcpu *vcpu);
-int tv_vcpu_assist(struct tv_vcpu *vcpu, struct tv_memory *memory, int xsave2);
+int tv_vcpu_assist(struct tv_vcpu *vcpu, struct tv_memory *memory, int xsave2, int sync, int watched);
 int tv_vcpu_hook(struct tv_vcpu *vcpu, uint16_t base, uint16_t len, tv_pio_fn fn, void *opaque);
 int tv_vcpu_run(struct tv_vcpu *vcpu, int finish_only);
 void tv_bits_or(uint64_t *into, const uint64_t *from, uint64_t words);

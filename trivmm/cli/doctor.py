@@ -13,6 +13,7 @@ from typing import Final
 
 from trivmm.cli.parser import Parser
 from trivmm.cli.table import table
+from trivmm.errors import HypervisorError
 from trivmm.hypervisor.select import install_soft
 
 __all__ = ["doctor"]
@@ -46,6 +47,8 @@ def doctor(arguments: Sequence[str]) -> int:
     else:
         shown = [[name, "yes" if there else "no", why, remedy] for name, there, why, remedy in rows]
         print(table(["what", "there", "what for", "remedy"], shown))
+        for line in _slow_lines(kvm_works):
+            print(line)
         print(verdict)
     return 0 if runs else 1
 
@@ -56,6 +59,26 @@ def _kvm_rows() -> list[Row]:
     except ImportError as error:
         return [("trivmm._native", False, "everything", f"install trivmm again ({error})")]
     return list(host_report())
+
+
+def _slow_lines(kvm_works: bool) -> list[str]:
+    """Where the guest's ring 0 is emulated: what that means, and how to boot Linux all the same."""
+    if not kvm_works:
+        return []
+    from trivmm.hypervisor.kvm.ring0 import SLOW_HOST_OPTIONS, look_at_ring0
+
+    try:
+        ring0 = look_at_ring0()
+    except HypervisorError as error:
+        return [f"what the guest's ring 0 runs on is not known: {error}"]
+    if not ring0.emulated:
+        return []
+    lost = ", and SYSCALLs that it leaves in ring 3" if ring0.syscall_lost else ""
+    return [
+        "this KVM emulates the guest's ring 0, at 2-3 million instructions a second: Linux boots in minutes",
+        f"instructions that it lacks{lost} are finished by the VMM (vm.counters: assist_*)",
+        f"a Linux kernel's --cmdline here: {' '.join(option for option, _ in SLOW_HOST_OPTIONS)}",
+    ]
 
 
 def _soft_row() -> Row:

@@ -98,7 +98,7 @@ class LongMode:
         """As after an emulation failure at ``code``: whether the assist has dealt with it."""
         self.memory.write(at, code)
         self.put_registers(rip=at)
-        return bool(lib.tv_assist(self.assist))
+        return bool(lib.tv_assist(self.assist, ffi.NULL))
 
     def run(self) -> Outcome:
         while (outcome := self.cpu.run(self.bus)) is INTERRUPTED:

@@ -54,9 +54,10 @@ MP_STATE: Final = struct.Struct("<I")  # struct kvm_mp_state
 WAITS_FOR_START: Final = (int(lib.KVM_MP_STATE_UNINITIALIZED), int(lib.KVM_MP_STATE_INIT_RECEIVED))
 ASSIST_KINDS: Final = (
     *("CLAC_STAC", "INT3", "WAIT", "CMPXCHG16B", "XSAVE", "MXCSR"),
-    *("RDPID", "INTEGER", "X87", "SSE", "AVX", "FAULT"),
+    *("RDPID", "SYSCALL", "INTEGER", "X87", "SSE", "AVX", "FAULT"),
 )
 ASSISTED: Final = {f"assist_{name.lower()}": int(getattr(lib, f"TV_ASSIST_{name}")) for name in ASSIST_KINDS}
+SYNCED: Final = int(lib.KVM_SYNC_X86_REGS) | int(lib.KVM_SYNC_X86_SREGS)
 MAX_CPUID: Final = 256  # KVM's own limit (KVM_MAX_CPUID_ENTRIES)
 
 
@@ -102,11 +103,18 @@ class KvmVcpu(ThreadVcpu):
         if lib.tv_vcpu_hook(self._native, base, length, function, opaque):
             raise HypervisorError("attach_pio_hook", "too many port ranges served in C")
 
-    def assist_on(self, memory: Any) -> None:
-        """Finish what KVM can't emulate (``ffi/assist.h``), on this RAM (``struct tv_memory *``)."""
+    def assist_on(self, memory: Any, syscall_lost: bool) -> None:
+        """Finish what KVM can't emulate (``ffi/assist.h``), on this RAM (``struct tv_memory *``), and SYSCALLs that it
+        leaves in ring 3."""
         size = extension(self._vm_fd, "KVM_CAP_XSAVE2")
         if size <= int(lib.TV_ASSIST_AREA):
-            lib.tv_vcpu_assist(self._native, memory, size > 0)
+            synced = extension(self._kvm_fd, "KVM_CAP_SYNC_REGS") & SYNCED == SYNCED
+            lib.tv_vcpu_assist(self._native, memory, size > 0, synced, syscall_lost)
+
+    def _changed(self) -> None:
+        """Registers were set: what kvm_run holds of them is older."""
+        if self._native.assist != ffi.NULL:
+            self._native.assist.stale = 1
 
     # --- the vCPU's thread -----------------------------------------------------------------------------------
 
@@ -202,6 +210,7 @@ class KvmVcpu(ThreadVcpu):
 
     def set_boot_state(self, entry: PvhEntry | LongModeEntry) -> None:
         self._open()
+        self._changed()
         if isinstance(entry, PvhEntry):
             boot.set_pvh(self._fd, entry)
         else:
@@ -216,6 +225,7 @@ class KvmVcpu(ThreadVcpu):
         self._open()
         if not self._native.exits:
             self._set_cpuid(max(len(self._vm.vcpus), self.index + 1))
+        self._changed()
         load_vcpu(self._fd, self._kvm_fd, self._vm_fd, state.kind, state.blobs)
 
     def counters(self) -> dict[str, int]:
@@ -231,6 +241,7 @@ class KvmVcpu(ThreadVcpu):
         if assist != ffi.NULL:
             counts |= {name: int(assist.by_kind[number]) for name, number in ASSISTED.items()}
             counts["assist_refused"] = int(assist.refused)
+            counts["assist_page_faults"] = int(assist.stepped)
         return totals | {name: count for name, count in counts.items() if count}
 
     def describe(self) -> str:

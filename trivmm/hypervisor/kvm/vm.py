@@ -19,6 +19,7 @@ from trivmm.hypervisor.base import VmBackend, VmBackendState
 from trivmm.hypervisor.kvm.calls import kvm_call
 from trivmm.hypervisor.kvm.irq import Routes
 from trivmm.hypervisor.kvm.report import extension
+from trivmm.hypervisor.kvm.ring0 import look_at_ring0, tell_of_lstar
 from trivmm.hypervisor.kvm.state import KIND, check_parts
 from trivmm.hypervisor.kvm.vcpu import KvmVcpu
 from trivmm.memory import layout
@@ -53,6 +54,7 @@ class KvmVm(VmBackend):
             self._run_size = kvm_call(kvm_fd, "KVM_GET_VCPU_MMAP_SIZE")
             self._doorbell_lengths = (0,) if extension(kvm_fd, "KVM_CAP_IOEVENTFD_ANY_LENGTH") else (1, 2, 4, 8)
             self._routes = Routes(self._fd)
+            self._syscall_lost = look_at_ring0().syscall_lost and tell_of_lstar(self._fd)
         except BaseException:
             self.close()
             raise
@@ -160,7 +162,7 @@ class KvmVm(VmBackend):
         vcpu = KvmVcpu(self, self._kvm_fd, self._fd, index, self._run_size)
         self.vcpus.append(vcpu)
         if self._memory is not None:
-            vcpu.assist_on(self._memory)
+            vcpu.assist_on(self._memory, self._syscall_lost)
         for hook in self._hooks:
             vcpu.add_hook(*hook)
         return vcpu
