@@ -68,6 +68,7 @@ def test_the_files_come_out(size: int) -> None:
     image = make_seed(files, 1_700_000_000)
     assert read_iso(image) == files
     assert label_of(image) == "CIDATA"
+    assert len(image) == 1 << 20  # whoever looks for a file system finds no end before its own place
     assert make_seed(files, 1_700_000_000) == image
 
 

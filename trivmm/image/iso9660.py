@@ -21,6 +21,7 @@ VOLUME, TERMINATOR, PATHS_LE, PATHS_BE, ROOT, CONTINUATION, FIRST_FILE = 16, 17,
 IDENTIFIER: Final = b"CD001"
 LABEL_AT: Final = 40  # in the volume descriptor
 MAX_LABEL: Final = 32
+SMALLEST: Final = 512  # sectors, 1 MiB: busybox and others look for file systems up to there, and give up at an end
 FOLDER: Final = 2  # of a directory record's flags
 FOLDER_MODE, FILE_MODE = 0o040555, 0o100444
 NO_DATE: Final = b"0" * 16 + b"\0"
@@ -49,10 +50,12 @@ def iso9660(label: str, files: Mapping[str, bytes], time: int) -> bytes:
     listing = b"".join(root)
     if len(listing) > SECTOR:
         raise ConfigError("files", len(files), "more than one folder's sector holds", "give fewer")
+    at = max(at, SMALLEST)
     head = bytes(VOLUME * SECTOR) + _volume(label, at, _record(b"\0", ROOT, SECTOR, day, FOLDER, b""), stamp)
     end = _padded(b"\xff" + IDENTIFIER + b"\1")
     paths = [struct.pack(f"{order}BBIH", 1, 0, ROOT, 1) + bytes(2) for order in "<>"]  # of the root, alone
-    return head + end + b"".join(map(_padded, (*paths, listing, _rock_ridge()))) + contents
+    made = head + end + b"".join(map(_padded, (*paths, listing, _rock_ridge()))) + contents
+    return made.ljust(at * SECTOR, b"\0")
 
 
 def label_of(start: bytes) -> str | None:
