@@ -95,10 +95,8 @@ async def exchange_while_moving(folder: Path, kind: str, mebibytes: int, moves: 
         assert unharmed(theirs_at_last)
         assert mine_at_last.counts["net_received"] == theirs_at_last.counts["net_sent"] >= (mebibytes << 20) - 60000
         assert theirs_at_last.counts["net_received"] == mine_at_last.counts["net_sent"] >= (mebibytes << 20) - 60000
-        with trio.fail_after(
-            LIMIT_S
-        ):  # it may all have been sent before the last move: the announcement comes behind it
-            while not road.vm.counters()["_net0"]["announced"]:
+        with trio.fail_after(LIMIT_S):  # the last frame may be before the last move, which is announced behind it
+            while not road.vm.counters()["_net0"]["announced"]:  # noqa: ASYNC110 - a counter has no event
                 await trio.sleep(0.01)
 
 

@@ -1,6 +1,7 @@
-/* The init of a Linux guest: loads the drivers, then writes, reads back, asks for random bytes and has a server echo
- * datagrams, and powers off when the power button is pressed. Every round is a line, on the serial port and on the virtio console, so that a lost or a
- * doubled one is seen. After the rounds it uses a disk that comes, until that is taken away again, twice. */
+/* The init of a Linux guest: loads the drivers and says which device each has, then writes, reads back, asks for random
+ * bytes and has a server echo datagrams, and powers off when the power button is pressed. Every round is a line with the
+ * clock's time, on the serial port and on the virtio console, so that a lost or a doubled one is seen. After the rounds it
+ * uses a disk that comes, until that is taken away again, twice. */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
@@ -11,6 +12,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/mount.h>
+#include <sys/stat.h>
 #include <sys/reboot.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
@@ -25,7 +27,8 @@
 static const char *const MODULES[] = {"virtio_ring",           "virtio",     "virtio_pci_legacy_dev",
                                       "virtio_pci_modern_dev", "virtio_pci", "virtio_blk",
                                       "virtio-rng",            "virtio_console", "button", "evdev", "failover", "net_failover",
-                                      "virtio_net"};
+                                      "virtio_net", "virtio_balloon", "vsock", "vmw_vsock_virtio_transport_common",
+                                      "vmw_vsock_virtio_transport"};
 
 static void load(const char *name)
 {
@@ -50,6 +53,27 @@ static int open_soon(const char *path, int flags)
     }
     printf("GUEST problem: %s: %s\n", path, strerror(errno));
     return -1;
+}
+
+/* "GUEST bound DRIVER" for each virtio device. */
+static void say_bound(void)
+{
+    char path[64], driver[256];
+    for (int number = 0; number < 16; number++) {
+        snprintf(path, sizeof path, "/sys/bus/virtio/devices/virtio%d/driver", number);
+        ssize_t length = readlink(path, driver, sizeof driver - 1);
+        if (length < 0)
+            continue;
+        driver[length] = 0;
+        printf("GUEST bound %s\n", strrchr(driver, '/') + 1);
+    }
+}
+
+static long milliseconds(clockid_t clock)
+{
+    struct timespec now;
+    clock_gettime(clock, &now);
+    return now.tv_sec * 1000 + now.tv_nsec / 1000000;
 }
 
 /* A disk that comes while this runs: it is written and read until it goes. */
@@ -139,13 +163,16 @@ int main(void)
     const struct timespec pause = {0, 100000000};
 
     setvbuf(stdout, NULL, _IOLBF, 0);
+    mkdir("/sys", 0755);
     mount("dev", "/dev", "devtmpfs", 0, NULL);
+    mount("sys", "/sys", "sysfs", 0, NULL);
     for (unsigned i = 0; i < sizeof MODULES / sizeof *MODULES; i++)
         load(MODULES[i]);
     int disk = open_soon("/dev/vda", O_RDWR | O_DIRECT), random = open_soon("/dev/hwrng", O_RDONLY);
     int button = open_soon("/dev/input/event0", O_RDONLY);
     int console = open_soon("/dev/hvc0", O_RDWR | O_NOCTTY | O_NONBLOCK);
     int server = open_network("10.9.8.2", "10.9.8.1");
+    say_bound();
     struct winsize size = {0};
     struct termios raw;
     if (!tcgetattr(console, &raw)) {
@@ -161,7 +188,8 @@ int main(void)
                    !memcmp(in, out, BLOCK);
         int got = (int)read(random, bytes, sizeof bytes);
         int net = echoed(server, round, out, in);
-        printf("GUEST round %lu disk %s rng %d net %s\n", round, good ? "good" : "bad", got, net ? "good" : "bad");
+        printf("GUEST round %lu disk %s rng %d net %s at %ld real %ld\n", round, good ? "good" : "bad", got,
+               net ? "good" : "bad", milliseconds(CLOCK_MONOTONIC), milliseconds(CLOCK_REALTIME));
         dprintf(console, "CONSOLE round %lu\n", round);
         int typed = (int)read(console, in, BLOCK);
         if (typed > 0 && !ioctl(console, TIOCGWINSZ, &size))

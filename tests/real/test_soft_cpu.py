@@ -611,13 +611,32 @@ def test_cpuid_tells_the_clocks(build: Build) -> None:
           out %eax, $0x80
           mov %ebx, %eax
           out %eax, $0x80
-          mov %ecx, %eax
+          mov %ecx, %esi
+          mov $7, %eax
+          xor %ecx, %ecx
+          cpuid
+          mov %ebx, %eax
+          out %eax, $0x82
+          mov $0x80000007, %eax
+          cpuid
+          mov %edx, %eax
+          out %eax, $0x83
+          mov $0x3b, %ecx
+          rdmsr
+          out %eax, $0x84
+          mov %esi, %eax
           out %eax, $0x81
         """
     )
     crystal = int.from_bytes(guest.until_port(0x81), "little")
     highest, below, above = (int.from_bytes(each.data, "little") for each in guest.outs() if each.port == 0x80)
     assert highest >= 0x15
+    features, power, adjusted = (
+        int.from_bytes(each.data, "little") for each in guest.outs() if 0x82 <= each.port <= 0x84
+    )
+    assert features & 1 << 1  # the TSC_ADJUST MSR
+    assert power == 1 << 8  # invariant: nobody needs to watch it
+    assert adjusted == 0
     assert crystal == TIMER_HZ
     assert (crystal // 1000) * above < 1 << 32  # Linux computes in 32 bits
     assert 100e6 < crystal * above / below < 10e9

@@ -42,7 +42,8 @@ CLEARED: Final = (
     *("x2apic", "popcnt", "movbe", "erms", "fsrm"),
 )
 BLACKLISTED: Final = (
-    *("tracer_init_tracefs", "trace_eval_init", "init_kprobe_trace", "init_dynamic_event", "blake2s_mod_init"),
+    *("tracer_init_tracefs", "trace_eval_init", "ftrace_check_for_weak_functions"),
+    *("init_kprobe_trace", "init_dynamic_event", "blake2s_mod_init"),
     *("cubictcp_register", "bpf_tcp_ca_kfunc_init", "kfunc_init", "bpf_prog_test_run_init", "bpf_rstat_kfunc_init"),
     "slab_sysfs_init",
 )
@@ -53,6 +54,7 @@ SLOW_HOST_OPTIONS: Final[tuple[tuple[str, str], ...]] = (
     ("noxsave", "FXSAVE, which KVM emulates, instead of XSAVE, which is an exit to the assist"),
     ("tsc=reliable", "no calibration and no watchdog of a clock that is the host's"),
     ("lpj=4000000", "no calibration of delays, which on an emulator come out far too short"),
+    ("nowatchdog", "a step of the boot that takes half a minute is no lockup"),
     ("cryptomgr.notests", "self-tests of each cipher"),
     ("rodata=off", "13 s of 437: no remapping of the kernel page by page, and no search for W+X pages"),
     ("init_on_alloc=0", "each page is zeroed 8 bytes at an emulated step"),

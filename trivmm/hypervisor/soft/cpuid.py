@@ -1,8 +1,8 @@
 """CPUID of a soft vCPU: the engine's own answers, and what it knows nothing of. Intel SDM vol. 2, CPUID.
 
 Leaf 15H tells the clocks' rates: a guest can't calibrate them here by counting loops, since every access to a timer
-leaves the engine. The topology is one package of cores with one thread each, as on ``kvm``; a single vCPU has the
-engine's.
+leaves the engine. Nor is it to watch the TSC by counting ticks, which come late here: the TSC is invariant. The
+topology is one package of cores with one thread each, as on ``kvm``; a single vCPU has the engine's.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ _unicorn: Any = unicorn  # its Python package is not typed
 
 HIGHEST_LEAF: Final = 0xD  # of the engine's CPU
 TSC_LEAF: Final = 0x15
+POWER_LEAF: Final = 0x8000_0007
+TSC_ADJUST: Final = 1 << 1  # the MSR is the engine's
+INVARIANT_TSC: Final = 1 << 8  # the host's; with the MSR, Linux takes it for reliable
 RATIO_OF: Final = 1000  # the TSC's rate is told in thousandths of the crystal's
 VENDOR: Final = (0x756E_6547, 0x6C65_746E, 0x4965_6E69)  # EBX, ECX, EDX
 REGISTERS: Final = (x86.UC_X86_REG_RAX, x86.UC_X86_REG_RBX, x86.UC_X86_REG_RCX, x86.UC_X86_REG_RDX)
@@ -74,6 +77,11 @@ def answer(leaf: int, subleaf: int, cr4: int, clock: Clock, crystal_hz: int, cpu
         return RATIO_OF, clock.tsc_khz() * 1000 * RATIO_OF // crystal_hz, crystal_hz, 0
     if HIGHEST_LEAF < leaf < TSC_LEAF:
         return 0, 0, 0, 0
+    if leaf == 7 and subleaf == 0:
+        eax, ebx, ecx, edx = engine_says(leaf, subleaf)
+        return eax, ebx | TSC_ADJUST, ecx, edx
+    if leaf == POWER_LEAF:
+        return 0, 0, 0, INVARIANT_TSC
     if cpus == 1:
         return None
     bits = (cpus - 1).bit_length()
