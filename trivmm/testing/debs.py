@@ -14,7 +14,12 @@ import zstandard
 
 VERSION = "6.1.0-test"
 HOME = f"lib/modules/{VERSION}/kernel"
-PACKERS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress}
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard.ZstdCompressor().compress,
+}
 
 
 def ar(*members: tuple[str, bytes]) -> bytes:
