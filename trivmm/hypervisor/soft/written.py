@@ -78,26 +78,33 @@ def _refused(call: str, number: int) -> HypervisorError:
 
 
 def why_no_dirty_log() -> str | None:
-    """None where the kernel has the log: tried on a page of memory as a guest's is."""
+    """None where the kernel has the log: tried on two pages of memory as a guest's is."""
     memfd = os.memfd_create("trivmm-probe", os.MFD_CLOEXEC)
     try:
-        os.ftruncate(memfd, PAGE)
-        mapped = lib.tv_memory_map(memfd, PAGE)
+        os.ftruncate(memfd, 2 * PAGE)
+        mapped = lib.tv_memory_map(memfd, 2 * PAGE)
     finally:
         os.close(memfd)
     if mapped == ffi.NULL:
-        return f"no memory for a look at it ({os.strerror(ffi.errno)})"
-    log = WrittenPages({0: (int(ffi.cast("uintptr_t", mapped)), PAGE)})
-    found = ffi.new("uint64_t[]", 1)
+        return f"no memory for a try ({os.strerror(ffi.errno)})"
+    log = WrittenPages({0: (int(ffi.cast("uintptr_t", mapped)), 2 * PAGE)})
     try:
-        log.start()
-        log.take(0, found)
-        clean = not found[0]
-        ffi.cast("uint8_t *", mapped)[0] = 1
-        log.take(0, found)
+        return _try(log, mapped)
     except HypervisorError as error:
         return f"{error.call}: {os.strerror(error.errno or 0)}"
     finally:
         log.stop()
-        lib.tv_memory_unmap(mapped, PAGE)
-    return None if clean and found[0] else "the kernel does not see what is written"
+        lib.tv_memory_unmap(mapped, 2 * PAGE)
+
+
+def _try(log: WrittenPages, mapped: Any) -> str | None:
+    """Nothing is written at first; then both pages are, and the first is gone again before anybody looks."""
+    clean, found = ffi.new("uint64_t[]", 1), ffi.new("uint64_t[]", 1)
+    log.start()
+    log.take(0, clean)
+    memory = ffi.cast("uint8_t *", mapped)
+    memory[0] = memory[PAGE] = 1
+    region = ffi.new("struct tv_region *", {"size": 2 * PAGE, "hva": memory})
+    lib.tv_memory_give_back(region, 0, PAGE)
+    log.take(0, found)
+    return None if (clean[0], found[0]) == (0, 0b11) else "the kernel does not see all that is written"
