@@ -10,6 +10,7 @@ A Python call may give a size as ``"512M"``, a path as an ``os.PathLike``, and d
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
@@ -27,6 +28,7 @@ __all__ = [
     "DiskConfig",
     "MemoryConfig",
     "PayloadConfig",
+    "PlatformConfig",
     "RateLimiterConfig",
     "RngConfig",
     "SerialConfig",
@@ -42,6 +44,9 @@ MAX_SERIAL: Final = 20  # bytes: virtio 1.2 section 5.2.6, VIRTIO_BLK_T_GET_ID
 MAX_TOKENS: Final = (1 << 63) - 1  # bytes or operations of a rate limiter, or milliseconds
 MAX_ID: Final = 128  # characters; an id names threads, log lines, counters and state
 OUR_IDS: Final = ("__", "_virtio-pci-")  # what the VMM's own entries in the device tree and the counters begin with
+MAX_SMBIOS: Final = 60 << 10  # bytes of all strings together: their segment has 64 KiB
+MAX_OEM_STRINGS: Final = 255  # one byte counts them
+UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{32}", re.IGNORECASE)
 CONSOLE_MODES: Final = ("Off", "Null", "Tty", "Pty", "File", "Socket")
 IMAGE_TYPES: Final = ("Raw", "Qcow2", "Unknown")
 FOREIGN_IMAGES: Final = ("Vhdx", "FixedVhd", "FlatVmdk")  # Cloud Hypervisor's others
@@ -50,6 +55,10 @@ ALIGNMENT: Final = 2 << 20  # RAM sizes: one x86 large page, so that a region ne
 
 def _integers(value: object) -> bool:
     return isinstance(value, tuple) and not any(not_integer(each) for each in value)
+
+
+def _texts(value: object) -> bool:
+    return isinstance(value, tuple) and not any(not_text(each) for each in value)
 
 
 CHECKS: Final[Mapping[str, Callable[[object], str | None]]] = {
@@ -65,6 +74,7 @@ CHECKS: Final[Mapping[str, Callable[[object], str | None]]] = {
     "int | None": lambda value: None if value is None else not_integer(value),
     "str | None": lambda value: None if value is None else not_text(value),
     "tuple[int, ...] | None": lambda value: None if value is None or _integers(value) else "a list of whole numbers",
+    "tuple[str, ...] | None": lambda value: None if value is None or _texts(value) else "a list of texts",
     "tuple[DiskConfig, ...]": lambda value: None,  # the field's converter has looked at each
     "tuple[Any, ...]": lambda value: None if isinstance(value, tuple) else "a list",  # the board looks at each
 }
@@ -303,6 +313,48 @@ class ConsoleConfig:
         check_id("console.id", self.id)
 
 
+@attrs.frozen(field_transformer=typed("platform."))
+class PlatformConfig:
+    """What SMBIOS tells the guest. ``serial_number`` and ``uuid`` are older names, which count where the newer ones
+    are left out."""
+
+    system_serial_number: str | None = None
+    serial_number: str | None = None
+    system_uuid: str | None = None
+    uuid: str | None = None
+    oem_strings: tuple[str, ...] | None = attrs.field(default=None, converter=_as_tuple)
+    system_manufacturer: str | None = None
+    system_product_name: str | None = None
+    system_version: str | None = None
+    system_family: str | None = None
+    system_sku_number: str | None = None
+    chassis_asset_tag: str | None = None
+
+    @property
+    def serial(self) -> str | None:
+        return self.serial_number if self.system_serial_number is None else self.system_serial_number
+
+    @property
+    def identity(self) -> str | None:
+        return self.uuid if self.system_uuid is None else self.system_uuid
+
+    def __attrs_post_init__(self) -> None:
+        given = {name: value for name, value in attrs.asdict(self, recurse=False).items() if value is not None}
+        oem = given.pop("oem_strings", ())
+        texts = [*given.items(), *((f"oem_strings[{index}]", text) for index, text in enumerate(oem))]
+        for name, text in texts:
+            if not text or not text.isprintable():  # an empty one would end the list, and so would a NUL
+                raise ConfigError(f"platform.{name}", text, "not a line of text", "give printable characters")
+            if name in ("uuid", "system_uuid") and not UUID.fullmatch(text):
+                remedy = "give one such as 12345678-9abc-def0-1234-56789abcdef0"
+                raise ConfigError(f"platform.{name}", text, "not a UUID", remedy)
+        if len(oem) > MAX_OEM_STRINGS:
+            raise ConfigError("platform.oem_strings", len(oem), "too many", f"give at most {MAX_OEM_STRINGS}")
+        size = sum(len(text.encode()) for _, text in texts)
+        if size > MAX_SMBIOS:
+            raise ConfigError("platform", f"{size} bytes", "too long", f"give at most {MAX_SMBIOS} bytes of text")
+
+
 @attrs.frozen(field_transformer=typed(""))
 class VmConfig:
     """``virtio`` are the devices that have no field of their own, each the configuration class of its kind
@@ -315,6 +367,7 @@ class VmConfig:
     rng: RngConfig = attrs.field(factory=RngConfig)
     serial: SerialConfig = attrs.field(factory=SerialConfig)
     console: ConsoleConfig = attrs.field(factory=ConsoleConfig)
+    platform: PlatformConfig = attrs.field(factory=PlatformConfig)
     pvpanic: bool = False
     virtio: tuple[Any, ...] = attrs.field(default=(), converter=_as_tuple)
     deadlines: Deadlines = attrs.field(factory=Deadlines)

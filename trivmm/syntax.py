@@ -20,6 +20,7 @@ __all__ = [
     "one_of",
     "parse_console",
     "parse_integer",
+    "parse_list",
     "parse_object",
     "parse_pairs",
     "parse_toggle",
@@ -36,11 +37,14 @@ CONSOLE_PATHS: Final = ("file", "socket")
 
 
 def split_commas(option: str, text: str) -> list[str]:
-    """Split at commas outside of ``"…"`` and ``[…]``; the quotes go. :raises ConfigError: they don't match up."""
+    """Split at commas outside of ``"…"`` and ``[…]``; quotes outside of brackets go.
+
+    :raises ConfigError: they don't match up."""
     parts, current, depth, quoted = [], "", 0, False
     for char in text.strip():
         if char == '"':
             quoted = not quoted
+            current += char if depth else ""
         elif char == "," and not quoted and depth == 0:
             parts.append(current)
             current = ""
@@ -89,6 +93,12 @@ def parse_integer(option: str, text: str) -> int:
     if not text.isascii() or not text.isdigit() or len(text) > MAX_DIGITS:
         raise ConfigError(option, text, "not a number", "give a whole number")
     return int(text)
+
+
+def parse_list(option: str, text: str) -> list[str]:
+    """``[one,two]``, or one without brackets; what has commas is quoted. :raises ConfigError:"""
+    inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    return [part.strip() for part in split_commas(option, inner)] if inner.strip() else []
 
 
 def parse_toggle(option: str, text: str) -> bool:

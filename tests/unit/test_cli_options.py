@@ -18,7 +18,7 @@ from trivmm.unixsocket import SocketFd
 from trivmm.values import parse_size
 from trivmm.virtio.kinds import KINDS
 
-BEFORE = ["firmware", "kernel", "cmdline", "initramfs", "cpus", "memory", "serial", "pvpanic"]
+BEFORE = ["firmware", "kernel", "cmdline", "initramfs", "cpus", "memory", "serial", "platform", "pvpanic"]
 NAMES = [*BEFORE, *(kind.option.name for kind in KINDS)]
 
 
@@ -34,6 +34,7 @@ def arguments(**given: Any) -> SimpleNamespace:
         ('path="a,b",x=1', ["path=a,b", "x=1"]),
         ("t=[1,2],u=[[1,2],[3]]", ["t=[1,2]", "u=[[1,2],[3]]"]),
         ('p="]"', ["p=]"]),
+        ('o=["a,b","]"],x=1', ['o=["a,b","]"]', "x=1"]),
     ],
 )
 def test_commas(text: str, parts: list[str]) -> None:

@@ -15,7 +15,8 @@ from trivmm.boot.bzimage import open_kernel
 from trivmm.boot.elf import CHUNK, parse_kernel
 from trivmm.boot.memory_map import memory_map
 from trivmm.boot.parts import check_place, load_cmdline, load_initramfs, too_little
-from trivmm.config import PayloadConfig
+from trivmm.boot.smbios import smbios_tables
+from trivmm.config import PayloadConfig, PlatformConfig
 from trivmm.errors import GuestMemoryError
 from trivmm.hypervisor.base import PvhEntry
 from trivmm.memory import layout
@@ -37,7 +38,11 @@ def check_payload(payload: PayloadConfig, checkpoint: Callable[[], None] = lambd
 
 
 def load_payload(
-    memory: GuestMemory, payload: PayloadConfig, vcpus: int = 1, checkpoint: Callable[[], None] = lambda: None
+    memory: GuestMemory,
+    payload: PayloadConfig,
+    platform: PlatformConfig,
+    vcpus: int = 1,
+    checkpoint: Callable[[], None] = lambda: None,
 ) -> PvhEntry:
     """Everything that a PVH guest needs to start; ``vcpus`` are listed in the ACPI tables. ``checkpoint`` is called
     between pieces of work and may raise to end them.
@@ -46,12 +51,13 @@ def load_payload(
     """
     is_firmware = payload.firmware is not None
     cmdline = load_cmdline(memory, "" if is_firmware else payload.cmdline)
-    tables = acpi_tables(vcpus)
+    tables, smbios = acpi_tables(vcpus), smbios_tables(platform)
     taken = [
         (layout.PVH_START_INFO, PAGE_SIZE, "the start info"),
         (layout.PVH_MEMMAP, PAGE_SIZE, "the memory map"),
         (layout.CMDLINE_START, cmdline, "the command line"),
         (layout.ACPI_START, len(tables), "the ACPI tables"),
+        (layout.SMBIOS_START, len(smbios), "the SMBIOS tables"),
     ]
     with open_kernel(*_file(payload), checkpoint) as file:
         image = parse_kernel(file)
@@ -66,7 +72,7 @@ def load_payload(
             for gpa in range(segment.gpa + segment.filesz, segment.end, CHUNK):
                 memory.write(gpa, ZEROS[: min(CHUNK, segment.end - gpa)])
                 checkpoint()
-    _write_boot_data(memory, initramfs, tables)
+    _write_boot_data(memory, initramfs, tables, smbios)
     return PvhEntry(image.entry_gpa, layout.PVH_START_INFO)
 
 
@@ -77,7 +83,7 @@ def _file(payload: PayloadConfig) -> tuple[str, str]:
     return payload.kernel, "payload.kernel"
 
 
-def _write_boot_data(memory: GuestMemory, initramfs: tuple[int, int] | None, tables: bytes) -> None:
+def _write_boot_data(memory: GuestMemory, initramfs: tuple[int, int] | None, tables: bytes, smbios: bytes) -> None:
     entries = memory_map(memory.ram)
     module = MODULE.pack(*initramfs, 0, 0) if initramfs else b""
     info = START_INFO.pack(
@@ -94,6 +100,7 @@ def _write_boot_data(memory: GuestMemory, initramfs: tuple[int, int] | None, tab
     )
     try:
         memory.write(layout.ACPI_START, tables)
+        memory.write(layout.SMBIOS_START, smbios)
         memory.write(layout.PVH_START_INFO, info)
         memory.write(layout.PVH_MODLIST, module)
         memory.write(layout.PVH_MEMMAP, b"".join(MEMMAP_ENTRY.pack(*entry, 0) for entry in entries))

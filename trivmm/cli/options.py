@@ -13,7 +13,17 @@ import attrs
 
 from trivmm.deadlines import TABLE, Deadlines
 from trivmm.errors import ConfigError
-from trivmm.syntax import Keys, as_text, one_of, parse_console, parse_integer, parse_object, parse_pairs, parse_toggle
+from trivmm.syntax import (
+    Keys,
+    as_text,
+    one_of,
+    parse_console,
+    parse_integer,
+    parse_list,
+    parse_object,
+    parse_pairs,
+    parse_toggle,
+)
 from trivmm.unixsocket import SocketFd, check_path
 from trivmm.values import parse_size
 from trivmm.virtio.kind import AnyKind
@@ -62,6 +72,32 @@ MEMORY: Final[Keys] = {
     "reserve": ("reserve", parse_toggle),
     "thp": ("thp", parse_toggle),
 }
+PLATFORM: Final[Keys] = {
+    **{
+        key: (key, as_text)
+        for key in (
+            "system_serial_number",
+            "serial_number",
+            "system_uuid",
+            "uuid",
+            "system_manufacturer",
+            "system_product_name",
+            "system_version",
+            "system_family",
+            "system_sku_number",
+            "chassis_asset_tag",
+        )
+    },
+    "oem_strings": ("oem_strings", parse_list),
+    "num_pci_segments": ("num_pci_segments", parse_integer),
+    "iommu_segments": ("iommu_segments", as_text),
+    "iommu_address_width": ("iommu_address_width_bits", parse_integer),
+    "iommufd": ("iommufd", parse_toggle),
+    "iommufd_fd": ("iommufd_fd", parse_integer),
+    "vfio_p2p_dma": ("vfio_p2p_dma", parse_toggle),
+    "tdx": ("tdx", parse_toggle),
+    "sev_snp": ("sev_snp", parse_toggle),
+}
 SEND: Final[Keys] = {
     "destination_url": ("destination_url", as_text),
     "downtime_ms": ("downtime_ms", parse_integer),
@@ -86,14 +122,16 @@ RECEIVE: Final[Keys] = {
 
 def parse_vm(arguments: Any, *, terminal: bool = False) -> dict[str, Any]:
     """The body of vm.create from parsed arguments (``firmware``, ``kernel``, ``cmdline``, ``initramfs``, ``cpus``,
-    ``memory``, ``serial``, ``pvpanic``, one of each kind of device; None where not given). ``terminal``: there is one,
-    so the serial port shows on it unless something else was said. :raises ConfigError:"""
+    ``memory``, ``serial``, ``platform``, ``pvpanic``, one of each kind of device; None where not given).
+    ``terminal``: there is one, so the serial port shows on it unless something else was said. :raises ConfigError:"""
     payload = {name: getattr(arguments, name) for name in ("firmware", "kernel", "cmdline", "initramfs")}
     body: dict[str, Any] = {"payload": payload}
     cpus = parse_object("--cpus", arguments.cpus or "", CPUS, "boot")
     cpus.setdefault("boot_vcpus", 1)
     body["cpus"] = {"max_vcpus": cpus["boot_vcpus"], **cpus}
     body["memory"] = {"size": 512 << 20, **parse_object("--memory", arguments.memory or "", MEMORY, "size")}
+    if arguments.platform is not None:
+        body["platform"] = parse_object("--platform", arguments.platform, PLATFORM, "serial_number")
     if arguments.pvpanic:
         body["pvpanic"] = True
     for kind in KINDS:

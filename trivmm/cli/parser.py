@@ -48,7 +48,6 @@ REFUSED: Final = {
     "--memory-zone": "give --memory size=…",
     "--numa": "leave it out",
     "--pci-segment": "leave it out: there is one PCI bus",
-    "--platform": "leave it out",
     "--pvmemcontrol": "leave it out",
     "--rate-limit-group": "leave it out",
     "--restore": "leave it out: there are no snapshots yet",
@@ -124,6 +123,8 @@ def run_parser() -> Parser:
     vm.add_argument("--memory", metavar="size=SIZE[,shared=on]", help="RAM, with K, M, G or T (512M)")
     modes = "off|null|tty|pty|file=FILE|socket=PATH"
     vm.add_argument("--serial", metavar=modes, help="the serial port (tty where stdout is a terminal, else null)")
+    words = "serial_number=TEXT,uuid=UUID,oem_strings=[TEXT,…]"
+    vm.add_argument("--platform", metavar=words, help="what SMBIOS tells the guest of its machine")
     for kind in KINDS:
         option = kind.option
         if kind.contract.flag:

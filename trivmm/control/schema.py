@@ -19,6 +19,7 @@ from trivmm.config import (
     CpusConfig,
     MemoryConfig,
     PayloadConfig,
+    PlatformConfig,
     RateLimiterConfig,
     SerialConfig,
     TokenBucketConfig,
@@ -75,6 +76,7 @@ CLASSES: Final[Mapping[str, tuple[type, ...]]] = {
     "CpusConfig": (CpusConfig,),
     "MemoryConfig": (MemoryConfig,),
     "SerialConfig": (SerialConfig,),
+    "PlatformConfig": (PlatformConfig,),
     **{kind.contract.schema: (kind.config,) for kind in KINDS if not kind.contract.flag},
     "RateLimiterConfig": (RateLimiterConfig,),
     "TokenBucket": (TokenBucketConfig,),
@@ -88,6 +90,7 @@ OURS: Final[Mapping[str, tuple[type, ...]]] = {"ResolveMigrationData": (ResolveM
 # The fields of Cloud Hypervisor's structs that are options there, but not None in our classes.
 NULL_IS_LEFT_OUT: Final = {
     ("VmConfig", "payload"),
+    ("VmConfig", "platform"),
     ("PayloadConfig", "kernel"),
     ("PayloadConfig", "cmdline"),
     ("TokenBucket", "one_time_burst"),
@@ -99,6 +102,7 @@ NESTED: Final[Mapping[str, str]] = {
     "cpus": "CpusConfig",
     "memory": "MemoryConfig",
     "serial": "SerialConfig",
+    "platform": "PlatformConfig",
     **{kind.contract.section: kind.contract.schema for kind in KINDS if not kind.contract.many | kind.contract.flag},
 }
 FLAGS: Final = {kind.contract.section for kind in KINDS if kind.contract.flag}
@@ -220,6 +224,8 @@ def dump_config(config: VmConfig) -> dict[str, Any]:
     for key, schema in NESTED.items():
         if key not in BEYOND:
             made[key] = _dumped(schema, getattr(config, key))
+    if config.platform == PlatformConfig():
+        del made["platform"]
     made["pvpanic"] = config.pvpanic
     made["payload"] = {key: item for key, item in made["payload"].items() if item != ""}
     for kind in KINDS:

@@ -18,8 +18,8 @@ from trivmm._native import ffi, lib
 from trivmm.boot.firmware import firmware_items
 from trivmm.boot.payload import wants_rom
 from trivmm.bus.space import AddressSpace, BusDevice, Range
-from trivmm.config import VmConfig
-from trivmm.errors import ConfigError
+from trivmm.config import PlatformConfig, VmConfig
+from trivmm.errors import ConfigError, NotSupported
 from trivmm.hypervisor.base import Hypervisor, VmBackend
 from trivmm.machine.board import Board, DeviceSlot, EventSink, line_configs
 from trivmm.memory import layout
@@ -65,6 +65,7 @@ def build_board(
         serial = Serial(sinks.get("serial"))
         serial.keeps_sink = True
         undo.append(serial.close)
+        _check_platform(config)
         rom = (layout.ROM_START, layout.ROM_SIZE) if hypervisor.needs_payload and wants_rom(config.payload) else None
         memory = GuestMemory(layout.ram_ranges(config.memory.size), rom)
         undo.append(memory.close)
@@ -136,6 +137,13 @@ def check_board(config: VmConfig, hypervisor: Hypervisor) -> None:
     top = max(gpa + size for gpa, size in layout.ram_ranges(config.memory.size))
     if top > layout.BAR64_START:
         raise ConfigError("memory.size", config.memory.size, "reaches into the PCI window below 1 TiB", "give less")
+
+
+def _check_platform(config: VmConfig) -> None:
+    """:raises NotSupported: firmware that makes its SMBIOS tables itself."""
+    if config.platform != PlatformConfig() and wants_rom(config.payload):
+        remedy = "leave it out, or give a kernel"
+        raise NotSupported("platform", config.payload.firmware, "a flat firmware's SMBIOS tables are its own", remedy)
 
 
 def _host_memory() -> int | None:
