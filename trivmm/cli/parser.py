@@ -125,6 +125,12 @@ def run_parser() -> Parser:
     vm.add_argument("--memory", metavar="size=SIZE[,shared=on]", help="RAM, with K, M, G or T (512M)")
     modes = "off|null|tty|pty|file=FILE|socket=PATH"
     vm.add_argument("--serial", metavar=modes, help="the serial port (tty where stdout is a terminal, else null)")
+    vm.add_argument(
+        "--platform",
+        metavar="uuid=UUID,serial_number=TEXT,oem_strings=[TEXT,…]",
+        help="what SMBIOS says of the machine; also system_manufacturer=, system_product_name=, system_version=, "
+        "system_sku_number=, system_family=, chassis_asset_tag=",
+    )
     for kind in KINDS:
         option = kind.option
         if kind.contract.flag:

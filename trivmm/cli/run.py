@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 SWITCH_INTERVAL_S: Final = 1e-4  # the GIL's: with the default 5 ms two busy vCPU threads starve each other
 VM_OPTIONS: Final = (
-    *("cmdline", "initramfs", "cpus", "memory", "serial", "cloud-init", "pvpanic"),
+    *("cmdline", "initramfs", "cpus", "memory", "serial", "cloud-init", "platform", "pvpanic"),
     *(kind.option.name for kind in KINDS),
 )
 
