@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         DiskConfig,
         MemoryConfig,
         PayloadConfig,
+        PlatformConfig,
         RngConfig,
         SerialConfig,
         VmConfig,
@@ -59,7 +60,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "trivmm.config": ("ConsoleConfig CpusConfig DiskConfig MemoryConfig PayloadConfig RngConfig SerialConfig VmConfig"),
+    "trivmm.config": (
+        "ConsoleConfig CpusConfig DiskConfig MemoryConfig PayloadConfig PlatformConfig RngConfig SerialConfig VmConfig"
+    ),
     "trivmm.console": "ConsoleMatch",
     "trivmm.deadlines": "Deadlines",
     "trivmm.errors": (
@@ -108,6 +111,7 @@ __all__ = [
     "PauseTimeout",
     "PayloadConfig",
     "PciDeviceInfo",
+    "PlatformConfig",
     "PmemConfig",
     "RngConfig",
     "RunsElsewhere",

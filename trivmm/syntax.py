@@ -20,6 +20,7 @@ __all__ = [
     "one_of",
     "parse_console",
     "parse_integer",
+    "parse_list",
     "parse_object",
     "parse_pairs",
     "parse_toggle",
@@ -99,6 +100,12 @@ def parse_toggle(option: str, text: str) -> bool:
         case "off" | "false":
             return False
     raise ConfigError(option, text, "neither on nor off", "give on or off")
+
+
+def parse_list(option: str, text: str) -> list[str]:
+    """``[a,b]``, or one without brackets. No text has a comma in it. :raises ConfigError:"""
+    inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    return [each.strip() for each in split_commas(option, inner)] if inner else []
 
 
 def as_text(option: str, text: str) -> str:

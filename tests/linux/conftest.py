@@ -138,3 +138,8 @@ def linux_disk(linux_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Li
 @pytest.fixture(scope="session")
 def linux_devices(linux_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Linux:
     return _linux(linux_root, tmp_path_factory.mktemp("devices"), "devices.c")
+
+
+@pytest.fixture(scope="session")
+def linux_events(linux_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Linux:
+    return _linux(linux_root, tmp_path_factory.mktemp("events"), "events.c")

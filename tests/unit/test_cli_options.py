@@ -18,7 +18,7 @@ from trivmm.unixsocket import SocketFd
 from trivmm.values import parse_size
 from trivmm.virtio.kinds import KINDS
 
-BEFORE = ["firmware", "kernel", "cmdline", "initramfs", "cpus", "memory", "serial", "pvpanic"]
+BEFORE = ["firmware", "kernel", "cmdline", "initramfs", "cpus", "memory", "serial", "platform", "pvpanic"]
 NAMES = [*BEFORE, *(kind.option.name for kind in KINDS)]
 
 

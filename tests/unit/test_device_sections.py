@@ -18,7 +18,7 @@ from trivmm.virtio.kinds import KINDS, sections
 from trivmm.virtio.pmem.config import PmemConfig
 from trivmm.virtio.watchdog.config import WatchdogConfig
 
-OPTIONS = ["firmware", "kernel", "cmdline", "initramfs", "cpus", "memory", "serial", "pvpanic"]
+OPTIONS = ["firmware", "kernel", "cmdline", "initramfs", "cpus", "memory", "serial", "platform", "pvpanic"]
 OPTIONS += [kind.option.name for kind in KINDS]
 
 

@@ -81,7 +81,7 @@ def check_linux(path: str) -> None:
 
 
 def load_linux(
-    memory: GuestMemory, payload: PayloadConfig, vcpus: int, checkpoint: Callable[[], None]
+    memory: GuestMemory, payload: PayloadConfig, vcpus: int, checkpoint: Callable[[], None], smbios: bytes = b""
 ) -> LongModeEntry:
     """Of a file that :func:`has_own_entry`. :raises ConfigError: naming what is wrong; RAM may then be half written."""
     tables = acpi_tables(vcpus)
@@ -95,6 +95,7 @@ def load_linux(
             memory.write(image.gpa + position, data)
             checkpoint()
     memory.write(layout.ACPI_START, tables)
+    memory.write(layout.SMBIOS_START, smbios)
     memory.write(layout.ZERO_PAGE, _zero_page(image.header, memory.ram, initramfs))
     memory.write(layout.PAGE_TABLES, _page_tables())
     memory.write(layout.BOOT_GDT, LONG_MODE_GDT)

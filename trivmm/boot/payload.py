@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 from trivmm.boot import firmware, linux, pvh
 from trivmm.boot.elf import NoPvhEntry
-from trivmm.config import PayloadConfig
+from trivmm.boot.smbios import smbios_image
+from trivmm.config import PayloadConfig, PlatformConfig
 from trivmm.hypervisor.base import LongModeEntry, PvhEntry
 from trivmm.memory.guest import GuestMemory
 
@@ -42,11 +43,16 @@ def check_payload(payload: PayloadConfig, checkpoint: Callable[[], None] = _noth
 
 
 def load_payload(
-    memory: GuestMemory, payload: PayloadConfig, vcpus: int = 1, checkpoint: Callable[[], None] = _nothing
+    memory: GuestMemory,
+    payload: PayloadConfig,
+    vcpus: int = 1,
+    checkpoint: Callable[[], None] = _nothing,
+    platform: PlatformConfig | None = None,
 ) -> PvhEntry | LongModeEntry | None:
     """Everything that the guest needs to start; gives where, None being the reset vector.
 
-    ``vcpus`` are listed in the ACPI tables. ``checkpoint`` is called between pieces of work and may raise to end them.
+    ``vcpus`` are listed in the ACPI tables, ``platform`` in SMBIOS. ``checkpoint`` is called between pieces of work and
+    may raise to end them.
 
     :raises ConfigError: for whatever is wrong with a file or the command line; memory may then be half written."""
     if payload.firmware is not None and (payload.cmdline or payload.initramfs):
@@ -54,9 +60,10 @@ def load_payload(
     if payload.firmware is not None and wants_rom(payload):
         firmware.load_firmware(memory, payload.firmware)
         return None
+    smbios = smbios_image(platform or PlatformConfig())
     try:
-        return pvh.load_payload(memory, payload, vcpus, checkpoint)
+        return pvh.load_payload(memory, payload, vcpus, checkpoint, smbios)
     except NoPvhEntry:
         if not payload.kernel or not linux.has_own_entry("payload.kernel", payload.kernel):
             raise
-        return linux.load_linux(memory, payload, vcpus, checkpoint)
+        return linux.load_linux(memory, payload, vcpus, checkpoint, smbios)

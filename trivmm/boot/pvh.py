@@ -37,10 +37,14 @@ def check_payload(payload: PayloadConfig, checkpoint: Callable[[], None] = lambd
 
 
 def load_payload(
-    memory: GuestMemory, payload: PayloadConfig, vcpus: int = 1, checkpoint: Callable[[], None] = lambda: None
+    memory: GuestMemory,
+    payload: PayloadConfig,
+    vcpus: int = 1,
+    checkpoint: Callable[[], None] = lambda: None,
+    smbios: bytes = b"",
 ) -> PvhEntry:
-    """Everything that a PVH guest needs to start; ``vcpus`` are listed in the ACPI tables. ``checkpoint`` is called
-    between pieces of work and may raise to end them.
+    """Everything that a PVH guest needs to start; ``vcpus`` are listed in the ACPI tables; ``smbios`` is put
+    where an OS looks for it. ``checkpoint`` is called between pieces of work and may raise to end them.
 
     :raises ConfigError: for whatever is wrong with kernel, initramfs or command line; RAM may then be half written.
     """
@@ -52,6 +56,7 @@ def load_payload(
         (layout.PVH_MEMMAP, PAGE_SIZE, "the memory map"),
         (layout.CMDLINE_START, cmdline, "the command line"),
         (layout.ACPI_START, len(tables), "the ACPI tables"),
+        (layout.SMBIOS_START, len(smbios), "the SMBIOS tables"),
     ]
     with open_kernel(*_file(payload), checkpoint) as file:
         image = parse_kernel(file)
@@ -66,7 +71,7 @@ def load_payload(
             for gpa in range(segment.gpa + segment.filesz, segment.end, CHUNK):
                 memory.write(gpa, ZEROS[: min(CHUNK, segment.end - gpa)])
                 checkpoint()
-    _write_boot_data(memory, initramfs, tables)
+    _write_boot_data(memory, initramfs, tables, smbios)
     return PvhEntry(image.entry_gpa, layout.PVH_START_INFO)
 
 
@@ -77,7 +82,7 @@ def _file(payload: PayloadConfig) -> tuple[str, str]:
     return payload.kernel, "payload.kernel"
 
 
-def _write_boot_data(memory: GuestMemory, initramfs: tuple[int, int] | None, tables: bytes) -> None:
+def _write_boot_data(memory: GuestMemory, initramfs: tuple[int, int] | None, tables: bytes, smbios: bytes) -> None:
     entries = memory_map(memory.ram)
     module = MODULE.pack(*initramfs, 0, 0) if initramfs else b""
     info = START_INFO.pack(
@@ -94,6 +99,7 @@ def _write_boot_data(memory: GuestMemory, initramfs: tuple[int, int] | None, tab
     )
     try:
         memory.write(layout.ACPI_START, tables)
+        memory.write(layout.SMBIOS_START, smbios)
         memory.write(layout.PVH_START_INFO, info)
         memory.write(layout.PVH_MODLIST, module)
         memory.write(layout.PVH_MEMMAP, b"".join(MEMMAP_ENTRY.pack(*entry, 0) for entry in entries))

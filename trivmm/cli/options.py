@@ -13,7 +13,17 @@ import attrs
 
 from trivmm.deadlines import TABLE, Deadlines
 from trivmm.errors import ConfigError
-from trivmm.syntax import Keys, as_text, one_of, parse_console, parse_integer, parse_object, parse_pairs, parse_toggle
+from trivmm.syntax import (
+    Keys,
+    as_text,
+    one_of,
+    parse_console,
+    parse_integer,
+    parse_list,
+    parse_object,
+    parse_pairs,
+    parse_toggle,
+)
 from trivmm.unixsocket import SocketFd, check_path
 from trivmm.values import parse_size
 from trivmm.virtio.kind import AnyKind
@@ -30,6 +40,10 @@ __all__ = [
     "parse_vm",
 ]
 
+SMBIOS_TEXTS: Final = (
+    *("system_manufacturer", "system_product_name", "system_version", "system_serial_number"),
+    *("system_uuid", "system_sku_number", "system_family", "chassis_asset_tag"),
+)
 MAX_FD: Final = (1 << 31) - 1  # an int in C
 
 
@@ -62,6 +76,20 @@ MEMORY: Final[Keys] = {
     "reserve": ("reserve", parse_toggle),
     "thp": ("thp", parse_toggle),
 }
+PLATFORM: Final[Keys] = {
+    **{name: (name, as_text) for name in SMBIOS_TEXTS},
+    "serial_number": ("system_serial_number", as_text),
+    "uuid": ("system_uuid", as_text),
+    "oem_strings": ("oem_strings", parse_list),
+    "num_pci_segments": ("num_pci_segments", parse_integer),
+    "iommu_segments": ("iommu_segments", parse_list),
+    "iommu_address_width": ("iommu_address_width_bits", parse_integer),
+    "iommufd": ("iommufd", parse_toggle),
+    "iommufd_fd": ("iommufd_fd", parse_integer),
+    "vfio_p2p_dma": ("vfio_p2p_dma", parse_toggle),
+    "tdx": ("tdx", parse_toggle),
+    "sev_snp": ("sev_snp", parse_toggle),
+}
 SEND: Final[Keys] = {
     "destination_url": ("destination_url", as_text),
     "downtime_ms": ("downtime_ms", parse_integer),
@@ -86,14 +114,16 @@ RECEIVE: Final[Keys] = {
 
 def parse_vm(arguments: Any, *, terminal: bool = False) -> dict[str, Any]:
     """The body of vm.create from parsed arguments (``firmware``, ``kernel``, ``cmdline``, ``initramfs``, ``cpus``,
-    ``memory``, ``serial``, ``pvpanic``, one of each kind of device; None where not given). ``terminal``: there is one,
-    so the serial port shows on it unless something else was said. :raises ConfigError:"""
+    ``memory``, ``serial``, ``platform``, ``pvpanic``, one of each kind of device; None where not given). ``terminal``:
+    there is one, so the serial port shows on it unless something else was said. :raises ConfigError:"""
     payload = {name: getattr(arguments, name) for name in ("firmware", "kernel", "cmdline", "initramfs")}
     body: dict[str, Any] = {"payload": payload}
     cpus = parse_object("--cpus", arguments.cpus or "", CPUS, "boot")
     cpus.setdefault("boot_vcpus", 1)
     body["cpus"] = {"max_vcpus": cpus["boot_vcpus"], **cpus}
     body["memory"] = {"size": 512 << 20, **parse_object("--memory", arguments.memory or "", MEMORY, "size")}
+    if arguments.platform:
+        body["platform"] = parse_object("--platform", arguments.platform, PLATFORM, "uuid")
     if arguments.pvpanic:
         body["pvpanic"] = True
     for kind in KINDS:

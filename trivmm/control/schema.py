@@ -19,6 +19,7 @@ from trivmm.config import (
     CpusConfig,
     MemoryConfig,
     PayloadConfig,
+    PlatformConfig,
     RateLimiterConfig,
     SerialConfig,
     TokenBucketConfig,
@@ -75,6 +76,7 @@ CLASSES: Final[Mapping[str, tuple[type, ...]]] = {
     "CpusConfig": (CpusConfig,),
     "MemoryConfig": (MemoryConfig,),
     "SerialConfig": (SerialConfig,),
+    "PlatformConfig": (PlatformConfig,),
     **{kind.contract.schema: (kind.config,) for kind in KINDS if not kind.contract.flag},
     "RateLimiterConfig": (RateLimiterConfig,),
     "TokenBucket": (TokenBucketConfig,),
@@ -91,6 +93,8 @@ NULL_IS_LEFT_OUT: Final = {
     ("PayloadConfig", "kernel"),
     ("PayloadConfig", "cmdline"),
     ("TokenBucket", "one_time_burst"),
+    ("VmConfig", "platform"),
+    ("PlatformConfig", "oem_strings"),
     *(("VmConfig", kind.contract.section) for kind in KINDS if kind.contract.many),
     *(("VmConfig", section) for section in sections()),
 }
@@ -99,8 +103,13 @@ NESTED: Final[Mapping[str, str]] = {
     "cpus": "CpusConfig",
     "memory": "MemoryConfig",
     "serial": "SerialConfig",
+    "platform": "PlatformConfig",
     **{kind.contract.section: kind.contract.schema for kind in KINDS if not kind.contract.many | kind.contract.flag},
 }
+ALIASES: Final[Mapping[tuple[str, str], str]] = {
+    ("PlatformConfig", "serial_number"): "system_serial_number",
+    ("PlatformConfig", "uuid"): "system_uuid",
+}  # the contract's older names
 FLAGS: Final = {kind.contract.section for kind in KINDS if kind.contract.flag}
 INNER: Final[Mapping[str, str]] = {
     "rate_limiter_config": "RateLimiterConfig",
@@ -221,6 +230,8 @@ def dump_config(config: VmConfig) -> dict[str, Any]:
         if key not in BEYOND:
             made[key] = _dumped(schema, getattr(config, key))
     made["pvpanic"] = config.pvpanic
+    if config.platform == PlatformConfig():
+        del made["platform"]  # as there, where nothing was said
     made["payload"] = {key: item for key, item in made["payload"].items() if item != ""}
     for kind in KINDS:
         contract, found = kind.contract, kind.of(config)
@@ -277,6 +288,9 @@ def _checked(schema: str, value: object, path: str, unknown: Unknown) -> dict[st
     made: dict[str, Any] = {}
     for key, item in value.items():
         where = f"{path}.{key}" if path else key
+        key = ALIASES.get((schema, str(key)), key)
+        if key in made:
+            raise ConfigError(where, item, f"{key} is given too", "give one of them")
         if key in known:
             made[key] = _nested(schema, key, item, where, unknown)
         elif key in not_yet:

@@ -177,7 +177,7 @@ def _assemble(
     )
     for (first, count), device, name in ports:
         pio.insert(Range(first, count, device, name))
-    fw_cfg = FwCfg(firmware_items(memory.ram, config.cpus.boot_vcpus) if has_rom else {})
+    fw_cfg = FwCfg(firmware_items(memory.ram, config.cpus.boot_vcpus, config.platform) if has_rom else {})
     if has_rom:
         pio.insert(Range(*FW_CFG_PORTS, fw_cfg, "fw_cfg"))
     vm.attach_pio_hook(*COM1, ffi.addressof(lib, "tv_uart_pio"), serial.native)
