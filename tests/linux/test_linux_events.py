@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.soft]
 from trivmm.hypervisor.soft import SoftHypervisor  # noqa: E402
 
 LIMIT_S = 900
-CMDLINE = "console=ttyS0 mitigations=off panic=-1 cryptomgr.notests"
+CMDLINE = "console=ttyS0 mitigations=off panic=-1 cryptomgr.notests iomem=relaxed"
 
 
 async def test_each_event_is_told_as_what_it_is(linux_events: Any, tmp_path: Path) -> None:
