@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import struct
 import subprocess
@@ -170,3 +171,26 @@ def test_iasl_reads_the_namespace_and_compiles_it_again(tmp_path: Path) -> None:
     ):
         assert line in source
     assert "0 Errors, 0 Warnings" in iasl("-we", "-p", "again", "dsdt.dsl")
+
+
+@pytest.mark.skipif(shutil.which("iasl") is None, reason="needs iasl (the package acpica-tools)")
+@pytest.mark.parametrize("vcpus", [1, 300])
+def test_iasl_compiles_every_table_to_what_it_was(tmp_path: Path, vcpus: int) -> None:
+    def iasl(*words: str) -> str:
+        done = subprocess.run(["iasl", *words], cwd=tmp_path, timeout=60, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    found = _walk(vcpus)
+    assert set(found) == {b"DSDT", b"FACP", b"APIC", b"MCFG"}
+    for signature, table in found.items():
+        name = signature.decode().lower()
+        (tmp_path / f"{name}.aml").write_bytes(table)
+        assert not re.search(r"\b(error|warning|invalid|mismatch)", iasl("-d", f"{name}.aml"), re.IGNORECASE)
+        said = iasl("-we", "-p", f"{name}_again", f"{name}.dsl")
+        assert "0 Errors, 0 Warnings" in said or re.search(r"Table data compiled|Table Output", said)
+        assert not re.search(r"\b[1-9]\d* (Errors|Warnings)|^(Error|Warning) ", said, re.MULTILINE)
+        if signature != b"DSDT":  # which the compiler may spell another way
+            again = bytearray((tmp_path / f"{name}_again.aml").read_bytes())
+            again[9], again[28:36] = table[9], table[28:36]  # the sum, and who compiled it
+            assert again == table

@@ -4,8 +4,7 @@ Drivers access a field with its own width (section 4.1.3.1), 64-bit ones as a wh
 that: iPXE reads 16 bits of device_feature. So an aligned read inside a field gets that part of it; any other width or
 offset reads all-ones, and only whole fields are written.
 
-A queue's registers are its :class:`QueueState`, replaced at each write, so that whoever was handed one keeps what it
-was handed.
+A queue's registers are its :class:`QueueState`, replaced at each write: who was handed one keeps what it was handed.
 """
 
 from __future__ import annotations
