@@ -15,6 +15,8 @@
 #define CR4_OSFXSR (1u << 9)
 #define CR4_OSXSAVE (1u << 18)
 #define EFER_LMA (1ull << 10)
+#define X87_CONTROL 0
+#define X87_MASKS 0x3fu
 #define X87_STATUS 2
 #define X87_ERROR 0x80u
 #define MSR_TSC_AUX 0xc0000103
@@ -110,6 +112,15 @@ static int processor_id(struct tv_assist *assist)
     return 0;
 }
 
+/* 0 where all x87 exceptions are masked: whether an error would be a #MF or a PC's IRQ 13 is then no question. */
+static int never_errs(struct tv_assist *assist)
+{
+    if (tv_assist_load_xstate(assist))
+        return -2;
+    uint8_t *area = (uint8_t *)assist->xstate;
+    return (area[X87_CONTROL] & X87_MASKS) == X87_MASKS && !(area[X87_STATUS] & X87_ERROR) ? 0 : -2;
+}
+
 /* What an SSE, AVX or x87 instruction needs of the control registers. */
 static int needs_control(struct tv_assist *assist, unsigned kind)
 {
@@ -119,7 +130,7 @@ static int needs_control(struct tv_assist *assist, unsigned kind)
     if (kind == TV_ASSIST_X87) {
         if (cr0 & (CR0_EM | CR0_TS))
             return tv_assist_raise(assist, NO_MATH, -1);
-        return cr0 & CR0_NE ? 0 : -2;
+        return cr0 & CR0_NE ? 0 : never_errs(assist);
     }
     if (kind == TV_ASSIST_AVX ? !(cr4 & CR4_OSXSAVE) : cr0 & CR0_EM || !(cr4 & CR4_OSFXSR))
         return tv_assist_raise(assist, UNDEFINED, -1);

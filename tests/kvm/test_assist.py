@@ -226,6 +226,20 @@ def test_x87_remembers_the_guests_addresses(guest: LongMode) -> None:
     assert struct.unpack_from("<QQ", guest.xsave(), 8) in ((CODE, DATA), (0, 0))  # some CPUs tell it with an error only
 
 
+@pytest.mark.parametrize(("control", "done"), [(0x37F, True), (0x37B, False)])
+def test_without_ne_it_does_x87_that_cannot_err(guest: LongMode, control: int, done: bool) -> None:
+    """Memtest86+ leaves CR0.NE clear, as a PC starts; only an error that is not masked would go to IRQ 13 then."""
+    kept = guest.xsave()
+    state = bytearray(kept)
+    struct.pack_into("<HHH", state, 0, control, 0, 0)
+    struct.pack_into("<Q", state, 512, 3)
+    guest.put_xsave(state)
+    guest.enter(cr0=CR0 & ~0x20)
+    assert guest.finish(bytes.fromhex("d9ee")) is done  # fldz
+    assert guest.injected() is None
+    guest.put_xsave(kept)
+
+
 BURST = bytes.fromhex("660ffec1") * 40  # paddd xmm0, xmm1
 
 

@@ -141,5 +141,10 @@ def linux_devices(linux_root: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="session")
+def linux_events(linux_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Linux:
+    return _linux(linux_root, tmp_path_factory.mktemp("events"), "events.c")
+
+
+@pytest.fixture(scope="session")
 def linux_platform(linux_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Linux:
     return _linux(linux_root, tmp_path_factory.mktemp("platform"), "platform.c")
