@@ -272,6 +272,7 @@ int tv_assist(struct tv_assist *assist, struct kvm_run *run)
     enum tv_assist_kind kind;
     int jumped = 0;
     assist->xstate_is = TV_XSTATE_UNKNOWN;
+    assist->insn.available = 0; /* a refusal is reported with these bytes */
     if (!assist->memory || tv_assist_registers(assist, run))
         return 0;
     int result = assist->sregs.efer & EFER_LMA && assist->sregs.cs.l ? look(assist) : -2;

@@ -82,7 +82,7 @@ struct tv_assist {
     int stale;        /* registers were set from outside: kvm_run has older ones */
     int stepping;     /* over the breakpoint at `handler` */
     uint64_t handler; /* of the guest's page faults, with a breakpoint; 0: none */
-    uint64_t stepped; /* page faults that were no SYSCALL */
+    uint64_t page_faults; /* page faults that were no SYSCALL */
     uint64_t by_kind[TV_ASSIST_KINDS];
     uint64_t refused;
     struct {

@@ -4,7 +4,7 @@
  * ring 3: what the guest sees is a page fault at its own entry point, of which ring 3 can't fetch. So the first
  * instruction of the guest's page-fault handler has a breakpoint (it runs in ring 0, on KVM's emulator, which looks at
  * them). Where the fault is such a SYSCALL, it is taken back and the SYSCALL is finished (Intel SDM volume 2, SYSCALL);
- * any other goes on after a single step over the breakpoint. No process can feign it by a jump to the entry point: flags
+ * any other goes on behind the handler's first instruction: that is done here, or by a single step. No process can feign it by a jump to the entry point: flags
  * that SYSCALL clears, IF among them, are not a process's to clear.
  *
  * The handler is looked up before each KVM_RUN, from the IDT register that the last exit has left in kvm_run; writes of
@@ -22,8 +22,11 @@
 #define EFER_LMA (1ull << 10)
 #define ERROR_WRITE 2u
 #define ERROR_USER 4u
+#define FLAG_TF (1ull << 8)
 #define FLAG_IF (1ull << 9)
+#define FLAG_DF (1ull << 10)
 #define FLAG_RF (1ull << 16)
+#define FLAG_AC (1ull << 18)
 #define MSR_STAR 0xc0000081u
 #define MSR_LSTAR 0xc0000082u
 #define MSR_FMASK 0xc0000084u
@@ -75,15 +78,47 @@ int tv_syscall_watch(struct tv_assist *assist, const struct kvm_run *run)
     return handler == assist->handler ? 0 : break_at(assist, handler);
 }
 
+/* How many of the bytes there the guest may fetch. */
+static uint32_t code_at(struct tv_assist *assist, uint64_t va, uint8_t *code, uint32_t length)
+{
+    uint32_t have = 0;
+    for (uint64_t gpa; have < length; have++)
+        if (tv_assist_translate(assist, va + have, TV_FETCH, &gpa) ||
+            tv_memory_read(assist->memory, gpa, code + have, 1))
+            break;
+    assist->has_fault = 0;
+    return have;
+}
+
 static int is_syscall_at(struct tv_assist *assist, uint64_t va)
 {
-    uint64_t gpa[2];
     uint8_t code[2];
-    for (unsigned i = 0; i < 2; i++)
-        if (tv_assist_translate(assist, va + i, TV_FETCH, &gpa[i]) ||
-            tv_memory_read(assist->memory, gpa[i], &code[i], 1))
-            return 0;
-    return code[0] == 0x0f && code[1] == 0x05;
+    return code_at(assist, va, code, sizeof code) == sizeof code && code[0] == 0x0f && code[1] == 0x05;
+}
+
+/* Handlers begin with an instruction that does little: Linux's with CLAC, with a NOP instead, or with CLD. One of those
+ * is done here, without a single step's exit. 0: it is another. */
+static uint32_t first_done(struct tv_assist *assist)
+{
+    static const struct {
+        uint8_t length, code[4];
+        uint64_t clears;
+    } KNOWN[] = {
+        {1, {0x90}, 0},
+        {2, {0x66, 0x90}, 0},
+        {3, {0x0f, 0x1f, 0x00}, 0},
+        {4, {0xf3, 0x0f, 0x1e, 0xfa}, 0}, /* ENDBR64 */
+        {3, {0x0f, 0x01, 0xca}, FLAG_AC}, /* CLAC */
+        {1, {0xfc}, FLAG_DF},             /* CLD */
+    };
+    uint8_t code[4];
+    uint32_t have = code_at(assist, assist->regs.rip, code, sizeof code);
+    for (uint32_t i = 0; i < sizeof KNOWN / sizeof *KNOWN; i++)
+        if (KNOWN[i].length <= have && !memcmp(code, KNOWN[i].code, KNOWN[i].length)) {
+            assist->regs.rflags &= ~(KNOWN[i].clears | FLAG_RF);
+            return KNOWN[i].length;
+        }
+    return 0;
 }
 
 /* At the handler's first instruction: 1 when the fault was a SYSCALL's, and that is finished. */
@@ -109,7 +144,6 @@ static int finish_syscall(struct tv_assist *assist)
         sregs->cs.selector |= 3; /* what ring 3 may fetch */
         int genuine = is_syscall_at(assist, assist->regs.rcx - 2);
         sregs->cs.selector &= (uint16_t)~3;
-        assist->has_fault = 0;
         if (!genuine)
             return 0;
     }
@@ -148,8 +182,13 @@ int tv_syscall_trap(struct tv_assist *assist, struct kvm_run *run)
         return !give_back(assist, run->debug.arch.dr6);
     if (finish_syscall(assist))
         return !tv_assist_put_registers(assist, run, 1);
+    assist->page_faults++;
+    uint32_t done = assist->regs.rflags & FLAG_TF ? 0 : first_done(assist);
+    if (done) {
+        assist->regs.rip += done;
+        return !tv_assist_put_registers(assist, run, 0);
+    }
     assist->stepping = 1;
-    assist->stepped++;
     return !debug(assist, KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP, 0);
 }
 

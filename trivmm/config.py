@@ -10,7 +10,7 @@ A Python call may give a size as ``"512M"``, a path as an ``os.PathLike``, and d
 from __future__ import annotations
 
 import os
-import re
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
@@ -41,12 +41,11 @@ __all__ = [
 MAX_VCPUS: Final = 8  # the probe guest's and the state format's limit; KVM itself allows more
 MAX_DISKS: Final = 24  # PCI slots 1..31 less console, rng and room for hotplug
 MAX_SERIAL: Final = 20  # bytes: virtio 1.2 section 5.2.6, VIRTIO_BLK_T_GET_ID
+MAX_SMBIOS: Final = 1024  # bytes of one text; a machine's tables have the 64 KiB below 1 MiB
+MAX_OEM_STRINGS: Final = 48
 MAX_TOKENS: Final = (1 << 63) - 1  # bytes or operations of a rate limiter, or milliseconds
 MAX_ID: Final = 128  # characters; an id names threads, log lines, counters and state
 OUR_IDS: Final = ("__", "_virtio-pci-")  # what the VMM's own entries in the device tree and the counters begin with
-MAX_SMBIOS: Final = 60 << 10  # bytes of all strings together: their segment has 64 KiB
-MAX_OEM_STRINGS: Final = 255  # one byte counts them
-UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{32}", re.IGNORECASE)
 CONSOLE_MODES: Final = ("Off", "Null", "Tty", "Pty", "File", "Socket")
 IMAGE_TYPES: Final = ("Raw", "Qcow2", "Unknown")
 FOREIGN_IMAGES: Final = ("Vhdx", "FixedVhd", "FlatVmdk")  # Cloud Hypervisor's others
@@ -74,7 +73,7 @@ CHECKS: Final[Mapping[str, Callable[[object], str | None]]] = {
     "int | None": lambda value: None if value is None else not_integer(value),
     "str | None": lambda value: None if value is None else not_text(value),
     "tuple[int, ...] | None": lambda value: None if value is None or _integers(value) else "a list of whole numbers",
-    "tuple[str, ...] | None": lambda value: None if value is None or _texts(value) else "a list of texts",
+    "tuple[str, ...]": lambda value: None if _texts(value) else "a list of texts",
     "tuple[DiskConfig, ...]": lambda value: None,  # the field's converter has looked at each
     "tuple[Any, ...]": lambda value: None if isinstance(value, tuple) else "a list",  # the board looks at each
 }
@@ -146,6 +145,16 @@ def _as_disks(value: Iterable[DiskConfig | PathText]) -> tuple[DiskConfig, ...]:
 
 def _as_tuple(value: Iterable[Any]) -> Any:
     return tuple(value) if isinstance(value, list | tuple) else value  # anything else is refused as it is
+
+
+def _check_smbios(field: str, value: str) -> None:
+    try:
+        length = len(value.encode())
+    except UnicodeEncodeError:
+        raise ConfigError(field, value, "half a surrogate pair is no text", "leave it out") from None
+    if not 0 < length <= MAX_SMBIOS or "\0" in value:
+        remedy = f"give 1 to {MAX_SMBIOS} bytes without a NUL, or leave it out"
+        raise ConfigError(field, f"{value:.40}", "no text for an SMBIOS table", remedy)
 
 
 def check_id(field: str, value: str | None) -> None:
@@ -223,6 +232,37 @@ class PayloadConfig:
     def __attrs_post_init__(self) -> None:
         if self.kernel and self.firmware is not None:
             raise ConfigError("payload.firmware", self.firmware, "there is a kernel too", "give one of them")
+
+
+@attrs.frozen(field_transformer=typed("platform."))
+class PlatformConfig:
+    """What SMBIOS says of the machine (``trivmm.boot.smbios``); None: a text of ours, or none. ``system_uuid`` in any
+    of the usual spellings; ``oem_strings``: texts that a guest finds by ``dmidecode -t 11``."""
+
+    system_manufacturer: str | None = None
+    system_product_name: str | None = None
+    system_version: str | None = None
+    system_serial_number: str | None = None
+    system_uuid: str | None = None
+    system_sku_number: str | None = None
+    system_family: str | None = None
+    chassis_asset_tag: str | None = None
+    oem_strings: tuple[str, ...] = attrs.field(default=(), converter=_as_tuple)
+
+    def __attrs_post_init__(self) -> None:
+        for name, value in attrs.asdict(self).items():
+            if isinstance(value, str):
+                _check_smbios(f"platform.{name}", value)
+        for index, value in enumerate(self.oem_strings):
+            _check_smbios(f"platform.oem_strings[{index}]", value)
+        if len(self.oem_strings) > MAX_OEM_STRINGS:
+            remedy = f"give at most {MAX_OEM_STRINGS}"
+            raise ConfigError("platform.oem_strings", len(self.oem_strings), "too many", remedy)
+        try:
+            uuid.UUID(self.system_uuid or 32 * "0")
+        except ValueError:
+            remedy = "give 32 hex digits, such as 01234567-89ab-cdef-0123-456789abcdef"
+            raise ConfigError("platform.system_uuid", self.system_uuid, "not a UUID", remedy) from None
 
 
 @attrs.frozen(field_transformer=typed("rate_limiter_config."))
@@ -313,48 +353,6 @@ class ConsoleConfig:
         check_id("console.id", self.id)
 
 
-@attrs.frozen(field_transformer=typed("platform."))
-class PlatformConfig:
-    """What SMBIOS tells the guest. ``serial_number`` and ``uuid`` are older names, which count where the newer ones
-    are left out."""
-
-    system_serial_number: str | None = None
-    serial_number: str | None = None
-    system_uuid: str | None = None
-    uuid: str | None = None
-    oem_strings: tuple[str, ...] | None = attrs.field(default=None, converter=_as_tuple)
-    system_manufacturer: str | None = None
-    system_product_name: str | None = None
-    system_version: str | None = None
-    system_family: str | None = None
-    system_sku_number: str | None = None
-    chassis_asset_tag: str | None = None
-
-    @property
-    def serial(self) -> str | None:
-        return self.serial_number if self.system_serial_number is None else self.system_serial_number
-
-    @property
-    def identity(self) -> str | None:
-        return self.uuid if self.system_uuid is None else self.system_uuid
-
-    def __attrs_post_init__(self) -> None:
-        given = {name: value for name, value in attrs.asdict(self, recurse=False).items() if value is not None}
-        oem = given.pop("oem_strings", ())
-        texts = [*given.items(), *((f"oem_strings[{index}]", text) for index, text in enumerate(oem))]
-        for name, text in texts:
-            if not text or not text.isprintable():  # an empty one would end the list, and so would a NUL
-                raise ConfigError(f"platform.{name}", text, "not a line of text", "give printable characters")
-            if name in ("uuid", "system_uuid") and not UUID.fullmatch(text):
-                remedy = "give one such as 12345678-9abc-def0-1234-56789abcdef0"
-                raise ConfigError(f"platform.{name}", text, "not a UUID", remedy)
-        if len(oem) > MAX_OEM_STRINGS:
-            raise ConfigError("platform.oem_strings", len(oem), "too many", f"give at most {MAX_OEM_STRINGS}")
-        size = sum(len(text.encode()) for _, text in texts)
-        if size > MAX_SMBIOS:
-            raise ConfigError("platform", f"{size} bytes", "too long", f"give at most {MAX_SMBIOS} bytes of text")
-
-
 @attrs.frozen(field_transformer=typed(""))
 class VmConfig:
     """``virtio`` are the devices that have no field of their own, each the configuration class of its kind
@@ -367,8 +365,8 @@ class VmConfig:
     rng: RngConfig = attrs.field(factory=RngConfig)
     serial: SerialConfig = attrs.field(factory=SerialConfig)
     console: ConsoleConfig = attrs.field(factory=ConsoleConfig)
-    platform: PlatformConfig = attrs.field(factory=PlatformConfig)
     pvpanic: bool = False
+    platform: PlatformConfig = attrs.field(factory=PlatformConfig)
     virtio: tuple[Any, ...] = attrs.field(default=(), converter=_as_tuple)
     deadlines: Deadlines = attrs.field(factory=Deadlines)
 

@@ -85,6 +85,7 @@ _ROWS: Final = (
         30.0,
         "one end of a vsock connection is done and the other does not get on: what is left is dropped, both are told",
     ),
+    Deadline("fetch", 600.0, "`trivmm image` gives a package up that has not come; what came of it is gone"),
     Deadline("lock", 2.0, "a register lock was held too long: a bug, reported with the lock's name"),
     Deadline("api_read", 10.0, "the connection is closed"),
     Deadline("api_write", 10.0, "the connection is closed"),
@@ -139,6 +140,7 @@ class Deadlines:
     kernel: float = _limit("kernel")
     storage: float = _limit("storage")
     passt: float = _limit("passt")
+    fetch: float = _limit("fetch")
     lock: float = _limit("lock")
     api_read: float = _limit("api_read")
     api_write: float = _limit("api_write")

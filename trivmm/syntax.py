@@ -37,14 +37,11 @@ CONSOLE_PATHS: Final = ("file", "socket")
 
 
 def split_commas(option: str, text: str) -> list[str]:
-    """Split at commas outside of ``"…"`` and ``[…]``; quotes outside of brackets go.
-
-    :raises ConfigError: they don't match up."""
+    """Split at commas outside of ``"…"`` and ``[…]``; the quotes go. :raises ConfigError: they don't match up."""
     parts, current, depth, quoted = [], "", 0, False
     for char in text.strip():
         if char == '"':
             quoted = not quoted
-            current += char if depth else ""
         elif char == "," and not quoted and depth == 0:
             parts.append(current)
             current = ""
@@ -95,12 +92,6 @@ def parse_integer(option: str, text: str) -> int:
     return int(text)
 
 
-def parse_list(option: str, text: str) -> list[str]:
-    """``[one,two]``, or one without brackets; what has commas is quoted. :raises ConfigError:"""
-    inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
-    return [part.strip() for part in split_commas(option, inner)] if inner.strip() else []
-
-
 def parse_toggle(option: str, text: str) -> bool:
     """:raises ConfigError:"""
     match text.lower():
@@ -109,6 +100,12 @@ def parse_toggle(option: str, text: str) -> bool:
         case "off" | "false":
             return False
     raise ConfigError(option, text, "neither on nor off", "give on or off")
+
+
+def parse_list(option: str, text: str) -> list[str]:
+    """``[a,b]``, or one without brackets. No text has a comma in it. :raises ConfigError:"""
+    inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    return [each.strip() for each in split_commas(option, inner)] if inner else []
 
 
 def as_text(option: str, text: str) -> str:

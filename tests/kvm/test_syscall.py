@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Iterator
 
 import pytest
 
+from trivmm._native import lib
 from trivmm.cli.doctor import doctor
 from trivmm.hypervisor.kvm.calls import kvm_call
 from trivmm.hypervisor.kvm.ring0 import SLOW_HOST_OPTIONS, look_at_ring0
@@ -17,6 +19,7 @@ from trivmm.testing.longmode import (
     CR4,
     EFER,
     GDT,
+    HANDLERS,
     IDT,
     NO_SEGMENT,
     PML4,
@@ -34,7 +37,7 @@ pytestmark = pytest.mark.kvm
 
 ENTRY, USER_STACK = 0x12000, 0x30000
 STAR, LSTAR, FMASK = 0xC000_0081, 0xC000_0082, 0xC000_0084
-LINUX_FMASK, IF = 0x257FD5, 0x200
+LINUX_FMASK, IF, DF, AC = 0x257FD5, 0x200, 0x400, 0x40000
 PAGE_FAULT, TRAP = 14, 1
 END = bytes((0xE6, PORT, 0xF4))  # out %al, $PORT; hlt
 CAME = b"\xb0\x99" + END  # mov $0x99, %al
@@ -102,6 +105,24 @@ def test_other_page_faults_are_the_guests(guest: LongMode) -> None:
     assert struct.unpack("<6Q", guest.memory.read(STACK - 48, 48))[1] == CODE
 
 
+@pytest.mark.parametrize("first", ["90", "6690", "0f1f00", "f30f1efa", "0f01ca", "fc", "0f1f4000", ""])
+def test_the_handlers_first_instruction_is_done_once(guest: LongMode, first: str) -> None:
+    """It may be done by hand, with what it does to the flags, or stepped over."""
+    code = bytes.fromhex(first) + bytes.fromhex("41 ff c0 b0 0e") + END  # inc %r8d; mov $14, %al
+    guest.memory.write(HANDLERS + 16 * PAGE_FAULT, code)
+    guest.put_registers(r8=7)
+    flags = bytes.fromhex("9c 810c2400040400 9d")  # pushf; orl $AC | DF, (%rsp); popf
+    assert ran(guest, flags + b"\xa1" + struct.pack("<Q", UNMAPPED)) == PAGE_FAULT
+    now = guest.registers()
+    assert now["r8"] == 8
+    assert bool(now["rflags"] & DF) == (first != "fc")
+    assert not (first == "0f01ca" and now["rflags"] & AC)
+    lost = look_at_ring0().syscall_lost
+    assert guest.cpu.counters().get("assist_page_faults", 0) == lost
+    by_hand = first not in ("0f1f4000", "")
+    assert guest.cpu.counters().get(f"exit_{lib.KVM_EXIT_DEBUG}", 0) == lost * (1 if by_hand else 2)
+
+
 def test_a_guest_that_steps_itself_has_its_trap(guest: LongMode) -> None:
     step = bytes.fromhex("9c 810c2400010000 9d 90 90 90")  # pushf; orl $TF, (%rsp); popf; nops
     assert ran(guest, step + b"\xf4") == TRAP
@@ -117,6 +138,9 @@ def test_the_entry_may_move(guest: LongMode) -> None:
 
 
 def test_doctor_has_the_command_line_for_such_a_host(capsys: pytest.CaptureFixture[str]) -> None:
-    doctor([])
     line = " ".join(option for option, _ in SLOW_HOST_OPTIONS)
+    doctor([])
     assert (line in capsys.readouterr().out) == look_at_ring0().emulated
+    doctor(["--json"])
+    advice = json.loads(capsys.readouterr().out)["advice"]
+    assert any(line in each for each in advice) == look_at_ring0().emulated

@@ -69,6 +69,25 @@ static void say_bound(void)
     }
 }
 
+/* What the kernel has found in SMBIOS; an OEM string is in the raw tables, which it shows too. */
+static void say_dmi(void)
+{
+    static const char *const FILES[] = {"sys_vendor", "product_name", "product_serial", "product_uuid"};
+    static char text[65536];
+    for (unsigned i = 0; i < sizeof FILES / sizeof *FILES; i++) {
+        snprintf(text, sizeof text, "/sys/class/dmi/id/%s", FILES[i]);
+        int fd = open(text, O_RDONLY);
+        ssize_t length = read(fd, text, sizeof text - 1);
+        printf("GUEST dmi %.*s", length > 0 ? (int)length : 0, text);
+        close(fd);
+    }
+    int fd = open("/sys/firmware/dmi/tables/DMI", O_RDONLY);
+    ssize_t length = read(fd, text, sizeof text - 1);
+    const char *at = length > 0 ? memmem(text, length, "the second", 10) : NULL;
+    printf("GUEST oem %s\n", at ? at : "string not found");
+    close(fd);
+}
+
 static long milliseconds(clockid_t clock)
 {
     struct timespec now;
@@ -173,6 +192,7 @@ int main(void)
     int console = open_soon("/dev/hvc0", O_RDWR | O_NOCTTY | O_NONBLOCK);
     int server = open_network("10.9.8.2", "10.9.8.1");
     say_bound();
+    say_dmi();
     struct winsize size = {0};
     struct termios raw;
     if (!tcgetattr(console, &raw)) {

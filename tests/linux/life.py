@@ -23,6 +23,7 @@ from trivmm import (
     MemoryConfig,
     NetConfig,
     PayloadConfig,
+    PlatformConfig,
     SerialConfig,
     Vm,
     VmConfig,
@@ -43,8 +44,10 @@ DRIVERS = [
     *("virtio_balloon", "virtio_blk", "virtio_console", "virtio_net", "virtio_rng", "vmw_vsock_virtio_transport"),
 ]
 UNCLEAN = re.compile(
-    r"BUG:|Oops|WARNING:|Call Trace|lockup|stall|[Uu]nstable|I/O error|blocked for more than|MCE|timed out|segfault"
+    r"DMI not present|BUG:|Oops|WARNING:|Call Trace|lockup|stall|[Uu]nstable|I/O error|blocked for more than|MCE|"
+    r"timed out|segfault"
 )
+UUID, OEM = "01234567-89ab-cdef-0123-456789abcdef", "the second, with a comma"
 CLOCK_MS = 5000  # what the guest's clock and the host's may differ by: the line's own way, and its pauses
 
 
@@ -102,6 +105,7 @@ class Life:
             cpus=CpusConfig(self.cpus),
             memory=MemoryConfig(256 << 20),
             disks=(DiskConfig(str(self.folder / "disk.img")),),
+            platform=PlatformConfig(system_uuid=UUID, system_serial_number="sn 12", oem_strings=("one", OEM)),
             serial=SerialConfig("File", str(self.folder / "serial.txt")),
             console=ConsoleConfig("File", str(self.folder / "console.txt")),
             virtio=[
@@ -167,6 +171,8 @@ class Life:
         assert f"smp: Brought up 1 node, {self.cpus} CPU" in said
         assert sorted(re.findall(r"GUEST bound (\w+)", said)) == DRIVERS
         assert "GUEST problem" not in said
+        assert re.findall(r"GUEST dmi (.*)", said) == ["TriVMM", "trivmm", "sn 12", UUID]
+        assert f"GUEST oem {OEM}" in said
         assert [line for line in said.splitlines() if UNCLEAN.search(line)] == []
         assert not re.search(r"GUEST plugged \d+ bad", said)
         assert said.count("GUEST power button") == 1

@@ -29,8 +29,8 @@ def config(linux: Any, folder: Path, more: str) -> VmConfig:
         memory=MemoryConfig(256 << 20),
         serial=SerialConfig("File", str(folder / "serial.txt")),
         platform=PlatformConfig(
-            serial_number="abc 123",
-            uuid=IDENTITY,
+            system_serial_number="abc 123",
+            system_uuid=IDENTITY,
             oem_strings=("one", "two=2"),
             system_family="family",
             chassis_asset_tag="tag",
@@ -48,7 +48,7 @@ async def test_linux_knows_its_machine_and_powers_off(linux_platform: Any, tmp_p
     assert "GUEST done" in said
     assert "GUEST problem" not in said
     assert "DMI not present" not in said
-    assert "SMBIOS 3.2.0 present" in said
+    assert "SMBIOS 2.8 present" in said
     assert dict(re.findall(r"GUEST dmi (\w+): (.*?)\r?\n", said)) == {
         "sys_vendor": "TriVMM",
         "product_name": "trivmm",

@@ -1160,15 +1160,6 @@ def test_hostile_registers_hurt_only_the_guest(build: Build) -> None:
         timer.join()
 
 
-def test_the_dirty_log_is_refused_by_name(build: Build) -> None:
-    guest = build(COUNTER)
-    with pytest.raises(HypervisorError, match="dirty log"):
-        guest.vm.set_dirty_log(True)
-    with pytest.raises(HypervisorError, match="dirty log"):
-        guest.vm.harvest_dirty(0, None)
-    assert not guest.vm.live_copy
-
-
 def test_code_that_the_host_changed_runs_after_a_flush(build: Build) -> None:
     guest = build("main:\n1: mov $1, %al\n out %al, $0x80\n jmp 1b\n")
     assert guest.until_port(0x80) == b"\x01"

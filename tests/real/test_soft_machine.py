@@ -156,7 +156,6 @@ async def test_a_guest_drives_virtio_rng_and_moves(tmp_path: Path) -> None:
             incoming = await stack.enter_async_context(listening)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(incoming.receive)
-                # The soft CPU has no dirty log: the guest is paused while its memory is copied.
                 await vm.migrate_to(incoming.url, downtime_ms=30_000)
             rounds = re.findall(rb"round ([0-9a-f]{16})", vm.console_tail)
             await incoming.vm.wait_for_console(f"round {int(rounds[-1], 16) + 5:016x} random")

@@ -34,7 +34,6 @@ def arguments(**given: Any) -> SimpleNamespace:
         ('path="a,b",x=1', ["path=a,b", "x=1"]),
         ("t=[1,2],u=[[1,2],[3]]", ["t=[1,2]", "u=[[1,2],[3]]"]),
         ('p="]"', ["p=]"]),
-        ('o=["a,b","]"],x=1', ['o=["a,b","]"]', "x=1"]),
     ],
 )
 def test_commas(text: str, parts: list[str]) -> None:

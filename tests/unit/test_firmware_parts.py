@@ -11,7 +11,7 @@ from trivmm.boot.acpi import acpi_tables
 from trivmm.boot.firmware import firmware_items, is_flat, load_firmware
 from trivmm.boot.payload import check_payload, load_payload, wants_rom
 from trivmm.boot.table_loader import loader_files
-from trivmm.config import PayloadConfig, PlatformConfig
+from trivmm.config import PayloadConfig
 from trivmm.errors import ConfigError, GuestMemoryError
 from trivmm.guest import probe_path
 from trivmm.hypervisor.base import PvhEntry
@@ -198,7 +198,7 @@ def test_firmware_that_is_an_elf_boots_as_a_kernel_does(caplog: pytest.LogCaptur
     loaded = []
     for each in (payload, PayloadConfig(str(probe_path()))):
         memory = GuestMemory(layout.ram_ranges(64 * MIB))
-        entry = load_payload(memory, each, PlatformConfig())
+        entry = load_payload(memory, each)
         assert isinstance(entry, PvhEntry)
         loaded.append((entry, memory.read(0, 64 * MIB)))
         memory.close()

@@ -58,6 +58,7 @@ MINIMAL: Final[dict[str, dict[str, Any]]] = {
     "BalloonConfig": {"size": 0},
     "PmemConfig": {"file": "/p"},
     "PayloadConfig": {"kernel": "/k"},
+    "PlatformConfig": {},
     "SendMigrationData": {"destination_url": "unix:/x"},
     "ReceiveMigrationData": {"receiver_url": "unix:/x"},
 }

@@ -19,7 +19,7 @@ from trivmm.boot import payload as payloads
 from trivmm.boot.bzimage import open_kernel
 from trivmm.boot.elf import UserFile, parse_kernel
 from trivmm.boot.pvh import check_payload, load_payload
-from trivmm.config import PayloadConfig, PlatformConfig
+from trivmm.config import PayloadConfig
 from trivmm.errors import ConfigError
 from trivmm.guest import probe_path
 from trivmm.hypervisor.base import LongModeEntry
@@ -62,7 +62,7 @@ def test_what_is_packed_boots_as_if_it_were_not(tmp_path: Path, packing: str) ->
     for path in (plain, packed):
         check_payload(PayloadConfig(str(path)))
         memory = GuestMemory(layout.ram_ranges(16 * MIB))
-        entry = load_payload(memory, PayloadConfig(str(path)), PlatformConfig())
+        entry = load_payload(memory, PayloadConfig(str(path)))
         loaded.append((entry, memory.read(0, 16 * MIB)))
         memory.close()
     assert loaded[0] == loaded[1]
@@ -359,7 +359,7 @@ def own_entry(folder: Path, image: bytes, **more: object) -> tuple[LongModeEntry
     payload = PayloadConfig(str(path), **more)  # type: ignore[arg-type]
     payloads.check_payload(payload)
     memory = GuestMemory(layout.ram_ranges(16 * MIB))
-    entry = payloads.load_payload(memory, payload, PlatformConfig())
+    entry = payloads.load_payload(memory, payload)
     assert isinstance(entry, LongModeEntry)
     return entry, memory
 
@@ -417,7 +417,7 @@ def test_an_own_entry_that_can_not_be(tmp_path: Path, image: bytes, more: dict[s
     path.write_bytes(image)
     memory = GuestMemory(layout.ram_ranges(16 * MIB))
     with pytest.raises(ConfigError) as caught:
-        payloads.load_payload(memory, PayloadConfig(str(path), **more), PlatformConfig())
+        payloads.load_payload(memory, PayloadConfig(str(path), **more))
     memory.close()
     assert problem in str(caught.value)
     assert "\n" not in str(caught.value)

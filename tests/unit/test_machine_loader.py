@@ -18,7 +18,7 @@ from trivmm.boot import elf as elf_module
 from trivmm.boot.elf import UserFile, parse_kernel
 from trivmm.boot.memory_map import memory_map
 from trivmm.boot.pvh import load_payload
-from trivmm.config import PayloadConfig, PlatformConfig
+from trivmm.config import PayloadConfig
 from trivmm.errors import ConfigError
 from trivmm.memory import layout
 from trivmm.memory.guest import GuestMemory
@@ -83,7 +83,7 @@ def memory() -> Iterator[GuestMemory]:
 
 def load(memory: GuestMemory, path: Path, image: bytes, **more: str) -> tuple[int, int]:
     path.write_bytes(image)
-    boot = load_payload(memory, PayloadConfig(kernel=str(path), **more), PlatformConfig())
+    boot = load_payload(memory, PayloadConfig(kernel=str(path), **more))
     return boot.entry_gpa, boot.start_info_gpa
 
 
@@ -190,7 +190,7 @@ def test_segments_that_overlap_are_refused_before_anything_is_written(memory: Gu
 def test_zeroing_a_large_segment_can_be_ended(memory: GuestMemory, tmp_path: Path) -> None:
     (tmp_path / "k").write_bytes(elf(memsz=12 * MIB))
     calls = []
-    load_payload(memory, PayloadConfig(kernel=str(tmp_path / "k")), PlatformConfig(), 1, lambda: calls.append(1))
+    load_payload(memory, PayloadConfig(kernel=str(tmp_path / "k")), 1, lambda: calls.append(1))
     assert len(calls) >= 4  # 12 MiB, 4 at a time, and the file
 
 
@@ -198,7 +198,7 @@ def test_bad_paths(memory: GuestMemory, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path, tmp_path / "missing", tmp_path / "fifo", "a\0b"):
         with pytest.raises(ConfigError, match="kernel"):
-            load_payload(memory, PayloadConfig(kernel=str(path)), PlatformConfig())
+            load_payload(memory, PayloadConfig(kernel=str(path)))
 
 
 def test_initramfs(memory: GuestMemory, tmp_path: Path) -> None:

@@ -4,9 +4,9 @@ The image lies at the end of the 16 MiB from ``layout.ROM_START``: its last 16 b
 Its last 256 KiB are copied to the RAM below 1 MiB. There a PC has shadow RAM, which firmware unlocks through its host
 bridge; here it is RAM from the start, as SeaBIOS finds it on a bridge that it does not know.
 
-SeaBIOS takes from ``fw_cfg`` what it can't find out by itself: the memory map, the number of CPUs, and the ACPI tables,
-which it places where it likes (:mod:`trivmm.boot.table_loader`). Its console goes to the serial port, since there is no
-display. Sources: SeaBIOS' src/fw/paravirt.c and src/boot.c; QEMU's docs/specs/fw_cfg.rst.
+SeaBIOS takes from ``fw_cfg`` what it can't find out by itself: the memory map, the number of CPUs, and the ACPI and
+SMBIOS tables, which it places where it likes (:mod:`trivmm.boot.table_loader`). Its console goes to the serial port,
+since there is no display. Sources: SeaBIOS' src/fw/paravirt.c and src/boot.c; QEMU's docs/specs/fw_cfg.rst.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from typing import Final
 from trivmm.boot.acpi import acpi_tables
 from trivmm.boot.elf import UserFile
 from trivmm.boot.memory_map import E820_RAM, memory_map
+from trivmm.boot.smbios import smbios_files
 from trivmm.boot.table_loader import loader_files
+from trivmm.config import PlatformConfig
 from trivmm.memory import layout
 from trivmm.memory.guest import GuestMemory
 
@@ -61,7 +63,9 @@ def load_firmware(memory: GuestMemory, path: str) -> None:
     memory.write(layout.SHADOW_START + layout.SHADOW_SIZE - len(shadow), shadow)
 
 
-def firmware_items(ram: tuple[tuple[int, int], ...], vcpus: int) -> Mapping[int, bytes]:
+def firmware_items(
+    ram: tuple[tuple[int, int], ...], vcpus: int, platform: PlatformConfig | None = None
+) -> Mapping[int, bytes]:
     """``fw_cfg`` by key, for RAM ``ram`` of (gpa, size) each."""
     reserved = [entry for entry in memory_map(ram) if entry[2] != E820_RAM]
     # RAM in one piece: the hole below 1 MiB is the firmware's own to make.
@@ -70,6 +74,7 @@ def firmware_items(ram: tuple[tuple[int, int], ...], vcpus: int) -> Mapping[int,
         "etc/e820": b"".join(E820_ENTRY.pack(*entry) for entry in entries),
         "etc/boot-fail-wait": NEVER.to_bytes(4, "little"),
         **loader_files(acpi_tables(vcpus)),
+        **smbios_files(platform or PlatformConfig()),
     }
     directory = struct.pack(">I", len(files))
     items = {

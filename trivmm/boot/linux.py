@@ -18,8 +18,7 @@ from trivmm.boot.acpi import acpi_tables
 from trivmm.boot.elf import UserFile
 from trivmm.boot.memory_map import memory_map
 from trivmm.boot.parts import check_place, load_cmdline, load_initramfs
-from trivmm.boot.smbios import smbios_tables
-from trivmm.config import PayloadConfig, PlatformConfig
+from trivmm.config import PayloadConfig
 from trivmm.hypervisor.base import LONG_MODE_GDT, LongModeEntry
 from trivmm.memory import layout
 from trivmm.memory.guest import GuestMemory
@@ -82,7 +81,7 @@ def check_linux(path: str) -> None:
 
 
 def load_linux(
-    memory: GuestMemory, payload: PayloadConfig, platform: PlatformConfig, vcpus: int, checkpoint: Callable[[], None]
+    memory: GuestMemory, payload: PayloadConfig, vcpus: int, checkpoint: Callable[[], None], smbios: bytes = b""
 ) -> LongModeEntry:
     """Of a file that :func:`has_own_entry`. :raises ConfigError: naming what is wrong; RAM may then be half written."""
     tables = acpi_tables(vcpus)
@@ -96,7 +95,7 @@ def load_linux(
             memory.write(image.gpa + position, data)
             checkpoint()
     memory.write(layout.ACPI_START, tables)
-    memory.write(layout.SMBIOS_START, smbios_tables(platform))
+    memory.write(layout.SMBIOS_START, smbios)
     memory.write(layout.ZERO_PAGE, _zero_page(image.header, memory.ram, initramfs))
     memory.write(layout.PAGE_TABLES, _page_tables())
     memory.write(layout.BOOT_GDT, LONG_MODE_GDT)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from trivmm.boot import firmware, linux, pvh
 from trivmm.boot.elf import NoPvhEntry
+from trivmm.boot.smbios import smbios_image
 from trivmm.config import PayloadConfig, PlatformConfig
 from trivmm.hypervisor.base import LongModeEntry, PvhEntry
 from trivmm.memory.guest import GuestMemory
@@ -44,14 +45,14 @@ def check_payload(payload: PayloadConfig, checkpoint: Callable[[], None] = _noth
 def load_payload(
     memory: GuestMemory,
     payload: PayloadConfig,
-    platform: PlatformConfig,
     vcpus: int = 1,
     checkpoint: Callable[[], None] = _nothing,
+    platform: PlatformConfig | None = None,
 ) -> PvhEntry | LongModeEntry | None:
     """Everything that the guest needs to start; gives where, None being the reset vector.
 
-    ``vcpus`` are listed in the ACPI tables, ``platform`` is told by SMBIOS. ``checkpoint`` is called between
-    pieces of work and may raise to end them.
+    ``vcpus`` are listed in the ACPI tables, ``platform`` in SMBIOS. ``checkpoint`` is called between pieces of work and
+    may raise to end them.
 
     :raises ConfigError: for whatever is wrong with a file or the command line; memory may then be half written."""
     if payload.firmware is not None and (payload.cmdline or payload.initramfs):
@@ -59,9 +60,10 @@ def load_payload(
     if payload.firmware is not None and wants_rom(payload):
         firmware.load_firmware(memory, payload.firmware)
         return None
+    smbios = smbios_image(platform or PlatformConfig())
     try:
-        return pvh.load_payload(memory, payload, platform, vcpus, checkpoint)
+        return pvh.load_payload(memory, payload, vcpus, checkpoint, smbios)
     except NoPvhEntry:
         if not payload.kernel or not linux.has_own_entry("payload.kernel", payload.kernel):
             raise
-        return linux.load_linux(memory, payload, platform, vcpus, checkpoint)
+        return linux.load_linux(memory, payload, vcpus, checkpoint, smbios)

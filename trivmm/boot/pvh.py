@@ -15,8 +15,7 @@ from trivmm.boot.bzimage import open_kernel
 from trivmm.boot.elf import CHUNK, parse_kernel
 from trivmm.boot.memory_map import memory_map
 from trivmm.boot.parts import check_place, load_cmdline, load_initramfs, too_little
-from trivmm.boot.smbios import smbios_tables
-from trivmm.config import PayloadConfig, PlatformConfig
+from trivmm.config import PayloadConfig
 from trivmm.errors import GuestMemoryError
 from trivmm.hypervisor.base import PvhEntry
 from trivmm.memory import layout
@@ -40,18 +39,18 @@ def check_payload(payload: PayloadConfig, checkpoint: Callable[[], None] = lambd
 def load_payload(
     memory: GuestMemory,
     payload: PayloadConfig,
-    platform: PlatformConfig,
     vcpus: int = 1,
     checkpoint: Callable[[], None] = lambda: None,
+    smbios: bytes = b"",
 ) -> PvhEntry:
-    """Everything that a PVH guest needs to start; ``vcpus`` are listed in the ACPI tables. ``checkpoint`` is called
-    between pieces of work and may raise to end them.
+    """Everything that a PVH guest needs to start; ``vcpus`` are listed in the ACPI tables; ``smbios`` is put
+    where an OS looks for it. ``checkpoint`` is called between pieces of work and may raise to end them.
 
     :raises ConfigError: for whatever is wrong with kernel, initramfs or command line; RAM may then be half written.
     """
     is_firmware = payload.firmware is not None
     cmdline = load_cmdline(memory, "" if is_firmware else payload.cmdline)
-    tables, smbios = acpi_tables(vcpus), smbios_tables(platform)
+    tables = acpi_tables(vcpus)
     taken = [
         (layout.PVH_START_INFO, PAGE_SIZE, "the start info"),
         (layout.PVH_MEMMAP, PAGE_SIZE, "the memory map"),

@@ -1,5 +1,5 @@
 """The command line: ``trivmm [run] …``, ``trivmm remote …``, ``trivmm doctor``, ``trivmm demo``,
-``trivmm fake``.
+``trivmm fake``, ``trivmm image``.
 
 Exit codes: 0 done; 1 something failed; 2 the user's mistake, one line on stderr; 3 the guest crashed; 130 interrupted.
 What ends a process first decides; a demo that is told to end by a signal gives 128 and its number (143 for SIGTERM).
@@ -42,10 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; gives the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command, rest = ("run", arguments)
-    if arguments and arguments[0] in ("run", "remote", "doctor", "demo", "fake"):
+    if arguments and arguments[0] in ("run", "remote", "doctor", "demo", "fake", "image"):
         command, rest = arguments[0], arguments[1:]
     elif arguments and not arguments[0].startswith("-"):
-        say_error(UsageError(f"{arguments[0]}: unknown command; use run, remote, doctor, demo or fake"))
+        say_error(UsageError(f"{arguments[0]}: unknown command; use run, remote, doctor, demo, fake or image"))
         return EXIT_USAGE
     elif not arguments:
         print(USAGE)
@@ -74,6 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from trivmm.cli.fake import fake
 
                 return fake(rest)
+            case "image":
+                from trivmm.cli.image import image
+
+                interruptible()
+                return image(rest)
             case _:
                 run_parser().parse(rest, REFUSED)  # help, and most mistakes, come before trio's import
 

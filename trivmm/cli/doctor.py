@@ -31,8 +31,9 @@ def doctor(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="JSON, for machines")
     given = parser.parse(arguments)
     kvm, soft = _kvm_rows(), _soft_row()
+    live = [_live_row()] if soft[1] else []
     kvm_works = all(present or remedy == "optional" for _, present, _, remedy in kvm)
-    rows = [*kvm, soft, *_host_rows(), *_network_rows()]
+    rows = [*kvm, soft, *live, *_host_rows(), *_network_rows()]
     runs = kvm_works or soft[1]
     verdict = "guests run under KVM" if kvm_works else "guests run on the soft CPU" if runs else "guests can't run here"
     if given.json:
@@ -41,6 +42,7 @@ def doctor(arguments: Sequence[str]) -> int:
             "runs": runs,
             "kvm": kvm_works,
             "soft": soft[1],
+            "advice": _slow_lines(kvm_works),
             "rows": [dict(zip(keys, row, strict=True)) for row in rows],
         }
         print(json.dumps(report, indent=2))
@@ -76,7 +78,7 @@ def _slow_lines(kvm_works: bool) -> list[str]:
     lost = ", and SYSCALLs that it leaves in ring 3" if ring0.syscall_lost else ""
     return [
         "this KVM emulates the guest's ring 0, at 2-3 million instructions a second: Linux boots in minutes",
-        f"instructions that it lacks{lost} are finished by the VMM (vm.counters: assist_*)",
+        f"instructions that it lacks{lost} are finished by the VMM (vm.counters: assist_*), AVX-512 and gathers not",
         f"a Linux kernel's --cmdline here: {' '.join(option for option, _ in SLOW_HOST_OPTIONS)}",
     ]
 
@@ -88,6 +90,18 @@ def _soft_row() -> Row:
         there,
         "running guests without /dev/kvm",
         "" if there else install_soft(),
+    )
+
+
+def _live_row() -> Row:
+    from trivmm.hypervisor.soft.written import why_no_dirty_log
+
+    problem = why_no_dirty_log()
+    return (
+        "soft CPU's dirty log" if problem is None else f"soft CPU's dirty log ({problem})",
+        problem is None,
+        "live migration on the soft CPU (else copied while paused)",
+        "" if problem is None else "optional: Linux 6.7 or newer, userfaultfd allowed",
     )
 
 

@@ -40,6 +40,10 @@ __all__ = [
     "parse_vm",
 ]
 
+SMBIOS_TEXTS: Final = (
+    *("system_manufacturer", "system_product_name", "system_version", "system_serial_number"),
+    *("system_uuid", "system_sku_number", "system_family", "chassis_asset_tag"),
+)
 MAX_FD: Final = (1 << 31) - 1  # an int in C
 
 
@@ -73,24 +77,12 @@ MEMORY: Final[Keys] = {
     "thp": ("thp", parse_toggle),
 }
 PLATFORM: Final[Keys] = {
-    **{
-        key: (key, as_text)
-        for key in (
-            "system_serial_number",
-            "serial_number",
-            "system_uuid",
-            "uuid",
-            "system_manufacturer",
-            "system_product_name",
-            "system_version",
-            "system_family",
-            "system_sku_number",
-            "chassis_asset_tag",
-        )
-    },
+    **{name: (name, as_text) for name in SMBIOS_TEXTS},
+    "serial_number": ("system_serial_number", as_text),
+    "uuid": ("system_uuid", as_text),
     "oem_strings": ("oem_strings", parse_list),
     "num_pci_segments": ("num_pci_segments", parse_integer),
-    "iommu_segments": ("iommu_segments", as_text),
+    "iommu_segments": ("iommu_segments", parse_list),
     "iommu_address_width": ("iommu_address_width_bits", parse_integer),
     "iommufd": ("iommufd", parse_toggle),
     "iommufd_fd": ("iommufd_fd", parse_integer),
@@ -122,16 +114,16 @@ RECEIVE: Final[Keys] = {
 
 def parse_vm(arguments: Any, *, terminal: bool = False) -> dict[str, Any]:
     """The body of vm.create from parsed arguments (``firmware``, ``kernel``, ``cmdline``, ``initramfs``, ``cpus``,
-    ``memory``, ``serial``, ``platform``, ``pvpanic``, one of each kind of device; None where not given).
-    ``terminal``: there is one, so the serial port shows on it unless something else was said. :raises ConfigError:"""
+    ``memory``, ``serial``, ``platform``, ``pvpanic``, one of each kind of device; None where not given). ``terminal``:
+    there is one, so the serial port shows on it unless something else was said. :raises ConfigError:"""
     payload = {name: getattr(arguments, name) for name in ("firmware", "kernel", "cmdline", "initramfs")}
     body: dict[str, Any] = {"payload": payload}
     cpus = parse_object("--cpus", arguments.cpus or "", CPUS, "boot")
     cpus.setdefault("boot_vcpus", 1)
     body["cpus"] = {"max_vcpus": cpus["boot_vcpus"], **cpus}
     body["memory"] = {"size": 512 << 20, **parse_object("--memory", arguments.memory or "", MEMORY, "size")}
-    if arguments.platform is not None:
-        body["platform"] = parse_object("--platform", arguments.platform, PLATFORM, "serial_number")
+    if arguments.platform:
+        body["platform"] = parse_object("--platform", arguments.platform, PLATFORM, "uuid")
     if arguments.pvpanic:
         body["pvpanic"] = True
     for kind in KINDS:

@@ -27,7 +27,8 @@ trivmm: a virtual machine monitor on trio
   trivmm remote --api-socket FILE …  drive a running VMM (trivmm remote --help)
   trivmm doctor                      what this host can do, and remedies
   trivmm demo                        a guest moves live between two processes
-  trivmm fake --api-socket path=…    the API without a guest, failing on cue (trivmm fake --help)"""
+  trivmm fake --api-socket path=…    the API without a guest, failing on cue (trivmm fake --help)
+  trivmm image --fetch --into FOLDER a kernel and an initramfs to boot (trivmm image --help)"""
 
 # Cloud Hypervisor's options that do not exist here, each with what to do instead.
 REFUSED: Final = {
@@ -48,6 +49,7 @@ REFUSED: Final = {
     "--memory-zone": "give --memory size=…",
     "--numa": "leave it out",
     "--pci-segment": "leave it out: there is one PCI bus",
+    "--platform": "leave it out",
     "--pvmemcontrol": "leave it out",
     "--rate-limit-group": "leave it out",
     "--restore": "leave it out: there are no snapshots yet",
@@ -123,8 +125,12 @@ def run_parser() -> Parser:
     vm.add_argument("--memory", metavar="size=SIZE[,shared=on]", help="RAM, with K, M, G or T (512M)")
     modes = "off|null|tty|pty|file=FILE|socket=PATH"
     vm.add_argument("--serial", metavar=modes, help="the serial port (tty where stdout is a terminal, else null)")
-    words = "serial_number=TEXT,uuid=UUID,oem_strings=[TEXT,…]"
-    vm.add_argument("--platform", metavar=words, help="what SMBIOS tells the guest of its machine")
+    vm.add_argument(
+        "--platform",
+        metavar="uuid=UUID,serial_number=TEXT,oem_strings=[TEXT,…]",
+        help="what SMBIOS says of the machine; also system_manufacturer=, system_product_name=, system_version=, "
+        "system_sku_number=, system_family=, chassis_asset_tag=",
+    )
     for kind in KINDS:
         option = kind.option
         if kind.contract.flag:
@@ -134,6 +140,11 @@ def run_parser() -> Parser:
         if kind.contract.many:
             several = {"nargs": "+" if option.plain is None else "*", "action": _Several, "const": option.plain}
         vm.add_argument(f"--{option.name}", metavar=option.metavar, help=option.help, **several)
+    vm.add_argument(
+        "--cloud-init",
+        metavar="user-data=FILE[,meta-data=FILE][,network-config=FILE][,vendor-data=FILE][,path=FILE]",
+        help="one more disk, read-only: a seed of these for the guest's cloud-init, made at path (USER-DATA.seed)",
+    )
     vm.add_argument(
         "--pvpanic", action="store_true", default=None, help="a device by which the guest says that it has panicked"
     )

@@ -24,6 +24,7 @@ import attrs
 import trio
 
 from trivmm.cli import EXIT_CRASH, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, say_error
+from trivmm.cli.cloud_init import parse_cloud_init
 from trivmm.cli.log import set_up_log
 from trivmm.cli.options import parse_deadlines, parse_socket, parse_vm
 from trivmm.cli.parser import REFUSED, UsageError, run_parser
@@ -50,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 SWITCH_INTERVAL_S: Final = 1e-4  # the GIL's: with the default 5 ms two busy vCPU threads starve each other
 VM_OPTIONS: Final = (
-    *("cmdline", "initramfs", "cpus", "memory", "serial", "pvpanic"),
+    *("cmdline", "initramfs", "cpus", "memory", "serial", "cloud-init", "platform", "pvpanic"),
     *(kind.option.name for kind in KINDS),
 )
 
@@ -78,11 +79,17 @@ def parse_run(arguments: Sequence[str]) -> RunOptions:
     deadlines = parse_deadlines(given.deadlines)
     config: VmConfig | None = None
     if given.kernel is not None or given.firmware is not None:
-        config = load_config(parse_vm(given, terminal=is_terminal(1)), deadlines=deadlines)
+        body = parse_vm(given, terminal=is_terminal(1))
+        seed = None if given.cloud_init is None else parse_cloud_init(given.cloud_init)
+        if seed is not None:
+            body["disks"].append(seed.disk())
+        config = load_config(body, deadlines=deadlines)
         if len(_terminal_lines(config)) > 1 and is_typed_on():
             raise ConfigError("--console", "tty", "the serial port reads the terminal", "give one of them another mode")
+        if seed is not None:
+            seed.write()  # once nothing else can be wrong with the command line
     else:
-        alone = [name for name in VM_OPTIONS if getattr(given, name) is not None]
+        alone = [name for name in VM_OPTIONS if getattr(given, name.replace("-", "_")) is not None]
         if alone:
             raise UsageError(f"--{alone[0]}: there is no --kernel and no --firmware; give the path of a PVH ELF")
         if given.api_socket is None:

@@ -90,10 +90,11 @@ OURS: Final[Mapping[str, tuple[type, ...]]] = {"ResolveMigrationData": (ResolveM
 # The fields of Cloud Hypervisor's structs that are options there, but not None in our classes.
 NULL_IS_LEFT_OUT: Final = {
     ("VmConfig", "payload"),
-    ("VmConfig", "platform"),
     ("PayloadConfig", "kernel"),
     ("PayloadConfig", "cmdline"),
     ("TokenBucket", "one_time_burst"),
+    ("VmConfig", "platform"),
+    ("PlatformConfig", "oem_strings"),
     *(("VmConfig", kind.contract.section) for kind in KINDS if kind.contract.many),
     *(("VmConfig", section) for section in sections()),
 }
@@ -105,6 +106,10 @@ NESTED: Final[Mapping[str, str]] = {
     "platform": "PlatformConfig",
     **{kind.contract.section: kind.contract.schema for kind in KINDS if not kind.contract.many | kind.contract.flag},
 }
+ALIASES: Final[Mapping[tuple[str, str], str]] = {
+    ("PlatformConfig", "serial_number"): "system_serial_number",
+    ("PlatformConfig", "uuid"): "system_uuid",
+}  # the contract's older names
 FLAGS: Final = {kind.contract.section for kind in KINDS if kind.contract.flag}
 INNER: Final[Mapping[str, str]] = {
     "rate_limiter_config": "RateLimiterConfig",
@@ -224,9 +229,9 @@ def dump_config(config: VmConfig) -> dict[str, Any]:
     for key, schema in NESTED.items():
         if key not in BEYOND:
             made[key] = _dumped(schema, getattr(config, key))
-    if config.platform == PlatformConfig():
-        del made["platform"]
     made["pvpanic"] = config.pvpanic
+    if config.platform == PlatformConfig():
+        del made["platform"]  # as there, where nothing was said
     made["payload"] = {key: item for key, item in made["payload"].items() if item != ""}
     for kind in KINDS:
         contract, found = kind.contract, kind.of(config)
@@ -283,6 +288,9 @@ def _checked(schema: str, value: object, path: str, unknown: Unknown) -> dict[st
     made: dict[str, Any] = {}
     for key, item in value.items():
         where = f"{path}.{key}" if path else key
+        key = ALIASES.get((schema, str(key)), key)
+        if key in made:
+            raise ConfigError(where, item, f"{key} is given too", "give one of them")
         if key in known:
             made[key] = _nested(schema, key, item, where, unknown)
         elif key in not_yet:

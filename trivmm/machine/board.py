@@ -122,7 +122,7 @@ class Board:
         :raises ConfigError: naming the payload's field and what is wrong with the file."""
         if not self.hypervisor.needs_payload:
             return
-        entry = load_payload(self.memory, self.config.payload, self.config.platform, len(self.cpus), checkpoint)
+        entry = load_payload(self.memory, self.config.payload, len(self.cpus), checkpoint, self.config.platform)
         if entry is not None:
             self.cpus[0].set_boot_state(entry)
 

@@ -18,8 +18,8 @@ from trivmm._native import ffi, lib
 from trivmm.boot.firmware import firmware_items
 from trivmm.boot.payload import wants_rom
 from trivmm.bus.space import AddressSpace, BusDevice, Range
-from trivmm.config import PlatformConfig, VmConfig
-from trivmm.errors import ConfigError, NotSupported
+from trivmm.config import VmConfig
+from trivmm.errors import ConfigError
 from trivmm.hypervisor.base import Hypervisor, VmBackend
 from trivmm.machine.board import Board, DeviceSlot, EventSink, line_configs
 from trivmm.memory import layout
@@ -65,7 +65,6 @@ def build_board(
         serial = Serial(sinks.get("serial"))
         serial.keeps_sink = True
         undo.append(serial.close)
-        _check_platform(config)
         rom = (layout.ROM_START, layout.ROM_SIZE) if hypervisor.needs_payload and wants_rom(config.payload) else None
         memory = GuestMemory(layout.ram_ranges(config.memory.size), rom)
         undo.append(memory.close)
@@ -139,13 +138,6 @@ def check_board(config: VmConfig, hypervisor: Hypervisor) -> None:
         raise ConfigError("memory.size", config.memory.size, "reaches into the PCI window below 1 TiB", "give less")
 
 
-def _check_platform(config: VmConfig) -> None:
-    """:raises NotSupported: firmware that makes its SMBIOS tables itself."""
-    if config.platform != PlatformConfig() and wants_rom(config.payload):
-        remedy = "leave it out, or give a kernel"
-        raise NotSupported("platform", config.payload.firmware, "a flat firmware's SMBIOS tables are its own", remedy)
-
-
 def _host_memory() -> int | None:
     """MemTotal and SwapTotal in bytes, or None where /proc doesn't say."""
     try:
@@ -185,7 +177,7 @@ def _assemble(
     )
     for (first, count), device, name in ports:
         pio.insert(Range(first, count, device, name))
-    fw_cfg = FwCfg(firmware_items(memory.ram, config.cpus.boot_vcpus) if has_rom else {})
+    fw_cfg = FwCfg(firmware_items(memory.ram, config.cpus.boot_vcpus, config.platform) if has_rom else {})
     if has_rom:
         pio.insert(Range(*FW_CFG_PORTS, fw_cfg, "fw_cfg"))
     vm.attach_pio_hook(*COM1, ffi.addressof(lib, "tv_uart_pio"), serial.native)

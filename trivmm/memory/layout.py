@@ -18,7 +18,7 @@ EBDA_START: Final = 0xA0000  # end of usable low RAM
 ACPI_START: Final = EBDA_START  # the RSDP and all it leads to; RAM that the memory map leaves out
 SHADOW_START: Final = 0xC0000  # RAM that begins as a copy of a firmware image's end, as a PC's shadow RAM
 SHADOW_SIZE: Final = 0x40000
-SMBIOS_START: Final = 0xF0000  # the first place where an OS looks; RAM that the memory map leaves out
+SMBIOS_START: Final = 0xF0000  # where an OS looks for its entry point
 HIGH_RAM_START: Final = 0x100000
 
 MMIO_HOLE_START: Final = 0xC000_0000  # 3 GiB

@@ -27,7 +27,7 @@ class SourceMachine(Protocol):
 
     @property
     def live_copy(self) -> bool:
-        """False where the back end has no dirty log (``soft``): the sender stops the machine before it copies."""
+        """False where there is no dirty log (an old kernel, under ``soft``): the machine is stopped first."""
 
     def describe(self) -> dict[str, Any]:
         """JSON-able SETUP section: everything that the destination needs to build the same machine."""

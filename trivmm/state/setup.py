@@ -42,6 +42,7 @@ def config_to_setup(config: VmConfig, sections: Mapping[str, type[Any]]) -> dict
     made = attrs.asdict(config)
     del made["deadlines"]
     made["disks"] = list(made["disks"])
+    made["platform"]["oem_strings"] = list(made["platform"]["oem_strings"])
     made["virtio"] = {
         name: [attrs.asdict(each) for each in config.virtio if type(each) is cls] for name, cls in sections.items()
     }

@@ -26,6 +26,7 @@ from trivmm.hypervisor.base import (
     triple_fault,
 )
 from trivmm.hypervisor.kvm import boot, cpuid
+from trivmm.hypervisor.kvm.beyond import name_refused
 from trivmm.hypervisor.kvm.calls import kvm_call
 from trivmm.hypervisor.kvm.report import extension
 from trivmm.hypervisor.kvm.state import KIND, load_vcpu, save_vcpu, set_msrs
@@ -188,6 +189,10 @@ class KvmVcpu(ThreadVcpu):
             words = struct.unpack_from(f"<{min(count, MAX_WORDS)}Q", self._shared, UNION + 8)
             what = f"hypervisor internal error {suberror}{' (instruction emulation)' if suberror == 1 else ''}"
             what += f" [{' '.join(f'{word:#x}' for word in words)}]" if words else ""
+            assist = self._native.assist
+            if suberror == lib.KVM_INTERNAL_ERROR_EMULATION and assist != ffi.NULL and assist.refused:
+                insn = assist.insn
+                what += f"; beyond the assist, {name_refused(bytes(insn.bytes[0 : insn.available]))}"
         else:
             what = f"KVM_RUN gave exit {reason}, which nothing here asks for"
         return Crashed(what, self.describe())
@@ -241,7 +246,7 @@ class KvmVcpu(ThreadVcpu):
         if assist != ffi.NULL:
             counts |= {name: int(assist.by_kind[number]) for name, number in ASSISTED.items()}
             counts["assist_refused"] = int(assist.refused)
-            counts["assist_page_faults"] = int(assist.stepped)
+            counts["assist_page_faults"] = int(assist.page_faults)
         return totals | {name: count for name, count in counts.items() if count}
 
     def describe(self) -> str:

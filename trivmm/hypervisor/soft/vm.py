@@ -32,6 +32,7 @@ from trivmm.hypervisor.soft.paging import Physical
 from trivmm.hypervisor.soft.pic import LegacyChips
 from trivmm.hypervisor.soft.turns import Turns
 from trivmm.hypervisor.soft.vcpu import SoftVcpu
+from trivmm.hypervisor.soft.written import WrittenPages, why_no_dirty_log
 
 __all__ = ["STATE_KIND", "SoftVm"]
 
@@ -54,7 +55,7 @@ class SoftVm(VmBackend):
     """``apics``, ``chips`` and ``ioapic`` belong to whoever has the turn; the tables are guarded by ``_lock``."""
 
     name: str = "soft"
-    live_copy: bool = False
+    live_copy: bool = attrs.field(factory=lambda: why_no_dirty_log() is None)
     physical: Physical = attrs.field(factory=Physical)
     chips: LegacyChips = attrs.field(factory=LegacyChips)
     ioapic: IoApic = attrs.field(factory=IoApic)
@@ -64,6 +65,10 @@ class SoftVm(VmBackend):
     turns: Turns = attrs.field(factory=Turns)
     doorbells: dict[int, int] = attrs.field(factory=dict)
     slots: dict[int, Slot] = attrs.field(factory=dict)
+    _logged: dict[int, tuple[int, int]] = attrs.field(factory=dict, init=False)
+    _written: WrittenPages = attrs.field(
+        default=attrs.Factory(lambda self: WrittenPages(self._logged), takes_self=True), init=False
+    )
     _sources: dict[int, Source] = attrs.field(factory=dict, init=False)
     _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False)
     _epoll: select.epoll = attrs.field(factory=select.epoll, init=False)
@@ -79,18 +84,25 @@ class SoftVm(VmBackend):
             raise HypervisorError("add_memory", f"{gpa + size:#x} is above the soft CPU's 40 address bits")
         self.slots[slot] = Slot(gpa, size, hva, rom)
         self.physical.add(gpa, size, hva, rom=rom)
+        if not rom:
+            self._logged[slot] = hva, size
 
     def add_device_memory(self, slot: int, gpa: int, size: int, hva: int) -> None:
         self.add_memory(slot, gpa, size, hva)
+        del self._logged[slot]
 
     def remove_device_memory(self, slot: int, gpa: int, size: int) -> None:
         raise HypervisorError("remove_device_memory", "soft keeps the memory that its vCPUs began with")
 
     def set_dirty_log(self, enabled: bool) -> None:
-        raise HypervisorError("set_dirty_log", "soft has no dirty log", "copy while the VM is paused")
+        if enabled:
+            self._written.start()
+        else:
+            self._written.stop()
 
     def harvest_dirty(self, slot: int, into: Any) -> None:
-        raise HypervisorError("harvest_dirty", "soft has no dirty log", "copy while the VM is paused")
+        if slot in self._logged:
+            self._written.take(slot, into)
 
     def flush_code(self) -> None:
         """Guest memory that may hold code was changed by the host: translate it anew. Any thread."""
@@ -208,6 +220,7 @@ class SoftVm(VmBackend):
         if self._engine is not None:
             self._engine.close()
             self._engine = None
+        self._written.stop()
         self._epoll.close()
         self._sources.clear()
 
