@@ -41,8 +41,8 @@ __all__ = [
 MAX_VCPUS: Final = 8  # the probe guest's and the state format's limit; KVM itself allows more
 MAX_DISKS: Final = 24  # PCI slots 1..31 less console, rng and room for hotplug
 MAX_SERIAL: Final = 20  # bytes: virtio 1.2 section 5.2.6, VIRTIO_BLK_T_GET_ID
-MAX_SMBIOS: Final = 1024  # bytes of one text; a machine's tables have the 64 KiB below 1 MiB
-MAX_OEM_STRINGS: Final = 48
+MAX_SMBIOS: Final = 60 << 10  # bytes of all its texts: they have the 64 KiB below 1 MiB
+MAX_OEM_STRINGS: Final = 255  # one byte counts them
 MAX_TOKENS: Final = (1 << 63) - 1  # bytes or operations of a rate limiter, or milliseconds
 MAX_ID: Final = 128  # characters; an id names threads, log lines, counters and state
 OUR_IDS: Final = ("__", "_virtio-pci-")  # what the VMM's own entries in the device tree and the counters begin with
@@ -148,13 +148,8 @@ def _as_tuple(value: Iterable[Any]) -> Any:
 
 
 def _check_smbios(field: str, value: str) -> None:
-    try:
-        length = len(value.encode())
-    except UnicodeEncodeError:
-        raise ConfigError(field, value, "half a surrogate pair is no text", "leave it out") from None
-    if not 0 < length <= MAX_SMBIOS or "\0" in value:
-        remedy = f"give 1 to {MAX_SMBIOS} bytes without a NUL, or leave it out"
-        raise ConfigError(field, f"{value:.40}", "no text for an SMBIOS table", remedy)
+    if not value or not value.isprintable():  # an empty one would end the list of them, and so would a NUL
+        raise ConfigError(field, f"{value:.40}", "no line of text", "give printable characters, or leave it out")
 
 
 def check_id(field: str, value: str | None) -> None:
@@ -258,6 +253,10 @@ class PlatformConfig:
         if len(self.oem_strings) > MAX_OEM_STRINGS:
             remedy = f"give at most {MAX_OEM_STRINGS}"
             raise ConfigError("platform.oem_strings", len(self.oem_strings), "too many", remedy)
+        texts = [*self.oem_strings, *(each for each in attrs.asdict(self).values() if isinstance(each, str))]
+        size = sum(len(text.encode()) + 1 for text in texts)
+        if size > MAX_SMBIOS:
+            raise ConfigError("platform", f"{size} bytes", "too long for SMBIOS", f"give at most {MAX_SMBIOS}")
         try:
             uuid.UUID(self.system_uuid or 32 * "0")
         except ValueError:

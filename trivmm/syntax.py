@@ -37,11 +37,14 @@ CONSOLE_PATHS: Final = ("file", "socket")
 
 
 def split_commas(option: str, text: str) -> list[str]:
-    """Split at commas outside of ``"…"`` and ``[…]``; the quotes go. :raises ConfigError: they don't match up."""
+    """Split at commas outside of ``"…"`` and ``[…]``; quotes outside of brackets go.
+
+    :raises ConfigError: they don't match up."""
     parts, current, depth, quoted = [], "", 0, False
     for char in text.strip():
         if char == '"':
             quoted = not quoted
+            current += char if depth else ""
         elif char == "," and not quoted and depth == 0:
             parts.append(current)
             current = ""
@@ -103,7 +106,7 @@ def parse_toggle(option: str, text: str) -> bool:
 
 
 def parse_list(option: str, text: str) -> list[str]:
-    """``[a,b]``, or one without brackets. No text has a comma in it. :raises ConfigError:"""
+    """``[a,b]``, or one without brackets; a text with commas is quoted. :raises ConfigError:"""
     inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
     return [each.strip() for each in split_commas(option, inner)] if inner else []
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -210,14 +210,16 @@ def answer_to(frame: bytes) -> bytes | None:
 
 
 @asynccontextmanager
-async def echoing(path: str) -> AsyncIterator[None]:
-    """The other end of a network interface, for whoever connects: the guest's side now, another one after a move."""
+async def echoing(path: str, watch: Callable[[bytes], None] = lambda frame: None) -> AsyncIterator[None]:
+    """The other end of a network interface, for whoever connects: the guest's side now, another one after a move.
+    ``watch`` sees each frame."""
 
     async def serve(peer: trio.SocketStream) -> None:
         held = b""
         async for data in peer:
             held += data
             while len(held) >= 4 and len(held) >= (end := 4 + int.from_bytes(held[:4], "big")):
+                watch(held[4:end])
                 answer = answer_to(held[4:end])
                 held = held[end:]
                 if answer is not None:

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from trivmm import DiskConfig, MemoryConfig, PayloadConfig, SerialConfig, VmConfig, open_vm
+from trivmm import DiskConfig, MemoryConfig, NetConfig, PayloadConfig, SerialConfig, VmConfig, open_vm
+
+from .life import echoing
 
 pytest.importorskip("unicorn", reason="the soft extra is not installed")
 pytestmark = [pytest.mark.slow, pytest.mark.soft]
@@ -19,11 +21,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.soft]
 from trivmm.hypervisor.soft import SoftHypervisor  # noqa: E402
 
 LIMIT_S = 300
+DHCP = b"\0\x44\0\x43"  # a client's port, and the server's
 SEABIOS = Path("/usr/share/seabios/bios-256k.bin")
 
 
 @pytest.mark.skipif(not SEABIOS.exists(), reason=f"needs {SEABIOS} (apt-get install seabios)")
 async def test_ipxe_boots_from_its_iso_through_seabios(package: Callable[[str], Path], tmp_path: Path) -> None:
+    """And its own virtio-net driver asks for an address."""
     image = (package("ipxe") / "usr/lib/ipxe/ipxe.iso").read_bytes()
     (tmp_path / "ipxe.img").write_bytes(image + bytes(-len(image) % (1 << 20)))
     config = VmConfig(
@@ -31,12 +35,21 @@ async def test_ipxe_boots_from_its_iso_through_seabios(package: Callable[[str], 
         memory=MemoryConfig(256 << 20),
         disks=(DiskConfig(str(tmp_path / "ipxe.img"), readonly=True),),
         serial=SerialConfig("Null"),
+        virtio=[NetConfig(mac="52:54:00:00:00:02", link=f"connect:{tmp_path}/net.sock")],
     )
+    asked = trio.Event()
+
+    def watch(frame: bytes) -> None:
+        if frame[6:14] == bytes.fromhex("525400000002") + b"\x08\0" and frame[23] == 17 and frame[34:38] == DHCP:
+            asked.set()
+
     with trio.fail_after(LIMIT_S):
-        async with open_vm(config, hypervisor=SoftHypervisor()) as vm:
+        async with echoing(f"{tmp_path}/net.sock", watch), open_vm(config, hypervisor=SoftHypervisor()) as vm:
             await vm.boot()
-            for said in ("Booting from Hard Disk", "ISOLINUX", "iPXE initialising devices", "No more network devices"):
+            for said in ("Booting from Hard Disk", "ISOLINUX", "iPXE initialising devices"):
                 await vm.wait_for_console(said)
+            await vm.wait_for_console("net0: 52:54:00:00:00:02 using virtio-net")
+            await asked.wait()
 
 
 async def test_memtest86_starts_at_its_64_bit_entry(package: Callable[[str], Path]) -> None:

@@ -14,13 +14,16 @@ from typing import Any, Final
 import pytest
 
 from trivmm._native import ffi, lib
+from trivmm.config import RngConfig
 from trivmm.errors import HypervisorError
 from trivmm.hypervisor.base import PvhEntry
 from trivmm.hypervisor.soft import written
 from trivmm.hypervisor.soft.written import WrittenPages, why_no_dirty_log
 from trivmm.memory.dirty_log import HostWriters
 from trivmm.memory.guest import PAGE_SIZE, GuestMemory, MemoryRegion
+from trivmm.testing.driver import WRITE, Descriptor, MockDriver, activated, answered
 from trivmm.testing.recording import NOTED, RecordingBus
+from trivmm.virtio.rng.device import RngDevice
 
 pytestmark = pytest.mark.skipif(
     why_no_dirty_log() is not None, reason=f"needs Linux 6.7 or newer, and userfaultfd allowed: {why_no_dirty_log()}"
@@ -112,6 +115,24 @@ def test_what_the_kernel_writes_for_us_is_seen(memory: GuestMemory, log: Written
     finally:
         os.close(fd)
     assert take(log, low) == {9}
+
+
+async def test_what_a_devices_worker_writes_is_seen(memory: GuestMemory, log: WrittenPages) -> None:
+    """Its buffer and its used ring, by the device's own marks and by the kernel: the same pages."""
+    low = memory.regions[0]
+    driver = MockDriver(memory, base=0x10000)
+    device = RngDevice(RngConfig(), memory)
+    host, marked = HostWriters(memory), ffi.new("uint64_t[]", low.bitmap_words)
+    async with activated(device, driver.setup(0), [driver.handle]):
+        driver.offer(driver.chain(Descriptor(0x40800, 0x1000, WRITE)))  # over a page's end
+        log.start()
+        host.set_dirty_log(True)
+        driver.ring()
+        assert await answered(driver) == [(0, 0x1000)]
+    host.harvest_dirty(0, marked)
+    assert take(log, low) == pages_of(marked, low) == {0x40, 0x41, driver.used_gpa >> 12}
+    device.close()
+    driver.close()
 
 
 def test_harvests_add_to_what_is_there(memory: GuestMemory, log: WrittenPages) -> None:

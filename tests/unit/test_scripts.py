@@ -20,3 +20,15 @@ def test_its_imports_are_there(script: Path) -> None:
     command = [sys.executable, "-P", "-c", code]
     done = subprocess.run(command, cwd=script.parent, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
+
+
+SHELL = sorted((ROOT / "examples").glob("*.sh")) + sorted((ROOT / "trivmm/image/files").glob("*"))
+
+
+@pytest.mark.parametrize(
+    "script", [path for path in SHELL if path.read_bytes().startswith(b"#!")], ids=lambda path: path.name
+)
+def test_a_shell_script_can_be_read(script: Path) -> None:
+    shell = script.read_text().splitlines()[0].split("/")[-1].split()[-1]
+    done = subprocess.run([shell, "-n", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr

@@ -96,7 +96,7 @@ def test_firmware_finds_the_same_in_its_files() -> None:
     assert {entry, tables} <= set(firmware_items(((0, 2 << 20),), 1, FULL).values())
 
 
-@pytest.mark.parametrize("largest", [PlatformConfig(oem_strings=["x" * 1024] * 48, system_version="y" * 1024)])
+@pytest.mark.parametrize("largest", [PlatformConfig(oem_strings=["x" * 238] * 255, system_version="y" * 400)])
 def test_the_largest_fits_below_1_mib(largest: PlatformConfig) -> None:
     assert layout.SMBIOS_START + len(smbios_image(largest)) <= layout.HIGH_RAM_START
 
@@ -107,11 +107,12 @@ def test_the_largest_fits_below_1_mib(largest: PlatformConfig) -> None:
         ({"system_uuid": "no"}, "platform.system_uuid"),
         ({"system_version": ""}, "platform.system_version"),
         ({"system_version": "a\0b"}, "platform.system_version"),
-        ({"system_version": "a" * 1025}, "platform.system_version"),
+        ({"system_version": "a\nb"}, "platform.system_version"),
         ({"system_version": "\ud800"}, "platform.system_version"),
         ({"system_version": 3}, "platform.system_version"),
         ({"oem_strings": ["a", ""]}, "platform.oem_strings[1]"),
-        ({"oem_strings": ["a"] * 49}, "platform.oem_strings"),
+        ({"oem_strings": ["a"] * 256}, "platform.oem_strings"),
+        ({"oem_strings": ["a" * 62000]}, "platform"),
         ({"oem_strings": "text"}, "platform.oem_strings"),
         ({"oem_strings": [1]}, "platform.oem_strings"),
     ],
@@ -123,10 +124,10 @@ def test_a_mistake_names_its_field(given: dict[str, Any], field: str) -> None:
 
 
 def test_the_contract_s_older_names_and_the_option_say_the_same() -> None:
-    body = {"payload": {"kernel": "k"}, "platform": {"serial_number": "sn", "uuid": UUID, "oem_strings": ["a", "b c"]}}
+    body = {"payload": {"kernel": "k"}, "platform": {"serial_number": "sn", "uuid": UUID, "oem_strings": ["a", "b,c"]}}
     config = load_config(body)
-    assert config.platform == PlatformConfig(system_serial_number="sn", system_uuid=UUID, oem_strings=("a", "b c"))
-    option = parse_object("--platform", f"uuid={UUID},serial_number=sn,oem_strings=[a,b c]", PLATFORM, "uuid")
+    assert config.platform == PlatformConfig(system_serial_number="sn", system_uuid=UUID, oem_strings=("a", "b,c"))
+    option = parse_object("--platform", f'uuid={UUID},serial_number=sn,oem_strings=[a,"b,c"]', PLATFORM, "uuid")
     assert load_config({"payload": {"kernel": "k"}, "platform": option}) == config
     assert load_config(json.loads(json.dumps(dump_config(config)))) == config
     assert config_from_setup(config_to_setup(config, {}), {}) == attrs.evolve(config)

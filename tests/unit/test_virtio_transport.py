@@ -100,12 +100,29 @@ def test_a_legal_subset_with_version_1(transport: VirtioPciTransport, low: int, 
     assert read(transport, STATUS, 1) == (8 if good else 0)
 
 
-@pytest.mark.parametrize(("offset", "size"), [(0, 1), (0, 2), (1, 4), (0x14, 2), (0x14, 4), (0x18, 4), (0x1F, 1)])
-def test_odd_widths_read_all_ones_and_write_nothing(transport: VirtioPciTransport, offset: int, size: int) -> None:
+@pytest.mark.parametrize(
+    ("offset", "size"), [(1, 2), (1, 4), (2, 4), (0x10, 4), (0x14, 2), (0x14, 4), (0x15, 2), (0x18, 4), (0x18, 8)]
+)
+def test_what_is_no_part_of_one_field_reads_all_ones(transport: VirtioPciTransport, offset: int, size: int) -> None:
     before = transport.common.save(None)
     write(transport, offset, size, 0)
     assert transport.common.save(None) == before
     assert read(transport, offset, size) == (1 << 8 * size) - 1
+
+
+def test_a_field_is_read_in_parts_as_well_and_written_whole(transport: VirtioPciTransport) -> None:
+    """iPXE reads 16 bits of device_feature; a device that answers all-ones offers it everything."""
+    set_up_queue(transport)
+    for select, features in ((0, 0x25), (1, 1)):
+        write(transport, 0x00, 4, select)
+        assert (read(transport, 0x04, 2), read(transport, 0x06, 2)) == (features, 0)
+        assert [read(transport, 0x04 + at, 1) for at in range(4)] == list(features.to_bytes(4, "little"))
+    assert [read(transport, 0x12 + at, 1) for at in range(2)] == [2, 0]
+    assert (read(transport, 0x30, 2), read(transport, 0x34, 2), read(transport, 0x31, 1)) == (0x3000, 1, 0x30)
+    before = transport.common.save(None)
+    for offset, size in ((0x00, 1), (0x04, 2), (0x10, 1), (0x18, 1), (0x1F, 1), (0x20, 2)):
+        write(transport, offset, size, 0)
+    assert transport.common.save(None) == before
 
 
 def test_a_queue_that_is_not_there_reads_size_0(transport: VirtioPciTransport) -> None:

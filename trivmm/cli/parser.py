@@ -49,7 +49,6 @@ REFUSED: Final = {
     "--memory-zone": "give --memory size=…",
     "--numa": "leave it out",
     "--pci-segment": "leave it out: there is one PCI bus",
-    "--platform": "leave it out",
     "--pvmemcontrol": "leave it out",
     "--rate-limit-group": "leave it out",
     "--restore": "leave it out: there are no snapshots yet",

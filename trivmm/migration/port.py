@@ -27,7 +27,7 @@ class SourceMachine(Protocol):
 
     @property
     def live_copy(self) -> bool:
-        """False where there is no dirty log (an old kernel, under ``soft``): the machine is stopped first."""
+        """False where there is no dirty log (``soft``, on an old kernel): the machine stops before it is copied."""
 
     def describe(self) -> dict[str, Any]:
         """JSON-able SETUP section: everything that the destination needs to build the same machine."""

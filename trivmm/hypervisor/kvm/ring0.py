@@ -45,7 +45,7 @@ BLACKLISTED: Final = (
     *("tracer_init_tracefs", "trace_eval_init", "ftrace_check_for_weak_functions"),
     *("init_kprobe_trace", "init_dynamic_event", "blake2s_mod_init"),
     *("cubictcp_register", "bpf_tcp_ca_kfunc_init", "kfunc_init", "bpf_prog_test_run_init", "bpf_rstat_kfunc_init"),
-    "slab_sysfs_init",
+    *("bpf_key_sig_kfuncs_init", "crypto_kdf108_init", "slab_sysfs_init"),
 )
 SLOW_HOST_OPTIONS: Final[tuple[tuple[str, str], ...]] = (
     ("mitigations=off", "each entry of the kernel would pay for what an emulator does not have"),

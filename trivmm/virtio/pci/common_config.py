@@ -1,8 +1,10 @@
 """The common configuration structure (virtio 1.2 section 4.1.4.3): features, status, queues. Pure registers.
 
-Fields are accessed with their own width (section 4.1.3.1); 64-bit ones as a whole or in 32-bit halves. Any other
-width or offset reads all-ones and writes nothing. A queue's registers are its :class:`QueueState`, replaced at each
-write, so that whoever was handed one keeps what it was handed.
+Drivers access a field with its own width (section 4.1.3.1), 64-bit ones as a whole or in 32-bit halves. Not all keep to
+that: iPXE reads 16 bits of device_feature. So an aligned read inside a field gets that part of it; any other width or
+offset reads all-ones, and only whole fields are written.
+
+A queue's registers are its :class:`QueueState`, replaced at each write: who was handed one keeps what it was handed.
 """
 
 from __future__ import annotations
@@ -56,8 +58,17 @@ class CommonConfig:
     def read(self, offset: int, size: int) -> bytes:
         found = self._field(offset, size)
         if found is None:
-            return b"\xff" * size
+            return self._part(offset, size)
         return found.to_bytes(size, "little")
+
+    def _part(self, offset: int, size: int) -> bytes:
+        """Of the field around it, if there is one."""
+        if offset % size == 0:
+            for width in (2, 4):
+                at = offset & (width - 1)
+                if size < width and (whole := self._field(offset - at, width)) is not None:
+                    return whole.to_bytes(width, "little")[at : at + size]
+        return b"\xff" * size
 
     def _field(self, offset: int, size: int) -> int | None:
         queue = self._selected
