@@ -20,6 +20,7 @@ EFER_LONG: Final = 1 << 10 | 1 << 8  # LMA, LME
 REAL_CODE: Final = 0x0000_9B00
 REAL_DATA: Final = 0x0000_9300
 BUSY_TSS: Final = 0x0000_8B00
+MXCSR_RESET: Final = 0x1F80  # every exception masked; the engine leaves 0
 GENERAL: Final = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{n}" for n in range(8, 16)))
 
 
@@ -33,7 +34,7 @@ def set_reset(env: Env) -> None:
     code = env.segs[CS]
     code.selector, code.base, code.flags = 0xF000, 0xFFFF_0000, REAL_CODE
     env.idt.limit = env.gdt.limit = 0xFFFF
-    env.eip, env.eflags = 0xFFF0, 2
+    env.eip, env.eflags, env.mxcsr = 0xFFF0, 2, MXCSR_RESET
 
 
 def set_startup(env: Env, vector: int) -> None:
@@ -53,10 +54,10 @@ def set_pvh(env: Env, entry: PvhEntry) -> None:
         segment.selector, segment.base, segment.limit = 0x10, 0, 0xFFFF_FFFF
         segment.flags = FLAT_DATA
     env.segs[CS].selector, env.segs[CS].flags = 0x08, FLAT_CODE
-    env.tr.base, env.tr.limit, env.tr.flags = 0, 0x67, BUSY_TSS
+    env.tr.selector, env.tr.base, env.tr.limit, env.tr.flags = 0x18, 0, 0x67, BUSY_TSS
     env.gdt.limit = env.idt.limit = 0
     env.regs[RBX] = entry.start_info_gpa
-    env.eip, env.eflags = entry.entry_gpa, 2
+    env.eip, env.eflags, env.mxcsr = entry.entry_gpa, 2, MXCSR_RESET
 
 
 def set_long_mode(env: Env, entry: LongModeEntry) -> None:
@@ -71,7 +72,7 @@ def set_long_mode(env: Env, entry: LongModeEntry) -> None:
     env.tr.base, env.tr.limit, env.tr.flags = 0, 0xFFFF, BUSY_TSS
     env.gdt.base, env.gdt.limit, env.idt.limit = entry.gdt_gpa, len(LONG_MODE_GDT) - 1, 0
     env.regs[RSI] = entry.zero_page_gpa
-    env.eip, env.eflags = entry.entry_gpa, 2
+    env.eip, env.eflags, env.mxcsr = entry.entry_gpa, 2, MXCSR_RESET
 
 
 def describe(env: Env, rflags: int, code: bytes) -> str:
