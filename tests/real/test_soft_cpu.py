@@ -1204,3 +1204,41 @@ def test_code_that_a_polled_device_wrote_runs_anew(build: Build) -> None:
             device.join()
     finally:
         driver.close()
+
+
+def test_a_cpu_halted_for_good_sleeps_though_an_interrupt_waits(build: Build) -> None:
+    """It woke itself again and again: a dead guest took a whole host CPU."""
+    guest = build(
+        """
+        main:
+          APIC 0xf0, 0x1ff
+          APIC 0x300, 0x44050
+          out %al, $0x80
+          cli
+          hlt
+        """
+    )
+    guest.until_port(0x80)
+    slices = 0
+    inner = guest.cpu._slice
+
+    def counted(bus: Bus) -> Outcome | None:
+        nonlocal slices
+        slices += 1
+        return inner(bus)
+
+    guest.cpu._slice = counted  # type: ignore[method-assign]
+    bell = threading.Timer(0.5, guest.cpu.kick)
+    bell.start()
+    assert guest.cpu.run(guest.bus) is INTERRUPTED
+    bell.join()
+    assert slices < 100
+
+
+def test_cpuid_of_caches_that_are_not_there_is_not_kept() -> None:
+    from trivmm.hypervisor.soft import cpuid
+
+    before = cpuid.engine_says.cache_info().currsize
+    clock = cpuid.Clock()
+    assert all(cpuid.answer(4, leaf, 0, clock, TIMER_HZ, 0, 2) == (0, 0, 0, 0) for leaf in range(4, 500))
+    assert cpuid.engine_says.cache_info().currsize == before

@@ -8,6 +8,7 @@ import http.server
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -111,6 +112,7 @@ def test_the_command_makes_the_same_bytes_each_time(tmp_path: Path, capsys: pyte
         (("/proc/self/mem",), "package"),
         (("http://host/x.deb",), "anybody on the way can change it"),
         (("https://host/x.zip",), "not the URL of a .deb"),
+        (("http://[x/a.deb",), "not a URL"),
         (("ftp://host/x.deb",), "not the URL of a .deb"),
         (("https://host/x.deb#sha256=12",), "not a SHA-256 sum"),
         (("--fetch", "--deadlines", "fetch=0"), "deadlines.fetch"),
@@ -268,3 +270,21 @@ def test_a_seed_is_the_last_disk_and_is_there_once_the_options_are_right(tmp_pat
 def test_a_seed_wants_a_vm(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--cloud-init", "user-data=x", "--api-socket", "path=/none"]) == 2
     assert "--cloud-init: there is no --kernel" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["https://a/x.deb", "HTTPS://a/x.deb"])
+def test_no_hop_of_a_secure_url_is_anybody_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    """Only the last address was looked at, and none where the first was spelt large."""
+    import httpx
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        leads = {"https://a/x.deb": "http://b/x.deb", "http://b/x.deb": "https://c/x.deb"}
+        lead = leads.get(str(request.url))
+        return httpx.Response(302, headers={"location": lead}) if lead else httpx.Response(200, content=b"another's")
+
+    def stream(method: str, url: str, **options: Any) -> Any:
+        return httpx.Client(transport=httpx.MockTransport(answer), follow_redirects=True).stream(method, url)
+
+    monkeypatch.setattr(httpx, "stream", stream)
+    with pytest.raises(FetchError, match=r"it leads to http://b/x\.deb"):
+        find_package(given, tmp_path / "cache", LIMIT_S)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Iterator
 from typing import Final
@@ -44,7 +45,7 @@ class Tree:
 
     def link(self, path: str, target: str) -> None:
         """A symbolic link."""
-        self._put(Entry(_clean(path), stat.S_IFLNK | 0o777, target.encode()))
+        self._put(Entry(_clean(path), stat.S_IFLNK | 0o777, os.fsencode(target)))
 
     def character_device(self, path: str, major: int, minor: int, mode: int = 0o600) -> None:
         self._put(Entry(_clean(path), stat.S_IFCHR | mode, device=(major, minor)))

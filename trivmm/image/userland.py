@@ -62,6 +62,7 @@ SCRIPTS: Final = {
 TEXTS: Final = ("passwd", "group", "hostname", "issue", "profile")
 VMLINUZ: Final = "vmlinuz-"
 MODULE_ENDS: Final = (".ko", ".ko.xz", ".ko.gz", ".ko.zst")
+MAX_TOLD: Final = 16 << 20  # characters of names and aliases, of all modules: a distribution has a fifth
 MAX_VERSION: Final = 64  # characters: Linux's own limit for what uname says
 ELF_PROGRAM: Final = struct.Struct("<I")
 PT_INTERP: Final = 3
@@ -99,16 +100,22 @@ def find_kernel(packages: Iterable[Path]) -> tuple[Kernel, bytes]:
     loadable: dict[str, Module] = {}
     sources: dict[str, tuple[Path, str]] = {}
     builtin = ""
+    told = 0
     for package in packages:
         for path, data in read_deb(package, _is_wanted):
             try:
                 match _part(path):
                     case "kernel":
                         images[path.rpartition(VMLINUZ)[2]] = data
+                        _only("kernel", "linux-image-…", list(images.values()))  # before more of them fill the memory
                     case "busybox":
                         busyboxes.append(_static(data))
+                        _only("busybox", "busybox-static", busyboxes)
                     case "modules":
                         module = read_module(*_unpacked(path.removeprefix("usr/"), data))
+                        told += module.told
+                        if told > MAX_TOLD:
+                            raise Damaged(f"its modules say more than {MAX_TOLD >> 20} MiB of themselves")
                         loadable[module.name] = module
                         sources[module.path] = package, path
                     case None:

@@ -155,7 +155,8 @@ class Machine:
     def take_failure(self, vcpu: Vcpu, error: Exception) -> None:
         """A vCPU's program ended with an error of ours. The VM can't go on, but its owner's program can."""
         logger.critical("%s: internal error, the VM stops: %s", vcpu.describe_wait(), error, exc_info=error)
-        self.take_crash(GuestCrash(vcpu.index, f"internal error: {error}", vcpu.cpu.describe()))
+        self.vcpus.request_pause()  # or the description waits for others of them
+        self.take_crash(GuestCrash(vcpu.index, f"internal error: {error}", vcpu.describe_registers()))
         self._note_request(GuestRequest("crash", str(error)))
 
     def _note_request(self, request: GuestRequest) -> None:

@@ -24,7 +24,7 @@ import attrs
 from trivmm.bus.bus import Bus
 from trivmm.bus.space import GuestRequest
 from trivmm.bus.ticket import Ticket
-from trivmm.errors import GuestCrash, IllegalTransition
+from trivmm.errors import GuestCrash, HypervisorError, IllegalTransition
 from trivmm.hypervisor.base import AnyVcpu, Crashed, Interrupted, Outcome, TaskVcpu, ThreadVcpu
 
 __all__ = ["PARK_SLICE_S", "Operation", "Vcpu", "VcpuRunState", "drive_task", "drive_thread"]
@@ -90,6 +90,13 @@ class Vcpu:
     @property
     def name(self) -> str:
         return f"vcpu{self.index}"
+
+    def describe_registers(self) -> str:
+        """For a report: what can't be told is said there, and raises nothing."""
+        try:
+            return self.cpu.describe()
+        except HypervisorError as error:
+            return f"no registers: {error}"
 
     # --- requests: any thread --------------------------------------------------------------------------------
 

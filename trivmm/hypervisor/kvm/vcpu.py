@@ -110,7 +110,9 @@ class KvmVcpu(ThreadVcpu):
         size = extension(self._vm_fd, "KVM_CAP_XSAVE2")
         if size <= int(lib.TV_ASSIST_AREA):
             synced = extension(self._kvm_fd, "KVM_CAP_SYNC_REGS") & SYNCED == SYNCED
-            lib.tv_vcpu_assist(self._native, memory, size > 0, synced, syscall_lost)
+            problem = lib.tv_vcpu_assist(self._native, memory, size > 0, synced, syscall_lost)
+            if problem:
+                raise HypervisorError("assist", os.strerror(-problem), errno=-problem)
 
     def _changed(self) -> None:
         """Registers were set: what kvm_run holds of them is older."""

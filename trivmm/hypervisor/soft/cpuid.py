@@ -32,6 +32,7 @@ REGISTERS: Final = (x86.UC_X86_REG_RAX, x86.UC_X86_REG_RBX, x86.UC_X86_REG_RCX, 
 HTT: Final = 1 << 28
 OSXSAVE: Final = 1 << 27
 CR4_OSXSAVE: Final = 1 << 18
+LAST_CACHE: Final = 3  # of leaf 4 that the engine knows; all behind it are none
 SMT_LEVEL, CORE_LEVEL = 1, 2
 CODE_GPA: Final = 0x1000
 
@@ -90,6 +91,8 @@ def answer(leaf: int, subleaf: int, cr4: int, clock: Clock, crystal_hz: int, cpu
             eax, ebx, ecx, edx = engine_says(1, 0)
             ecx = ecx & ~OSXSAVE | (OSXSAVE if cr4 & CR4_OSXSAVE else 0)
             return eax, ebx & 0xFFFF | cpus << 16 | cpu << 24, ecx, edx | HTT
+        case 0x4 if subleaf > LAST_CACHE:  # a guest may ask for 4 milliards: each is an engine made and an answer kept
+            return 0, 0, 0, 0
         case 0x4:
             eax, ebx, ecx, edx = engine_says(leaf, subleaf)
             if eax & 0x1F:

@@ -73,7 +73,7 @@ class SoftVcpu(ThreadVcpu):
             # The engine translates code, and what a disk is read into may be code.
             self.write_hook = ffi.addressof(lib, "tv_soft_gate_code"), self._gate
         self.asleep = False  # changed by whoever has the turn
-        self._halted = False
+        self._halted = self._deaf = False  # deaf: halted with interrupts off
         self._waits_for_startup = self.index > 0
         self._masked = SLICE_MASKED
         self._kicked = False
@@ -118,7 +118,7 @@ class SoftVcpu(ThreadVcpu):
         """Whether a sleeping one has got something to do. Who has the turn."""
         if self._waits_for_startup:
             return self._lapic.startup is not None
-        return self._lapic.init or self._vm.interrupt_waits(self._lapic)
+        return self._lapic.init or self._lapic.nmi or (not self._deaf and self._vm.interrupt_waits(self._lapic))
 
     # --- thread ----------------------------------------------------------------------------------------------
 
@@ -200,7 +200,7 @@ class SoftVcpu(ThreadVcpu):
         if vm.interrupt_waits(self._lapic):
             budget = self._interrupt()
         if self._halted:
-            self.asleep = True
+            self.asleep, self._deaf = True, not engine.rflags() & FLAG_IF
             return None
         stop = accesses.run(budget, bus)
         if vm.memory_fault is not None and (why := vm.memory_fault(stopped=False)) is not None:

@@ -12,12 +12,15 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 from trivmm.errors import ConfigError, TrivmmError, reason_of
 from trivmm.image.output import replacing
 from trivmm.image.package.deb import FIELD
+
+if TYPE_CHECKING:
+    import httpx
 
 __all__ = ["BUSYBOX", "KERNEL", "FetchError", "cache_folder", "fetch_by_apt", "find_package"]
 
@@ -43,7 +46,10 @@ def find_package(given: str, cache: Path, limit_s: float) -> Path:
     ``http://…#sha256=HEX``. :raises ConfigError: / :raises FetchError:"""
     if "://" not in given:
         return Path(given)
-    url = urlsplit(given)
+    try:
+        url = urlsplit(given)
+    except ValueError:
+        raise ConfigError(FIELD, given, "not a URL", "give https://…/NAME.deb, or a file") from None
     name = url.path.rpartition("/")[2]
     wanted = url.fragment.removeprefix(CHECKSUM).lower() if url.fragment.startswith(CHECKSUM) else ""
     if url.scheme not in ("https", "http") or not name.endswith(".deb") or len(name) > 200:
@@ -60,6 +66,13 @@ def find_package(given: str, cache: Path, limit_s: float) -> Path:
     return place
 
 
+def _refuse_plain(url: str, led: Sequence[httpx.URL]) -> None:
+    """:raises FetchError: one of the addresses that ``url`` led over is one that anybody on the way can answer for."""
+    for each in led:
+        if each.scheme != "https":
+            raise FetchError(f"{url}: it leads to {each}, where anybody on the way can change it")
+
+
 def _download(url: str, to: Path, wanted: str, limit_s: float) -> None:
     import httpx
 
@@ -68,8 +81,8 @@ def _download(url: str, to: Path, wanted: str, limit_s: float) -> None:
     try:
         with httpx.stream("GET", url, follow_redirects=True, timeout=min(limit_s, MAX_SILENCE_S)) as answer:
             answer.raise_for_status()
-            if url.startswith("https:") and answer.url.scheme != "https" and not wanted:
-                raise FetchError(f"{url}: it leads to {answer.url}, where anybody on the way can change it")
+            if not wanted:
+                _refuse_plain(url, [each.url for each in (*answer.history, answer)])
             with to.open("wb") as file:
                 for piece in answer.iter_raw():
                     size += len(piece)

@@ -32,6 +32,11 @@ class Module:
     aliases: tuple[str, ...]
 
     @property
+    def told(self) -> int:
+        """Characters that are kept of it."""
+        return sum(len(text) for texts in (self.needs, self.wishes, self.aliases) for text in texts)
+
+    @property
     def name(self) -> str:
         return canonical(self.path.rpartition("/")[2].removesuffix(".ko"))
 
