@@ -179,7 +179,7 @@ async def test_an_image_is_flushed_dropped_and_unlocked_then_locked_and_dropped(
     """In this order, and never in the trio thread: these wait for the storage."""
     with trio.fail_after(LIMIT_S):
         async with source(config, storage) as vm, destination(config, storage, tmp_path) as (url, there):
-            await vm.migrate_to(url)
+            await vm.migrate_to(url, downtime_ms=10_000)  # one switchover, on a slow machine too: each would be noted
             assert there.state is VmState.RUNNING
             moved = list(storage.calls)
     assert moved == [
