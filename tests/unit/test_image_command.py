@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import http.server
+import lzma
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
+import httpx
 import pytest
 
 from trivmm.cli import main
 from trivmm.cli.run import parse_run
 from trivmm.errors import ConfigError
+from trivmm.image import userland
 from trivmm.image.package import fetch
 from trivmm.image.package.fetch import FetchError, fetch_by_apt, find_package
 from trivmm.image.tree import Entry
@@ -272,19 +275,73 @@ def test_a_seed_wants_a_vm(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--cloud-init: there is no --kernel" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("given", ["https://a/x.deb", "HTTPS://a/x.deb"])
-def test_no_hop_of_a_secure_url_is_anybody_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str) -> None:
-    """Only the last address was looked at, and none where the first was spelt large."""
-    import httpx
+class Endless(httpx.SyncByteStream):
+    """A body that never ends."""
+
+    def __iter__(self) -> Iterator[bytes]:
+        while True:
+            yield bytes(1 << 20)
+
+
+LEADS = {
+    "https://plain/x.deb": "http://b/x.deb",
+    "http://b/x.deb": "https://c/x.deb",
+    "https://round/x.deb": "https://round/x.deb",
+    "https://good/x.deb": "https://c/x.deb",
+}
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ("https://plain/x.deb", r"it leads to http://b/x\.deb"),
+        ("HTTPS://plain/x.deb", r"it leads to http://b/x\.deb"),
+        ("https://round/x.deb", "on and on"),
+    ],
+)
+def test_where_an_address_leads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, why: str) -> None:
+    """Each is looked at before it is asked, and what comes with a redirection is not read."""
+    asked: list[str] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
-        leads = {"https://a/x.deb": "http://b/x.deb", "http://b/x.deb": "https://c/x.deb"}
-        lead = leads.get(str(request.url))
-        return httpx.Response(302, headers={"location": lead}) if lead else httpx.Response(200, content=b"another's")
+        asked.append(str(request.url))
+        lead = LEADS.get(asked[-1])
+        if lead:
+            return httpx.Response(302, headers={"location": lead}, stream=Endless())
+        return httpx.Response(200, stream=httpx.ByteStream(b"a package"))
 
-    def stream(method: str, url: str, **options: Any) -> Any:
-        return httpx.Client(transport=httpx.MockTransport(answer), follow_redirects=True).stream(method, url)
-
-    monkeypatch.setattr(httpx, "stream", stream)
-    with pytest.raises(FetchError, match=r"it leads to http://b/x\.deb"):
+    monkeypatch.setattr(httpx, "Client", functools.partial(httpx.Client, transport=httpx.MockTransport(answer)))
+    with pytest.raises(FetchError, match=why):
         find_package(given, tmp_path / "cache", LIMIT_S)
+    assert not [each for each in asked if each.startswith("http:")]
+    assert find_package("https://good/x.deb", tmp_path / "cache", LIMIT_S).read_bytes() == b"a package"
+
+
+def test_a_package_of_many_kernels_is_given_up_at_the_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[int] = []
+    only = userland._only
+
+    def noted(what: str, package: str, found: Sequence[bytes]) -> bytes:
+        kept.append(len(found))
+        return only(what, package, found)
+
+    monkeypatch.setattr(userland, "_only", noted)
+    kernels = {f"boot/vmlinuz-{number}": b"k" for number in range(20)}
+    with pytest.raises(ConfigError, match="more than one kernel"):
+        find_kernel([debs.deb(tmp_path / "k.deb", debs.tar(kernels))])
+    assert kept == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("limit", "why"), [("MAX_TOLD", "say more than 0 MiB of themselves"), ("MAX_UNPACKED", "unpack to more than 0 MiB")]
+)
+def test_what_all_modules_say_and_unpack_to_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, why: str
+) -> None:
+    """Each alone is small."""
+    content = lzma.compress(debs.module("alias=pci:v1", "alias=" + "a" * 400))
+    modules = {f"{debs.HOME}/m{number}.ko.xz": content for number in range(20)}
+    package = debs.deb(tmp_path / "m.deb", debs.tar(modules))
+    monkeypatch.setattr(userland, limit, 4000)
+    with pytest.raises(ConfigError, match=why):
+        find_kernel([package])

@@ -15,7 +15,7 @@ from typing import Final
 import attrs
 
 from trivmm.errors import ConfigError
-from trivmm.image.package.deb import FIELD, MAX_FILE, read_deb
+from trivmm.image.package.deb import FIELD, MAX_FILE, MAX_UNPACKED, read_deb
 from trivmm.image.package.modinfo import Module, canonical, read_module
 from trivmm.image.package.modules import Modules
 from trivmm.image.package.packed import Damaged, open_packed
@@ -100,7 +100,7 @@ def find_kernel(packages: Iterable[Path]) -> tuple[Kernel, bytes]:
     loadable: dict[str, Module] = {}
     sources: dict[str, tuple[Path, str]] = {}
     builtin = ""
-    told = 0
+    told = unpacked = 0
     for package in packages:
         for path, data in read_deb(package, _is_wanted):
             try:
@@ -112,7 +112,11 @@ def find_kernel(packages: Iterable[Path]) -> tuple[Kernel, bytes]:
                         busyboxes.append(_static(data))
                         _only("busybox", "busybox-static", busyboxes)
                     case "modules":
-                        module = read_module(*_unpacked(path.removeprefix("usr/"), data))
+                        plain, content = _unpacked(path.removeprefix("usr/"), data)
+                        unpacked += len(content)
+                        if unpacked > MAX_UNPACKED:
+                            raise Damaged(f"its modules unpack to more than {MAX_UNPACKED >> 20} MiB")
+                        module = read_module(plain, content)
                         told += module.told
                         if told > MAX_TOLD:
                             raise Damaged(f"its modules say more than {MAX_TOLD >> 20} MiB of themselves")

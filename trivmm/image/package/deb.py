@@ -11,7 +11,7 @@ from trivmm.errors import ConfigError, reason_of
 from trivmm.image.package.packed import Damaged, Stream, open_packed
 from trivmm.image.package.tar import read_tar
 
-__all__ = ["FIELD", "MAX_FILE", "read_deb"]
+__all__ = ["FIELD", "MAX_FILE", "MAX_UNPACKED", "read_deb"]
 
 FIELD: Final = "package"  # what mistakes are told of
 MAGIC: Final = b"!<arch>\n"

@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
@@ -27,6 +28,7 @@ __all__ = ["BUSYBOX", "KERNEL", "FetchError", "cache_folder", "fetch_by_apt", "f
 KERNEL: Final = "linux-image-cloud-amd64"  # depends on the kernel of the day
 BUSYBOX: Final = "busybox-static"
 MAX_PACKAGE: Final = 512 << 20  # bytes of a .deb: a distribution's largest kernel has a third of it
+MAX_HOPS: Final = 10
 MAX_SILENCE_S: Final = 30.0  # a server that says nothing for so long is given up, whatever is left of the limit
 CHECKSUM: Final = "sha256="
 
@@ -66,23 +68,14 @@ def find_package(given: str, cache: Path, limit_s: float) -> Path:
     return place
 
 
-def _refuse_plain(url: str, led: Sequence[httpx.URL]) -> None:
-    """:raises FetchError: one of the addresses that ``url`` led over is one that anybody on the way can answer for."""
-    for each in led:
-        if each.scheme != "https":
-            raise FetchError(f"{url}: it leads to {each}, where anybody on the way can change it")
-
-
 def _download(url: str, to: Path, wanted: str, limit_s: float) -> None:
     import httpx
 
     ends = time.monotonic() + limit_s
     digest, size = hashlib.sha256(), 0
     try:
-        with httpx.stream("GET", url, follow_redirects=True, timeout=min(limit_s, MAX_SILENCE_S)) as answer:
-            answer.raise_for_status()
-            if not wanted:
-                _refuse_plain(url, [each.url for each in (*answer.history, answer)])
+        with httpx.Client(timeout=min(limit_s, MAX_SILENCE_S)) as client, ExitStack() as stack:
+            answer = _follow(client, stack, url, secure=not wanted)
             with to.open("wb") as file:
                 for piece in answer.iter_raw():
                     size += len(piece)
@@ -96,6 +89,22 @@ def _download(url: str, to: Path, wanted: str, limit_s: float) -> None:
         raise FetchError(f"{url}: {str(error).partition(chr(10))[0] or type(error).__name__}") from error
     if wanted and digest.hexdigest() != wanted:
         raise FetchError(f"{url}: its SHA-256 sum is {digest.hexdigest()}, not the one that was given")
+
+
+def _follow(client: httpx.Client, stack: ExitStack, url: str, *, secure: bool) -> httpx.Response:
+    """What ``url`` leads to, its body not read yet, nor that of any answer on the way: a server could say there
+    whatever it likes. ``secure``: nobody on the way can answer for it. :raises FetchError:"""
+    request = client.build_request("GET", url)
+    for _ in range(MAX_HOPS):
+        if secure and request.url.scheme != "https":
+            raise FetchError(f"{url}: it leads to {request.url}, where anybody on the way can change it")
+        answer = client.send(request, stream=True)
+        stack.callback(answer.close)
+        if answer.next_request is None:
+            answer.raise_for_status()
+            return answer
+        request = answer.next_request
+    raise FetchError(f"{url}: it leads on and on; {MAX_HOPS} addresses were asked")
 
 
 def fetch_by_apt(package: str, cache: Path, limit_s: float) -> Path:
