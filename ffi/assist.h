@@ -78,10 +78,10 @@ struct tv_assist {
     int xsave2;               /* KVM_GET_XSAVE2 is there */
     uint64_t host_xcr0;
     uint32_t ecx1, ebx7, ecx7; /* of CPUID leaves 1 and 7, which may be dear to ask for */
-    int watched;      /* this KVM leaves SYSCALL in ring 3 */
-    int stale;        /* registers were set from outside: kvm_run has older ones */
-    int stepping;     /* over the breakpoint at `handler` */
-    uint64_t handler; /* of the guest's page faults, with a breakpoint; 0: none */
+    int watched;          /* this KVM leaves SYSCALL in ring 3 */
+    int stale;            /* registers were set from outside: kvm_run has older ones */
+    int stepping;         /* over the breakpoint at `handler` */
+    uint64_t handler;     /* of the guest's page faults, with a breakpoint; 0: none */
     uint64_t page_faults; /* page faults that were no SYSCALL */
     uint64_t by_kind[TV_ASSIST_KINDS];
     uint64_t refused;

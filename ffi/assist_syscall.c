@@ -4,8 +4,8 @@
  * ring 3: what the guest sees is a page fault at its own entry point, of which ring 3 can't fetch. So the first
  * instruction of the guest's page-fault handler has a breakpoint (it runs in ring 0, on KVM's emulator, which looks at
  * them). Where the fault is such a SYSCALL, it is taken back and the SYSCALL is finished (Intel SDM volume 2, SYSCALL);
- * any other goes on behind the handler's first instruction: that is done here, or by a single step. No process can feign it by a jump to the entry point: flags
- * that SYSCALL clears, IF among them, are not a process's to clear.
+ * any other goes on behind the handler's first instruction: that is done here, or by a single step. No process can
+ * feign it by a jump to the entry point: flags that SYSCALL clears, IF among them, are not a process's to clear.
  *
  * The handler is looked up before each KVM_RUN, from the IDT register that the last exit has left in kvm_run; writes of
  * LSTAR exit, so that there has been one between a guest's setting up and its first SYSCALL. CR2 keeps what the fault has put
