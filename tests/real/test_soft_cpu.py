@@ -45,6 +45,22 @@ BAR = 0xC000_1000
 
 # From PVH's 32-bit entry to 64-bit ring 0: identity map of 4 GiB (user-accessible), GDT, TSS, IDT, stack.
 PRELUDE = r"""
+.macro INTO_LONG_MODE target
+  mov %cr4, %eax
+  or $0x620, %eax
+  mov %eax, %cr4
+  mov $pml4, %eax
+  mov %eax, %cr3
+  mov $0xc0000080, %ecx
+  rdmsr
+  or $0x100, %eax
+  wrmsr
+  mov %cr0, %eax
+  or $0x80000001, %eax
+  mov %eax, %cr0
+  lgdt gdtr
+  ljmp $8, $\target
+.endm
 .code32
 .globl _start
 _start:
@@ -62,20 +78,7 @@ _start:
   add $0x200000, %eax
   add $8, %edi
   loop 1b
-  mov %cr4, %eax
-  or $0x620, %eax
-  mov %eax, %cr4
-  mov $pml4, %eax
-  mov %eax, %cr3
-  mov $0xc0000080, %ecx
-  rdmsr
-  or $0x100, %eax
-  wrmsr
-  mov %cr0, %eax
-  or $0x80000001, %eax
-  mov %eax, %cr0
-  lgdt gdtr
-  ljmp $8, $long_mode
+  INTO_LONG_MODE long_mode
 .code64
 long_mode:
   mov $0x10, %eax

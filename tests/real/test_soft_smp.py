@@ -61,20 +61,7 @@ protected:
   mov %eax, %ds
   mov %eax, %es
   mov %eax, %ss
-  mov %cr4, %eax
-  or $0x620, %eax
-  mov %eax, %cr4
-  mov $pml4, %eax
-  mov %eax, %cr3
-  mov $0xc0000080, %ecx
-  rdmsr
-  or $0x100, %eax
-  wrmsr
-  mov %cr0, %eax
-  or $0x80000001, %eax
-  mov %eax, %cr0
-  lgdt gdtr
-  ljmp $8, $both
+  INTO_LONG_MODE both
 .code64
 both:
   xor %esp, %esp

@@ -93,14 +93,13 @@ class Engine:
         context = self._uc.context_save()
         if context.size != HEADER_BYTES + CONTEXT_BYTES:
             raise HypervisorError("uc_context_size", f"{context.size} bytes is not this version's size")
-        self._registers = Registers(context, 0)
-        self._all = [self._registers]
-        self.pristine = ctypes.string_at(self._registers.address, CONTEXT_BYTES)
+        self._registers = Registers(context, 0)  # the engine's own, until add_cpu
+        self._all: list[Registers] = []
+        self._pristine = ctypes.string_at(self._registers.address, CONTEXT_BYTES)
         self.exception = 0
         self.failure = 0
         self._excepted = False
         self._syscalled = False
-        self._claimed = False  # the first CPU is somebody's
         self._rom_writes: list[tuple[int, bytes]] = []  # host address, what was there before
         self.gate = ffi.new("struct tv_soft_gate *")
         stop = ctypes.cast(self._library.uc_emu_stop, ctypes.c_void_p).value
@@ -234,12 +233,11 @@ class Engine:
     # --- registers: only between runs ------------------------------------------------------------------------
 
     def add_cpu(self) -> Registers:
-        """Registers of one more CPU, the first one's the first time; out of the engine's own reset."""
-        if len(self._all) > 1 or self._claimed:
-            self._all.append(Registers(self._uc.context_save(), len(self._all)))
-        self._claimed = True
-        ctypes.memmove(self._all[-1].address, self.pristine, CONTEXT_BYTES)
-        return self._all[-1]
+        """Registers of one more CPU, out of the engine's own reset."""
+        made = Registers(self._uc.context_save(), len(self._all))
+        ctypes.memmove(made.address, self._pristine, CONTEXT_BYTES)
+        self._all.append(made)
+        return made
 
     def select(self, registers: Registers, handlers: Handlers) -> None:
         """It is this CPU from now on."""
@@ -281,7 +279,7 @@ class Engine:
     def reset(self) -> Env:
         """The engine's own initial registers, fetched; :meth:`commit` them."""
         self.fetch()
-        ctypes.memmove(self._registers.address, self.pristine, CONTEXT_BYTES)
+        ctypes.memmove(self._registers.address, self._pristine, CONTEXT_BYTES)
         return self.env
 
     def save(self) -> bytes:
@@ -297,7 +295,7 @@ class Engine:
             raise HypervisorError("soft vCPU state", why)
         self.fetch()
         # How the emulator rounds is derived from the control words below, never taken from a stranger.
-        ctypes.memmove(self._registers.address, merged(raw, self.pristine), CONTEXT_BYTES)
+        ctypes.memmove(self._registers.address, merged(raw, self._pristine), CONTEXT_BYTES)
         self.commit()
         for register in (x86.UC_X86_REG_FPCW, x86.UC_X86_REG_MXCSR):
             self._uc.reg_write(register, self._uc.reg_read(register))
@@ -318,8 +316,8 @@ class Engine:
     def close(self) -> None:
         """Free the engine now: its package leaves it in a reference cycle, with a gigabyte of address space.
         Call once, with no run going on."""
-        for each in self._all:
-            each.env = Env.from_buffer_copy(self.pristine)  # the real one goes with the context
+        for each in (self._registers, *self._all):
+            each.env = Env.from_buffer_copy(self._pristine)  # the real one goes with the context
             each.context = None
         uc, self._uc = self._uc, None
         release = getattr(uc, "_Uc__finalizer", None)
