@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
@@ -120,31 +121,17 @@ def _linux(root: Path, folder: Path, init: str) -> Linux:
     return found
 
 
-@pytest.fixture(scope="session")
-def linux(linux_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Linux:
-    return _linux(linux_root, tmp_path_factory.mktemp("init"), "init.c")
+def _fixture(init: str) -> Any:
+    @pytest.fixture(scope="session")
+    def linux_with_init(linux_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Linux:
+        return _linux(linux_root, tmp_path_factory.mktemp(init.removesuffix(".c")), init)
+
+    return linux_with_init
 
 
-@pytest.fixture(scope="session")
-def linux_vsock(linux_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Linux:
-    return _linux(linux_root, tmp_path_factory.mktemp("vsock"), "vsock_init.c")
-
-
-@pytest.fixture(scope="session")
-def linux_disk(linux_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Linux:
-    return _linux(linux_root, tmp_path_factory.mktemp("disk"), "init_disk.c")
-
-
-@pytest.fixture(scope="session")
-def linux_devices(linux_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Linux:
-    return _linux(linux_root, tmp_path_factory.mktemp("devices"), "devices.c")
-
-
-@pytest.fixture(scope="session")
-def linux_events(linux_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Linux:
-    return _linux(linux_root, tmp_path_factory.mktemp("events"), "events.c")
-
-
-@pytest.fixture(scope="session")
-def linux_platform(linux_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Linux:
-    return _linux(linux_root, tmp_path_factory.mktemp("platform"), "platform.c")
+linux = _fixture("init.c")
+linux_vsock = _fixture("vsock_init.c")
+linux_disk = _fixture("init_disk.c")
+linux_devices = _fixture("devices.c")
+linux_events = _fixture("events.c")
+linux_platform = _fixture("platform.c")

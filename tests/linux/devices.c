@@ -1,16 +1,10 @@
 /* The init of a Linux guest that is about its small devices: stores in its persistent memory, gives memory away as it is
  * asked to and takes it back, and panics in the end. Every step is a line on the serial port. */
-#define _GNU_SOURCE
-#include <errno.h>
-#include <fcntl.h>
-#include <stdio.h>
-#include <string.h>
+#include "guest.h"
+
 #include <sys/mount.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
 #include <termios.h>
-#include <time.h>
-#include <unistd.h>
 
 #define BLOCK 4096
 #define MIB 1024l /* KiB */
@@ -20,35 +14,6 @@ static const char *const MODULES[] = {
     "virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_balloon",
     "libnvdimm", "nd_btt", "nd_pmem", "nd_virtio", "virtio_pmem", "pvpanic", "pvpanic-pci",
 };
-
-static void load(const char *name)
-{
-    char path[64];
-    snprintf(path, sizeof path, "/modules/%s.ko", name);
-    int fd = open(path, O_RDONLY);
-    if (fd < 0)
-        return; /* built into this kernel */
-    if (syscall(SYS_finit_module, fd, "", 0) && errno != EEXIST)
-        printf("GUEST problem: module %s: %s\n", name, strerror(errno));
-    close(fd);
-}
-
-static void tenth(void)
-{
-    const struct timespec pause = {0, 100000000};
-    nanosleep(&pause, NULL);
-}
-
-static int open_soon(const char *path, int flags)
-{
-    for (int tries = 0; tries < 100; tries++, tenth()) {
-        int fd = open(path, flags);
-        if (fd >= 0)
-            return fd;
-    }
-    printf("GUEST problem: %s: %s\n", path, strerror(errno));
-    return -1;
-}
 
 static long memory_kib(void)
 {
@@ -95,8 +60,7 @@ int main(void)
     mount("dev", "/dev", "devtmpfs", 0, NULL);
     mount("proc", "/proc", "proc", 0, NULL);
     mount("sys", "/sys", "sysfs", 0, NULL);
-    for (unsigned i = 0; i < sizeof MODULES / sizeof *MODULES; i++)
-        load(MODULES[i]);
+    LOAD_ALL(MODULES);
     use_pmem("first");
     long all = memory_kib();
     printf("GUEST has %ld KiB\n", all);

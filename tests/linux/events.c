@@ -2,23 +2,17 @@
  * starve, it panics and is booted again, and it powers off when the power button is pressed.
  *
  * Linux has no driver for the watchdog: this one is in user space, over the device's BAR. */
-#define _GNU_SOURCE
-#include <errno.h>
-#include <fcntl.h>
+#include "guest.h"
+
 #include <linux/input.h>
 #include <poll.h>
 #include <stdint.h>
-#include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
 #include <termios.h>
-#include <time.h>
-#include <unistd.h>
 
 #define BLOCK 4096
 #define PAGE 4096
@@ -28,31 +22,6 @@ static const char *const MODULES[] = {
     "virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_blk",
     "button",      "evdev",  "pvpanic",               "pvpanic-pci",
 };
-
-static void load(const char *name)
-{
-    char path[64];
-    snprintf(path, sizeof path, "/modules/%s.ko", name);
-    int fd = open(path, O_RDONLY);
-    if (fd < 0)
-        return; /* built into this kernel */
-    if (syscall(SYS_finit_module, fd, "", 0) && errno != EEXIST)
-        printf("GUEST problem: module %s: %s\n", name, strerror(errno));
-    close(fd);
-}
-
-static int open_soon(const char *path, int flags)
-{
-    const struct timespec pause = {0, 100000000};
-    for (int tries = 0; tries < 100; tries++) {
-        int fd = open(path, flags);
-        if (fd >= 0)
-            return fd;
-        nanosleep(&pause, NULL);
-    }
-    printf("GUEST problem: %s: %s\n", path, strerror(errno));
-    return -1;
-}
 
 /* How often this disk has been asked before. */
 static int life(void)
@@ -162,8 +131,7 @@ int main(void)
     mount("dev", "/dev", "devtmpfs", 0, NULL);
     mount("proc", "/proc", "proc", 0, NULL);
     mount("sys", "/sys", "sysfs", 0, NULL);
-    for (unsigned i = 0; i < sizeof MODULES / sizeof *MODULES; i++)
-        load(MODULES[i]);
+    LOAD_ALL(MODULES);
     int number = life();
     printf("GUEST life %d\n", number);
     tcdrain(STDOUT_FILENO); /* what the terminal still holds is lost with this life */

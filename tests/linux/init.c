@@ -2,24 +2,18 @@
  * bytes and has a server echo datagrams, and powers off when the power button is pressed. Every round is a line with the
  * clock's time, on the serial port and on the virtio console, so that a lost or a doubled one is seen. After the rounds it
  * uses a disk that comes, until that is taken away again, twice. */
-#define _GNU_SOURCE
+#include "guest.h"
+
 #include <arpa/inet.h>
-#include <errno.h>
-#include <fcntl.h>
 #include <linux/input.h>
 #include <net/if.h>
 #include <poll.h>
-#include <stdio.h>
-#include <string.h>
 #include <sys/mount.h>
 #include <sys/stat.h>
 #include <sys/reboot.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
-#include <sys/syscall.h>
 #include <termios.h>
-#include <time.h>
-#include <unistd.h>
 
 #define ROUNDS 60
 #define BLOCK 4096
@@ -29,31 +23,6 @@ static const char *const MODULES[] = {"virtio_ring",           "virtio",     "vi
                                       "virtio-rng",            "virtio_console", "button", "evdev", "failover", "net_failover",
                                       "virtio_net", "virtio_balloon", "vsock", "vmw_vsock_virtio_transport_common",
                                       "vmw_vsock_virtio_transport"};
-
-static void load(const char *name)
-{
-    char path[64];
-    snprintf(path, sizeof path, "/modules/%s.ko", name);
-    int fd = open(path, O_RDONLY);
-    if (fd < 0)
-        return; /* built into this kernel */
-    if (syscall(SYS_finit_module, fd, "", 0) && errno != EEXIST)
-        printf("GUEST problem: module %s: %s\n", name, strerror(errno));
-    close(fd);
-}
-
-static int open_soon(const char *path, int flags)
-{
-    const struct timespec pause = {0, 100000000};
-    for (int tries = 0; tries < 100; tries++) {
-        int fd = open(path, flags);
-        if (fd >= 0)
-            return fd;
-        nanosleep(&pause, NULL);
-    }
-    printf("GUEST problem: %s: %s\n", path, strerror(errno));
-    return -1;
-}
 
 /* "GUEST bound DRIVER" for each virtio device. */
 static void say_bound(void)
@@ -69,25 +38,6 @@ static void say_bound(void)
     }
 }
 
-/* What the kernel has found in SMBIOS; an OEM string is in the raw tables, which it shows too. */
-static void say_dmi(void)
-{
-    static const char *const FILES[] = {"sys_vendor", "product_name", "product_serial", "product_uuid"};
-    static char text[65536];
-    for (unsigned i = 0; i < sizeof FILES / sizeof *FILES; i++) {
-        snprintf(text, sizeof text, "/sys/class/dmi/id/%s", FILES[i]);
-        int fd = open(text, O_RDONLY);
-        ssize_t length = read(fd, text, sizeof text - 1);
-        printf("GUEST dmi %.*s", length > 0 ? (int)length : 0, text);
-        close(fd);
-    }
-    int fd = open("/sys/firmware/dmi/tables/DMI", O_RDONLY);
-    ssize_t length = read(fd, text, sizeof text - 1);
-    const char *at = length > 0 ? memmem(text, length, "the second", 10) : NULL;
-    printf("GUEST oem %s\n", at ? at : "string not found");
-    close(fd);
-}
-
 static long milliseconds(clockid_t clock)
 {
     struct timespec now;
@@ -98,14 +48,13 @@ static long milliseconds(clockid_t clock)
 /* A disk that comes while this runs: it is written and read until it goes. */
 static void use_plugged(char *out, char *in)
 {
-    const struct timespec pause = {0, 100000000};
     int disk = -1;
 
     printf("GUEST wants a disk\n");
     for (int tries = 0; disk < 0 && tries < 3000; tries++) {
         disk = open("/dev/vdb", O_RDWR | O_DIRECT);
         if (disk < 0)
-            nanosleep(&pause, NULL);
+            tenth();
     }
     for (unsigned long round = 0;; round++) {
         off_t at = (off_t)(round % 64) * BLOCK;
@@ -114,7 +63,7 @@ static void use_plugged(char *out, char *in)
         if (pwrite(disk, out, BLOCK, at) != BLOCK || fsync(disk) || pread(disk, in, BLOCK, at) != BLOCK)
             break;
         printf("GUEST plugged %lu %s\n", round, memcmp(in, out, BLOCK) ? "bad" : "good");
-        nanosleep(&pause, NULL);
+        tenth();
     }
     printf("GUEST disk gone: %s\n", strerror(errno));
     close(disk);
@@ -179,20 +128,18 @@ static int pressed(int button)
 int main(void)
 {
     static char _Alignas(BLOCK) out[BLOCK], in[BLOCK];
-    const struct timespec pause = {0, 100000000};
 
     setvbuf(stdout, NULL, _IOLBF, 0);
     mkdir("/sys", 0755);
     mount("dev", "/dev", "devtmpfs", 0, NULL);
     mount("sys", "/sys", "sysfs", 0, NULL);
-    for (unsigned i = 0; i < sizeof MODULES / sizeof *MODULES; i++)
-        load(MODULES[i]);
+    LOAD_ALL(MODULES);
     int disk = open_soon("/dev/vda", O_RDWR | O_DIRECT), random = open_soon("/dev/hwrng", O_RDONLY);
     int button = open_soon("/dev/input/event0", O_RDONLY);
     int console = open_soon("/dev/hvc0", O_RDWR | O_NOCTTY | O_NONBLOCK);
     int server = open_network("10.9.8.2", "10.9.8.1");
     say_bound();
-    say_dmi();
+    say_smbios();
     struct winsize size = {0};
     struct termios raw;
     if (!tcgetattr(console, &raw)) {
@@ -214,7 +161,7 @@ int main(void)
         int typed = (int)read(console, in, BLOCK);
         if (typed > 0 && !ioctl(console, TIOCGWINSZ, &size))
             printf("GUEST typed %.*s on %d x %d\n", typed, in, size.ws_col, size.ws_row);
-        nanosleep(&pause, NULL);
+        tenth();
     }
     use_plugged(out, in);
     use_plugged(out, in);

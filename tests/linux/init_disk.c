@@ -3,21 +3,16 @@
  *   use     copies files, deletes others, trims, and sums up the disk again
  *   write   writes files, each durable before it is told, for ever
  *   verify  looks whether the first kept=N of these are whole */
-#define _GNU_SOURCE
-#include <errno.h>
-#include <fcntl.h>
+#include "guest.h"
+
 #include <ftw.h>
 #include <linux/fs.h>
 #include <stdint.h>
-#include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #define BLOCK (1 << 20)
 #define COPIES 60 /* files */
@@ -30,18 +25,6 @@ static unsigned copied;
 static void problem(const char *what)
 {
     printf("GUEST problem: %s: %s\n", what, strerror(errno));
-}
-
-static void load(const char *name)
-{
-    char path[64];
-    snprintf(path, sizeof path, "/modules/%s.ko", name);
-    int fd = open(path, O_RDONLY);
-    if (fd < 0)
-        return; /* built into this kernel */
-    if (syscall(SYS_finit_module, fd, "", 0) && errno != EEXIST)
-        problem(name);
-    close(fd);
 }
 
 /* FNV-1a over words of 8 bytes, little-endian. */
@@ -137,8 +120,7 @@ int main(void)
     setvbuf(stdout, NULL, _IOLBF, 0);
     mkdir("/mnt", 0700);
     mount("dev", "/dev", "devtmpfs", 0, NULL);
-    for (unsigned at = 0; at < sizeof MODULES / sizeof *MODULES; at++)
-        load(MODULES[at]);
+    LOAD_ALL(MODULES);
     for (int tries = 0; access("/dev/vda", F_OK) && tries < 100; tries++)
         usleep(100000);
     if (mode && !strcmp(mode, "use"))

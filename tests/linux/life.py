@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ from trivmm import (
 from trivmm.hypervisor.base import Hypervisor
 from trivmm.testing.road import console_of
 from trivmm.virtio.balloon.config import BalloonConfig
+
+from .link import answering
 
 CMDLINE = "console=ttyS0 panic=-1"
 BOOTING = ("Memory: ", "NET: Registered PF_INET ", "Freeing unused kernel")
@@ -120,7 +122,7 @@ class Life:
         """All of it; and what it has said is looked through."""
         began = time.monotonic()
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(echoing(f"{self.folder}/net.sock"))
+            await stack.enter_async_context(answering(f"{self.folder}/net.sock", answer_to))
             vm = await stack.enter_async_context(open_vm(self.config(), hypervisor=self.hypervisor))
             await vm.boot()
             for said in self.moves_booting:
@@ -171,8 +173,9 @@ class Life:
         assert f"smp: Brought up 1 node, {self.cpus} CPU" in said
         assert sorted(re.findall(r"GUEST bound (\w+)", said)) == DRIVERS
         assert "GUEST problem" not in said
-        assert re.findall(r"GUEST dmi (.*)", said) == ["TriVMM", "trivmm", "sn 12", UUID]
-        assert f"GUEST oem {OEM}" in said
+        told = dict(re.findall(r"GUEST dmi (\w+): (.*?)\r?\n", said))
+        assert (told["sys_vendor"], told["product_serial"], told["product_uuid"]) == ("TriVMM", "sn 12", UUID)
+        assert re.findall(r"GUEST oem: (.*?)\r?\n", said) == ["one", OEM]
         assert [line for line in said.splitlines() if UNCLEAN.search(line)] == []
         assert not re.search(r"GUEST plugged \d+ bad", said)
         assert said.count("GUEST power button") == 1
@@ -207,28 +210,3 @@ def answer_to(frame: bytes) -> bytes | None:
         udp = frame[36:38] + frame[34:36] + frame[38:]  # swapped, a checksum stays the same
         return frame[6:12] + mac + frame[12:26] + frame[30:34] + frame[26:30] + udp
     return None
-
-
-@asynccontextmanager
-async def echoing(path: str, watch: Callable[[bytes], None] = lambda frame: None) -> AsyncIterator[None]:
-    """The other end of a network interface, for whoever connects: the guest's side now, another one after a move.
-    ``watch`` sees each frame."""
-
-    async def serve(peer: trio.SocketStream) -> None:
-        held = b""
-        async for data in peer:
-            held += data
-            while len(held) >= 4 and len(held) >= (end := 4 + int.from_bytes(held[:4], "big")):
-                watch(held[4:end])
-                answer = answer_to(held[4:end])
-                held = held[end:]
-                if answer is not None:
-                    await peer.send_all(len(answer).to_bytes(4, "big") + answer)
-
-    with trio.socket.socket(trio.socket.AF_UNIX) as sock:
-        await sock.bind(path)
-        sock.listen()
-        async with trio.open_nursery() as nursery:
-            await nursery.start(trio.serve_listeners, serve, [trio.SocketListener(sock)])
-            yield
-            nursery.cancel_scope.cancel()

@@ -1,50 +1,13 @@
 /* The init of a Linux guest that is about its machine: says what SMBIOS told the kernel, and what the kernel complained
  * of; then it powers off or reboots, as its first argument says. */
-#define _GNU_SOURCE
-#include <errno.h>
-#include <fcntl.h>
-#include <stdio.h>
-#include <string.h>
+#include "guest.h"
+
 #include <sys/mount.h>
 #include <sys/reboot.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
-#include <unistd.h>
 
 #define WARNING 4 /* of the kernel's log levels; what is below is worse */
-
-static const char *const NAMES[] = {
-    "sys_vendor", "product_name", "product_version", "product_serial", "product_uuid", "product_sku",
-    "product_family", "chassis_asset_tag",
-};
-
-static void say_names(void)
-{
-    for (size_t n = 0; n < sizeof NAMES / sizeof *NAMES; n++) {
-        char path[64], text[256];
-        snprintf(path, sizeof path, "/sys/class/dmi/id/%s", NAMES[n]);
-        int fd = open(path, O_RDONLY);
-        ssize_t length = fd < 0 ? -1 : read(fd, text, sizeof text);
-        printf("GUEST dmi %s: %.*s\n", NAMES[n], length > 0 ? (int)length - 1 : 0, text);
-        close(fd);
-    }
-}
-
-/* Type 11, as dmidecode finds it: the kernel has no file for it. */
-static void say_oem_strings(void)
-{
-    static unsigned char table[1 << 16];
-    int fd = open("/sys/firmware/dmi/tables/DMI", O_RDONLY);
-    ssize_t size = fd < 0 ? 0 : read(fd, table, sizeof table - 2);
-    for (unsigned char *at = table; at < table + size;) {
-        unsigned char *text = at + at[1];
-        for (; *text; text += strlen((char *)text) + 1)
-            if (at[0] == 11)
-                printf("GUEST oem: %s\n", text);
-        at = text + (text == at + at[1] ? 2 : 1);
-    }
-    close(fd);
-}
 
 /* A record of /dev/kmsg: "priority,sequence,time,flags;text\n", and more. */
 static void say_complaints(void)
@@ -71,8 +34,7 @@ int main(int count, char **words)
     mkdir("/sys", 0755);
     if (mount("sysfs", "/sys", "sysfs", 0, NULL))
         printf("GUEST problem: sysfs: %s\n", strerror(errno));
-    say_names();
-    say_oem_strings();
+    say_smbios();
     say_complaints();
     printf("GUEST done\n");
     fflush(stdout);

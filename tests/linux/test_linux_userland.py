@@ -11,8 +11,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -33,6 +31,8 @@ from trivmm.cli import main
 from trivmm.cli.cloud_init import parse_cloud_init
 from trivmm.virtio.balloon.config import BalloonConfig
 from trivmm.virtio.vsock.config import VsockConfig
+
+from .link import answering
 
 pytest.importorskip("unicorn", reason="the soft extra is not installed")
 pytestmark = [pytest.mark.slow, pytest.mark.soft]
@@ -110,27 +110,6 @@ def dhcp_answer(frame: bytes) -> bytes | None:
     return frame[6:12] + b"\x52\x54\0\0\0\1\x08\0" + head + udp
 
 
-@asynccontextmanager
-async def dhcp_server(path: str) -> AsyncIterator[None]:
-    async def serve(peer: trio.SocketStream) -> None:
-        held = b""
-        async for data in peer:
-            held += data
-            while len(held) >= 4 and len(held) >= (end := 4 + int.from_bytes(held[:4], "big")):
-                answer = dhcp_answer(held[4:end])
-                held = held[end:]
-                if answer is not None:
-                    await peer.send_all(len(answer).to_bytes(4, "big") + answer)
-
-    with trio.socket.socket(trio.socket.AF_UNIX) as sock:
-        await sock.bind(path)
-        sock.listen()
-        async with trio.open_nursery() as nursery:
-            await nursery.start(trio.serve_listeners, serve, [trio.SocketListener(sock)])
-            yield
-            nursery.cancel_scope.cancel()
-
-
 async def log_in(vm: Vm) -> None:
     await vm.wait_for_console("guest login: ")
     await vm.feed_console(b"root\n")
@@ -163,7 +142,7 @@ async def test_the_userland_drives_its_devices_and_lets_people_in(tmp_path: Path
         ],
     )
     with trio.fail_after(LIMIT_S):
-        async with dhcp_server(f"{tmp_path}/net.sock"), open_vm(config, hypervisor=SoftHypervisor()) as vm:
+        async with answering(f"{tmp_path}/net.sock", dhcp_answer), open_vm(config, hypervisor=SoftHypervisor()) as vm:
             await vm.boot()
             await log_in(vm)
             await vm.feed_console(b"grep -c . /etc/modules; mount\n")

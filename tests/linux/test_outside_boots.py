@@ -13,7 +13,9 @@ import trio
 
 from trivmm import DiskConfig, MemoryConfig, NetConfig, PayloadConfig, SerialConfig, VmConfig, open_vm
 
-from .life import echoing
+from .life import answer_to
+from .link import answering
+from .memtest import memtest_starts
 
 pytest.importorskip("unicorn", reason="the soft extra is not installed")
 pytestmark = [pytest.mark.slow, pytest.mark.soft]
@@ -39,12 +41,13 @@ async def test_ipxe_boots_from_its_iso_through_seabios(package: Callable[[str], 
     )
     asked = trio.Event()
 
-    def watch(frame: bytes) -> None:
+    def watched(frame: bytes) -> bytes | None:
         if frame[6:14] == bytes.fromhex("525400000002") + b"\x08\0" and frame[23] == 17 and frame[34:38] == DHCP:
             asked.set()
+        return answer_to(frame)
 
     with trio.fail_after(LIMIT_S):
-        async with echoing(f"{tmp_path}/net.sock", watch), open_vm(config, hypervisor=SoftHypervisor()) as vm:
+        async with answering(f"{tmp_path}/net.sock", watched), open_vm(config, hypervisor=SoftHypervisor()) as vm:
             await vm.boot()
             for said in ("Booting from Hard Disk", "ISOLINUX", "iPXE initialising devices"):
                 await vm.wait_for_console(said)
@@ -53,12 +56,5 @@ async def test_ipxe_boots_from_its_iso_through_seabios(package: Callable[[str], 
 
 
 async def test_memtest86_starts_at_its_64_bit_entry(package: Callable[[str], Path]) -> None:
-    kernel = package("memtest86+") / "boot/memtest86+x64.bin"
-    config = VmConfig(
-        PayloadConfig(str(kernel), "console=ttyS0,115200"), memory=MemoryConfig(8 << 20), serial=SerialConfig("Null")
-    )
     with trio.fail_after(LIMIT_S):
-        async with open_vm(config, hypervisor=SoftHypervisor()) as vm:
-            await vm.boot()
-            await vm.wait_for_console("Memtest86+ v")
-            await vm.wait_for_console("Pass")
+        await memtest_starts(package("memtest86+"), SoftHypervisor())

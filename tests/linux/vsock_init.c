@@ -1,18 +1,12 @@
 /* The init of a Linux guest that uses its vsock: one process echoes what clients of the host say on port 1024, the other
  * sends a pattern to the host's port 7 and expects it back, on a new connection where the last one was reset. */
-#define _GNU_SOURCE
-#include <errno.h>
-#include <fcntl.h>
+#include "guest.h"
+
 #include <poll.h>
-#include <stdio.h>
-#include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
 #include <sys/socket.h>
-#include <sys/syscall.h>
-#include <time.h>
-#include <unistd.h>
 
 #include <linux/vm_sockets.h>
 
@@ -29,20 +23,6 @@ static const char *const MODULES[] = {"virtio_ring",
                                       "vsock",
                                       "vmw_vsock_virtio_transport_common",
                                       "vmw_vsock_virtio_transport"};
-
-static const struct timespec PAUSE = {0, 100000000};
-
-static void load(const char *name)
-{
-    char path[80];
-    snprintf(path, sizeof path, "/modules/%s.ko", name);
-    int fd = open(path, O_RDONLY);
-    if (fd < 0)
-        return; /* built into this kernel */
-    if (syscall(SYS_finit_module, fd, "", 0) && errno != EEXIST)
-        printf("GUEST problem: module %s: %s\n", name, strerror(errno));
-    close(fd);
-}
 
 static struct sockaddr_vm at(unsigned cid, unsigned port)
 {
@@ -89,7 +69,7 @@ static int connect_out(void)
         if (!connect(fd, (struct sockaddr *)&there, sizeof there))
             return fd;
         close(fd);
-        nanosleep(&PAUSE, NULL);
+        tenth();
     }
     printf("GUEST problem: cannot connect: %s\n", strerror(errno));
     return -1;
@@ -100,8 +80,7 @@ int main(void)
     static char out[BYTES], in[BYTES];
     setvbuf(stdout, NULL, _IOLBF, 0);
     mount("dev", "/dev", "devtmpfs", 0, NULL);
-    for (unsigned i = 0; i < sizeof MODULES / sizeof *MODULES; i++)
-        load(MODULES[i]);
+    LOAD_ALL(MODULES);
     if (!fork())
         echo();
     int fd = connect_out();
@@ -121,7 +100,7 @@ int main(void)
             continue;
         }
         printf("GUEST round %lu %s\n", round, memcmp(in, out, sizeof in) ? "bad" : "good");
-        nanosleep(&PAUSE, NULL);
+        tenth();
     }
     printf("GUEST done\n");
     reboot(RB_POWER_OFF);
